@@ -1,0 +1,93 @@
+"""What a run is: which rows it reads, which stage maps them, which columns come out.
+
+Everything here is plain, picklable and JSON-serialisable, so that it can be hashed into the run
+fingerprint, written into the plan, and sent to an actor. Nothing here imports Ray or torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Row = dict[str, Any]
+"""One row. Always has ``id`` (str). Rows that leave a stage also have ``status`` and ``error``."""
+
+Kind = Literal["string", "int64", "float32", "float64", "bool", "json", "image", "tensor"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One output column.
+
+    ``tensor`` columns hold arrays of a fixed ``shape`` and are stored as ``fixed_size_list<dtype>``
+    of ``prod(shape)`` values with shape and dtype in the field's metadata. ``image`` columns take a
+    PIL image, or encoded bytes, and are stored as ``struct<bytes, path>``. All columns are nullable.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...] = ()
+    dtype: Literal["float16", "float32"] = "float32"
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """What a stage declares before any model is loaded (only configs are read).
+
+    Attributes:
+        columns: The columns the stage adds to a row, beside ``id``, ``status`` and ``error``.
+        models: Role -> ``{"path": ..., "revision": ..., "fingerprint": ...}``; part of the run fingerprint.
+        metadata: File-level key-value metadata (scheduler config, VAE scaling factor, ...).
+    """
+
+    columns: tuple[Column, ...]
+    models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """Maps rows to rows: in any order, exactly one out for each one in, the id kept.
+
+    A stage catches what is wrong with a single row itself and yields it with ``status="failed"`` and
+    ``error`` set. It knows no Ray, no files, no shards.
+    """
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]: ...
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """How to build a stage: an import path ``package.module:Class`` and JSON-able keyword arguments.
+
+    The class must offer ``describe(**params) -> StageInfo`` as a static or class method, cheap and
+    without loading weights. It may offer ``take_summary() -> dict[str, numpy.ndarray]``, called after
+    each shard: it returns, and resets, what the stage wants kept beside the shard's commit record.
+    """
+
+    target: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def load_class(self) -> Any:
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def build(self) -> Stage:
+        """Construct the stage (loads models; done once an actor)."""
+        return self.load_class()(**self.params)
+
+    def describe(self) -> StageInfo:
+        return self.load_class().describe(**self.params)
+
+
+def ok(row: Row, **outputs: Any) -> Row:
+    """The row with its outputs, marked as processed."""
+    return {**row, **outputs, "status": "ok", "error": None}
+
+
+def failed(row: Row, error: str) -> Row:
+    """The row marked as failed for a reason a user can act on; its outputs stay null."""
+    return {**row, "status": "failed", "error": error}
