@@ -1,0 +1,47 @@
+"""Which kinds of job there are. A kind's module is imported when a job file asks for it.
+
+A new job is one line in `KINDS` and one module with a `JobBase` subclass; see docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from types import ModuleType
+
+from jobs.config import Job
+
+KINDS: dict[str, str] = {
+    "reference": "jobs.reference:Reference",
+    "invert-prompts": "jobs.invert_prompts:InvertPrompts",
+    "invert-images": "jobs.invert_images:InvertImages",
+    "learn-concepts": "jobs.learn_concepts:LearnConcepts",
+    "rare-concepts": "jobs.rare_concepts:RareConcepts",
+    "train-inverter": "jobs.train_inverter:TrainInverter",
+    "chain": "jobs.chain:Chain",
+}
+"""Name in the job file -> ``module:Class``."""
+
+
+def kinds() -> list[str]:
+    """The kinds that this installation has, in the order of `KINDS`."""
+    return [kind for kind, target in KINDS.items() if find_spec(target.partition(":")[0])]
+
+
+def find(kind: str) -> type[Job]:
+    """The model class of a kind.
+
+    Raises:
+        KeyError: This installation has no such kind.
+    """
+    if kind not in kinds():
+        raise KeyError(kind)
+    module, _, name = KINDS[kind].partition(":")
+    job: type[Job] = getattr(importlib.import_module(module), name)
+    return job
+
+
+def modules() -> list[ModuleType]:
+    """The modules of all kinds; those with a function ``commands(app)`` add their own commands to the CLI."""
+    names = dict.fromkeys(KINDS[kind].partition(":")[0] for kind in kinds())
+    return [importlib.import_module(name) for name in names]
