@@ -66,6 +66,9 @@ class StageSpec:
     The class must offer ``describe(**params) -> StageInfo`` as a static or class method, cheap and
     without loading weights. It may offer ``take_summary() -> dict[str, numpy.ndarray]``, called after
     each shard: it returns, and resets, what the stage wants kept beside the shard's commit record.
+    It may offer ``shrink() -> bool``, called after an out-of-memory error: it halves its slots (its batch) and
+    returns True, or False when it cannot get smaller; the rows that were inside are then given to it again.
+    After any exception the stage is called anew, so a call must not depend on how the last one ended.
     """
 
     target: str
