@@ -123,7 +123,7 @@ class JobBase(Job):
 
     def fingerprint_config(self) -> dict[str, Any]:
         """The settings that change the output's bytes: all but where it is written and what it runs on."""
-        return self.model_dump(mode="json", exclude={"output", "resources", "max_failed_fraction"})
+        return self.model_dump(mode="json", exclude={"output", "resources", "max_failed_fraction", "name"})
 
     def execute(self, session: Session) -> JobResult:
         return session.run_rows(self)

@@ -6,8 +6,11 @@ A new job is one line in `KINDS` and one module with a `JobBase` subclass; see d
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from jobs.config import Job
 
@@ -45,3 +48,16 @@ def modules() -> list[ModuleType]:
     """The modules of all kinds; those with a function ``commands(app)`` add their own commands to the CLI."""
     names = dict.fromkeys(KINDS[kind].partition(":")[0] for kind in kinds())
     return [importlib.import_module(name) for name in names]
+
+
+def nearest(word: Any, allowed: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for a misspelt word, or nothing."""
+    matches = get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def unknown_kind(kind: Any, allowed: Iterable[str]) -> str:
+    """What to tell a user whose ``job:`` is missing or names no kind."""
+    allowed = list(allowed)
+    problem = "which job? The key is missing." if kind is None else f"unknown kind of job {kind!r}."
+    return f"{problem}{nearest(kind, allowed)} Allowed: {', '.join(allowed)}."
