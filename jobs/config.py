@@ -7,17 +7,17 @@ what happens when all shards are committed, and what the report shows. Nothing h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
+from pipeline.source import Format, Source
+
 if TYPE_CHECKING:
+    import pipeline.run
     from jobs.report import Panel
     from jobs.run import JobResult, Session
-    from pipeline.run import Finished
     from pipeline.spec import StageSpec
-
-InputFormat = Literal["parquet", "jsonl", "csv", "text", "images", "webdataset", "datasets"]
 
 
 class Settings(BaseModel):
@@ -30,13 +30,20 @@ class Input(Settings):
     """Where the rows come from. A plain path, or a list of paths, stands for ``{path: ...}``."""
 
     path: tuple[str, ...] = Field(min_length=1)
-    """Files, folders or globs; local, or any fsspec address such as ``s3://bucket/*.parquet``."""
-    format: InputFormat | None = None
-    """How to read them. Left out: found from the names (and, for a folder, from what is in it)."""
+    """Files, folders or globs; local, or any fsspec address such as ``s3://bucket/*.parquet``; or the output of another
+    job. ``micro-world://train?rows=1000&seed=0`` generates pictures of the miniature world."""
+    format: Format | None = None
+    """How to read them. Left out: found from the names and, for a folder, from what is in it."""
     columns: dict[str, str] = {}
     """Name that the job uses -> name in the input, for instance ``{prompt: caption}``."""
     id: str | None = None
     """The input's column with a unique id for each row. Left out: ids come from file and row number."""
+    images: tuple[str, ...] = ()
+    """Columns that hold pictures as encoded bytes or as paths, where the input does not say so itself."""
+    storage_options: dict[str, Any] = {}
+    """For fsspec: endpoint, keys, ... Never written to the output."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """A picture with more pixels fails its row before it is decoded."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,12 +54,17 @@ class Input(Settings):
             value = {**value, "path": (value["path"],)}
         return value
 
+    def source(self) -> Source:
+        """The same as the plain description that the pipeline reads."""
+        return Source(**{name: getattr(self, name) for name in type(self).model_fields})
+
 
 class Workers(Settings):
     """Bounds of the pool of workers. A plain number stands for ``{min: n, max: n}``."""
 
     min: int = Field(1, ge=1)
-    max: int = Field(1, ge=1)
+    max: int | None = Field(1, ge=1)
+    """None (``null``): as many as the cluster holds."""
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +73,7 @@ class Workers(Settings):
 
     @model_validator(mode="after")
     def _ordered(self) -> Workers:
-        if self.max < self.min:
+        if self.max is not None and self.max < self.min:
             raise ValueError(f"max ({self.max}) is below min ({self.min})")
         return self
 
@@ -77,8 +89,26 @@ class Resources(Settings):
     """GPUs a worker; a fraction shares one GPU between workers."""
     memory: ByteSize | None = None
     """Memory a worker reserves, for instance ``8GB``."""
+    decode_threads: int = Field(2, ge=1)
+    """Threads a worker that read and decode beside the device."""
+    encode_threads: int = Field(2, ge=1)
+    """Threads a worker that encode pictures of the output."""
     price_per_worker_hour: float | None = Field(None, ge=0)
     """What one worker costs an hour, in any currency; ``--dry-run --calibrate`` multiplies with it."""
+
+    def pool(self) -> pipeline.run.Resources:
+        """The same as the plain description that the pipeline takes."""
+        from pipeline.run import Resources as Pool
+
+        return Pool(
+            min_workers=self.workers.min,
+            max_workers=self.workers.max,
+            cpus=self.cpus,
+            gpus=self.gpus,
+            memory=None if self.memory is None else int(self.memory),
+            decode_threads=self.decode_threads,
+            encode_threads=self.encode_threads,
+        )
 
 
 class Job(Settings):
@@ -87,6 +117,8 @@ class Job(Settings):
     job: str
     output: str | None = None
     """Folder, local or fsspec address, that the dataset is written to. ``--output`` sets it too."""
+    storage_options: dict[str, Any] = {}
+    """For fsspec, when the output is remote: endpoint, keys, ... Never written to the output."""
 
     def execute(self, session: Session) -> JobResult:
         """Run the job to its end; called by `jobs.run.run_job`."""
@@ -114,16 +146,17 @@ class JobBase(Job):
         """The stage that maps the rows: an import path and JSON-able parameters. Loads no weights."""
         raise NotImplementedError(f"{type(self).__name__} does not name a stage")
 
-    def finish(self, finished: Finished) -> None:
+    def finish(self, finished: pipeline.run.Finished) -> None:
         """Called once when all shards are committed, before the dataset is published: build what spans shards."""
 
     def panels(self) -> list[Panel]:
         """The job's own panels of the report page, below the general ones."""
         return []
 
-    def fingerprint_config(self) -> dict[str, Any]:
-        """The settings that change the output's bytes: all but where it is written and what it runs on."""
-        return self.model_dump(mode="json", exclude={"output", "resources", "max_failed_fraction", "name"})
+    def own_settings(self) -> dict[str, Any]:
+        """The job's own fields: with stage, source, seed, shard_rows and keep they decide what is written."""
+        common = set(JobBase.model_fields) - {"job"} | {"name"}
+        return self.model_dump(mode="json", exclude=common)
 
     def execute(self, session: Session) -> JobResult:
         return session.run_rows(self)

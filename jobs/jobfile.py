@@ -16,6 +16,7 @@ from jobs import registry
 from jobs.config import Job
 
 Where = tuple[str | int, ...]
+_NOTHING = object()
 
 
 class JobFileError(ValueError):
@@ -171,7 +172,8 @@ def _explain(problem: Mapping[str, Any], data: Any, model: type[BaseModel], wher
         return "this key is required."
     if kind == "literal_error":
         allowed = [word.strip(" '") for word in context["expected"].replace(" or ", ",").split(",")]
-        return f"{problem['input']!r} is not allowed.{registry.nearest(problem['input'], allowed)} Allowed: {context['expected']}."
+        hint = registry.nearest(problem["input"], allowed)
+        return f"{problem['input']!r} is not allowed.{hint} Allowed: {context['expected']}."
     if kind in ("chain", "value_error", "assertion_error"):
         return str(context.get("message") or context.get("error") or problem["msg"])
     message = problem["msg"].removeprefix("Input should be ")
@@ -181,18 +183,22 @@ def _explain(problem: Mapping[str, Any], data: Any, model: type[BaseModel], wher
 def _in_data(where: Where, data: Any) -> Where:
     """Pydantic's location without the parts that name union members rather than keys; a missing key stays."""
     kept: list[str | int] = []
-    for position, part in enumerate(where):
-        last = position == len(where) - 1
-        if isinstance(data, Mapping) and part in data:
-            data = data[part]
-        elif isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif isinstance(data, Mapping) and last and not str(part).startswith(("function-", "tuple[", "list[", "dict[")):
-            data = None
-        else:
-            continue
-        kept.append(part)
+    for part in where[:-1]:
+        inner = _child(data, part)
+        if inner is not _NOTHING:
+            kept.append(part)
+            data = inner
+    if where and (isinstance(data, Mapping) or _child(data, where[-1]) is not _NOTHING):
+        kept.append(where[-1])
     return tuple(kept)
+
+
+def _child(data: Any, part: str | int) -> Any:
+    if isinstance(data, Mapping):
+        return data.get(part, _NOTHING)
+    if isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data):
+        return data[part]
+    return _NOTHING
 
 
 def _blocks(model: type[BaseModel], data: Any, where: Where) -> Iterator[type[BaseModel]]:
