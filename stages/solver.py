@@ -62,9 +62,7 @@ class Occupancy:
         return self.busy_slot_steps / self.slot_steps if self.slot_steps else 0.0
 
 
-def solve(
-    problem: Problem, rows: Iterable[Row], *, occupancy: Occupancy | None = None, poll: int = 1
-) -> Iterator[Row]:
+def solve(problem: Problem, rows: Iterable[Row], *, occupancy: Occupancy | None = None, poll: int = 1) -> Iterator[Row]:
     """Solve every row's problem by continuous batching; rows come out as they finish.
 
     Rows that arrive with status "failed" pass through untouched and take no slot. When the device runs out of memory and
@@ -125,7 +123,9 @@ def solve(
             yield from problem.unload(finished)
 
 
-def slot_mask(slots: int, which: Sequence[int] | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+def slot_mask(
+    slots: int, which: Sequence[int] | torch.Tensor, device: torch.device | str | None = None
+) -> torch.Tensor:
     """which_B from slot numbers; a boolean mask passes through."""
     if isinstance(which, torch.Tensor) and which.dtype == torch.bool:
         return which
@@ -174,9 +174,7 @@ class RowAdamW:
         self.steps_B.masked_fill_(which_B, 0)
 
     @torch.no_grad()
-    def step(
-        self, grad: torch.Tensor, active_B: torch.Tensor | None = None, lr_B: torch.Tensor | None = None
-    ) -> None:
+    def step(self, grad: torch.Tensor, active_B: torch.Tensor | None = None, lr_B: torch.Tensor | None = None) -> None:
         """One update of the active rows; the others keep variable, moments and count.
 
         Args:
@@ -186,8 +184,10 @@ class RowAdamW:
             lr_B: Learning rate a row, instead of the one given at construction.
         """
         beta1, beta2 = self.betas
-        if lr_B is None:
-            lr_B = self.lr(self.steps_B) if callable(self.lr) else torch.full_like(self.steps_B, self.lr, dtype=torch.float64)
+        if lr_B is None and callable(self.lr):
+            lr_B = self.lr(self.steps_B)
+        elif lr_B is None:
+            lr_B = torch.full_like(self.steps_B, self.lr, dtype=torch.float64)
         lr_B = lr_B.double()
         # Bias corrections in float64: 1 - 0.999^1 loses four digits in float32.
         steps_B = (self.steps_B + 1).double()
@@ -257,7 +257,7 @@ class Stopper:
         self.rule = rule
         self.steps_B = torch.zeros(slots, dtype=torch.int64, device=device)
         self.best_B = torch.full((slots,), torch.inf, device=device)
-        self.mark_B = torch.full((slots,), torch.inf, device=device)  # the value that the next progress is measured from
+        self.mark_B = torch.full((slots,), torch.inf, device=device)  # what the next progress is measured from
         self.stalled_B = torch.zeros(slots, dtype=torch.int64, device=device)
         self.improved_B = torch.zeros(slots, dtype=torch.bool, device=device)
         self.reason_B = torch.full((slots,), RUNNING, dtype=torch.int64, device=device)
