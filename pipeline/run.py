@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
-    "Calibration", "Finished", "Plan", "PlanError", "PlanMismatch", "Progress", "Resources", "RunError", "RunResult", "RunSpec",
-    "calibrate", "make_plan", "run",
+    "Calibration", "Finished", "Plan", "PlanError", "PlanMismatch", "Progress", "Resources", "RunError", "RunResult",
+    "RunSpec", "calibrate", "make_plan", "run",
 ]  # fmt: skip
 
 
 class RunError(RuntimeError):
-    """The run cannot start or go on; the message says why and what to do (no Ray, no workers, constructor fails ...)."""
+    """The run cannot start or go on; the message says why and what to do (no Ray, no workers ...)."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def run(
 
     Args:
         spec: What to compute, and where it goes.
-        address: A running Ray (``auto``, ``host:port``, ``ray://...``). None: the Ray this process is already connected to,
-            else a local one that starts and stops with this call.
+        address: A running Ray (``auto``, ``host:port``, ``ray://...``). None: the Ray this process is already
+            connected to, else a local one that starts and stops with this call.
         max_failed_fraction: The run stops as soon as more than this share of all planned rows has failed.
         finish: Called once when all shards are committed, before publication. May be called again if it raises.
         progress: Called from this thread only.

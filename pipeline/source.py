@@ -29,13 +29,14 @@ class Source:
         format: How to read the files. None: found from the names and, for a folder, from what is in it.
         columns: Name in a row -> name in the input. Empty: all columns under their own names. Otherwise only these
             (and those in a run's ``keep``) are read. Fixed names by format: text ``text``; images ``image``,
-            ``path``; webdataset the members' extensions (``jpg``, ``txt``, ``json`` ...), with ``image`` for whichever picture
-            member there is and ``text`` for ``txt``; npy ``embedding``.
-        id: The input's column with a unique id for each row. None: ``<file>#<row number>``, with the file's path below the
-            common folder of the input (images: the path itself; webdataset: ``<file>/<key>``; a finished
-            run's output: its ids).
-        images: Names in a row (after mapping) that hold pictures as encoded bytes, or as paths relative to the row's file. Columns
-            that say so themselves (``struct<bytes, path>``, image folders, tar members) need not be named.
+            ``path``, and ``text`` from a ``.txt`` beside the picture; webdataset the members' extensions (``jpg``,
+            ``json`` ...), with ``image`` for whichever picture member there is, ``text`` for ``txt``, and a JSON
+            member's keys; npy ``embedding``.
+        id: The input's column with a unique id for each row. None: ``<file>#<row number>``, with the file's path below
+            the common folder of the input (images: the path itself; webdataset: ``<file>/<key>``; a finished run's
+            output: its ids).
+        images: Names in a row (after mapping) that hold pictures as encoded bytes, or as paths relative to the row's
+            file. Columns that say so themselves (``struct<bytes, path>``, image folders, tar members) need no naming.
         storage_options: For fsspec: endpoint, keys ... Never written to the output and no part of any fingerprint.
         max_pixels: A picture with more pixels fails its row before it is decoded.
     """

@@ -1,0 +1,80 @@
+"""Decode pictures that come from anywhere into RGB, or say in one sentence why not."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class PictureError(ValueError):
+    """The bytes are no picture that can be used; the message is what the failed row says."""
+
+
+def decode_picture(data: bytes, max_pixels: int) -> Image:
+    """Encoded bytes to an upright 8-bit RGB picture.
+
+    Transparency (alpha, palette or colour-key) is laid over white, CMYK is converted, 16-bit grey is scaled to 8
+    bits, an animation gives its first frame, and the EXIF orientation is applied.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Limit of width x height, checked before anything is decoded.
+
+    Raises:
+        PictureError: Empty, truncated, not a picture, or too large.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not data:
+        raise PictureError("empty picture file (zero bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise PictureError(f"picture of {width}x{height} pixels is above the limit of {max_pixels}")
+                picture.load()
+                return _flatten(ImageOps.exif_transpose(picture))
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        raise PictureError(f"not a picture ({len(data)} bytes starting with {data[:8]!r})") from None
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"picture is too large: {error}") from None
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error, KeyError, IndexError,
+            OverflowError, ZeroDivisionError, AttributeError, RuntimeError) as error:  # fmt: skip
+        # Pillow's decoders raise all of these for damaged files.
+        raise PictureError(f"damaged picture: {error or type(error).__name__}") from None
+
+
+def _flatten(picture: Image) -> Image:
+    import numpy as np
+    from PIL import Image
+
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float64)
+        if picture.mode == "F":
+            top = 1.0 if values.size and values.max() <= 1.0 else 255.0
+        else:
+            top = 65535.0
+        grey = np.clip(np.nan_to_num(values) * (255.0 / top), 0, 255).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        over = picture.convert("RGBA")
+        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, over).convert("RGB")
+    return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
+
+
+def encode_picture(picture: Image) -> bytes:
+    """A PIL picture as PNG bytes (lossless)."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=4)
+    return buffer.getvalue()

@@ -1,0 +1,260 @@
+"""A folder on any filesystem that fsspec knows, with the four operations a commit needs.
+
+``write`` replaces a small file as a whole, ``create`` writes one only if it is not there yet, ``begin`` streams a large
+file that is durable once closed, ``move`` gives a file its final name. On a local disk that is temp file, fsync and
+rename or link; on an object store a single PUT (conditional for ``create``): nothing is visible before it is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar
+from uuid import uuid4
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+T = TypeVar("T")
+ATTEMPTS = 5
+FIRST_WAIT_S = 0.2
+FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Do it, and again after a dropped connection or a server's error; give up after `ATTEMPTS`.
+
+    A full disk, and answers that will not change (missing, exists, forbidden), are raised at once.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except FINAL:
+            raise
+        except (OSError, TimeoutError) as error:
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+            if full or attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(FIRST_WAIT_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename in the folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Upload:
+    """A write-only file that hashes and counts what goes through it."""
+
+    def __init__(self, handle: IO[bytes], local: bool) -> None:
+        self._handle, self._local = handle, local
+        self._digest = hashlib.blake2b(digest_size=16)
+        self.size = 0
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._handle.write(view)
+        self._digest.update(view)
+        self.size += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        """Nothing to do before `close`: a half-written file has no readers."""
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    @property
+    def checksum(self) -> str:
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Durable from here on: fsync on a local disk, the end of the upload on an object store."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            if self._local:
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
+        finally:
+            self._handle.close()
+
+    def abandon(self) -> None:
+        """Close without finishing: an object store keeps nothing, a local disk a part that is to be removed."""
+        if not self.closed:
+            self.closed = True
+            discard = getattr(self._handle, "discard", None)
+            if discard is None:
+                self._handle.close()
+            else:  # fsspec's buffered uploads: closing would complete them
+                with suppress(AttributeError):
+                    self._handle.closed = True  # type: ignore[misc]
+                discard()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder; names are relative to it, with ``/``."""
+
+    url: str
+    fs: Any
+    root: str
+    local: bool
+
+    @staticmethod
+    def at(url: str, storage_options: Mapping[str, Any] | None = None) -> Folder:
+        """The folder at a path or address; it need not exist.
+
+        Raises:
+            ValueError: No filesystem is installed for the address's protocol.
+        """
+        try:
+            fs, root = fsspec.url_to_fs(url, **(storage_options or {}))
+        except ImportError as error:
+            raise ValueError(f"{url}: {error}") from None
+        return Folder(url, fs, root.rstrip("/") or "/", isinstance(fs, LocalFileSystem))
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def exists(self, name: str) -> bool:
+        return bool(patiently(lambda: self._fresh(name).exists(self.path(name))))
+
+    def size(self, name: str) -> int | None:
+        """Bytes, or None if it is not there."""
+        try:
+            return int(patiently(lambda: self._fresh(name).size(self.path(name))))
+        except FileNotFoundError:
+            return None
+
+    def _fresh(self, name: str) -> Any:
+        if not self.local:
+            self.fs.invalidate_cache(self.path(name).rpartition("/")[0])
+        return self.fs
+
+    def read(self, name: str) -> bytes:
+        if self.local:
+            with open(self.path(name), "rb") as handle:
+                return handle.read()
+        return bytes(patiently(lambda: self._fresh(name).cat_file(self.path(name))))
+
+    def listing(self, name: str) -> dict[str, int]:
+        """File name -> size of the files directly in a subfolder, sorted; empty if there is none."""
+        if self.local:
+            try:
+                with os.scandir(self.path(name)) as entries:
+                    return dict(sorted((e.name, e.stat().st_size) for e in entries if e.is_file()))
+            except FileNotFoundError:
+                return {}
+        try:
+            infos = patiently(lambda: self._fresh(f"{name}/x").ls(self.path(name), detail=True, refresh=True))
+        except FileNotFoundError:
+            return {}
+        files = {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in infos if info["type"] == "file"}
+        return dict(sorted(item for item in files.items() if item[0]))
+
+    def _parent(self, name: str) -> str:
+        parent = self.path(name).rpartition("/")[0]
+        os.makedirs(parent, exist_ok=True)
+        return parent
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a small file in place as a whole: readers see the old one or the new one."""
+        if not self.local:
+            patiently(lambda: self.fs.pipe_file(self.path(name), data))
+            return
+        self._replace(name, data, lambda temp: os.replace(temp, self.path(name)))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put a small file in place unless there is one already.
+
+        Returns:
+            Whether the file there now is this one. (After a dropped connection a store may report our own as existing.)
+        """
+        if self.local:
+            try:
+                self._replace(name, data, lambda temp: os.link(temp, self.path(name)))
+                return True
+            except FileExistsError:
+                return False
+        try:
+            patiently(lambda: self.fs.pipe_file(self.path(name), data, mode="create"))
+            return True
+        except FileExistsError:
+            return self.read(name) == data
+
+    def _replace(self, name: str, data: bytes, place: Callable[[str], None]) -> None:
+        parent = self._parent(name)
+        temp = f"{parent}/.{uuid4().hex}.tmp"
+        try:
+            with open(temp, "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            place(temp)
+            _sync_folder(parent)
+        finally:
+            if os.path.exists(temp):
+                os.unlink(temp)
+
+    def begin(self, name: str) -> Upload:
+        """Start a large file; it counts once closed."""
+        if self.local:
+            self._parent(name)
+            return Upload(open(self.path(name), "wb", buffering=1 << 20), True)
+        return Upload(patiently(lambda: self.fs.open(self.path(name), "wb")), False)
+
+    def open(self, name: str) -> Any:
+        """Open for reading, seekable."""
+        if self.local:
+            return open(self.path(name), "rb")
+        return patiently(lambda: self._fresh(name).open(self.path(name), "rb"))
+
+    def move(self, name: str, target: str) -> None:
+        """Give a file another name. An object store copies; a crash between leaves both, which readers accept."""
+        if self.local:
+            parent = self._parent(target)
+            os.replace(self.path(name), self.path(target))
+            _sync_folder(parent)
+            return
+        patiently(lambda: self.fs.copy(self.path(name), self.path(target)))
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Delete a file; it is fine if it is gone already."""
+        with suppress(FileNotFoundError):
+            patiently(lambda: self.fs.rm_file(self.path(name)))
+        if not self.local:
+            self.fs.invalidate_cache(self.path(name).rpartition("/")[0])
+
+    def names(self) -> Iterator[str]:
+        """Names directly in the folder, files and folders."""
+        try:
+            infos = patiently(lambda: self._fresh("x").ls(self.root, detail=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for path in sorted(infos):
+            name = path.rstrip("/").rpartition("/")[2]
+            if name and path.rstrip("/") != self.root:
+                yield name
