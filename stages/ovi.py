@@ -315,12 +315,10 @@ class Inversion:
         with torch.no_grad():
             grad = grad / per_row(self.scale_B, grad)
             overflow_B = torch.zeros_like(self.active_B)
-            finite_B = grad.flatten(1).isfinite().all(1)
-            if settings.precision != "float16":
-    XX
-                overflow_B = ~finite_B
+            if settings.precision == "float16":
+                overflow_B = ~grad.flatten(1).isfinite().all(1)
                 self.scale_B.copy_(torch.where(overflow_B & self.active_B, self.scale_B / 2, self.scale_B))
-                grad = torch.where(overflow_B.view(-1, *([1] * (grad.dim() - 1))), 0.0, grad)
+                grad = torch.where(per_row(overflow_B, grad), 0.0, grad)
             value_B = {"loss": loss_B, "cosine": 1 - cosine_B, "mahalanobis": mahalanobis_B}[settings.watch].detach()
             was_B = self.active_B.clone()
             done_B = self.stopper.update(value_B, was_B)

@@ -1,7 +1,7 @@
 """One batched solver for every method: a variable a row, a loss a row, a stopping rule a row.
 
-The solver holds `slots` rows, advances all of them at once, lets each row stop by itself and gives the freed slot to the
-next waiting row (continuous batching, ours). Shapes never change while it runs: an empty slot is masked, not cut away.
+The solver holds `slots` rows, advances all of them at once, lets each row stop by itself and gives the freed slot to
+the next waiting row (continuous batching, ours). Shapes never change while it runs: an empty slot is masked, not cut away.
 
 Legend: B slots; `x_B...` has one leading entry a slot; `active_B`, `done_B`, `which_B` are boolean.
 """
@@ -65,8 +65,8 @@ class Occupancy:
 def solve(problem: Problem, rows: Iterable[Row], *, occupancy: Occupancy | None = None, poll: int = 1) -> Iterator[Row]:
     """Solve every row's problem by continuous batching; rows come out as they finish.
 
-    Rows that arrive with status "failed" pass through untouched and take no slot. When the device runs out of memory and
-    the problem can `resize`, the rows in flight start again with half the slots: their random numbers are their own, so
+    Rows that arrive with status "failed" pass through untouched and take no slot. When the device runs out of memory
+    and the problem can `resize`, the rows in flight start again with half the slots: their random numbers are their own, so
     the result is the same.
 
     Args:
@@ -142,8 +142,8 @@ def per_row(value_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class RowAdamW:
     """AdamW (Loshchilov and Hutter, 2019, Algorithm 2) on one variable of shape (B, ...), every row on its own clock.
 
-    The arithmetic follows `torch.optim.AdamW`; step count and both moments belong to the row, so a slot that is given to
-    the next row starts afresh while its neighbours go on. The variable is updated in place and keeps its address.
+    The arithmetic follows `torch.optim.AdamW`; step count and both moments belong to the row, so a slot that is given
+    to the next row starts afresh while its neighbours go on. The variable is updated in place and keeps its address.
 
     Args:
         variable: (B, ...), float32; changed in place.

@@ -217,7 +217,8 @@ def test_stopping_reasons():
     assert stopper.steps_B.tolist() == [2, 3, 4, 2]
     assert torch.allclose(stopper.best_B, torch.tensor([0.05, 0.998, 0.6, 1.0]))
     stopper.reset([1])
-    assert stopper.steps_B.tolist() == [2, 0, 4, 2] and REASONS[stopper.reason_B[1]] == "running"
+    assert stopper.steps_B.tolist() == [2, 0, 4, 2]
+    assert REASONS[stopper.reason_B[1]] == "running"
 
 
 def test_stopping_rule_refuses_nonsense():
