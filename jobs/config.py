@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class Settings(BaseModel):
     """Base of every block of a job file: unknown keys are errors, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True
+    )
 
 
 class Input(Settings):
@@ -141,6 +143,10 @@ class JobBase(Job):
     resources: Resources = Resources()
     max_failed_fraction: float = Field(0.1, ge=0, le=1)
     """The job stops when more than this share of the rows has failed."""
+
+    def source(self) -> Source:
+        """What the pipeline reads: the input, unless the job makes several rows of one (``variants``)."""
+        return self.input.source()
 
     def stage(self) -> StageSpec:
         """The stage that maps the rows: an import path and JSON-able parameters. Loads no weights."""

@@ -189,7 +189,7 @@ def run_spec(job: JobBase, output: str, limit: int | None = None) -> RunSpec:
 
     return RunSpec(
         stage=job.stage(),
-        source=job.input.source(),
+        source=job.source(),
         output=output,
         config=job.own_settings(),
         seed=job.seed,

@@ -25,6 +25,7 @@ from pipeline.inputs import SUFFIXES, InputFile, printable
 from pipeline.pictures import PictureError, decode_picture, encode_picture
 from pipeline.source import Source, SourceError
 from pipeline.storage import patiently
+from pipeline.variants import repeated
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -645,7 +646,9 @@ def _npy_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
         width = int(np.prod(shape[1:]))
         handle.seek(start + span.start * width * dtype.itemsize)
         for first in range(span.start, span.stop, BATCH_ROWS):
-            count = min(BATCH_ROWS, span.stop - first)
+            count = min(BATCH_ROWS, min(span.stop, shape[0]) - first)
+            if count <= 0:
+                return
             block = np.frombuffer(handle.read(count * width * dtype.itemsize), dtype).reshape(count, *shape[1:])
             for row, value in enumerate(block, first):
                 yield Raw(_derived(span.name, row), _pick({"embedding": value}, wanted))
@@ -717,6 +720,15 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def reader(source: Source) -> Format:
+    """How a resolved source is read."""
+    assert source.format is not None
+    format = FORMATS[source.format]
+    for name, values in source.variants.items():
+        format = repeated(format, name, values)
+    return format
+
+
 def wanted_columns(source: Source, keep: tuple[str, ...]) -> Wanted:
     """What has to be read for a stage and the kept columns."""
     if not source.columns:
@@ -730,8 +742,7 @@ def read_rows(source: Source, spans: tuple[Span, ...], skip: int, count: int, wa
     Args:
         source: Resolved.
     """
-    assert source.format is not None
-    read = FORMATS[source.format].rows
+    read = reader(source).rows
     for span in spans:
         size = span.stop - span.start
         if skip >= size:

@@ -39,6 +39,8 @@ class Source:
             file. Columns that say so themselves (``struct<bytes, path>``, image folders, tar members) need no naming.
         storage_options: For fsspec: endpoint, keys ... Never written to the output and no part of any fingerprint.
         max_pixels: A picture with more pixels fails its row before it is decoded.
+        variants: Column -> values: every row of the input stands for one row a value, which the column holds and the id
+            ends in (``<id>/<value>``). Rows of the input stay together; a run's ``limit`` counts the rows made so.
     """
 
     path: tuple[str, ...]
@@ -48,6 +50,7 @@ class Source:
     images: tuple[str, ...] = ()
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     max_pixels: int = 100_000_000
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the storage options, which may hold secrets."""
@@ -58,4 +61,5 @@ class Source:
     @staticmethod
     def from_json(plain: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None) -> Source:
         lists = {key: tuple(plain[key]) for key in ("path", "images")}
-        return Source(**{**plain, **lists}, storage_options=dict(storage_options or {}))
+        variants = {name: tuple(values) for name, values in plain.get("variants", {}).items()}
+        return Source(**{**plain, **lists, "variants": variants}, storage_options=dict(storage_options or {}))
