@@ -339,8 +339,8 @@ def fit(statistics: Moments, shrinkage: Shrinkage = "ledoit-wolf") -> Gaussian:
     cholesky_EE, info = torch.linalg.cholesky_ex(covariance_EE)
     if int(info) != 0:
         raise ValueError(
-            f"the covariance of {statistics.rows} rows of width {statistics.dim} is singular at shrinkage {intensity:g}: "
-            "use 'ledoit-wolf' or a larger fixed shrinkage, or more rows"
+            f"the covariance of {statistics.rows} rows of width {statistics.dim} is singular at shrinkage "
+            f"{intensity:g}: use 'ledoit-wolf' or a larger fixed shrinkage, or more rows"
         )
     mean_E = torch.from_numpy(statistics.mean_E)
     return Gaussian(mean_E, covariance_EE, cholesky_EE, intensity, statistics.rows, statistics.mean_norm)
