@@ -720,7 +720,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def reader(source: Source) -> Format:
+def reader_of(source: Source) -> Format:
     """How a resolved source is read."""
     assert source.format is not None
     format = FORMATS[source.format]
@@ -742,7 +742,7 @@ def read_rows(source: Source, spans: tuple[Span, ...], skip: int, count: int, wa
     Args:
         source: Resolved.
     """
-    read = reader(source).rows
+    read = reader_of(source).rows
     for span in spans:
         size = span.stop - span.start
         if skip >= size:

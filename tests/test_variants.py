@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.inputs import list_files, resolve
-from pipeline.read import Span, read_rows, reader
+from pipeline.read import Span, read_rows, reader_of
 from pipeline.source import Source
 
 
@@ -30,7 +30,7 @@ def source(request, tmp_path):
 @pytest.mark.parametrize("shard", [1, 2, 3, 5, 100])
 def test_rows_do_not_depend_on_the_spans(source, shard):
     (file,) = list_files(source)
-    scan = reader(source).scan(source, file, lambda row: row % shard == 0)
+    scan = reader_of(source).scan(source, file, lambda row: row % shard == 0)
     assert scan.rows == 21
     got = []
     for start in range(0, scan.rows, shard):
