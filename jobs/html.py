@@ -70,7 +70,8 @@ def shorten(text: Any, limit: int = 240) -> str:
 
 def words(text: Any, limit: int = 240) -> Html:
     """A row's own text: shortened, and kept from changing the direction of what stands around it."""
-    return tag("bdi", shorten(text, limit))
+    text = str(text)
+    return tag("bdi", shorten(text, limit), title=shorten(text, 1000) if len(text) > limit else None)
 
 
 def table(header: Sequence[Content], rows: Iterable[Sequence[Content]], numeric: Iterable[int] = ()) -> Html:
