@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 
-from pipeline.source import FORMATS, Source, SourceError
+from pipeline.source import FORMATS, Format, Source, SourceError
 from pipeline.storage import patiently
 
 SUFFIXES = {
@@ -23,6 +23,7 @@ SUFFIXES = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),
     "datasets": (".arrow",),
     "npy": (".npy",),
+    "concepts": ("concept.yaml",),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 GENERATED = "micro-world://"
@@ -59,7 +60,7 @@ def format_of(name: str) -> str | None:
     return None
 
 
-def _version(info: dict[str, Any]) -> str:
+def version_of(info: dict[str, Any]) -> str:
     for key in ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "created"):
         if info.get(key):
             return str(info[key]).strip('"')
@@ -178,7 +179,7 @@ def resolve(source: Source) -> Source:
         if len(formats) > 1:
             mixed = " and ".join(sorted(formats))
             raise SourceError(f"{', '.join(source.path)}: holds {mixed}; set format, or name the files with a glob")
-        format = next(iter(formats))  # type: ignore[assignment]
+        format = cast(Format, next(iter(formats)))
     return replace(source, path=tuple(paths), format=format, id=ids)
 
 
@@ -211,7 +212,7 @@ def list_files(source: Source) -> Iterator[InputFile]:
             found = True
             name = path[len(common) :].lstrip("/") if path.startswith(common) else path
             address = place.fs.unstrip_protocol(path) if _remote(place.fs) else path
-            yield InputFile(printable(name), address, int(info["size"] or 0), _version(info))
+            yield InputFile(printable(name), address, int(info["size"] or 0), version_of(info))
         if not found:
             raise SourceError(f"{entry}: no {source.format} file there")
 

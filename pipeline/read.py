@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 import fsspec
 import numpy as np
 
+from pipeline.concepts import concept_rows, scan_concept
 from pipeline.inputs import SUFFIXES, InputFile, printable
 from pipeline.pictures import PictureError, decode_picture, encode_picture
 from pipeline.source import Source, SourceError
@@ -175,8 +176,8 @@ def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
         except (ValueError, RecursionError) as error:
             problem = f"row {row} of {span.name} is not JSON: {error}"
         else:
-            problem = None if isinstance(values, dict) else f"row {row} of {span.name} is no JSON object"
-        if problem is None:
+            problem = "" if isinstance(values, dict) else f"row {row} of {span.name} is no JSON object"
+        if not problem:
             yield Raw(_own_id(source, values, span, row), _pick(values, wanted))
         elif source.id is None:
             yield Raw(_derived(span.name, row), {}, problem)
@@ -716,6 +717,7 @@ FORMATS: dict[str, Format] = {
     "webdataset": Format(_webdataset_scan, _webdataset_rows, _untold),
     "datasets": Format(_datasets_scan, _datasets_rows, _datasets_schema),
     "npy": Format(_npy_scan, _npy_rows, _npy_schema),
+    "concepts": Format(scan_concept, concept_rows, _untold),
     "micro-world": Format(_world_scan, _world_rows, _fixed(image="image", caption="string", scene="string")),
 }
 
