@@ -231,6 +231,7 @@ def _merge(parts: Sequence[Path], trained: Path, folder: Path, on_disk: bool, fa
 
     index = faiss.read_index(str(trained))
     ivf = _inverted_file(index)
+    data_checksum = None
     if ivf is None or not on_disk:
         for part in parts:
             index.merge_from(faiss.read_index(str(part)), 0)
@@ -247,10 +248,10 @@ def _merge(parts: Sequence[Path], trained: Path, folder: Path, on_disk: bool, fa
         merged.this.disown()  # type: ignore[attr-defined]
         merged.filename = "index.ivfdata"  # opened from the index's own folder, wherever that is moved to
         data = record.commit(draft, folder / "index.ivfdata", facts)
-        facts = {**facts, "lists": data["checksum"]}
+        data_checksum = data["checksum"]
     draft = folder / "index.tmp"
     faiss.write_index(index, str(draft))
-    record.commit(draft, folder / "index.merged", facts)
+    record.commit(draft, folder / "index.merged", {**facts, "lists": data_checksum})
 
 
 Step = Callable[[str, int, int], None]
@@ -327,7 +328,7 @@ def build(
     step("measure", 0, 1)
     size = (folder / "index.merged").stat().st_size
     lists_file = folder / "index.ivfdata"
-    data_checksum = json.loads(record.record_path(folder / "index.merged").read_text()).get("lists")
+    data_checksum = json.loads(record.record_path(folder / "index.merged").read_text())["lists"]
     measured = tune(Index.read(folder / "index.merged", vectors_NE, factory), plan.recall)
     seconds["measure"] = time.perf_counter() - begun
     described = {
@@ -384,7 +385,11 @@ class Index:
         """Open an index file, memory-mapped as far as its type allows."""
         import faiss
 
-        faiss_index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_ONDISK_SAME_DIR)
+        on_disk = json.loads(record.record_path(path).read_text())["lists"] is not None
+
+        # Lists in a file of their own are mapped with IO_FLAG_ONDISK_SAME_DIR alone: IO_FLAG_MMAP would skip that file.
+        flags = faiss.IO_FLAG_ONDISK_SAME_DIR if on_disk else faiss.IO_FLAG_MMAP
+        faiss_index = faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY)
         return cls(faiss_index, vectors_NE, surplus(factory) if factory != "Flat" else 1, facts or {})
 
     def probing(self, nprobe: int | None) -> Index:
