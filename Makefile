@@ -1,0 +1,46 @@
+# Everything runs in a virtual environment of its own, made on first use with nothing but python3.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out/quickstart
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: quickstart test bench lint format clean help
+
+help:
+	@echo "make quickstart   the miniature world end to end: a reference, inversions, a report ($(OUT)/report.html)"
+	@echo "make test         the whole test suite"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        the benchmarks (long)"
+
+# torch first: the pin admits whatever build of that release the index offers (CPU, CUDA, ROCm).
+$(READY): pyproject.toml constraints.txt
+	@echo "Making $(VENV) (a few minutes the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet -c constraints.txt -e ".[cpu,test]"
+	@touch $@
+
+quickstart: $(READY)
+	$(BIN)/latentmill run-job jobs/quickstart.yaml --output $(OUT)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	@for module in benchmarks/*.py; do \
+		name=$$(basename $$module .py); \
+		[ $$name = __init__ ] || { echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; }; \
+	done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
