@@ -1,0 +1,184 @@
+"""CLIP-family encoders of transformers by folder or hub id: CLIP, OpenCLIP (converted), SigLIP, Kandinsky 2.2's prior.
+
+Legend: B rows, E embedding width. Embeddings are the raw projected vectors, not normalised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Role = Literal["image", "text"]
+_PARTS = {"image": ("image_encoder", "image_processor"), "text": ("text_encoder", "tokenizer")}
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded; the message names it and says what is expected."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an encoder's weights and its processor lie: subfolders of a pipeline, or none of a plain model."""
+
+    path: str
+    revision: str | None
+    model: str = ""
+    processor: str = ""
+
+    def options(self, subfolder: str) -> dict[str, Any]:
+        return {"revision": self.revision, **({"subfolder": subfolder} if subfolder else {})}
+
+
+@lru_cache(maxsize=32)
+def locate(path: str, role: Role, revision: str | None = None) -> Place:
+    """Find an encoder in a diffusers pipeline (``image_encoder``, ``text_encoder``) or in a model of transformers.
+
+    Raises:
+        ModelError: There is neither, or the pipeline has no such part.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        parts = DiffusionPipeline.load_config(path, revision=revision)
+    except (OSError, ValueError):
+        return Place(path, revision)
+    encoder, processor = _PARTS[role]
+    if encoder not in parts:
+        raise ModelError(f"{path}: this pipeline has no {encoder}; name a prior pipeline, or a CLIP model")
+    return Place(path, revision, encoder, processor)
+
+
+def _config(place: Place) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(place.path, **place.options(place.model))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{place.path}: no encoder can be loaded from here: {reason}") from None
+
+
+def embedding_width(path: str, revision: str | None = None) -> int:
+    """E, read from the configuration alone."""
+    config = _config(locate(path, "image", revision))
+    vision = getattr(config, "vision_config", config)
+    if "siglip" in config.model_type:
+        return int(vision.hidden_size)
+    return int(getattr(config, "projection_dim", None) or vision.projection_dim)
+
+
+def identity(path: str, role: Role, revision: str | None = None) -> dict[str, str]:
+    """Path, revision and fingerprint of an encoder, for `StageInfo.models`. Reads no more than 1 MB of the weights.
+
+    The fingerprint covers the configuration and, of a local folder, each weight file's size, header and first bytes.
+    """
+    place = locate(path, role, revision)
+    digest = hashlib.blake2b(digest_size=16)
+    settings = _config(place).to_dict()
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        settings.pop(key, None)
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    folder = Path(path) / place.model
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with file.open("rb") as weights:
+            digest.update(f"{file.name}:{file.stat().st_size}".encode())
+            digest.update(weights.read(1 << 20))
+    return {"path": path, "revision": revision or "", "fingerprint": digest.hexdigest()}
+
+
+def _load(loader: Any, place: Place, subfolder: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(place.path, **place.options(subfolder), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{place.path}/{subfolder}: cannot be loaded: {reason}") from None
+
+
+class TextEncoder:
+    """Prompts to text embeddings.
+
+    Args:
+        path: Folder or hub id of a prior pipeline or of a CLIP-family model.
+        dtype: Weights' type; float32 on a CPU.
+    """
+
+    def __init__(
+        self, path: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection, SiglipModel
+
+        place = locate(path, "text", revision)
+        self._siglip = "siglip" in _config(place).model_type
+        model = _load(SiglipModel if self._siglip else CLIPTextModelWithProjection, place, place.model, dtype=dtype)
+        self.model = (model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
+        self.tokenizer = _load(AutoTokenizer, place, place.processor)
+        self.device = device
+        positions = getattr(self.model.config, "max_position_embeddings", 77)
+        self.length = min(positions, self.tokenizer.model_max_length)
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether the encoder reads only the beginning of the prompt."""
+        return len(self.tokenizer(prompt).input_ids) > self.length
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], batch: int = 256) -> torch.Tensor:
+        """t_BE, float32 on the CPU. Prompts longer than the encoder's context are cut, as its pipelines cut them."""
+        out = []
+        for start in range(0, len(prompts), batch):
+            part = self.tokenizer(
+                list(prompts[start : start + batch]), padding="max_length", truncation=True, max_length=self.length,
+                return_tensors="pt",
+            ).to(self.device)  # fmt: skip
+            if self._siglip:  # trained without a mask
+                out.append(self.model(input_ids=part.input_ids).pooler_output)
+            else:
+                out.append(self.model(input_ids=part.input_ids, attention_mask=part.attention_mask).text_embeds)
+        return torch.cat(out).float().cpu().clone()
+
+
+class ImageEncoder:
+    """Pictures to image embeddings; `model` is what OVI enters behind the patch embedding.
+
+    Args:
+        path: Folder or hub id of a prior pipeline or of a CLIP-family model.
+    """
+
+    def __init__(
+        self, path: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, SiglipVisionModel
+
+        place = locate(path, "image", revision)
+        self._siglip = "siglip" in _config(place).model_type
+        loader = SiglipVisionModel if self._siglip else CLIPVisionModelWithProjection
+        self.model = _load(loader, place, place.model, dtype=dtype).to(device).eval().requires_grad_(False)
+        self.processor = _load(AutoImageProcessor, place, place.processor)
+        self.device, self.dtype = device, dtype
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[Image], batch: int = 64) -> torch.Tensor:
+        """z_BE, float32 on the CPU."""
+        out = []
+        for start in range(0, len(pictures), batch):
+            pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt").pixel_values
+            seen = self.model(pixel_values=pixels.to(self.device, self.dtype))
+            out.append(seen.pooler_output if self._siglip else seen.image_embeds)
+        return torch.cat(out).float().cpu().clone()
+
+    @torch.inference_mode()
+    def of_black(self) -> torch.Tensor:
+        """Embedding (E,) of the all-zero input, Kandinsky 2.2's negative condition."""
+        size = self.model.config.image_size
+        pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype)
+        seen = self.model(pixel_values=pixels)
+        return (seen.pooler_output if self._siglip else seen.image_embeds)[0].float().cpu().clone()
