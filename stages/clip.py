@@ -5,15 +5,14 @@ Legend: B rows, E embedding width. Embeddings are the raw projected vectors, not
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from stages.fingerprint import describe_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,22 +77,12 @@ def embedding_width(path: str, revision: str | None = None) -> int:
 
 
 def identity(path: str, role: Role, revision: str | None = None) -> dict[str, str]:
-    """Path, revision and fingerprint of an encoder, for `StageInfo.models`. Reads no more than 1 MB of the weights.
-
-    The fingerprint covers the configuration and, of a local folder, each weight file's size, header and first bytes.
-    """
+    """Path, revision and fingerprint of an encoder, for `StageInfo.models`; loads no weights."""
     place = locate(path, role, revision)
-    digest = hashlib.blake2b(digest_size=16)
-    settings = _config(place).to_dict()
-    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        settings.pop(key, None)
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    folder = Path(path) / place.model
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        with file.open("rb") as weights:
-            digest.update(f"{file.name}:{file.stat().st_size}".encode())
-            digest.update(weights.read(1 << 20))
-    return {"path": path, "revision": revision or "", "fingerprint": digest.hexdigest()}
+    try:
+        return {**describe_model(path, revision, place.model), "path": path}
+    except FileNotFoundError as error:
+        raise ModelError(str(error)) from None
 
 
 def _load(loader: Any, place: Place, subfolder: str, **options: Any) -> Any:
