@@ -1,0 +1,122 @@
+"""One training loop for all the miniature models: AdamW, warm-up and cosine, EMA, checkpoints, a progress line.
+
+A loop can be bounded in wall-clock time as well as in steps: the schedule then runs on whichever is further along, so a
+run on a slow machine still ends annealed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast a model is trained. ``minutes`` bounds the wall-clock time (0: steps alone count)."""
+
+    steps: int
+    batch: int
+    lr: float
+    minutes: float = 0.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup: int = 200
+    ema: float = 0.999
+    final_lr: float = 0.01
+    clip: float = 1.0
+
+
+StepFunction = Callable[[np.ndarray, np.random.Generator], torch.Tensor]
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def train(
+    name: str, module: nn.Module, loss_of: StepFunction, count: int, recipe: Recipe, work: Path, seed: int = 0
+) -> nn.Module:
+    """Train ``module`` in place on ``count`` items and return it with its averaged (EMA) weights.
+
+    Args:
+        name: Names the checkpoint ``work/<name>.pt`` from which a stopped run resumes.
+        loss_of: Maps item indices (batch,) and a generator to a scalar loss.
+    """
+    params = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    average = copy.deepcopy(module).requires_grad_(False)
+    checkpoint, step, spent = work / f"{name}.pt", 0, 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        module.load_state_dict(saved["module"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, spent = saved["step"], saved["spent"]
+        print(f"[{name}] resumed at step {step}", flush=True)
+
+    def save() -> None:
+        state = {"module": module.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({**state, "step": step, "spent": spent}, checkpoint.with_suffix(".tmp"))
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
+
+    module.train()
+    began = now = time.monotonic()
+    saved_at = shown_at = began
+    before, first, shown_step, losses = spent, step, step, []
+    while True:
+        spent = before + now - began
+        done = max(step / recipe.steps, spent / (60 * recipe.minutes) if recipe.minutes else 0.0)
+        if done >= 1:
+            break
+        warm = min(1.0, (step + 1) / recipe.warmup)
+        lr = recipe.lr * warm * (recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rng = np.random.default_rng([seed, step])
+        torch.manual_seed(int(rng.integers(2**31)))
+        loss = loss_of(rng.integers(count, size=recipe.batch), rng)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, recipe.clip)
+        optimizer.step()
+        step += 1
+        decay = min(recipe.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+            for a, b in zip(average.buffers(), module.buffers(), strict=True):
+                a.copy_(b)
+        losses.append(loss.detach())
+        now = time.monotonic()
+        if now - shown_at > 20:
+            rate = (step - shown_step) * recipe.batch / (now - shown_at)
+            left = (now - began) * (1 - done) / max(done - first / recipe.steps, 1e-6) if not recipe.minutes else \
+                min(60 * recipe.minutes - spent, (recipe.steps - step) * recipe.batch / rate)
+            mean = float(torch.stack(losses).mean())
+            print(f"[{name}] step {step}/{recipe.steps} loss {mean:.4f} lr {lr:.1e} {rate:.0f} images/s "
+                  f"left {_clock(max(left, 0))}", flush=True)
+            shown_at, shown_step, losses = now, step, []
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"{name}: the loss is {mean} at step {step}; lower the learning rate")
+        if now - saved_at > 90:
+            save()
+            saved_at = now
+    save()
+    return average.eval()
+
+
+def pictures_to_tensor(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], channels last."""
+    x = torch.from_numpy(np.ascontiguousarray(pictures)).to(device)
+    return (x.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
