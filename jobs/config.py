@@ -159,6 +159,10 @@ class JobBase(Job):
     def finish(self, finished: pipeline.run.Finished) -> None:
         """Called once when all shards are committed, before the dataset is published: build what spans shards."""
 
+    def card(self) -> str:
+        """More for the dataset card, in Markdown: how to use what this job wrote."""
+        return ""
+
     def panels(self) -> list[Panel]:
         """The job's own panels of the report page, below the general ones."""
         return []

@@ -201,14 +201,14 @@ def run_spec(job: JobBase, output: str, limit: int | None = None) -> RunSpec:
 
 
 def description(job: JobBase) -> str:
-    """What the dataset card says about the job: the first paragraph of the model's docstring, and its settings."""
+    """What the dataset card says about the job: the first paragraph of the model's docstring, its own words, its settings."""
     import yaml
 
     text = (type(job).__doc__ or "").strip().split("\n\n")[0]
     settings = yaml.safe_dump(
         {"job": job.job, **job.own_settings(), "seed": job.seed}, sort_keys=False, allow_unicode=True
     )
-    return f"{text}\n\n## Settings\n\n```yaml\n{settings}```\n"
+    return f"{text}\n\n{job.card()}## Settings\n\n```yaml\n{settings}```\n"
 
 
 @dataclass(frozen=True)
