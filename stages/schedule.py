@@ -1,0 +1,187 @@
+"""The noise schedule as numbers: what one deterministic sampling step does, and what its inverse needs.
+
+Every sampler here is affine in the network's output: going down from the noisier latent z to the cleaner z_prev,
+
+    z_prev = scale * z + weight * m(z, t)
+
+with m the network's own output (noise, v, or a flow's velocity). All methods of inversion are written against these two
+numbers, so they serve every prediction type and every schedule.
+
+Legend: S steps, index 0 next to the picture, S - 1 at the noise; B rows, each at a step of its own; `z_BCHW` latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's coefficients for each row, shaped (B, 1, 1, 1) to broadcast over latents; `t_B` is (B,)."""
+
+    t_B: torch.Tensor
+    scale: torch.Tensor
+    weight: torch.Tensor
+    back_scale: torch.Tensor
+    back_weight: torch.Tensor
+    signal: torch.Tensor
+    signal_prev: torch.Tensor
+
+    def down(self, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
+        """The sampling step D_t: from z to z_prev, m evaluated at z."""
+        return self.scale * z_BCHW + self.weight * m_BCHW
+
+    def up(self, z_prev_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
+        """The map whose fixed point inverts the step: D_t(z) = z_prev exactly when z = up(z_prev, m(z, t))."""
+        return (z_prev_BCHW - self.weight * m_BCHW) / self.scale
+
+    def explicit(self, z_prev_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
+        """DDIM inversion, m evaluated at z_prev: x_0 and noise are read off z_prev at its own noise level."""
+        return self.back_scale * z_prev_BCHW + self.back_weight * m_BCHW
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All steps of one sampler.
+
+    Attributes:
+        prediction: What the network's output is: "epsilon", "v_prediction", "sample" or "flow".
+        t_S: What the network is told as the time.
+        scale_S, weight_S: z_prev = scale z + weight m(z, t).
+        back_scale_S, back_weight_S: The explicit inverse, z = back_scale z_prev + back_weight m(z_prev, t).
+        signal_S, noise_S, signal_prev_S, noise_prev_S: z at noise level t is signal x_0 + noise eps; the same of z_prev.
+    """
+
+    prediction: str
+    t_S: torch.Tensor
+    scale_S: torch.Tensor
+    weight_S: torch.Tensor
+    back_scale_S: torch.Tensor
+    back_weight_S: torch.Tensor
+    signal_S: torch.Tensor
+    noise_S: torch.Tensor
+    signal_prev_S: torch.Tensor
+    noise_prev_S: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.t_S)
+
+    def to(self, device: torch.device | str) -> Schedule:
+        return Schedule(
+            self.prediction, *(getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "prediction")
+        )
+
+    def at(self, k_B: torch.Tensor) -> Step:
+        """The coefficients of each row's own step; k_B int64, values in [0, S)."""
+
+        def column(value_S: torch.Tensor) -> torch.Tensor:
+            return value_S[k_B].float().view(-1, 1, 1, 1)
+
+        return Step(
+            self.t_S[k_B],
+            column(self.scale_S),
+            column(self.weight_S),
+            column(self.back_scale_S),
+            column(self.back_weight_S),
+            column(self.signal_S),
+            column(self.signal_prev_S),
+        )
+
+    def epsilon(self, k: int, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
+        """The noise that the output m at z stands for, at step k."""
+        signal, noise = float(self.signal_S[k]), float(self.noise_S[k])
+        if self.prediction == "epsilon":
+            return m_BCHW
+        if self.prediction == "v_prediction":
+            return signal * m_BCHW + noise * z_BCHW
+        if self.prediction == "sample":
+            return (z_BCHW - signal * m_BCHW) / noise
+        return z_BCHW + signal * m_BCHW
+
+
+def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
+    """DDIM (Song et al., 2021, equation 12, eta = 0) as diffusers' `DDIMScheduler` runs it, without clipping.
+
+    phi_t = sqrt(abar_prev / abar_t) and psi_t = sqrt(1 - abar_prev) - sqrt(abar_prev (1 - abar_t) / abar_t) are `scale` and
+    `weight` of an epsilon model. A v model's step is the rotation z_prev = cos(d) z - sin(d) v by the angle d between the
+    two noise levels, which stays finite at zero signal.
+
+    Args:
+        config: The configuration of any diffusers scheduler of a variance-preserving model (DDIM, PNDM, Euler, DPM, ...).
+        steps: Sampling steps S.
+
+    Raises:
+        ValueError: A prediction type or a number of steps that cannot be run.
+    """
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config({**config, "clip_sample": False, "thresholding": False})
+    train_steps = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"steps is {steps}: this model's schedule has between 1 and {train_steps}")
+    scheduler.set_timesteps(steps)
+    t_S = scheduler.timesteps.flip(0)
+    if int(t_S[-1]) >= train_steps:
+        raise ValueError(f"steps is {steps}: with the schedule's steps_offset the last time is beyond {train_steps - 1}")
+    # The sampler's previous time is t - T // S, also where rounding makes the next entry of `timesteps` another one.
+    prev_S = t_S - train_steps // steps
+    abar_S = scheduler.alphas_cumprod.double()[t_S]
+    abar_prev_S = torch.where(
+        prev_S >= 0, scheduler.alphas_cumprod.double()[prev_S.clamp(min=0)], scheduler.final_alpha_cumprod.double()
+    )
+    signal_S, noise_S = abar_S.sqrt(), (1 - abar_S).sqrt()
+    signal_prev_S, noise_prev_S = abar_prev_S.sqrt(), (1 - abar_prev_S).sqrt()
+    prediction = scheduler.config.prediction_type
+    if prediction == "epsilon":
+        scale_S, weight_S = signal_prev_S / signal_S, noise_prev_S - signal_prev_S * noise_S / signal_S
+        back_scale_S, back_weight_S = 1 / scale_S, -weight_S / scale_S
+    elif prediction == "v_prediction":
+        scale_S = signal_prev_S * signal_S + noise_prev_S * noise_S
+        weight_S = noise_prev_S * signal_S - signal_prev_S * noise_S
+        back_scale_S, back_weight_S = scale_S, -weight_S
+    elif prediction == "sample":
+        scale_S, weight_S = noise_prev_S / noise_S, signal_prev_S - signal_S * noise_prev_S / noise_S
+        back_scale_S, back_weight_S = noise_S / noise_prev_S, signal_S - signal_prev_S * noise_S / noise_prev_S
+    else:
+        raise ValueError(f"prediction_type {prediction!r} is not one of epsilon, v_prediction, sample")
+    if not bool(torch.stack([scale_S, weight_S, back_scale_S, back_weight_S]).isfinite().all()):
+        raise ValueError(
+            f"the schedule reaches zero signal or zero noise, where a {prediction} model's step has no inverse: "
+            "use fewer steps or another timestep_spacing"
+        )
+    return Schedule(
+        prediction, t_S, scale_S, weight_S, back_scale_S, back_weight_S, signal_S, noise_S, signal_prev_S, noise_prev_S
+    )
+
+
+def flow_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
+    """Euler steps of a rectified flow, z = (1 - sigma) x_0 + sigma eps, as `FlowMatchEulerDiscreteScheduler` runs them.
+
+    z_prev = z + (sigma_prev - sigma) v(z, t): `scale` is 1, and every method of inversion applies unchanged.
+
+    Raises:
+        ValueError: The schedule shifts with the picture's size, which needs a size that the configuration does not hold.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if config.get("use_dynamic_shifting"):
+        raise ValueError("a flow schedule with use_dynamic_shifting depends on the picture's size: set a fixed shift")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+    scheduler.set_timesteps(steps)
+    sigma = scheduler.sigmas.double().flip(0)
+    sigma_prev_S, sigma_S = sigma[:-1], sigma[1:]
+    weight_S = sigma_prev_S - sigma_S
+    one_S = torch.ones_like(weight_S)
+    return Schedule(
+        "flow", scheduler.timesteps.flip(0), one_S, weight_S, one_S, -weight_S, 1 - sigma_S, sigma_S, 1 - sigma_prev_S, sigma_prev_S
+    )
+
+
+def make_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
+    """The deterministic sampler that belongs to a scheduler's configuration: flow matching by its class name, else DDIM."""
+    build = flow_schedule if "FlowMatch" in str(config.get("_class_name", "")) else ddim_schedule
+    return build(config, steps)
