@@ -152,10 +152,6 @@ class JobBase(Job):
         """The stage that maps the rows: an import path and JSON-able parameters. Loads no weights."""
         raise NotImplementedError(f"{type(self).__name__} does not name a stage")
 
-    def source(self) -> Source:
-        """The input as the pipeline reads it; a job that makes several rows of one adds `Source.variants` here."""
-        return self.input.source()
-
     def finish(self, finished: pipeline.run.Finished) -> None:
         """Called once when all shards are committed, before the dataset is published: build what spans shards."""
 

@@ -155,7 +155,7 @@ def _overview(view: View) -> Html:
     progress, records = view.status.progress, view.records
     done = progress.rows_ok + progress.rows_failed
     seconds = sum(record.seconds for record in records)
-    size = sum(record.bytes for record in records)
+    size = sum(record.size for record in records)
     workers = len({record.worker for record in records})
     elapsed = sum(end - start for start, end in _busy(records))
     share = progress.rows_failed / done if done else 0.0
@@ -304,11 +304,10 @@ def _failed(view: View) -> Html:
 
 
 def _columns(view: View) -> Html:
-    first = next(iter(view.output.tables()), None)
-    if first is None:
-        return Html()
+    from pipeline.schema import decode_schema
+
     rows = []
-    for field in first.schema:
+    for field in decode_schema(view.plan["schema"]):
         metadata = {key.decode(): value.decode(errors="replace") for key, value in (field.metadata or {}).items()}
         said = metadata.get("doc") or metadata.get("description") or ""
         shape = metadata.get("shape", "")

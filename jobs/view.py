@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,16 +48,17 @@ class View:
 
     @cached_property
     def columns(self) -> dict[str, ColumnKind]:
-        """Column -> what it holds; empty before the first shard is committed."""
-        first = next(iter(self.output.tables()), None)
-        return {} if first is None else {field.name: _kind(field) for field in first.schema}
+        """Column -> what it holds."""
+        from pipeline.schema import decode_schema
+
+        return {field.name: _kind(field) for field in decode_schema(self.plan["schema"])}
 
     def named(self, kind: ColumnKind) -> list[str]:
         """The columns of one kind, without id, status and error."""
         return [name for name, found in self.columns.items() if found == kind and name not in _OWN]
 
     def values(self, name: str, limit: int = 200_000) -> np.ndarray:
-        """The non-null values of a column over the rows with status ok, at most `limit` of them, in order.
+        """The non-null values of a column over the rows with status ok; of many rows, those of evenly chosen shards.
 
         Returns:
             (n,) float64 for numbers, (n, width) for vectors.
@@ -65,60 +66,58 @@ class View:
         import numpy as np
 
         parts: list[np.ndarray] = []
-        missing = limit
-        for table in self._ok([name]):
-            column = table.column(name).drop_null().slice(0, missing)
+        rows = sum(record.rows_ok for record in self.records)
+        for table in self._ok([name], self._every(-(-rows // max(1, limit)))):
+            column = table.column(name).drop_null()
             if self.columns[name] == "vector":
                 width = table.schema.field(name).type.list_size
                 flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
                 parts += [values.astype(np.float64).reshape(-1, width) for values in flat]
             else:
                 parts.append(column.to_numpy().astype(np.float64))
-            missing -= len(column)
-            if missing <= 0:
-                break
         return np.concatenate(parts) if parts else np.zeros(0)
 
-    def rows(self, columns: Sequence[str], limit: int = 24, spread: bool = True) -> list[dict[str, Any]]:
-        """Some rows with status ok as dicts; pictures as their encoded bytes.
-
-        Args:
-            columns: Columns to read.
-            limit: At most so many rows.
-            spread: Take them evenly from all shards, not from the first ones only.
-        """
-        shards = max(1, len(self.records))
-        each = max(1, -(-limit // shards)) if spread else limit
-        stride = max(1, shards // limit) if spread else 1
+    def rows(self, columns: Sequence[str], limit: int = 24) -> list[dict[str, Any]]:
+        """Some rows with status ok as dicts, taken evenly from the shards; pictures as their encoded bytes."""
+        chosen = self._every(max(1, len(self.records) // max(1, limit)))
+        each = -(-limit // max(1, len(chosen)))
         found: list[dict[str, Any]] = []
-        for number, table in enumerate(self._ok(columns)):
-            if number % stride:
-                continue
-            for row in table.slice(0, each).to_pylist():
-                found.append({name: _bytes(value) for name, value in row.items()})
+        for table in self._ok(columns, chosen):
+            found += [{name: _bytes(value) for name, value in row.items()} for row in table.slice(0, each).to_pylist()]
             if len(found) >= limit:
                 break
         return found[:limit]
+
+    def _every(self, stride: int) -> list[Record]:
+        """Every so many-th record that has rows with status ok."""
+        return [record for record in self.records if record.rows_ok][::stride]
 
     def failures(self, limit: int = 50) -> list[dict[str, Any]]:
         """The first failed rows: id and error."""
         import pyarrow.compute as pc
 
         found: list[dict[str, Any]] = []
-        if not any(record.rows_failed for record in self.records):
-            return found
-        for table in self.output.tables(["id", "status", "error"]):
+        for table in self._tables(["id", "status", "error"], [record for record in self.records if record.rows_failed]):
             bad = table.filter(pc.not_equal(table.column("status"), "ok"))
             found += bad.select(["id", "error"]).slice(0, limit - len(found)).to_pylist()
             if len(found) >= limit:
                 break
         return found
 
-    def _ok(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def _ok(self, columns: Sequence[str], records: Iterable[Record]) -> Iterator[pa.Table]:
         import pyarrow.compute as pc
 
-        for table in self.output.tables([*dict.fromkeys([*columns, "status"])]):
+        for table in self._tables([*dict.fromkeys([*columns, "status"])], records):
             yield table.filter(pc.equal(table.column("status"), "ok")).select(list(columns))
+
+    def _tables(self, columns: Sequence[str], records: Iterable[Record]) -> Iterator[pa.Table]:
+        import pyarrow.parquet as pq
+
+        for record in records:
+            name = self.output.locate(record)
+            if name is not None:  # a file that is gone is verify's to report
+                with self.output.folder.open(name) as handle:
+                    yield pq.read_table(handle, columns=list(columns))
 
 
 def _kind(field: pa.Field) -> ColumnKind:
