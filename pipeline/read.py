@@ -295,9 +295,10 @@ def _picture_names(schema: pa.Schema) -> set[str]:
     return names & set(schema.names)
 
 
-def _as_encoded(value: Any) -> Encoded | None:
-    if value is None:
-        return None
+def as_encoded(value: Any) -> Encoded:
+    """A picture in any of the forms that inputs have it in: bytes, a path, a struct of both, nothing."""
+    if value is None or isinstance(value, Encoded):
+        return value or Encoded()
     if isinstance(value, Mapping):
         return Encoded(value.get("bytes"), value.get("path"))
     if isinstance(value, str):
@@ -317,7 +318,7 @@ def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> li
         shape = getattr(kind, "shape", None)
         array, kind = array.storage, kind.storage_type
     if picture:
-        return [_as_encoded(value) for value in array.to_pylist()]
+        return [as_encoded(value) for value in array.to_pylist()]
     listed = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not listed or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         return array.to_pylist()
@@ -735,7 +736,8 @@ def wanted_columns(source: Source, keep: tuple[str, ...]) -> Wanted:
     """What has to be read for a stage and the kept columns."""
     if not source.columns:
         return None
-    return {**source.columns, **{name: name for name in keep if name not in source.columns}}
+    kept = {name: name for name in keep if name not in source.columns and name not in source.variants}
+    return {**source.columns, **kept}
 
 
 def read_rows(source: Source, spans: tuple[Span, ...], skip: int, count: int, wanted: Wanted) -> Iterator[Raw]:
@@ -766,6 +768,9 @@ def read_rows(source: Source, spans: tuple[Span, ...], skip: int, count: int, wa
 def prepare(raw: Raw, source: Source, folder: str) -> tuple[dict[str, Any] | None, str | None]:
     """A row as the stage gets it, its pictures decoded: (row, None), or (None, why not).
 
+    Columns that are only kept are left out: the stage has no use for them, and a damaged picture in one is no reason to
+    fail the row.
+
     Args:
         folder: Of the row's file; relative picture paths start there.
     """
@@ -773,12 +778,10 @@ def prepare(raw: Raw, source: Source, folder: str) -> tuple[dict[str, Any] | Non
         return None, raw.error
     row: dict[str, Any] = {"id": raw.id}
     for name, value in raw.values.items():
-        if name == "id":
+        if name == "id" or (source.columns and name not in source.columns and name not in source.variants):
             continue
         if name in source.images:
-            value = _as_encoded(value)
-            if value is None:
-                return None, f"column {name!r} holds no picture (null)"
+            value = as_encoded(value)
         if isinstance(value, Encoded):
             try:
                 row[name] = decode_picture(picture_bytes(value, source, folder), source.max_pixels)
@@ -797,7 +800,7 @@ def picture_bytes(value: Encoded, source: Source, folder: str) -> bytes:
     """
     if value.data is None:
         if not value.path:
-            raise PictureError("neither bytes nor path")
+            raise PictureError("no picture (null)")
         path = value.path if "://" in value.path or value.path.startswith("/") else f"{folder}/{value.path}"
         try:
             with open_input(path, source) as handle:
