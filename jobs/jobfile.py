@@ -128,7 +128,8 @@ def _with(data: Any, keys: Sequence[str], value: Any, override: str) -> Any:
         return value
     key, rest = keys[0], keys[1:]
     if isinstance(data, (list, tuple)):
-        names = {str(item["name"]): n for n, item in enumerate(data) if isinstance(item, Mapping) and "name" in item}
+        named = {n: item.get("name", item.get("job")) for n, item in enumerate(data) if isinstance(item, Mapping)}
+        names = {str(name): n for n, name in named.items() if name is not None}
         index = names.get(key, int(key) if key.isdigit() else -1)
         if not 0 <= index < len(data):
             choices = [*names, *map(str, range(len(data)))]

@@ -201,7 +201,7 @@ def run_spec(job: JobBase, output: str, limit: int | None = None) -> RunSpec:
 
 
 def description(job: JobBase) -> str:
-    """What the dataset card says about the job: the first paragraph of the model's docstring, its own words, its settings."""
+    """What the dataset card says: the first paragraph of the model's docstring, the job's own words, its settings."""
     import yaml
 
     text = (type(job).__doc__ or "").strip().split("\n\n")[0]
