@@ -76,11 +76,20 @@ def embedding_width(path: str, revision: str | None = None) -> int:
     return int(getattr(config, "projection_dim", None) or vision.projection_dim)
 
 
+def vision_width(path: str, revision: str | None = None) -> int:
+    """D, the image encoder's own width, read from the configuration alone."""
+    config = _config(locate(path, "image", revision))
+    return int(getattr(config, "vision_config", config).hidden_size)
+
+
 def identity(path: str, role: Role, revision: str | None = None) -> dict[str, str]:
-    """Path, revision and fingerprint of an encoder, for `StageInfo.models`; loads no weights."""
-    place = locate(path, role, revision)
+    """Path, revision and fingerprint of an encoder, for `StageInfo.models`; loads no weights.
+
+    Raises:
+        ModelError: There is no such encoder.
+    """
     try:
-        return {**describe_model(path, revision, place.model), "path": path}
+        return describe_model(path, revision, locate(path, role, revision).model)
     except FileNotFoundError as error:
         raise ModelError(str(error)) from None
 

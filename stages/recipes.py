@@ -50,7 +50,7 @@ class Stop(BaseModel):
 
 
 class Constraint(BaseModel):
-    """What keeps an embedding among those of real images: the constraints of OVI. Their formulas and weights are ours."""
+    """What keeps an embedding among those of real images: OVI's constraints. Their formulas and weights are ours."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -112,7 +112,7 @@ class Direct(Recipe):
 
 
 class OVI(Recipe):
-    """Optimisation-based visual inversion (Dell'Erba and Bagdanov): visual tokens optimised through the image encoder."""
+    """Optimisation-based visual inversion (Dell'Erba and Bagdanov): visual tokens optimised through the encoder."""
 
     method: Literal["ovi"] = "ovi"
     recipe: Literal["published", "early"] = "early"
@@ -135,8 +135,8 @@ class OVI(Recipe):
     stop: Stop = Stop()
     """When a row stops earlier. The published recipe never does."""
     warm_start: str | None = None
-    """Output of an earlier job with ``store_tokens: true`` and as many tokens: a row starts from the tokens of the prompt
-    there that is nearest to it."""
+    """Output of an earlier job with ``store_tokens: true`` and as many tokens: a row starts from the tokens of the
+    prompt there that is nearest to it."""
     slots: int = Field(32, ge=1)
     """Rows at once."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -1,7 +1,7 @@
 """One batched solver for every method: a variable a row, a loss a row, a stopping rule a row.
 
 The solver holds `slots` rows, advances all of them at once, lets each row stop by itself and gives the freed slot to
-the next waiting row (continuous batching, ours). Shapes never change while it runs: an empty slot is masked, not cut away.
+the next waiting row (continuous batching, ours). Shapes never change while it runs: an empty slot is masked.
 
 Legend: B slots; `x_B...` has one leading entry a slot; `active_B`, `done_B`, `which_B` are boolean.
 """
@@ -66,8 +66,8 @@ def solve(problem: Problem, rows: Iterable[Row], *, occupancy: Occupancy | None 
     """Solve every row's problem by continuous batching; rows come out as they finish.
 
     Rows that arrive with status "failed" pass through untouched and take no slot. When the device runs out of memory
-    and the problem can `resize`, the rows in flight start again with half the slots: their random numbers are their own, so
-    the result is the same.
+    and the problem can `resize`, the rows in flight start again with half the slots; their random numbers are their
+    own, so the result is the same.
 
     Args:
         problem: Holds the slots.
@@ -184,10 +184,9 @@ class RowAdamW:
             lr_B: Learning rate a row, instead of the one given at construction.
         """
         beta1, beta2 = self.betas
-        if lr_B is None and callable(self.lr):
-            lr_B = self.lr(self.steps_B)
-        elif lr_B is None:
-            lr_B = torch.full_like(self.steps_B, self.lr, dtype=torch.float64)
+        if lr_B is None:
+            rate = self.lr
+            lr_B = rate(self.steps_B) if callable(rate) else torch.full_like(self.steps_B, rate, dtype=torch.float64)
         lr_B = lr_B.double()
         # Bias corrections in float64: 1 - 0.999^1 loses four digits in float32.
         steps_B = (self.steps_B + 1).double()
