@@ -89,7 +89,7 @@ def identity(path: str, role: Role, revision: str | None = None) -> dict[str, st
         ModelError: There is no such encoder.
     """
     try:
-        return describe_model(path, revision, locate(path, role, revision).model)
+        return {**describe_model(path, revision, locate(path, role, revision).model), "path": path}
     except FileNotFoundError as error:
         raise ModelError(str(error)) from None
 
