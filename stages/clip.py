@@ -169,14 +169,17 @@ class ImageEncoder:
         out = []
         for start in range(0, len(pictures), batch):
             pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt").pixel_values
-            seen = self.model(pixel_values=pixels.to(self.device, self.dtype))
-            out.append(seen.pooler_output if self._siglip else seen.image_embeds)
+            out.append(self.embed(pixels.to(self.device)))
         return torch.cat(out).float().cpu().clone()
+
+    def embed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """z_BE of prepared pixel values, in the model's type and on its device."""
+        seen = self.model(pixel_values=pixels_BCHW.to(self.dtype))
+        return seen.pooler_output if self._siglip else seen.image_embeds
 
     @torch.inference_mode()
     def of_black(self) -> torch.Tensor:
         """Embedding (E,) of the all-zero input, Kandinsky 2.2's negative condition."""
         size = self.model.config.image_size
-        pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype)
-        seen = self.model(pixel_values=pixels)
-        return (seen.pooler_output if self._siglip else seen.image_embeds)[0].float().cpu().clone()
+        pixels = torch.zeros(1, 3, size, size, device=self.device)
+        return self.embed(pixels)[0].float().cpu().clone()
