@@ -261,7 +261,7 @@ class Inversion:
         for i, row in enumerate(rows):
             self.rows[slots[i]] = row
             if row.get("start") is not None:
-                drawn[i] = torch.as_tensor(row["start"], dtype=torch.float32).view(self.space.shape)
+                drawn[i] = torch.tensor(row["start"], dtype=torch.float32).view(self.space.shape)
         self.x_B[index_b] = drawn.to(self.space.device)
         self.t_BE[index_b] = nn.functional.normalize(text_bE, dim=-1)
         if self.search is not None and settings.interval == 0:

@@ -87,7 +87,7 @@ class TrainedPrior(Recipe):
     prior: str | None = None
     """Another `PriorTransformer` for that pipeline, folder or hub id. One without a time embedding
     (``additional_embeddings: 3``, as ECLIPSE's) is run in one pass, without guidance and without un-whitening."""
-    steps: int = Field(25, ge=1)
+    steps: int = Field(25, ge=2)
     """Denoising steps."""
     guidance: float = Field(4.0, ge=0)
     """Guidance scale."""
