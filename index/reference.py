@@ -13,8 +13,10 @@ On disk, in the folder ``reference`` of the job's output::
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from index import gaussian, neighbours
+from index import gaussian, neighbours, record
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -179,7 +181,15 @@ class Reference:
 
 
 def find(path: str | Path) -> Path:
-    """The reference folder at a path that names it, or the output that holds it."""
+    """The reference folder at a path that names it, or the output that holds it.
+
+    One on remote storage is copied to this machine's temporary folder first, once for each version of it.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if "://" in str(path):
+        return _fetched(str(path))
     for folder in (Path(path), Path(path) / FOLDER):
         if (folder / "reference.json").exists():
             return folder
@@ -188,8 +198,39 @@ def find(path: str | Path) -> Path:
     )
 
 
-def require_encoder(folder: Path, made_with: Mapping[str, str], asked_for: Mapping[str, str]) -> None:
+def local_copy(address: str) -> Path:
+    """Where this machine keeps its copy of a reference on remote storage."""
+    name = hashlib.blake2b(address.rstrip("/").encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"latentmill-reference-{name}"
+
+
+def _fetched(address: str) -> Path:
+    import fsspec
+
+    filesystem, root = fsspec.url_to_fs(address)
+    for folder in (root.rstrip("/"), f"{root.rstrip('/')}/{FOLDER}"):
+        if not filesystem.exists(f"{folder}/reference.json"):
+            continue
+        facts = filesystem.cat_file(f"{folder}/reference.json")
+        copy = local_copy(address) / hashlib.blake2b(facts, digest_size=8).hexdigest()
+        copy.mkdir(parents=True, exist_ok=True)
+        if not (copy / "reference.json").exists():
+            for name in filesystem.ls(folder, detail=False):
+                base = name.rpartition("/")[2]
+                if base and base != "reference.json":
+                    filesystem.get_file(name, str(copy / base))
+            record.write_atomically(copy / "reference.json", facts.decode())
+        return copy
+    raise FileNotFoundError(f"no finished reference at {address}: run a job file with `job: reference` to make one")
+
+
+def require_encoder(folder: Path, made_with: Mapping[str, str] | None, asked_for: Mapping[str, str]) -> None:
     """Raise `ReferenceMismatch` unless both descriptions are of the same weights."""
+    if made_with is None:
+        raise ReferenceMismatch(
+            f"the reference {folder} was made from embeddings whose encoder was not named, but this job encodes with "
+            f"{asked_for['path']}: make the reference again with `encoder:` set, so that the two can be compared"
+        )
     if made_with["fingerprint"] != asked_for["fingerprint"]:
         raise ReferenceMismatch(
             f"the reference {folder} was made with the image encoder {made_with['path']} "
@@ -197,3 +238,116 @@ def require_encoder(folder: Path, made_with: Mapping[str, str], asked_for: Mappi
             f"({asked_for['fingerprint']}): embeddings of different encoders cannot be compared; "
             "use the reference's encoder, or make a reference with this one"
         )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Embedded rows of one part file, as `build` takes them.
+
+    Attributes:
+        part: Number of the part file.
+        ids: Row ids.
+        rows_N: Their rows within the part file.
+        vectors_NE: Their raw embeddings.
+    """
+
+    part: int
+    ids: Sequence[str]
+    rows_N: np.ndarray
+    vectors_NE: np.ndarray
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a reference is made of; with the plan it decides every byte.
+
+    Attributes:
+        source: Fingerprint of the shards.
+        shard_rows: Embedded rows of each shard, in order.
+        dim, dtype: Of the embeddings.
+        encoder, text_encoder: As ``StageInfo.models`` describes them; None where unknown.
+        shrinkage: Of the covariance.
+    """
+
+    source: str
+    shard_rows: Sequence[int]
+    dim: int
+    dtype: str
+    encoder: Mapping[str, str] | None
+    text_encoder: Mapping[str, str] | None
+    shrinkage: gaussian.Shrinkage
+
+
+def build(
+    folder: Path,
+    origin: Origin,
+    plan: neighbours.Plan,
+    shards: Callable[[], Iterable[Shard]],
+    moments: Callable[[], Iterable[gaussian.Moments]],
+    step: neighbours.Step = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Make a reference in a folder, or go on where an earlier call was stopped.
+
+    Args:
+        shards: Yields the shards in order; called again only if the vectors are not gathered yet.
+        moments: Yields the shards' statistics in order.
+        step: Told of progress: name, done, total.
+
+    Returns:
+        The contents of ``reference.json``.
+
+    Raises:
+        ValueError: There are fewer than two embedded rows, or the statistics are of other rows.
+    """
+    rows = sum(origin.shard_rows)
+    if rows < 2:
+        raise ValueError(f"a reference needs at least 2 embedded rows, there are {rows}")
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"source": origin.source, "dim": origin.dim, "dtype": origin.dtype, "rows": rows}
+    gathered = record.read(folder / "vectors.npy", facts)
+    if gathered is None or record.read(folder / "rows.arrow", facts) is None:
+        (folder / "reference.json").unlink(missing_ok=True)
+        gathered = _gather(folder, facts, len(origin.shard_rows), shards(), step)
+    total = gaussian.merge(moments())
+    if total.rows != rows:
+        raise ValueError(f"the shards' statistics are of {total.rows} rows, their files hold {rows}")
+    normal = gaussian.fit(total, origin.shrinkage)
+    gaussian.save(folder / "gaussian", total, normal, {"source": origin.source})
+    vectors_NE = np.load(folder / "vectors.npy", mmap_mode="r")
+    built = neighbours.build(vectors_NE, origin.shard_rows, folder, plan, {"vectors": gathered["checksum"]}, step)
+    described = {
+        **facts,
+        "encoder": dict(origin.encoder) if origin.encoder else None,
+        "text_encoder": dict(origin.text_encoder) if origin.text_encoder else None,
+        "vectors": gathered["checksum"],
+        "mean_norm": normal.mean_norm,
+        "shrinkage": normal.shrinkage,
+        "index": {name: built[name] for name in ("factory", "nprobe", "recall", "queries", "index_bytes", "checksum")},
+    }
+    record.write_atomically(folder / "reference.json", json.dumps(described, indent=2) + "\n")
+    return described
+
+
+def _gather(
+    folder: Path, facts: Mapping[str, Any], count: int, shards: Iterable[Shard], step: neighbours.Step
+) -> dict[str, Any]:
+    """Embeddings and row numbers of all shards in one file each."""
+    import pyarrow as pa
+
+    drafts = folder / "vectors.tmp", folder / "rows.tmp"
+    vectors_NE = np.lib.format.open_memmap(drafts[0], "w+", facts["dtype"], (facts["rows"], facts["dim"]))
+    schema = pa.schema([("id", pa.string()), ("part", pa.int32()), ("row", pa.int32())])
+    filled = 0
+    with pa.OSFile(str(drafts[1]), "wb") as sink, pa.ipc.new_file(sink, schema) as table:
+        for number, shard in enumerate(shards, start=1):
+            size = len(shard.vectors_NE)
+            vectors_NE[filled : filled + size] = shard.vectors_NE
+            columns = [pa.array(shard.ids, pa.string()), pa.array(np.full(size, shard.part), pa.int32())]
+            table.write_batch(pa.record_batch([*columns, pa.array(shard.rows_N, pa.int32())], schema=schema))
+            filled += size
+            step("gather", number, count)
+    if filled != facts["rows"]:
+        raise ValueError(f"the shards hold {filled} embedded rows, their records say {facts['rows']}")
+    vectors_NE.flush()
+    record.commit(drafts[1], folder / "rows.arrow", facts)
+    return record.commit(drafts[0], folder / "vectors.npy", facts)

@@ -94,6 +94,16 @@ def identity(path: str, role: Role, revision: str | None = None) -> dict[str, st
         raise ModelError(str(error)) from None
 
 
+def has_text_encoder(path: str, revision: str | None = None) -> bool:
+    """Whether prompts can be encoded by what lies there: a pipeline's text encoder, or a model with a text tower."""
+    try:
+        place = locate(path, "text", revision)
+        kind = _config(place)
+    except ModelError:
+        return False
+    return hasattr(kind, "text_config") or kind.model_type.endswith("text_model")
+
+
 def _load(loader: Any, place: Place, subfolder: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(place.path, **place.options(subfolder), **options)
