@@ -116,7 +116,7 @@ def grow_movq(vae: AutoencoderKL) -> VQModel:
     state = movq.state_dict()
     half = vae.config.latent_channels
     for name in state:
-        plain = name.replace(".norm_layer", "")
+        plain = name.replace("spatial_norm.norm_layer", "group_norm").replace(".norm_layer", "")
         if name.startswith("quantize."):
             continue
         if ".conv_y." in name:

@@ -226,16 +226,15 @@ def caption(scene: Scene, rng: np.random.Generator, detail: Literal["full", "var
     full = detail == "full"
     size = full or rng.uniform() < 0.6
     texture = full or rng.uniform() < 0.93
+    color = full or rng.uniform() < 0.9
     things = scene.things
     if is_group(scene):
         same_size = len({t.size for t in things}) == 1
-        text = f"{COUNT_WORDS[len(things)]} {describe(things[0], True, size and same_size, texture)}"
-        text += " side by side" if len(things) == 2 and abs(things[0].x - things[1].x) > abs(things[0].y - things[1].y) \
-            and rng.uniform() < 0.15 else ""
+        text = f"{COUNT_WORDS[len(things)]} {describe(things[0], True, size and same_size, texture, color)}"
     else:
-        names = [_article(describe(t, False, size, texture)) for t in things]
+        names = [_article(describe(t, False, size, texture, color)) for t in things]
         if len(things) == 1:
-            text = names[0]
+            text = names[0] if full or rng.uniform() < 0.92 else "one " + describe(things[0], False, size, texture, color)
         elif len(things) == 2:
             text = _pair(things, names, rng, full)
         else:

@@ -1,0 +1,86 @@
+"""Puts trained parts into folders of diffusers and transformers, in half precision, and reads them back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers import (
+    AutoencoderKL, DDIMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer,
+    StableDiffusionPipeline, UNet2DConditionModel, VQModel,
+)  # fmt: skip
+from transformers import (
+    CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection,
+)  # fmt: skip
+
+from micro import MODELS, clip, unets
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_PIPELINES = {
+    "prior": KandinskyV22PriorPipeline, "decoder": KandinskyV22Pipeline, "stable-diffusion": StableDiffusionPipeline,
+}  # fmt: skip
+
+
+def prior(
+    image_encoder: CLIPVisionModelWithProjection, text_encoder: CLIPTextModelWithProjection, words: CLIPTokenizer,
+    transformer: PriorTransformer,
+) -> KandinskyV22PriorPipeline:  # fmt: skip
+    return KandinskyV22PriorPipeline(
+        prior=transformer, image_encoder=image_encoder, text_encoder=text_encoder, tokenizer=words,
+        scheduler=unets.prior_scheduler(), image_processor=clip.image_processor(),
+    )  # fmt: skip
+
+
+def decoder(unet: UNet2DConditionModel, movq: VQModel) -> KandinskyV22Pipeline:
+    return KandinskyV22Pipeline(unet=unet, scheduler=unets.sd_scheduler(), movq=movq)
+
+
+def stable_diffusion(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, words: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    scheduler: DDIMScheduler = unets.sd_scheduler()
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=words, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def save(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline's folder in float16 safetensors; the pipeline in memory stays in float32."""
+    import torch
+
+    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipeline.to(torch.float32)
+
+
+def load(name: str, folder: Path | None = None, device: str = "cpu") -> Any:
+    """Load one of the shipped pipelines (``prior``, ``decoder``, ``stable-diffusion``) in float32.
+
+    Raises:
+        OSError: the folder is missing, truncated, or holds another kind of model; says which folder and what was expected.
+    """
+    import json
+
+    import torch
+
+    kind = _PIPELINES[name]
+    folder = Path(folder or MODELS / name)
+    expected = f"{folder}: no {kind.__name__} can be loaded from this folder"
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise OSError(f"{expected}: there is no model_index.json; expected a folder written by `python -m micro.train`")
+    try:
+        found = json.loads(index.read_text()).get("_class_name")
+    except ValueError:
+        raise OSError(f"{expected}: model_index.json is not valid JSON; the file is truncated or was changed") from None
+    if found != kind.__name__:
+        raise OSError(f"{expected}: it holds a {found}")
+    try:
+        pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{expected}: a part of it is missing or truncated ({reason})") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
