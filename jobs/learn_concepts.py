@@ -166,7 +166,7 @@ class LearnConcepts(JobBase):
                     name = "learned_embeds.safetensors" if number == 0 else f"learned_embeds_{number + 1}.safetensors"
                     with finished.output.open_file(f"concepts/{folder}/{token.strip('<>')}/{name}", "wb") as file:
                         file.write(_safetensors(token, part))
-        _drop_checkpoints(self.output)
+        _drop_checkpoints(finished.output.path)
 
     def card(self) -> str:
         return _CARD
@@ -175,8 +175,12 @@ class LearnConcepts(JobBase):
         from jobs.report import Panel
 
         return [
-            Panel("Learned concepts", draw_concepts, "Training pictures, then the concept on subjects it has not seen."),
-            Panel("Loss and norms", draw_curves, "Means over a window of steps. Norms start at those of ordinary words."),
+            Panel(
+                "Learned concepts", draw_concepts, "Training pictures, then the concept on subjects it has not seen."
+            ),
+            Panel(
+                "Loss and norms", draw_curves, "Means over a window of steps. Norms start at those of ordinary words."
+            ),
         ]
 
 
@@ -193,8 +197,8 @@ pipe.load_textual_inversion("OUT/concepts/frozen-in-ice/frozen-in-ice-2/learned_
 pipe("photo of a heart that is <frozen-in-ice-1> in <frozen-in-ice-2>").images[0]
 ```
 
-With SDXL, load `learned_embeds.safetensors` for the first text encoder and `learned_embeds_2.safetensors` for the second
-(`text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2`). `latentmill try-concept OUT frozen-in-ice
+With SDXL, load `learned_embeds.safetensors` for the first text encoder and `learned_embeds_2.safetensors` for the
+second (`text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2`). `latentmill try-concept OUT frozen-in-ice
 "photo of a heart that is <cpt-1> in <cpt-2>"` draws a sheet with and without the concept.
 
 """
@@ -260,11 +264,9 @@ def _safetensors(token: str, vector: Any) -> bytes:
     return save({token: vector})
 
 
-def _drop_checkpoints(output: str | None) -> None:
+def _drop_checkpoints(output: str) -> None:
     import fsspec
 
-    if output is None:
-        return
     filesystem, folder = fsspec.core.url_to_fs(f"{_absolute(output)}/{CHECKPOINTS}")
     if filesystem.exists(folder):
         filesystem.rm(folder, recursive=True)
@@ -284,7 +286,13 @@ def draw_concepts(view: View) -> Any:
         if row.get("samples"):
             shown.append(tag("figure", picture(row["samples"], 720, "samples"), tag("figcaption", "new subjects")))
         said = f"{', '.join(json.loads(row['words']))} · loss {row['loss']:.4f} after {row['steps']} steps"
-        blocks.append([tag("h3", words(row["name"], 60)), tag("p", words(said), class_="quiet"), tag("div", shown, class_="gallery")])
+        blocks.append(
+            [
+                tag("h3", words(row["name"], 60)),
+                tag("p", words(said), class_="quiet"),
+                tag("div", shown, class_="gallery"),
+            ]
+        )
     return escape(blocks)
 
 
@@ -326,7 +334,9 @@ def try_concept(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The concept's name.")],
     prompt: Annotated[str, typer.Argument(help='For instance "photo of a heart that is <cpt-1>".')],
     sheet: Annotated[str, typer.Option("--sheet", "-o", help="Picture to write.")] = "sheet.png",
-    without: Annotated[str | None, typer.Option(help="Prompt without the concept; left out: yours without its words.")] = None,
+    without: Annotated[
+        str | None, typer.Option(help="Prompt without the concept; left out: yours without its words.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
     guidance: Annotated[float, typer.Option(min=1, help="Guidance scale.")] = 7.5,
@@ -386,7 +396,9 @@ def draw_sheet(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     size = read_geometry(path, revision=revision, size=config.get("size")).size
-    loaded = LatentDiffusion.load(path, revision=revision, variant=config.get("variant"), dtype=config.get("dtype", "float32"), device=device)
+    loaded = LatentDiffusion.load(
+        path, revision=revision, variant=config.get("variant"), dtype=config.get("dtype", "float32"), device=device
+    )
     table = np.asarray(row["embeddings"], dtype=np.float32)
     table = table.reshape(-1, sum(e.width for e in _encoders(loaded)))[: len(words)]
     pictures = generate(

@@ -21,6 +21,7 @@ KINDS: dict[str, str] = {
     "learn-concepts": "jobs.learn_concepts:LearnConcepts",
     "rare-concepts": "jobs.rare_concepts:RareConcepts",
     "train-inverter": "jobs.train_inverter:TrainInverter",
+    "invert-text": "jobs.train_inverter:InvertText",
     "chain": "jobs.chain:Chain",
 }
 """Name in the job file -> ``module:Class``."""

@@ -1,9 +1,9 @@
 """A folder tree of concepts as rows: one for each ``concept.yaml``, with the pictures in the folders beside it.
 
-    frozen-in-ice/concept.yaml        what a row of a concept table says: concept, subject, positive, negative ...
-    frozen-in-ice/with/*.png          pictures with the concept
-    frozen-in-ice/without/*.png       pictures without it
-    frozen-in-ice/subjects/robot/with/*.png, .../without/*.png     instead, when there are several subjects
+frozen-in-ice/concept.yaml        what a row of a concept table says: concept, subject, positive, negative ...
+frozen-in-ice/with/*.png          pictures with the concept
+frozen-in-ice/without/*.png       pictures without it
+frozen-in-ice/subjects/robot/with/*.png, .../without/*.png     instead, when there are several subjects
 """
 
 from __future__ import annotations
@@ -87,16 +87,21 @@ def _folders(source: Source, path: str) -> Iterator[tuple[str, Pictures]]:
         for info in sorted(fs.ls(f"{folder}/subjects", detail=True), key=lambda info: info["name"]):
             if info["type"] == "directory":
                 subject = info["name"].rstrip("/")
-                places += [(f"{subject.rpartition('/')[2]}/{side}", f"{subject}/{side}") for side in ("with", "without")]
+                places += [
+                    (f"{subject.rpartition('/')[2]}/{side}", f"{subject}/{side}") for side in ("with", "without")
+                ]
     for kind, place in places:
         if not fs.isdir(place):
             continue
         infos = sorted(fs.ls(place, detail=True), key=lambda info: info["name"])
-        yield kind, [
-            (_address(fs, info), int(info["size"] or 0), version_of(info))
-            for info in infos
-            if info["type"] != "directory" and info["name"].lower().endswith(SUFFIXES["images"])
-        ]
+        yield (
+            kind,
+            [
+                (_address(fs, info), int(info["size"] or 0), version_of(info))
+                for info in infos
+                if info["type"] != "directory" and info["name"].lower().endswith(SUFFIXES["images"])
+            ],
+        )
 
 
 def _address(fs: Any, info: dict[str, Any]) -> str:

@@ -19,7 +19,27 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FUNCTION_WORDS = frozenset(
-    "a an the in on of at by to from with without into onto out over under above below and or is are that as like".split()
+    (
+        *(
+            "a",
+            "an",
+            "the",
+            "in",
+            "on",
+            "of",
+            "at",
+            "by",
+            "to",
+            "from",
+            "with",
+            "without",
+            "into",
+            "onto",
+            "out",
+            "over",
+        ),
+        *("under", "above", "below", "and", "or", "is", "are", "that", "as", "like"),
+    )
 )
 """Words of a concept that stay ordinary text unless angle brackets say otherwise."""
 
@@ -86,7 +106,9 @@ class Concept:
                 with the concept alone, under the plain prompt.
         """
         for subject, token in zip(self.subjects, self.subject_tokens, strict=True):
-            prompt = (self.templates.with_ if separation else self.templates.plain).format(subject=token, concept=self.phrase)
+            prompt = (self.templates.with_ if separation else self.templates.plain).format(
+                subject=token, concept=self.phrase
+            )
             yield from ((True, prompt, picture) for picture in subject.with_)
             if separation:
                 prompt = self.templates.without.format(subject=token, concept=self.phrase)
@@ -97,10 +119,10 @@ def read_concept(row: Row, templates: Templates, *, separation: bool = True, con
     """A row of the concept table as a `Concept`.
 
     Columns: ``name`` (left out: the id), ``concept`` (the words; those in angle brackets, or else all that are no
-    function words, become tokens), ``subject`` with ``with`` and ``without`` (lists of pictures), or ``subjects`` (a list
-    of objects with ``name``, ``with``, ``without``), ``positive`` and ``negative`` (word -> list of words, or a plain list
-    when the concept has one token), ``start`` (word -> word), ``prompt_with``, ``prompt_without``, ``prompt_plain``.
-    Values that are no strings may come as JSON text.
+    function words, become tokens), ``subject`` with ``with`` and ``without`` (lists of pictures), or ``subjects`` (a
+    list of objects with ``name``, ``with``, ``without``), ``positive`` and ``negative`` (word -> list of words, or a
+    plain list when the concept has one token), ``start`` (word -> word), ``prompt_with``,
+    ``prompt_without``, ``prompt_plain``. Values that are no strings may come as JSON text.
 
     Args:
         row: The row.
@@ -114,7 +136,9 @@ def read_concept(row: Row, templates: Templates, *, separation: bool = True, con
     name = slug(str(row.get("name") or row["id"]))
     text = row.get("concept")
     if not isinstance(text, str) or not text.strip():
-        raise ConceptError(f"concept {name}: the column 'concept' is empty; write its words, for instance 'frozen in ice'")
+        raise ConceptError(
+            f"concept {name}: the column 'concept' is empty; write its words, for instance 'frozen in ice'"
+        )
     words, phrase = _split_phrase(name, text)
     if not words:
         raise ConceptError(f"concept {name}: {text!r} has no content word; mark the words to learn as in '<left> of'")
@@ -124,7 +148,9 @@ def read_concept(row: Row, templates: Templates, *, separation: bool = True, con
         for key, lists in per_word.items():
             for word, found in zip(words, lists, strict=True):
                 if not found:
-                    raise ConceptError(f"concept {name}: no {key} words for {word!r}; give some in '{key}', or set context: none")
+                    raise ConceptError(
+                        f"concept {name}: no {key} words for {word!r}; give some in '{key}', or set context: none"
+                    )
     start = _mapping(name, "start", row.get("start"), words)
     prompts = {
         field: str(row[column])
@@ -168,13 +194,15 @@ def _subjects(name: str, row: Row, separation: bool) -> tuple[Subject, ...]:
     subjects = []
     for item in raw:
         if not isinstance(item, Mapping) or not item.get("name"):
-            raise ConceptError(f"concept {name}: a subject has no name; say what the pictures show, for instance 'robot'")
+            raise ConceptError(
+                f"concept {name}: a subject has no name; say what the pictures show, for instance 'robot'"
+            )
         sets = {key: _pictures(name, key, item.get(key)) for key in ("with", "without")}
         for key, needed in (("with", True), ("without", separation)):
             if needed and len(sets[key]) < 2:
                 raise ConceptError(
-                    f"concept {name}, subject {item['name']!r}: {len(sets[key])} pictures {key} the concept, at least 2 are "
-                    f"needed; add them under '{key}'"
+                    f"concept {name}, subject {item['name']!r}: {len(sets[key])} pictures {key} the concept, "
+                    f"at least 2 are needed; add them under '{key}'"
                 )
         subjects.append(Subject(str(item["name"]), sets["with"], sets["without"]))
     return tuple(subjects)
@@ -196,7 +224,8 @@ def _words_of(name: str, key: str, value: Any, words: Sequence[str]) -> tuple[tu
     if isinstance(value, Sequence):
         if len(words) > 1:
             raise ConceptError(
-                f"concept {name}: '{key}' is one list for {len(words)} tokens; write a list for each: {{{words[0]}: [...], ...}}"
+                f"concept {name}: '{key}' is one list for {len(words)} tokens; "
+                f"write a list for each: {{{words[0]}: [...], ...}}"
             )
         value = {words[0]: value}
     found = _mapping(name, key, value, words)
@@ -215,7 +244,9 @@ def _mapping(name: str, key: str, value: Any, words: Sequence[str]) -> dict[str,
     given = {str(word): found for word, found in value.items() if found is not None}
     unknown = sorted(set(given) - set(words))
     if unknown:
-        raise ConceptError(f"concept {name}: '{key}' names {unknown[0]!r}, which is no token of it ({', '.join(words)})")
+        raise ConceptError(
+            f"concept {name}: '{key}' names {unknown[0]!r}, which is no token of it ({', '.join(words)})"
+        )
     return given
 
 
@@ -238,7 +269,9 @@ def _checked(name: str, templates: Templates) -> Templates:
         try:
             text.format(subject="", concept="")
         except (KeyError, IndexError, ValueError):
-            raise ConceptError(f"concept {name}: the prompt {text!r} may hold {{subject}} and {{concept}} only") from None
+            raise ConceptError(
+                f"concept {name}: the prompt {text!r} may hold {{subject}} and {{concept}} only"
+            ) from None
         if needed not in text:
             raise ConceptError(f"concept {name}: the prompt {text!r} lacks {needed}")
     return templates

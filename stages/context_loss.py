@@ -24,8 +24,8 @@ def context_loss(
 ) -> torch.Tensor:
     """-sum over new words of log(sum exp(v.P) / (sum exp(v.P) + sum exp(v.N))), loss_B.
 
-    Lego (Motamed, Paudel and Van Gool, ECCV 2024), section 3. ``paper`` takes raw dot products, as the paper prints them;
-    ``normalised`` takes cosines over a temperature, as ReVersion's steering loss does (Huang et al., 2023).
+    Lego (Motamed, Paudel and Van Gool, ECCV 2024), section 3. ``paper`` takes raw dot products, as the paper prints
+    them; ``normalised`` takes cosines over a temperature, as ReVersion's steering loss does (Huang et al., 2023).
 
     Args:
         v_BVE: New words' vectors.

@@ -1,11 +1,11 @@
 """Lego at scale: many concepts learn their words at once in the batches of one frozen diffusion model.
 
-A slot of the solver is a concept: it owns rows of the token table, an optimiser state, random numbers and a stopping rule.
-All slots share every pass through text encoder and U-Net. Method: Lego (Motamed, Paudel and Van Gool, ECCV 2024): subject
-separation, one token a content word, context loss. Batching, stopping, checkpoints and hyperparameters: ours.
+A slot of the solver is a concept: it owns rows of the token table, an optimiser state, random numbers and a stopping
+rule. All slots share every pass through text encoder and U-Net. Method: Lego (Motamed, Paudel and Van Gool, ECCV 2024):
+subject separation, one token a content word, context loss. Batching, stopping, checkpoints and hyperparameters: ours.
 
-Legend: B slots, K pictures a slot and step, I training pictures, V new words, M context words, E width of a word over all
-encoders, T text positions, C H W latents.
+Legend: B slots, K pictures a slot and step, I training pictures, V new words, M context words, E width of a word over
+all encoders, T text positions, C H W latents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,12 +24,21 @@ import torch
 from pipeline.spec import Column, Row, StageInfo, failed, ok
 from stages.checkpoint import read_checkpoint, write_checkpoint
 from stages.concept import Concept, ConceptError, Templates, open_picture, read_concept
+from stages.concept_samples import generate, sheet
 from stages.context_loss import context_loss
 from stages.denoising_loss import DenoisingLoss, encode_pictures
 from stages.diffusion import LatentDiffusion, read_geometry
-from stages.randomness import row_generator
+from stages.fingerprint import describe_stable_diffusion
+from stages.randomness import row_generator, row_seed
 from stages.solver import REASONS, RUNNING, Occupancy, RowAdamW, StoppingRule, solve
+from stages.text_inverter import TextInverter, warm_start
 from stages.token_table import Encoder, UnknownWord, encode, encoders_of, phrase_vectors, tokenize, word_vectors
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+THUMBNAIL = 128
+"""Pixels of a training picture on the sheet that is kept of them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class LegoSettings:
         steps: Most steps a concept makes; a multiple of `window`.
         pictures: Pictures a concept and step (K), half of them without the concept.
         lr: Of AdamW without weight decay, on the new words alone.
-        separation: Subject separation. Off: pictures with the concept alone, under the plain prompt (textual inversion).
+        separation: Subject separation. Off: only pictures with the concept, under the plain prompt (textual inversion).
         context: Form of the context loss, or ``none``.
         context_weight: lambda.
         temperature: Of the normalised form.
@@ -79,6 +88,7 @@ class Prepared:
         ids_EIT, which_EIT: Their prompts, one tensor an encoder.
         start_VE: Where the new words start; concept words first, then subjects.
         positive, negative: Vectors (M, E) of each concept word's context.
+        thumbnails: The training pictures, small, for the report.
     """
 
     concept: Concept
@@ -89,6 +99,7 @@ class Prepared:
     start_VE: torch.Tensor
     positive: list[torch.Tensor]
     negative: list[torch.Tensor]
+    thumbnails: list[Image]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -96,7 +107,14 @@ class Prepared:
 
 
 def prepare(
-    row: Row, model: LatentDiffusion, settings: LegoSettings, templates: Templates, *, size: int, max_words: int, root: str
+    row: Row,
+    model: LatentDiffusion,
+    settings: LegoSettings,
+    templates: Templates,
+    *,
+    size: int,
+    max_words: int,
+    root: str,
 ) -> Prepared:
     """Read a row of the concept table and encode its pictures.
 
@@ -106,7 +124,9 @@ def prepare(
     concept = read_concept(row, templates, separation=settings.separation, context=settings.context != "none")
     words = concept.tokens + concept.subject_tokens
     if len(words) > max_words:
-        raise ConceptError(f"concept {concept.name}: {len(words)} new words, the job's max_words is {max_words}: raise it")
+        raise ConceptError(
+            f"concept {concept.name}: {len(words)} new words, the job's max_words is {max_words}: raise it"
+        )
     examples = list(concept.examples(settings.separation))
     encoders = encoders_of(model.pipeline)
     try:
@@ -118,9 +138,13 @@ def prepare(
         )
         prompts = [[tokenize(e, prompt, words) for _, prompt, _ in examples] for e in encoders]
     except UnknownWord as error:
-        raise ConceptError(f"concept {concept.name}: {error} (columns 'start', 'positive', 'negative', 'concept')") from None
+        raise ConceptError(
+            f"concept {concept.name}: {error} (columns 'start', 'positive', 'negative', 'concept')"
+        ) from None
     except ValueError as error:
         raise ConceptError(f"concept {concept.name}: {error}") from None
+    from PIL import ImageOps
+
     try:
         pictures = [open_picture(picture, root) for _, _, picture in examples]
     except ConceptError as error:
@@ -134,6 +158,7 @@ def prepare(
         start_VE=torch.stack(start),
         positive=near,
         negative=far,
+        thumbnails=[ImageOps.fit(picture, (min(size, THUMBNAIL),) * 2) for picture in pictures],
     )
 
 
@@ -151,7 +176,13 @@ class Draw:
 
 
 def draw(
-    settings: LegoSettings, seed: int, row_id: str, step: int, with_I: torch.Tensor, latent: Sequence[int], timesteps: int
+    settings: LegoSettings,
+    seed: int,
+    row_id: str,
+    step: int,
+    with_I: torch.Tensor,
+    latent: Sequence[int],
+    timesteps: int,
 ) -> Draw:
     """The random numbers of one step: a function of (job seed, row id, step) alone, so any step can be replayed."""
     generator = row_generator(seed, row_id, f"lego {step}")
@@ -173,7 +204,7 @@ def _choose(pool: torch.Tensor, count: int, generator: torch.Generator) -> torch
 
 
 def _skewed(u_K: torch.Tensor, skew: float) -> torch.Tensor:
-    """Uniform numbers -> numbers with density 1 - skew cos(pi x) on [0, 1] (ReVersion, Huang et al. 2023, eq. 6), by bisection."""
+    """Uniform numbers -> density 1 - skew cos(pi x) on [0, 1], by bisection (ReVersion's importance sampling)."""
     if not skew:
         return u_K
     low, high = torch.zeros_like(u_K), torch.ones_like(u_K)
@@ -232,7 +263,9 @@ class LegoProblem:
         self.v_BVE = torch.zeros((B, self.max_words, self.width), device=device, requires_grad=True)
         self.optimiser = RowAdamW(self.v_BVE, self.settings.lr, weight_decay=0.0)
         rule = StoppingRule(
-            limit=self.settings.steps // self.settings.window, relative=self.settings.tolerance, patience=self.settings.patience
+            limit=self.settings.steps // self.settings.window,
+            relative=self.settings.tolerance,
+            patience=self.settings.patience,
         )
         self.stopper = rule.start(B, device)
         self.sums_2B = torch.zeros((2, B), device=device)  # of the window: noise-prediction loss, context loss
@@ -243,7 +276,9 @@ class LegoProblem:
         self.ids_EBIT = [torch.zeros((B, 1, T), dtype=torch.long, device=device) for T in lengths]
         self.which_EBIT = [torch.full((B, 1, T), -1, dtype=torch.long, device=device) for T in lengths]
         self.near_BVME, self.far_BVME = (torch.zeros((B, self.max_words, 1, self.width), device=device) for _ in "+-")
-        self.near_BVM, self.far_BVM = (torch.zeros((B, self.max_words, 1), dtype=torch.bool, device=device) for _ in "+-")
+        self.near_BVM, self.far_BVM = (
+            torch.zeros((B, self.max_words, 1), dtype=torch.bool, device=device) for _ in "+-"
+        )
         self.saved = time.monotonic()
 
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
@@ -297,7 +332,13 @@ class LegoProblem:
         for b, slot in enumerate(self.held):
             if slot is not None and active[b]:
                 drawn = draw(
-                    settings, self.seed, slot.row["id"], slot.step, slot.prepared.with_I, self.latent_shape, self.loss.timesteps
+                    settings,
+                    self.seed,
+                    slot.row["id"],
+                    slot.step,
+                    slot.prepared.with_I,
+                    self.latent_shape,
+                    self.loss.timesteps,
                 )
                 picture_BK[b], t_BK[b], noise_BKCHW[b] = drawn.picture_K, drawn.t_K, drawn.noise_KCHW
         picture_BK, t_BK, noise_BKCHW = (x.to(model.device) for x in (picture_BK, t_BK, noise_BKCHW))
@@ -334,7 +375,9 @@ class LegoProblem:
         widths = [e.width for e in self.encoders]
         context = [
             context_loss(own, near, far, self.near_BVM, self.far_BVM, self.settings.context, self.settings.temperature)
-            for own, near, far in zip(*(x.split(widths, -1) for x in (self.v_BVE, self.near_BVME, self.far_BVME)), strict=True)
+            for own, near, far in zip(
+                *(x.split(widths, -1) for x in (self.v_BVE, self.near_BVME, self.far_BVME)), strict=True
+            )
         ]
         return loss_B, torch.stack(context).sum(0)
 
@@ -351,7 +394,9 @@ class LegoProblem:
         for b in ended:
             slot = self._slot(b)
             words = len(slot.prepared.words)
-            slot.curve.append({"step": slot.step, "loss": means[0][b], "context": means[1][b], "norms": norms[b][:words]})
+            slot.curve.append(
+                {"step": slot.step, "loss": means[0][b], "context": means[1][b], "norms": norms[b][:words]}
+            )
         self.active_B &= ~self.stopper.update(objective_B, ended_B)
 
     def unload(self, slots: Sequence[int]) -> list[Row]:
@@ -363,7 +408,12 @@ class LegoProblem:
             if slot.checkpoint:
                 self._save(b)
             if reason == "diverged":
-                rows.append(failed(row, f"concept {slot.prepared.concept.name}: the loss is not finite; lower lr ({self.settings.lr})"))
+                rows.append(
+                    failed(
+                        row,
+                        f"concept {slot.prepared.concept.name}: the loss is not finite; lower lr ({self.settings.lr})",
+                    )
+                )
             else:
                 rows.append(ok(row, **self._outputs(b, slot, reason)))
             self.held[b] = None
@@ -390,6 +440,7 @@ class LegoProblem:
             "curve": json.dumps(slot.curve),
             "pictures": len(slot.prepared.z_ICHW),
             "settings": json.dumps(asdict(self.settings) | {"templates": vars(concept.templates), "seed": self.seed}),
+            "training": sheet(slot.prepared.thumbnails, columns=min(8, len(slot.prepared.thumbnails))),
         }
 
     def _slot(self, b: int) -> Slot:
@@ -406,7 +457,14 @@ class LegoProblem:
             return None
         said = [row["id"], self.seed, asdict(self.settings), prepared.words, self.width, prepared.with_I.tolist()]
         digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=16)
-        for tensor in (prepared.z_ICHW, prepared.start_VE, *prepared.ids_EIT, *prepared.which_EIT, *prepared.positive, *prepared.negative):
+        for tensor in (
+            prepared.z_ICHW,
+            prepared.start_VE,
+            *prepared.ids_EIT,
+            *prepared.which_EIT,
+            *prepared.positive,
+            *prepared.negative,
+        ):
             digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
         return f"{self.checkpoints.rstrip('/')}/{prepared.concept.name}-{digest.hexdigest()}.safetensors"
 
@@ -472,8 +530,27 @@ COLUMNS = (
     Column("pictures", "int64", doc="training pictures"),
     Column("curve", "json", doc="step, losses and norms at the end of each window"),
     Column("settings", "json"),
+    Column("training", "image", doc="the training pictures, subject by subject, those with the concept first"),
 )
 """What `LearnConcepts` adds to a row, beside ``embeddings``, whose shape depends on the model."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures of learned concepts on new subjects, drawn when a concept is finished.
+
+    Attributes:
+        subjects: Nouns that take the subject's place.
+        prompt: ``{subject}`` and ``{concept}`` are filled in; the concept's own prompt when None.
+        count: Pictures a subject.
+        steps, guidance: Of the sampler.
+    """
+
+    subjects: tuple[str, ...]
+    prompt: str | None = None
+    count: int = 2
+    steps: int = 30
+    guidance: float = 7.5
 
 
 class LearnConcepts:
@@ -489,6 +566,9 @@ class LearnConcepts:
         templates: Fields of `Templates`.
         slots: Concepts in one batch.
         max_words: Most new words a concept has, subjects included.
+        samples: Fields of `Samples`; None: no sample pictures.
+        inverter: Folder of a trained inverter that gives each word a start near what its pictures invert to.
+        inverter_steps: Steps of the text encoder alone that move the words there.
         seed: The job's seed.
         root: Folder that relative picture addresses start from.
         checkpoints: Folder for checkpoints of concepts in flight; None: no checkpoints.
@@ -508,6 +588,9 @@ class LearnConcepts:
         templates: dict[str, str] | None = None,
         slots: int = 8,
         max_words: int = 4,
+        samples: dict[str, Any] | None = None,
+        inverter: str | None = None,
+        inverter_steps: int = 200,
         seed: int = 0,
         root: str = "",
         checkpoints: str | None = None,
@@ -516,6 +599,8 @@ class LearnConcepts:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.settings, self.templates = LegoSettings(**(settings or {})), Templates(**(templates or {}))
+        self.samples = None if samples is None else Samples(**samples)
+        self.seed = seed
         self.size, self.root = read_geometry(model, revision=revision, size=size).size, root
         self.model = LatentDiffusion.load(model, revision=revision, variant=variant, dtype=dtype, device=device)
         self.problem = LegoProblem(
@@ -528,6 +613,8 @@ class LearnConcepts:
             checkpoints=checkpoints,
             checkpoint_seconds=checkpoint_seconds,
         )
+        self.inverter = None if inverter is None else TextInverter.load(inverter, self.model.device)
+        self.inverter_steps = inverter_steps
         self.occupancy = Occupancy()
 
     @staticmethod
@@ -539,9 +626,10 @@ class LearnConcepts:
         widths = encoder_widths(model, geometry.kind, revision)
         LegoSettings(**(others.get("settings") or {}))
         embeddings = Column("embeddings", "tensor", (max_words, sum(widths)), doc="a row a token, zeros after the last")
+        drawn = Column("samples", "image", doc="the concept on new subjects, a row a subject")
         return StageInfo(
-            columns=(*COLUMNS, embeddings),
-            models={"model": {"path": model, "revision": revision or "", "fingerprint": ""}},
+            columns=(*COLUMNS, embeddings, *([drawn] if others.get("samples") else [])),
+            models=describe_stable_diffusion(model, geometry.kind, revision),
             metadata={
                 "scheduler": json.dumps(dict(geometry.scheduler)),
                 "vae_scaling_factor": str(geometry.scaling_factor),
@@ -550,17 +638,64 @@ class LearnConcepts:
         )
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        yield from solve(self.problem, (self._prepare(row) for row in rows), occupancy=self.occupancy)
+        self.problem.resize(self.problem.slots)  # an earlier call may have ended in the middle
+        for row in solve(self.problem, (self._prepare(row) for row in rows), occupancy=self.occupancy):
+            yield row if self.samples is None or row["status"] == "failed" else {**row, "samples": self._sample(row)}
+
+    def shrink(self) -> bool:
+        """Half the slots, after the device ran out of memory."""
+        if self.problem.slots == 1:
+            return False
+        self.problem.resize(self.problem.slots // 2)
+        return True
+
+    def _sample(self, row: Row) -> Image:
+        """A sheet of the finished concept on new subjects: a row a subject."""
+        samples = self.samples
+        assert samples is not None
+        prompt = samples.prompt or json.loads(row["settings"])["templates"]["with_"]
+        prompts = [
+            prompt.format(subject=s, concept=row["phrase"]) for s in samples.subjects for _ in range(samples.count)
+        ]
+        words = json.loads(row["tokens"])
+        made = generate(
+            self.model,
+            prompts,
+            words,
+            torch.from_numpy(row["embeddings"][: len(words)]),
+            seeds=[row_seed(self.seed, row["id"], f"sample {number}") for number in range(len(prompts))],
+            steps=samples.steps,
+            guidance=samples.guidance,
+            size=self.size,
+        )
+        return sheet(made, columns=samples.count)
 
     def _prepare(self, row: Row) -> Row:
         if row.get("status") == "failed":
             return row
         try:
             prepared = prepare(
-                row, self.model, self.settings, self.templates, size=self.size, max_words=self.problem.max_words, root=self.root
+                row,
+                self.model,
+                self.settings,
+                self.templates,
+                size=self.size,
+                max_words=self.problem.max_words,
+                root=self.root,
             )
         except ConceptError as error:
             return failed(row, str(error))
+        if self.inverter is not None:
+            prepared.start_VE = warm_start(
+                self.problem.encoders,
+                self.inverter,
+                prepared.z_ICHW,
+                prepared.ids_EIT,
+                prepared.which_EIT,
+                prepared.start_VE,
+                steps=self.inverter_steps,
+                lr=self.settings.lr,
+            )
         return {**row, "prepared": prepared}
 
 

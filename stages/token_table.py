@@ -2,7 +2,8 @@
 
 A prompt that holds new words is tokenised with an ordinary stand-in word in their places; a hook on the encoder's input
 embedding (`get_input_embeddings`, part of the public interface of transformers) then hands the encoder the vectors that
-belong there. So a batch can hold the same word with a different meaning in each row, and gradients reach only the new vectors.
+belong there. So a batch can hold the same word with a different meaning in each row, and gradients reach only the new
+vectors.
 
 Legend: B prompts, T positions, V new words a row, D width of one encoder's input embedding, E sum of D over encoders,
 C width of the condition (the encoder's output), P width of the pooled output.
@@ -81,7 +82,9 @@ def word_id(encoder: Encoder, word: str) -> int:
     ids = encoder.tokenizer(word, add_special_tokens=False)["input_ids"]
     special = {encoder.tokenizer.unk_token_id, encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id}
     if len(ids) != 1 or ids[0] in special:
-        raise UnknownWord(f"{word!r} is {len(ids) or 'no'} tokens of the model's vocabulary, not one: choose a simpler word")
+        raise UnknownWord(
+            f"{word!r} is {len(ids) or 'no'} tokens of the model's vocabulary, not one: choose a simpler word"
+        )
     return int(ids[0])
 
 
@@ -139,7 +142,9 @@ def tokenize(encoder: Encoder, prompt: str, new_words: Sequence[str]) -> tuple[t
         which += [-1] * len(piece_ids)
         if match:
             if match.group() not in new_words:
-                raise ValueError(f"the prompt {prompt!r} names {match.group()}, which is none of {', '.join(new_words)}")
+                raise ValueError(
+                    f"the prompt {prompt!r} names {match.group()}, which is none of {', '.join(new_words)}"
+                )
             ids.append(stand_in)
             which.append(list(new_words).index(match.group()))
             at = match.end()

@@ -87,7 +87,10 @@ def plain_loop(folder: str, row: dict, settings: LegoSettings, seed: int) -> tup
         table.data[token] = of(start)
     table.requires_grad_(True)
     frozen = table.detach().clone()
-    context = {side: [[of(w).detach() for w in row[side][word]] for word in ("frozen", "ice")] for side in ("positive", "negative")}
+    context = {
+        side: [[of(w).detach() for w in row[side][word]] for word in ("frozen", "ice")]
+        for side in ("positive", "negative")
+    }
 
     if settings.separation:
         examples = [(True, "Photo of a <s> that is <a> in <b>", p) for p in row["with"]]
@@ -142,9 +145,7 @@ def plain_loop(folder: str, row: dict, settings: LegoSettings, seed: int) -> tup
     ("separation", "context", "skew"), [(True, "normalised", 0.0), (True, "paper", 0.0), (False, "none", 0.5)]
 )
 def test_one_concept_equals_a_plain_textual_inversion_loop(folder, model, separation, context, skew):
-    settings = LegoSettings(
-        steps=50, window=25, separation=separation, context=context, context_weight=0.05, skew=skew
-    )
+    settings = LegoSettings(steps=50, window=25, separation=separation, context=context, context_weight=0.05, skew=skew)
     row = concept_row(1)
     learned = learn(model, [row], settings, slots=1)[row["id"]]
     expected, losses = plain_loop(folder, row, settings, seed=7)
@@ -226,7 +227,9 @@ def test_prompts_with_new_words_encode_as_in_diffusers(kind, model, sdxl, tmp_pa
                     tokenizer=getattr(pipe, f"tokenizer{suffix}"),
                     text_encoder=getattr(pipe, f"text_encoder{suffix}"),
                 )
-        made = pipe.encode_prompt(prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+        made = pipe.encode_prompt(
+            prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         assert torch.allclose(ours[b], made[0][0], atol=1e-5)
         if kind == "sdxl":
             assert torch.allclose(pooled[b], made[2][0], atol=1e-5)
@@ -270,6 +273,7 @@ def test_context_loss_is_the_printed_formula(form):
         total = torch.zeros((), dtype=torch.float64)
         for i, (p, n) in enumerate(counts[b]):
             if p and n:
+
                 def weight(word, b=b, i=i):
                     if form == "paper":
                         return math.e ** (v[b, i] @ word)
@@ -308,7 +312,9 @@ def test_draws_are_balanced_replayable_and_skewed_as_asked():
     assert not torch.equal(again.noise_KCHW, draw(settings, 0, "y", 5, shown, (1, 1, 1), 1000).noise_KCHW)
     u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
     x = _skewed(u, 0.5)
-    assert torch.allclose(x - 0.5 * torch.sin(math.pi * x) / math.pi, u, atol=1e-9)  # the inverse of the distribution function
+    assert torch.allclose(
+        x - 0.5 * torch.sin(math.pi * x) / math.pi, u, atol=1e-9
+    )  # the inverse of the distribution function
 
 
 # --- errors are rows
@@ -348,7 +354,9 @@ def test_a_bad_concept_is_an_error_row_and_the_others_go_on(folder, changes, mes
 
 def test_several_subjects_have_a_token_each(model):
     row = concept_row(0)
-    subjects = [{"name": n, "with": pictures(i), "without": pictures(9 + i)} for i, n in enumerate(("red star", "robot"))]
+    subjects = [
+        {"name": n, "with": pictures(i), "without": pictures(9 + i)} for i, n in enumerate(("red star", "robot"))
+    ]
     row = {k: v for k, v in row.items() if k not in ("subject", "with", "without")} | {"subjects": subjects}
     concept = read_concept(row, Templates())
     assert concept.tokens == ("<concept-0-1>", "<concept-0-2>")
@@ -402,7 +410,9 @@ def test_a_killed_run_goes_on_from_its_checkpoints_and_ends_equal(model, tmp_pat
         problem = LegoProblem(
             model, settings, size=16, slots=2, max_words=4, seed=7, checkpoints=str(tmp_path), checkpoint_seconds=0.0
         )
-        ready = ({**r, "prepared": prepare(r, model, settings, Templates(), size=16, max_words=4, root="")} for r in rows)
+        ready = (
+            {**r, "prepared": prepare(r, model, settings, Templates(), size=16, max_words=4, root="")} for r in rows
+        )
         return problem, ready
 
     problem, ready = start()
