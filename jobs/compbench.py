@@ -1,0 +1,159 @@
+"""``latentmill compbench``: a T2I-CompBench++ run for a list of methods, and its table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DEFAULT_JOB = Path(__file__).with_name("compbench-micro.yaml")
+SCORES = ("bound", "success", "clip_score")
+LIMIT_OF_INTERVAL = 1.959964
+
+
+def compbench(
+    output: Annotated[str, typer.Option(help="Folder for prompts, rows and the table.")],
+    job: Annotated[Path, typer.Argument(help="An invert-prompts job file without `input`.")] = DEFAULT_JOB,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Folder with T2I-CompBench++'s prompt files, one a category. Left out: the miniature sets."),
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Reference; replaces the job file's.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these of the job's methods, by name, with commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts a category. Left out: all (300).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Replaces the job file's seed.")] = None,
+) -> None:
+    """Invert, decode and judge a T2I-CompBench++ prompt set by every method, and print the table."""
+    from jobs.jobfile import JobFileError
+
+    try:
+        typer.echo(run(output, job, prompts, reference, methods.split(",") if methods else None, limit, seed))
+    except (JobFileError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def run(
+    output: str, job: Path = DEFAULT_JOB, prompts: Path | None = None, reference: str | None = None,
+    methods: list[str] | None = None, limit: int | None = None, seed: int | None = None, address: str | None = None,
+) -> str:  # fmt: skip
+    """What the command does; returns the table in Markdown, which is also written to ``table.md``.
+
+    Raises:
+        ValueError: The job file or the prompt files cannot be used, or rows were not all processed.
+    """
+    import yaml
+
+    from jobs.jobfile import load
+    from jobs.run import run_job
+
+    config = yaml.safe_load(job.read_text())
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = folder / "prompts.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in read_prompts(prompts, limit))
+    if not listing.exists() or listing.read_text() != text:
+        listing.write_text(text)
+    config["input"] = {"path": str(listing), "id": "id"}
+    config["keep"] = ["category"]
+    if reference is not None:
+        config["reference"] = reference
+    if seed is not None:
+        config["seed"] = seed
+    if methods is not None:
+        config["methods"] = _chosen(config["methods"], methods)
+    done = run_job(load(config), output=str(folder / "rows"), address=address)
+    if done.state != "complete":
+        raise ValueError(f"{folder / 'rows'} is {done.state}: {done.reason}; run the command again to resume")
+    summary = json.loads((folder / "rows" / "methods.json").read_text())
+    table = tabulate(read_scores(folder / "rows"), summary)
+    (folder / "table.md").write_text(table)
+    return table
+
+
+def _chosen(methods: list[Any], wanted: list[str]) -> list[Any]:
+    named = {(one if isinstance(one, str) else one.get("name") or one["method"]): one for one in methods}
+    unknown = [name for name in wanted if name not in named]
+    if unknown:
+        raise ValueError(f"the job has no method {unknown[0]!r}; it has {', '.join(named)}")
+    return [named[name] for name in wanted]
+
+
+def read_prompts(folder: Path | None, limit: int | None) -> Iterator[dict[str, Any]]:
+    """Rows ``id``, ``category``, ``prompt`` and, of the miniature sets, what is asked.
+
+    Args:
+        folder: T2I-CompBench++'s: text files of one prompt a line, ``<category>.txt`` or ``<category>_val.txt`` (what
+            follows a tab is left out). None: the miniature sets.
+        limit: Prompts a category.
+    """
+    if folder is None:
+        from dataclasses import asdict
+
+        from micro import prompts
+
+        for category in prompts.COMPBENCH:
+            yield from (asdict(prompt) for prompt in prompts.load(category)[:limit])
+        return
+    files = sorted(folder.glob("*_val.txt")) or sorted(folder.glob("*.txt"))
+    if not files:
+        raise ValueError(f"{folder}: no prompt files (*_val.txt or *.txt) there")
+    for file in files:
+        category = file.stem.removesuffix("_val")
+        lines = [line.split("\t")[0].strip() for line in file.read_text().splitlines()]
+        for number, line in enumerate([line for line in lines if line][:limit]):
+            yield {"id": f"{category}-{number}", "category": category, "prompt": line}
+
+
+def read_scores(rows: Path) -> dict[tuple[str, str, str], list[float]]:
+    """(method, category, score) -> values over the ok rows."""
+    import pyarrow.dataset as ds
+
+    data = ds.dataset(str(rows / "data"), format="parquet")
+    scores = [name for name in SCORES if name in data.schema.names]
+    table = data.to_table(["method", "category", *scores])
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for row in table.to_pylist():
+        for score in scores:
+            if row[score] is not None:
+                found.setdefault((row["method"], row["category"], score), []).append(float(row[score]))
+    return found
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % confidence interval (normal; 0 for a single value)."""
+    values = list(values)
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, LIMIT_OF_INTERVAL * math.sqrt(variance / len(values))
+
+
+def tabulate(
+    scores: Mapping[tuple[str, str, str], list[float]], summary: Mapping[str, Mapping[str, float | None]]
+) -> str:
+    """Methods by categories in Markdown: the oracle's share of bound objects where there is one, else CLIP scores."""
+    judged = "bound" if any(score == "bound" for _, _, score in scores) else "clip_score"
+    categories = list(dict.fromkeys(category for _, category, score in scores if score == judged))
+    extra = [
+        name
+        for name in ("clip_score", "frechet_pictures", "frechet_embeddings", "nearest_cosine", "passes",
+                     "seconds_per_prompt")
+        if any(found.get(name) is not None for found in summary.values())
+    ]  # fmt: skip
+    head = ["method", *categories, *(name.replace("_", " ") for name in extra)]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for method, found in summary.items():
+        cells = [method]
+        for category in categories:
+            values = scores.get((method, category, judged))
+            cells.append("{:.3f} ± {:.3f}".format(*interval(values)) if values else "")
+        cells += ["" if found.get(name) is None else f"{found[name]:.4g}" for name in extra]
+        lines.append(f"| {' | '.join(cells)} |")
+    measure = "share of asked objects found with all their attributes" if judged == "bound" else "CLIP score"
+    return f"Categories: {measure}, mean ± half of its 95 % interval.\n\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,190 @@
+"""The stage, the job model, and the table of `compbench`, on random weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from jobs.compbench import interval, read_prompts, tabulate
+from jobs.invert_prompts import InvertPrompts, summarise
+from jobs.jobfile import JobFileError, load
+from stages.invert_prompts import InvertPrompts as Stage
+from tests.tiny_kandinsky import WIDTH, build_decoder, build_prior, build_reference
+
+JOBS = Path(__file__).parent.parent / "jobs"
+METHODS = [
+    {"method": "text-embedding"},
+    {"method": "retrieval", "k": 3, "name": "near"},
+    {"method": "ovi", "steps": 4, "slots": 3},
+    {"method": "direct", "steps": 5},
+]
+LABELS = ["text-embedding", "near", "ovi", "direct"]
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    prior = build_prior(folder / "prior")
+    return {
+        "model": prior,
+        "methods": METHODS,
+        "reference": build_reference(folder / "made", prior),
+        "decoder": {"model": build_decoder(folder / "decoder"), "steps": 2, "batch": 3},
+        "scores": ["clip", "frechet"],
+        "store_tokens": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def stage(params):
+    return Stage(**params)
+
+
+def rows(prompts, labels=LABELS):
+    return [{"id": f"p{i}/{m}", "prompt": p, "method": m} for i, p in enumerate(prompts) for m in labels]
+
+
+PROMPTS = ["a red star", "blue circle <b>", "striped ring", "photo of ice " * 40, "星"]
+
+
+@pytest.fixture(scope="module")
+def solved(stage):
+    found = list(stage(rows(PROMPTS)))
+    return {row["id"]: row for row in found}, stage.take_summary()
+
+
+def test_one_row_out_for_each_row_in_with_the_declared_columns(solved, params):
+    found, _ = solved
+    assert sorted(found) == sorted(row["id"] for row in rows(PROMPTS))
+    declared = {column.name for column in Stage.describe(**params).columns}
+    for row in found.values():
+        assert row["status"] == "ok"
+        assert set(row) - {"id", "status", "error"} <= declared
+        assert row["embedding"].shape == (WIDTH,)
+        assert row["image"].size == (16, 16)
+        unit = row["embedding"] / np.linalg.norm(row["embedding"])
+        assert row["norm"] == pytest.approx(np.linalg.norm(row["embedding"]), rel=1e-5)
+        assert 0 <= row["nearest_cosine"] <= 1.0001
+        assert abs(unit @ unit - 1) < 1e-5
+    assert found["p0/ovi"]["steps"] == 4
+    assert found["p0/ovi"]["passes"] == 5
+    assert found["p0/ovi"]["tokens"].shape == (4, 32)
+    assert found["p1/near"]["nearest_id"].startswith("image")
+
+
+def test_results_do_not_depend_on_how_rows_are_split(stage, solved):
+    found, _ = solved
+    alone = list(stage(rows(PROMPTS)[6:7])) + list(stage(rows(PROMPTS)[3:4]))
+    for row in alone:
+        assert np.abs(row["embedding"] - found[row["id"]]["embedding"]).max() < 1e-4
+        assert np.abs(np.asarray(row["image"], int) - np.asarray(found[row["id"]]["image"], int)).max() <= 2
+    stage.take_summary()
+
+
+def test_bad_rows_fail_alone_and_say_why(stage):
+    bad = [
+        {"id": "a/ovi", "prompt": None, "method": "ovi"},
+        {"id": "b/ovi", "prompt": "  ", "method": "ovi"},
+        {"id": "c/x", "prompt": "star", "method": "x"},
+        {"id": "d/near", "caption": "star", "method": "near"},
+    ]
+    found = {row["id"]: row for row in stage(bad)}
+    assert {i: row["status"] for i, row in found.items()} == {
+        "a/ovi": "failed", "b/ovi": "failed", "c/x": "failed", "d/near": "ok"
+    }  # fmt: skip
+    assert "prompt" in found["a/ovi"]["error"]
+    assert "empty" in found["b/ovi"]["error"]
+    assert "text-embedding, near, ovi, direct" in found["c/x"]["error"]
+    stage.take_summary()
+
+
+def test_the_summary_adds_up_over_shards(solved, params):
+    found, summary = solved
+    columns = ["method", "text_cosine", "nearest_cosine", "clip_score", "steps"]
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in found.values()])
+    whole = summarise([table], [summary], params["reference"])
+    assert list(whole) == [row["method"] for i, row in found.items() if i.startswith("p0/")]
+    for label in LABELS:
+        assert whole[label]["rows"] == len(PROMPTS)
+        mean = np.mean([row["text_cosine"] for row in found.values() if row["method"] == label])
+        assert whole[label]["text_cosine"] == pytest.approx(mean, rel=1e-5)
+        assert whole[label]["frechet_pictures"] >= 0
+        assert whole[label]["seconds_per_prompt"] > 0
+    assert 0 < whole["ovi"]["occupancy"] <= 1
+    twice = summarise([table, table], [summary, summary], params["reference"])
+    assert twice["ovi"]["rows"] == 2 * len(PROMPTS)
+    assert twice["near"]["text_cosine"] == pytest.approx(whole["near"]["text_cosine"])
+
+
+def test_the_oracle_needs_what_was_asked():
+    from stages.scoring import asked_of
+
+    asked = asked_of({"objects": '[{"shape": "star", "color": null}]', "relation": None, "count": 2})
+    assert asked == {"objects": [{"shape": "star"}], "relation": None, "count": 2}
+    assert asked_of({"objects": None}) is None
+    with pytest.raises(ValueError, match="JSON"):
+        asked_of({"objects": "a star"})
+
+
+def test_job_plans_one_row_a_prompt_and_method(tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a star\na ring\n")
+    job = load({"job": "invert-prompts", "input": str(prompts), "methods": ["text-embedding", "direct"], "draws": 2})
+    assert isinstance(job, InvertPrompts)
+    assert job.source().variants == {"draw": ("0", "1"), "method": ("text-embedding", "direct")}
+    assert job.stage().load_class() is Stage
+    assert json.loads(json.dumps(job.stage().params))["methods"][1]["constraint"]["mahalanobis"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"methods": ["ovi", "ovi"]}, "two are called 'ovi'"),
+        ({"methods": [{"method": "ovi", "name": "a/b"}]}, "slash"),
+        ({"methods": ["magic"]}, "magic"),
+        ({"methods": []}, "methods"),
+        ({"score": ["clip"]}, "decode"),
+        ({"score": ["frechet"]}, "reference"),
+        ({"methods": [{"method": "ovi", "recipe": "published", "steps": 5}]}, "fixes steps"),
+        ({"methods": [{"method": "ovi", "tokenz": 5}]}, "tokenz"),
+    ],
+)
+def test_job_files_that_cannot_be_meant(change, says):
+    with pytest.raises(JobFileError, match=says):
+        load({"job": "invert-prompts", "input": "p.txt", "methods": ["ovi"], **change})
+
+
+@pytest.mark.parametrize("name", ["ovi-kandinsky22", "compbench-kandinsky22", "compbench-micro"])
+def test_shipped_job_files_are_valid(name):
+    config = yaml.safe_load((JOBS / f"{name}.yaml").read_text())
+    job = load({"input": "p.txt", **config})
+    assert isinstance(job, InvertPrompts)
+    assert len(job.methods) >= 5
+
+
+def test_real_prompt_files_are_read_by_category(tmp_path):
+    (tmp_path / "color_val.txt").write_text("a red car and a blue book\n\na green bench\n")
+    (tmp_path / "spatial_val.txt").write_text("a cat left of a dog\tleft\n")
+    (tmp_path / "color_train.txt").write_text("not this\n")
+    found = list(read_prompts(tmp_path, None))
+    assert [(row["id"], row["category"], row["prompt"]) for row in found] == [
+        ("color-0", "color", "a red car and a blue book"),
+        ("color-1", "color", "a green bench"),
+        ("spatial-0", "spatial", "a cat left of a dog"),
+    ]
+    assert len(list(read_prompts(tmp_path, 1))) == 2
+    miniature = list(read_prompts(None, 2))
+    assert len(miniature) == 12
+    assert miniature[0]["objects"]
+    with pytest.raises(ValueError, match="no prompt files"):
+        list(read_prompts(tmp_path / "empty", None))
+
+
+def test_the_table_gives_means_and_intervals():
+    mean, half = interval([0.0, 1.0, 1.0, 0.0])
+    assert (mean, half) == (0.5, pytest.approx(1.959964 * np.std([0, 1, 1, 0], ddof=1) / 2))
+    text = tabulate({("ovi", "colour", "bound"): [1.0, 0.5]}, {"ovi": {"clip_score": 31.0, "passes": None}})
+    assert "| ovi | 0.750 ± 0.490 | 31 |" in text
