@@ -19,6 +19,7 @@ from stages.solver import Occupancy
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 """Where the prompt is looked for, in this order."""
 CHUNK = 256
+_INTERNAL = frozenset({"key", "variable", "start", "text", "seen"})
 
 _MEASURES = (
     Column("text_cosine", "float32", doc="cosine of embedding and text embedding"),
@@ -192,9 +193,8 @@ class InvertPrompts:
             for row in [*out, *solved]:
                 if self.store_tokens and "variable" in row:
                     row["tokens"] = row["variable"]
-                for own in ("variable", "start", "text", "seen"):
-                    row.pop(own, None)
-                yield {**row, "id": ids[row.pop("key")]}
+                own = ids[row["key"]]
+                yield {**{name: row[name] for name in row if name not in _INTERNAL}, "id": own}
             started = time.perf_counter()
 
     def _scored(self, label: str, rows: list[Row]) -> list[Row]:
