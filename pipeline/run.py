@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.output import Output
-from pipeline.plan import Plan, PlanError, PlanMismatch, RunSpec, make_plan
+from pipeline.commit import record_name
+from pipeline.dispatch import Dispatcher, Reporter, Stopped
+from pipeline.inputs import OWN
+from pipeline.lock import Lock
+from pipeline.output import SET_ASIDE, SUCCESS, Output, OutputError, Tally, load_plan, own_folder, sweep
+from pipeline.plan import (
+    Draft,
+    Plan,
+    PlanError,
+    PlanMismatch,
+    RunSpec,
+    Survey,
+    check_input,
+    differences,
+    draft,
+    make_plan,
+    read_shards,
+    survey_input,
+    write_plan,
+)  # fmt: skip
 from pipeline.progress import Progress
+from pipeline.publish import publish, set_aside
+from pipeline.read import wanted_columns
+from pipeline.schema import encode_schema
+from pipeline.source import Source
+from pipeline.spec import Column
+from pipeline.storage import Folder
+from pipeline.worker import Task, WorkerJob
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +116,7 @@ class Finished:
 
     def summaries(self) -> Iterator[dict[str, np.ndarray]]:
         """What the stage's ``take_summary()`` returned, in shard order (a split shard gives several)."""
-        raise NotImplementedError
+        return self.output.summaries()
 
 
 @dataclass(frozen=True)
@@ -141,11 +168,156 @@ def run(
         OutputLocked: Another run holds the folder.
         RunError: No Ray, no worker could be had, or the stage cannot be constructed.
     """
-    raise NotImplementedError
+    reporter = Reporter(None, progress, resources.max_workers)
+    reporter.phase("planning")
+    drafted = draft(spec)
+    folder = Folder.at(spec.output, spec.storage_options)
+    _check_folder(spec, drafted, folder)
+    lock = Lock(folder)
+    try:
+        if load_plan(folder) is None:
+            write_plan(spec, drafted, own_folder(folder), time.time())
+        output = Output.open(spec.output, spec.storage_options)
+        reporter.output = output
+        return _resumed(
+            spec, output, lock, reporter, resources, max_failed_fraction, address, finish, title, description
+        )
+    finally:
+        lock.release()
+
+
+def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> None:
+    """Whether the folder is free, or holds this very run."""
+    plan = load_plan(folder)
+    if plan is None:
+        stranger = next((name for name in folder.names() if name != OWN), None)
+        if stranger is not None:
+            raise OutputError(
+                f"{spec.output} is not empty and holds no run (there is {stranger!r}); name another output folder"
+            )
+        return
+    found = differences(plan["fields"], json.loads(json.dumps(dict(drafted.fields))))
+    found = found or check_input(drafted.source, own_folder(folder), spec.limit)
+    if found:
+        raise PlanMismatch(spec.output, found)
+
+
+def _resumed(
+    spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
+    address: str | None, finish: Callable[[Finished], None] | None, title: str, description: str,
+) -> RunResult:  # fmt: skip
+    """Under the lock: what is left is computed; then finish and publish, unless that is done too."""
+    tally, done = _survey(output, reporter)
+    resumed = tally.shards
+    complete = output.folder.exists(SUCCESS)
+    left = int(output.plan["shards"]) - resumed
+    if complete and left:
+        output.folder.remove(SUCCESS)
+    state: Literal["complete", "interrupted", "failed"] = "complete"
+    reason = None
+    try:
+        if left:
+            reporter.phase("starting", tally)
+            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done, left)
+        if left or not complete:
+            reporter.phase("finishing", tally)
+            if finish is not None:
+                finish(Finished(output))
+            reporter.phase("publishing", tally)
+            publish(output, tally, title, description)
+            sweep(output, output.records())
+    except Stopped as stopped:
+        state, reason = "failed", str(stopped)
+    except KeyboardInterrupt:
+        state, reason = "interrupted", "stopped by the user; run the same command again to resume"
+    reporter.phase(state, tally)
+    return RunResult(
+        output=spec.output, state=state, reason=reason, planned=int(output.plan["rows"]), ok=tally.ok,
+        failed=tally.failed, shards=int(output.plan["shards"]), resumed=resumed, seconds=reporter.seconds,
+        measures=tally.measures, errors=tally.errors,
+    )  # fmt: skip
+
+
+def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
+    """What earlier runs committed. A record whose file is gone or cut is withdrawn; losers and strangers go."""
+    for name in set_aside(output):
+        reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
+    tally, done, listed = Tally(), set[int](), output.listings()
+    for record in output.records():
+        if output.locate(record, listed) is None:
+            output.folder.remove(record_name(record.shard))
+            reporter.phase("planning", message=f"the file of shard {record.shard} is gone or cut; it is done again")
+            continue
+        tally.add(record)
+        done.add(record.shard)
+    sweep(output, output.records())
+    return tally, done
+
+
+def _compute(
+    spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
+    address: str | None, tally: Tally, done: set[int], left: int,
+) -> None:  # fmt: skip
+    from pipeline.cluster import ClusterError, Meters, Pool, connected
+
+    todo = (shard for shard in read_shards(output.own) if shard.index not in done)
+    try:
+        with connected(address, resources.cpus):
+            pool = Pool(_worker_job(spec, output, resources), resources)
+            try:
+                limit = max_failed_fraction * int(output.plan["rows"])
+                meters = Meters(output.path)
+                Dispatcher(
+                    pool, todo, tally, lock, reporter, meters, limit, left, resources.min_workers
+                ).run()  # fmt: skip
+            finally:
+                pool.close()
+    except ClusterError as error:
+        raise RunError(str(error)) from None
+
+
+def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJob:
+    plan = output.plan
+    source = Source.from_json(plan["source"], spec.source.storage_options)
+    return WorkerJob(
+        stage=spec.stage,
+        source=source,
+        wanted=wanted_columns(source, spec.keep),
+        kept=tuple(plan["keep"]),
+        schema=plan["schema"],
+        columns=tuple(Column(**{**column, "shape": tuple(column["shape"])}) for column in plan["stage_columns"]),
+        output=output.folder.root if output.folder.local else spec.output,
+        storage_options=spec.storage_options,
+        decode_threads=resources.decode_threads,
+        encode_threads=resources.encode_threads,
+    )
 
 
 def calibrate(
     spec: RunSpec, *, rows: int = 64, resources: Resources = Resources(), address: str | None = None
 ) -> Calibration:
-    """Time the first ``rows`` rows through the stage on one worker; writes nothing to the output folder."""
-    raise NotImplementedError
+    """Time the first ``rows`` rows through the stage on one worker; writes nothing to the output folder.
+
+    Raises:
+        RunError: No Ray, or the stage cannot be built.
+    """
+    from pipeline.cluster import ClusterError, Pool, connected
+
+    drafted = draft(replace(spec, limit=rows))
+    shard = next(survey_input(drafted.source, rows, rows, Survey(), lambda file, scan: None))
+    job = WorkerJob(
+        stage=spec.stage, source=drafted.source, wanted=drafted.wanted, kept=drafted.kept,
+        schema=encode_schema(drafted.schema), columns=drafted.info.columns, output=spec.output,
+        storage_options=spec.storage_options, decode_threads=resources.decode_threads,
+        encode_threads=resources.encode_threads,
+    )  # fmt: skip
+    try:
+        with connected(address, resources.cpus):
+            pool = Pool(job, resources)
+            try:
+                build, count, seconds, size, bad = pool.calibrate(Task(0, shard.spans, 0, shard.rows))
+            finally:
+                pool.close()
+    except ClusterError as error:
+        raise RunError(str(error)) from None
+    return Calibration(count, build, seconds, seconds / count, size / count, bad)
