@@ -26,6 +26,9 @@ from stages.solver import Occupancy, StoppingRule, solve
 if TYPE_CHECKING:
     from index.reference import Reference
 
+START_NEIGHBOURS = 8
+"""Images whose mean `direct` starts from when the neighbour constraint is on."""
+
 Method = Callable[[Iterable[Row]], Iterator[Row]]
 """Maps rows to rows in any order, one out for each in; rows that arrive failed pass through."""
 
@@ -135,8 +138,8 @@ def retrieval(reference: Reference, k: int) -> Method:
             yield from (row for row in chunk if _failed(row))
             if good:
                 t_BE = torch.from_numpy(np.stack([row["text"] for row in good])).float()
-                mean_BE = reference.neighbours(t_BE, k).vectors_BKE.mean(1)
-                yield from (ok(row, embedding=z.numpy(), passes=0) for row, z in zip(good, mean_BE, strict=True))
+                mean_BE = reference.index.gather(reference.positions(t_BE, k)).mean(1)
+                yield from (ok(row, embedding=z, passes=0) for row, z in zip(good, mean_BE, strict=True))
 
     return run
 
@@ -274,8 +277,12 @@ def _optimised(recipe: Direct | OVI, bench: Bench, space: Space, settings: Setti
 
 
 def direct(recipe: Direct, bench: Bench) -> Method:
-    """OVI's objective over the embedding itself (ours), in the reference's whitened coordinates."""
-    bench.need_reference(recipe)
+    """OVI's objective over the embedding itself (ours), in the reference's whitened coordinates.
+
+    A row starts from the mean image; with the neighbour constraint, which holds a row where it starts, from the mean of
+    the images nearest to the text.
+    """
+    reference = bench.need_reference(recipe)
     whitening = bench.whitening()
     assert whitening is not None
     constraint, stop = recipe.constraint, recipe.stop
@@ -284,7 +291,21 @@ def direct(recipe: Direct, bench: Bench) -> Method:
         neighbours=constraint.neighbours, k=constraint.k, interval=constraint.interval, watch=stop.watch,
         stop=rule(stop, recipe.steps), best=stop.best,
     )  # fmt: skip
-    return _optimised(recipe, bench, Space.direct(whitening), settings)
+    method = _optimised(recipe, bench, Space.direct(whitening), settings)
+    if not constraint.neighbours:
+        return method
+    nearest = retrieval(reference, min(START_NEIGHBOURS, reference.rows))
+
+    def started(rows: Iterable[Row]) -> Iterator[Row]:
+        for row in nearest(rows):
+            if _failed(row):
+                yield row
+                continue
+            offset_E = torch.from_numpy(row["embedding"]) - whitening.mean_E.cpu()
+            kept = {name: value for name, value in row.items() if name not in ("embedding", "status", "error")}
+            yield {**kept, "start": (whitening.inverse_EE.cpu() @ offset_E).numpy()}
+
+    return lambda rows: method(started(rows))
 
 
 def ovi(recipe: OVI, bench: Bench) -> Method:
