@@ -188,3 +188,51 @@ def test_the_table_gives_means_and_intervals():
     assert (mean, half) == (0.5, pytest.approx(1.959964 * np.std([0, 1, 1, 0], ddof=1) / 2))
     text = tabulate({("ovi", "colour", "bound"): [1.0, 0.5]}, {"ovi": {"clip_score": 31.0, "passes": None}})
     assert "| ovi | 0.750 ± 0.490 | 31 |" in text
+
+
+def test_end_to_end_on_ray(params, tmp_path):
+    """Rows through the runtime: planned twice a prompt, committed, summarised, on the report page, and resumed."""
+    import ray
+
+    from jobs.run import run_job
+
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"id": f"p{i}", "category": "c", "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"id": "none", "prompt": ""}]))
+    config = {
+        "job": "invert-prompts",
+        "input": {"path": str(prompts), "id": "id"},
+        "model": params["model"],
+        "reference": params["reference"],
+        "methods": ["text-embedding", {"method": "ovi", "steps": 3}],
+        "decode": {"model": params["decoder"]["model"], "steps": 2},
+        "score": ["clip", "frechet"],
+        "keep": ["category"],
+        "shard_rows": 5,
+        "max_failed_fraction": 0.5,
+        "resources": {"cpus": 1},
+    }
+    ray.init(num_cpus=2, object_store_memory=150_000_000, include_dashboard=False, log_to_driver=False)
+    try:
+        done = run_job(config, output=str(tmp_path / "out"))
+        assert (done.state, done.planned, done.ok, done.failed, done.shards) == ("complete", 12, 10, 2, 3)
+        again = run_job(config, output=str(tmp_path / "out"))
+        assert again.resumed == 3
+    finally:
+        ray.shutdown()
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=done.data, split="train", cache_dir=str(tmp_path / "cache"))
+    assert {row["id"] for row in rows} == {f"p{i}/{m}" for i in range(5) for m in ("text-embedding", "ovi")} | {
+        "none/text-embedding", "none/ovi"
+    }  # fmt: skip
+    good = [row for row in rows if row["status"] == "ok"]
+    assert all(len(row["embedding"]) == WIDTH and row["image"].size == (16, 16) for row in good)
+    assert good[0]["category"] == "c"
+    summary = json.loads((tmp_path / "out" / "methods.json").read_text())
+    assert summary["ovi"]["rows"] == 5
+    assert summary["ovi"]["failed"] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Prompt by method" in page
+    assert "blue circle &lt;b&gt;" in page
+    assert "<b>" not in page.split("</style>")[1]
