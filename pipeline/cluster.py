@@ -154,7 +154,8 @@ class Pool:
             options["memory"] = resources.memory
         groups = {"watch": 1}
         self._ray = ray
-        self._make = ray.remote(concurrency_groups=groups, **options)(_Actor).remote
+        remote: Any = ray.remote
+        self._make = remote(concurrency_groups=groups, **options)(_Actor).remote
         self._job = ray.put(job)
         self._resources = resources
         self._members: list[_Member] = []

@@ -409,6 +409,7 @@ def sweep(output: Output, valid: Iterable[Record]) -> int:
         summaries |= set(record.summary)
     lost = [f"{ATTEMPTS}/{name}" for name in output.folder.listing(ATTEMPTS) if name not in files]
     lost += [f"{SUMMARIES}/{name}" for name in output.folder.listing(SUMMARIES) if name not in summaries]
+    lost += [f"{RECORDS}/{name}" for name in output.folder.listing(RECORDS) if name.endswith(".tmp")]
     for name in lost:
         output.folder.remove(name)
     return len(lost)

@@ -172,10 +172,10 @@ def run(
     reporter.phase("planning")
     drafted = draft(spec)
     folder = Folder.at(spec.output, spec.storage_options)
-    _check_folder(spec, drafted, folder)
+    planned = _check_folder(spec, drafted, folder)
     lock = Lock(folder)
     try:
-        if load_plan(folder) is None:
+        if not planned and not _check_folder(spec, drafted, folder):  # again: another run may have just ended here
             write_plan(spec, drafted, own_folder(folder), time.time())
         output = Output.open(spec.output, spec.storage_options)
         reporter.output = output
@@ -186,8 +186,8 @@ def run(
         lock.release()
 
 
-def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> None:
-    """Whether the folder is free, or holds this very run."""
+def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
+    """True if the folder holds this very run, False if it is free; anything else is refused."""
     plan = load_plan(folder)
     if plan is None:
         stranger = next((name for name in folder.names() if name != OWN), None)
@@ -195,11 +195,12 @@ def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> None:
             raise OutputError(
                 f"{spec.output} is not empty and holds no run (there is {stranger!r}); name another output folder"
             )
-        return
+        return False
     found = differences(plan["fields"], json.loads(json.dumps(dict(drafted.fields))))
     found = found or check_input(drafted.source, own_folder(folder), spec.limit)
     if found:
         raise PlanMismatch(spec.output, found)
+    return True
 
 
 def _resumed(
