@@ -31,7 +31,7 @@ from benchmarks.ovi_setting import (
     rows_of,
     run,
 )
-from stages.recipes import OVI, Constraint, Direct, Recipe, Retrieval, TextEmbedding, TrainedPrior
+from stages.recipes import OVI, Constraint, Direct, Recipe, Retrieval, Stop, TextEmbedding, TrainedPrior
 
 
 def recipes(steps: int) -> list[Recipe]:
@@ -41,10 +41,12 @@ def recipes(steps: int) -> list[Recipe]:
         TextEmbedding(name="text-rescaled", rescale=True),
         Retrieval(),
         Retrieval(name="retrieval-8", k=8),
-        OVI(name=f"ovi-{steps}", steps=steps),
-        OVI(name="ovi-mahalanobis", steps=steps, constraint=Constraint(mahalanobis=0.1)),
-        OVI(name="ovi-neighbours", steps=steps, constraint=Constraint(neighbours=1.0, interval=5)),
-        OVI(name="ovi-compact", steps=steps, compact=True),
+        OVI(name=f"ovi-{steps}", steps=steps, stop=Stop()),
+        OVI(name=f"ovi-{4 * steps}", steps=4 * steps, stop=Stop()),
+        OVI(name="ovi-early", steps=2 * steps),
+        OVI(name="ovi-mahalanobis", steps=steps, stop=Stop(), constraint=Constraint(mahalanobis=0.1)),
+        OVI(name="ovi-neighbours", steps=steps, stop=Stop(), constraint=Constraint(neighbours=1.0, interval=5)),
+        OVI(name="ovi-compact", steps=steps, stop=Stop(), compact=True),
         Direct(name="direct-mahalanobis"),
         Direct(name="direct-neighbours", constraint=Constraint(neighbours=3.0, mahalanobis=0.1, interval=5), steps=60),
     ]

@@ -266,7 +266,7 @@ def rule(stop: Stop, limit: int) -> StoppingRule:
 def _optimised(recipe: Direct | OVI, bench: Bench, space: Space, settings: Settings) -> Method:
     constraint = recipe.constraint
     reference = bench.reference
-    if constraint.mahalanobis or constraint.neighbours or recipe.stop.watch == "mahalanobis":
+    if constraint.mahalanobis or constraint.neighbours or settings.watch == "mahalanobis":
         reference = bench.need_reference(recipe)
     search = search_of(reference, constraint.k, bench.device) if constraint.neighbours and reference else None
     problem = Inversion(space, settings, seed=bench.seed, whitening=bench.whitening(), search=search)
@@ -311,7 +311,7 @@ def direct(recipe: Direct, bench: Bench) -> Method:
 def ovi(recipe: OVI, bench: Bench) -> Method:
     """OVI through the image encoder."""
     tower = VisionTower(bench.vision(), recipe.tokens, recipe.compact)
-    constraint, stop = recipe.constraint, recipe.stop
+    constraint, stop = recipe.constraint, recipe.stopping
     settings = Settings(
         slots=recipe.slots, lr=recipe.lr, weight_decay=recipe.weight_decay, init_std=recipe.init_std,
         mahalanobis=constraint.mahalanobis, neighbours=constraint.neighbours, k=constraint.k,

@@ -12,7 +12,7 @@ from index.reference import Reference
 from pipeline.spec import failed
 from stages import clip, priors
 from stages.randomness import row_generator, row_normal
-from stages.recipes import OVI, Constraint, Direct, Retrieval, Stop, TextEmbedding, TrainedPrior
+from stages.recipes import EARLY, OVI, Constraint, Direct, Retrieval, Stop, TextEmbedding, TrainedPrior
 from tests.tiny_kandinsky import LENGTH, WIDTH, build_prior, build_reference
 
 PROMPTS = ["photo of a red star", "blue circle", "a striped green ring", "plain small heart", "robot in ice"]
@@ -130,9 +130,9 @@ def test_a_prior_without_time_embedding_equals_one_whose_time_token_nobody_sees(
 
 
 def test_constraints_pull_towards_the_images(bench, rows):
-    free = run(OVI(steps=40, slots=2), bench, rows)
-    near = run(OVI(steps=40, slots=2, constraint=Constraint(neighbours=2.0, k=3)), bench, rows)
-    typical = run(OVI(steps=40, slots=2, constraint=Constraint(mahalanobis=0.5)), bench, rows)
+    free = run(OVI(steps=40, slots=2, stop=Stop()), bench, rows)
+    near = run(OVI(steps=40, slots=2, stop=Stop(), constraint=Constraint(neighbours=2.0, k=3)), bench, rows)
+    typical = run(OVI(steps=40, slots=2, stop=Stop(), constraint=Constraint(mahalanobis=0.5)), bench, rows)
 
     def mean(found, measure):
         return np.mean([measure(torch.from_numpy(row["embedding"])[None]) for row in found.values()])
@@ -200,6 +200,13 @@ def test_methods_say_what_they_lack(bench, prior):
         priors.build(TrainedPrior(model="/nowhere"), poor)
     with pytest.raises(ValueError, match="PriorTransformer"):
         priors.build(TrainedPrior(prior="/nowhere"), poor)
+
+
+def test_early_stopping_is_the_default(bench, rows):
+    assert OVI().stopping == EARLY
+    assert OVI(stop=Stop()).stopping == OVI(recipe="published").stopping == Stop()
+    got = run(OVI(steps=200), bench, rows)
+    assert any(row["stopped"] == "stalled" and 5 <= row["steps"] < 200 for row in got.values())
 
 
 def test_published_recipe_cannot_be_bent():
