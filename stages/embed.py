@@ -108,7 +108,7 @@ class Preparation:
     def one(self, picture: Image) -> torch.Tensor:
         """A picture, ready to be stacked: bytes (H, W, C), or the processor's own floats (C, H, W)."""
         if self._recipe is not None:
-            return torch.from_numpy(np.ascontiguousarray(self._recipe.shape(picture)))
+            return torch.from_numpy(np.array(self._recipe.shape(picture)))
         return self._processor(images=picture, return_tensors="pt").pixel_values[0]
 
     def batch(self, pictures: list[torch.Tensor]) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _agrees(recipe: Recipe, processor: Any) -> bool:
         coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
         picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         theirs = processor(images=picture, return_tensors="pt").pixel_values
-        ours = _normalised(torch.from_numpy(np.ascontiguousarray(recipe.shape(picture)))[None], recipe)
+        ours = _normalised(torch.from_numpy(np.array(recipe.shape(picture)))[None], recipe)
         if ours.shape != theirs.shape or (ours - theirs).abs().max() > TOLERANCE:
             return False
     return True
