@@ -1,0 +1,178 @@
+"""Concepts an hour: many in one batch against one at a time; and a job of 200 concepts, killed once and resumed.
+
+    python -m benchmarks.lego_scale [--concepts 16] [--steps 20]          side by side, one process, one thread count
+    python -m benchmarks.lego_scale --job --concepts 200 --steps 20       through run_job; memory of the worker over time
+
+Speed does not depend on what the weights are, so random ones serve where the trained ones are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import micro
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def side_by_side(model_path: str, concepts: int, steps: int, slots: list[int], threads: int) -> dict[str, Any]:
+    """The same concepts by the same engine with different numbers of slots, interleaved; seconds a concept step."""
+    import torch
+
+    from benchmarks.lego_ablation import SIZE, targets, training_row
+    from stages.concept import Templates
+    from stages.diffusion import LatentDiffusion
+    from stages.lego import LegoProblem, LegoSettings, prepare
+    from stages.solver import Occupancy, solve
+
+    torch.set_num_threads(threads)
+    model = LatentDiffusion.load(model_path)
+    settings = LegoSettings(steps=steps, window=steps)
+    kinds = targets()
+    rows = [training_row(kinds[n % len(kinds)], n // len(kinds), 2) for n in range(concepts)]
+    ready = [
+        {**row, "prepared": prepare(row, model, settings, Templates(), size=SIZE, max_words=3, root="")} for row in rows
+    ]
+    found: dict[str, Any] = {}
+    for count in slots:
+        some = ready if count > 1 else ready[: max(2, concepts // 4)]
+        problem = LegoProblem(model, settings, size=SIZE, slots=count, max_words=3, seed=0)
+        occupancy = Occupancy()
+        wall, cpu = time.perf_counter(), time.process_time()
+        learned = list(solve(problem, some, occupancy=occupancy))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        assert all(row["status"] == "ok" for row in learned)
+        found[str(count)] = {
+            "concepts": len(some),
+            "wall_seconds_a_concept": wall / len(some),
+            "cpu_seconds_a_concept": cpu / len(some),
+            "concepts_an_hour_of_3000_steps": 3600 / (wall / len(some) * 3000 / steps),
+            "occupancy": occupancy.share,
+        }
+        print(count, json.dumps(found[str(count)]), flush=True)
+    one = found[str(slots[0])]
+    for one_of in found.values():
+        one_of["speedup_wall"] = one["wall_seconds_a_concept"] / one_of["wall_seconds_a_concept"]
+        one_of["speedup_cpu"] = one["cpu_seconds_a_concept"] / one_of["cpu_seconds_a_concept"]
+    return found
+
+
+def write_table(folder: Path, concepts: int) -> Path:
+    """A Parquet table of concepts with their pictures inside."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from benchmarks.lego_ablation import targets, training_row
+
+    def png(picture: Any) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    kinds, rows = targets(), []
+    for number in range(concepts):
+        row = training_row(kinds[number % len(kinds)], number // len(kinds), 2)
+        plain = {k: row[k] for k in ("name", "concept", "subject", "prompt_with", "prompt_without", "prompt_plain")}
+        plain |= {side: [png(p) for p in row[side]] for side in ("with", "without")}
+        rows.append(plain | {key: json.dumps(row[key]) for key in ("start", "positive", "negative")})
+    path = folder / "concepts.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def as_job(model_path: str, concepts: int, steps: int, slots: int, folder: Path) -> dict[str, Any]:
+    """The whole way through run_job, killed by SIGKILL once, resumed, verified."""
+    import psutil
+
+    from pipeline.output import Output, verify
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "job": "learn-concepts",
+        "input": {"path": str(write_table(folder, concepts)), "id": "name"},
+        "model": model_path,
+        "learning": {"steps": steps, "window": steps // 2},
+        "slots": slots,
+        "max_words": 3,
+        "shard_rows": 25,
+        "checkpoint_seconds": 5,
+    }
+    out = str(folder / "out")
+    code = f"from jobs.run import run_job; r = run_job({config!r}, output={out!r}); raise SystemExit(r.state != 'complete')"
+    memory: list[tuple[float, float]] = []
+    began = time.perf_counter()
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+    def watch(process: subprocess.Popen[bytes], until: int | None) -> None:
+        while process.poll() is None:
+            family = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
+            sizes = [psutil.Process(p).memory_info().rss for p in family if psutil.pid_exists(p)]
+            memory.append((time.perf_counter() - began, max(sizes, default=0) / 1e6))
+            if until is not None and committed(out) >= until:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return
+            time.sleep(2)
+
+    def committed(path: str) -> int:
+        try:
+            return sum(1 for _ in Output.open(path).records())
+        except (ValueError, OSError):
+            return 0
+
+    first = start()
+    watch(first, 3)
+    killed = committed(out)
+    second = start()
+    watch(second, None)
+    report = verify(out)
+    half = [m for t, m in memory if t > memory[-1][0] / 2]
+    return {
+        "concepts": concepts,
+        "steps": steps,
+        "exit_code": second.returncode,
+        "shards_when_killed": killed,
+        "verify_ok": report.ok,
+        "rows_ok": report.rows_ok,
+        "rows_failed": report.rows_failed,
+        "seconds": time.perf_counter() - began,
+        "largest_process_mb": max(m for _, m in memory),
+        "largest_process_mb_second_half_spread": [min(half), max(half)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
+    parser.add_argument("--concepts", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--slots", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--job", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("out/lego-scale"))
+    options = parser.parse_args()
+    if options.job:
+        found = as_job(options.model, options.concepts, options.steps, options.slots[-1], options.folder)
+        name = "lego_scale_job"
+    else:
+        found = side_by_side(options.model, options.concepts, options.steps, options.slots, options.threads)
+        name = "lego_scale"
+    RESULTS.mkdir(exist_ok=True)
+    note = {"load_average": os.getloadavg(), "settings": {k: str(v) for k, v in vars(options).items()}, "result": found}
+    (RESULTS / f"{name}.json").write_text(json.dumps(note, indent=2))
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
