@@ -1,7 +1,7 @@
 """Concepts an hour: many in one batch against one at a time; and a job of 200 concepts, killed once and resumed.
 
-    python -m benchmarks.lego_scale [--concepts 16] [--steps 20]          side by side, one process, one thread count
-    python -m benchmarks.lego_scale --job --concepts 200 --steps 20       through run_job; memory of the worker over time
+    python -m benchmarks.lego_scale [--concepts 16] [--steps 20]    side by side, one process, one thread count
+    python -m benchmarks.lego_scale --job --concepts 200 --steps 20    through run_job; memory of the worker over time
 
 Speed does not depend on what the weights are, so random ones serve where the trained ones are missing.
 """
@@ -107,7 +107,8 @@ def as_job(model_path: str, concepts: int, steps: int, slots: int, folder: Path)
         "checkpoint_seconds": 5,
     }
     out = str(folder / "out")
-    code = f"from jobs.run import run_job; r = run_job({config!r}, output={out!r}); raise SystemExit(r.state != 'complete')"
+    code = f"from jobs.run import run_job; r = run_job({config!r}, output={out!r})"
+    code += "; raise SystemExit(r.state != 'complete')"
     memory: list[tuple[float, float]] = []
     began = time.perf_counter()
 
