@@ -123,8 +123,8 @@ class TextInverter(nn.Module):
             filesystem, path = fsspec.core.url_to_fs(f"{place.rstrip('/')}/{WEIGHTS}")
             if filesystem.exists(path):
                 raw = json.loads(filesystem.cat_file(f"{path.rpartition('/')[0]}/{CONFIG}"))
-                shape = InverterShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-                inverter = TextInverter(shape)
+                fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+                inverter = TextInverter(InverterShape(**fields))
                 inverter.load_state_dict(load(filesystem.cat_file(path)))
                 return inverter.to(device).eval().requires_grad_(False)
         raise ValueError(f"no trained inverter in {folder}: run a train-inverter job and name its output folder")
