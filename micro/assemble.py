@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers import (
-    AutoencoderKL, DDIMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer,
-    StableDiffusionPipeline, UNet2DConditionModel, VQModel,
+    AutoencoderKL,
+    DDIMScheduler,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    PriorTransformer,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    VQModel,
 )  # fmt: skip
 from transformers import (
-    CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
 )  # fmt: skip
 
 from micro import MODELS, clip, unets
@@ -59,7 +68,7 @@ def load(name: str, folder: Path | None = None, device: str = "cpu") -> Any:
     """Load one of the shipped pipelines (``prior``, ``decoder``, ``stable-diffusion``) in float32.
 
     Raises:
-        OSError: the folder is missing, truncated, or holds another kind of model; says which folder and what was expected.
+        OSError: the folder is missing, truncated, or holds another kind of model; says which, and what was expected.
     """
     import json
 

@@ -1,8 +1,8 @@
 """The miniature CLIP pair: the image and text encoders of the Kandinsky prior, and of every embedding job.
 
-Trained with the usual symmetric contrastive loss at a low, fixed temperature (which leaves a modality gap, as real CLIPs
-have), together with two supervised helpers that make minutes on a CPU enough: patch tokens predict the objects under
-them, and each embedding predicts which attributes go together. The helpers' heads are thrown away.
+Trained with the usual symmetric contrastive loss at a low, fixed temperature (which leaves a modality gap, as real
+CLIPs have), together with two supervised helpers that make minutes on a CPU enough: patch tokens predict the objects
+under them, and each embedding predicts which attributes go together. The helpers' heads are thrown away.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from micro import data, oracle, tokenizer, world
 from micro.training import Recipe, pick_device, pictures_to_tensor, train
@@ -131,16 +137,16 @@ def train_clip(work: Path, recipe: Recipe) -> tuple[CLIPVisionModelWithProjectio
 def embed_pictures(model: CLIPVisionModelWithProjection, pictures: np.ndarray, batch: int = 200) -> torch.Tensor:
     """(n, E) float32 on the CPU, raw projections."""
     device = next(model.parameters()).device
-    parts = range(0, len(pictures), batch)
-    return torch.cat([model(pictures_to_tensor(pictures[i : i + batch], device)).image_embeds.float().cpu() for i in parts])
+    parts = (pictures_to_tensor(pictures[i : i + batch], device) for i in range(0, len(pictures), batch))
+    return torch.cat([model(part).image_embeds.float().cpu() for part in parts])
 
 
 @torch.no_grad()
 def embed_tokens(model: CLIPTextModelWithProjection, ids: np.ndarray, batch: int = 400) -> torch.Tensor:
     """(n, E) float32 on the CPU, raw projections of (n, LENGTH) token ids."""
     device = next(model.parameters()).device
-    parts = range(0, len(ids), batch)
-    return torch.cat([model(torch.from_numpy(ids[i : i + batch]).to(device)).text_embeds.float().cpu() for i in parts])
+    parts = (torch.from_numpy(ids[i : i + batch]).to(device) for i in range(0, len(ids), batch))
+    return torch.cat([model(part).text_embeds.float().cpu() for part in parts])
 
 
 def geometry(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:

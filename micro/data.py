@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ def labels(scene: world.Scene) -> np.ndarray:
     return out
 
 
-def cached(path: Path, make) -> np.ndarray:  # noqa: ANN001
+def cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array at ``path``, memory-mapped; made and put there first if it is missing."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.npy")

@@ -80,7 +80,7 @@ def judge_oracle(judge: oracle.Oracle, vae: torch.nn.Module, count: int) -> list
     return lines
 
 
-def judge_clip(image: torch.nn.Module, text: torch.nn.Module, words, count: int = 500) -> list[Line]:  # noqa: ANN001
+def judge_clip(image: torch.nn.Module, text: torch.nn.Module, words, count: int = 500) -> list[Line]:
     """Retrieval among pictures with distinct full captions, and the geometry of the two cones."""
     chosen: dict[str, int] = {}
     index = 0
@@ -92,12 +92,12 @@ def judge_clip(image: torch.nn.Module, text: torch.nn.Module, words, count: int 
     full = clip.geometry(seen, clip.embed_tokens(text, clip.tokenize_all(words, np.array(list(chosen)))))  # type: ignore[arg-type]
     varied = np.array([world.caption_of(i, "heldout", wording=0) for i in chosen.values()])
     brief = clip.geometry(seen, clip.embed_tokens(text, clip.tokenize_all(words, varied)))  # type: ignore[arg-type]
-    lines = [Line("CLIP, full captions: text-to-image R@1 of 500", full.pop("text_to_image_r1"), 0.70)]
+    lines = [Line(f"CLIP, full captions: text-to-image R@1 of {count}", full.pop("text_to_image_r1"), 0.70)]
     lines += [Line(f"CLIP, full captions: {name}", value) for name, value in full.items()]
-    return [*lines, Line("CLIP, varied captions: text-to-image R@1 of 500", brief["text_to_image_r1"])]
+    return [*lines, Line(f"CLIP, varied captions: text-to-image R@1 of {count}", brief["text_to_image_r1"])]
 
 
-def draw_with_kandinsky(prior, decoder) -> Draw:  # noqa: ANN001
+def draw_with_kandinsky(prior, decoder) -> Draw:
     def draw(texts: Sequence[str], seed: int) -> np.ndarray:
         out = []
         for i in range(0, len(texts), 50):
@@ -113,7 +113,7 @@ def draw_with_kandinsky(prior, decoder) -> Draw:  # noqa: ANN001
     return draw
 
 
-def draw_with_stable_diffusion(pipeline) -> Draw:  # noqa: ANN001
+def draw_with_stable_diffusion(pipeline) -> Draw:
     def draw(texts: Sequence[str], seed: int) -> np.ndarray:
         out = []
         for i in range(0, len(texts), 50):
@@ -148,7 +148,7 @@ def judge_generation(name: str, draw: Draw, judge: oracle.Oracle, count: int, pa
         rates = _attribute_rates(judge, asked, draw([p.prompt for p in asked], seed=1))
         wanted = least if kind == "single" else {}
         label = {"single": "frequent"}.get(kind, kind)
-        lines += [Line(f"{name}, one object, {label}: {field}", rate, wanted.get(field)) for field, rate in rates.items()]
+        lines += [Line(f"{name}, one object, {label}: {k}", rate, wanted.get(k)) for k, rate in rates.items()]
     asked = prompts.load("spatial")[:count]
     readings = judge.read(draw([p.prompt for p in asked], seed=2))
     scores = [oracle.score(r, p.objects, p.relation) for r, p in zip(readings, asked, strict=True)]
@@ -183,7 +183,7 @@ def _sheet(pictures: np.ndarray, columns: int, path: Path) -> None:
     Image.fromarray(flat).save(path, optimize=True)
 
 
-def draw_sheets(vae, kandinsky: Draw, stable: Draw) -> None:  # noqa: ANN001
+def draw_sheets(vae, kandinsky: Draw, stable: Draw) -> None:
     """World pictures, reconstructions under originals, and both generators on the same prompts."""
     pictures, _ = _heldout(48)
     _sheet(pictures, 12, SHEETS / "world.png")

@@ -137,8 +137,10 @@ def _decode(cells_BKGG: torch.Tensor, ground_BG: torch.Tensor) -> list[Reading]:
             y = float((row + 0.5 + offsets[b, 1, row, col]) * _CELL)
             if any(np.hypot(t.x - x, t.y - y) < _APART for t in things):
                 continue
-            values = [data.FIELDS[f][p[b, row, col]] for f, p in zip(_CLASSES, picks, strict=True)]
-            things.append(world.Thing(*values, x=x, y=y, r=float(radius[b, row, col])))
+            shape, color, texture, size = (
+                data.FIELDS[f][p[b, row, col]] for f, p in zip(_CLASSES, picks, strict=True)
+            )
+            things.append(world.Thing(shape, color, texture, size, x, y, float(radius[b, row, col])))
         out.append(Reading(tuple(things), names[grounds[b]]))
     return out
 
@@ -261,7 +263,7 @@ def accuracy(oracle: Oracle, pictures: np.ndarray, scenes: Sequence[world.Scene]
     for reading, scene in zip(oracle.read(pictures), scenes, strict=True):
         matched = []
         for thing in scene.things:
-            near = min(reading.things, key=lambda t: np.hypot(t.x - thing.x, t.y - thing.y), default=None)  # noqa: B023
+            near = min(reading.things, key=lambda t: np.hypot(t.x - thing.x, t.y - thing.y), default=None)
             if near is not None and np.hypot(near.x - thing.x, near.y - thing.y) > _APART:
                 near = None
             matched.append(near)

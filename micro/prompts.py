@@ -1,7 +1,7 @@
 """Fixed prompt sets in the manner of T2I-CompBench++, with what the oracle must find in a picture of each.
 
 ``colour``, ``shape``, ``texture``: two objects whose attributes must not be exchanged; ``spatial``: a relation in the
-plane; ``numeracy``: counts; ``complex``: everything at once. Beside them ``single`` (one object, a frequent combination),
+plane; ``numeracy``: counts; ``complex``: everything at once. Beside them ``single`` (one object, frequent),
 ``rare`` (seen at most five times in training) and ``never`` (not once).
 """
 

@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel, VQModel
 from transformers import (
-    CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
 )  # fmt: skip
 
 from micro import MODELS, assemble, autoencoder, clip, data, oracle, tokenizer, unets, world
@@ -43,7 +46,8 @@ def _draw(work: Path) -> None:
         data.split_backgrounds(work, split, count)  # type: ignore[arg-type]
         data.split_captions(work, split, count, 6)  # type: ignore[arg-type]
     if not (work / "tokenizer" / "vocab.json").exists():
-        tokenizer.learn(data.split_captions(work, "train", world.TRAIN_SIZE, 6).reshape(-1).tolist(), work / "tokenizer")
+        captions = data.split_captions(work, "train", world.TRAIN_SIZE, 6)
+        tokenizer.learn(captions.reshape(-1).tolist(), work / "tokenizer")
 
 
 def _latents(work: Path) -> np.ndarray:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Recipe:
     clip: float = 1.0
 
 
+M = TypeVar("M", bound=nn.Module)
 StepFunction = Callable[[np.ndarray, np.random.Generator], torch.Tensor]
 
 
@@ -45,9 +47,7 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def train(
-    name: str, module: nn.Module, loss_of: StepFunction, count: int, recipe: Recipe, work: Path, seed: int = 0
-) -> nn.Module:
+def train(name: str, module: M, loss_of: StepFunction, count: int, recipe: Recipe, work: Path, seed: int = 0) -> M:
     """Train ``module`` in place on ``count`` items and return it with its averaged (EMA) weights.
 
     Args:

@@ -234,7 +234,8 @@ def caption(scene: Scene, rng: np.random.Generator, detail: Literal["full", "var
     else:
         names = [_article(describe(t, False, size, texture, color)) for t in things]
         if len(things) == 1:
-            text = names[0] if full or rng.uniform() < 0.92 else "one " + describe(things[0], False, size, texture, color)
+            bare = describe(things[0], False, size, texture, color)
+            text = names[0] if full or rng.uniform() < 0.92 else f"one {bare}"
         elif len(things) == 2:
             text = _pair(things, names, rng, full)
         else:

@@ -42,7 +42,8 @@ def test_relation_is_from_first_to_second_and_needs_both():
 
 def test_no_object_is_a_reading():
     found = oracle.score(reading(), [{"shape": "star"}], count=1)
-    assert found.bound == 0 and not found.success
+    assert found.bound == 0
+    assert not found.success
 
 
 def test_cells_decode_to_the_objects_that_made_them():
@@ -70,7 +71,9 @@ def test_held_out_pictures_are_read():
     judge = oracle.Oracle.load()
     scenes = [world.sample_scene(i, "heldout") for i in range(200)]
     found = oracle.accuracy(judge, np.stack([world.render(s) for s in scenes]), scenes)
-    assert found["color"] >= 0.98 and found["shape"] >= 0.97 and found["texture"] >= 0.96
+    assert found["color"] >= 0.98
+    assert found["shape"] >= 0.97
+    assert found["texture"] >= 0.96
 
 
 def test_foreign_and_truncated_folders_are_named(tmp_path):

@@ -12,7 +12,8 @@ from micro import prompts, world
 
 def test_a_picture_depends_on_seed_and_index_alone():
     once, again = world.picture(5, "heldout"), world.picture(5, "heldout")
-    assert once.shape == (64, 64, 3) and once.dtype == np.uint8
+    assert once.shape == (64, 64, 3)
+    assert once.dtype == np.uint8
     assert np.array_equal(once, again)
     assert not np.array_equal(once, world.picture(6, "heldout"))
     assert not np.array_equal(once, world.picture(5, "train"))
@@ -45,7 +46,8 @@ def test_objects_stay_inside_and_apart_and_relations_are_clear():
     for i in range(300):
         things = world.sample_scene(i, "heldout").things
         for t in things:
-            assert t.r < t.x < 64 - t.r and t.r < t.y < 64 - t.r
+            assert t.r < t.x < 64 - t.r
+            assert t.r < t.y < 64 - t.r
         for a in range(len(things)):
             for b in range(a):
                 gap = np.hypot(things[a].x - things[b].x, things[a].y - things[b].y)
@@ -61,7 +63,8 @@ def test_full_captions_name_every_attribute():
         text = world.caption_of(i, "heldout", detail="full")
         assert text.endswith(f"on a {scene.background} background")
         for t in scene.things:
-            assert t.color in text and t.shape in text
+            assert t.color in text
+            assert t.shape in text
             assert t.texture == "plain" or t.texture in text
 
 
@@ -72,9 +75,11 @@ def test_wordings_vary():
 def test_relations_are_seen_from_the_first_object():
     left = world.Thing("star", "red", "plain", "small", 10, 30, 8)
     right = world.Thing("ring", "blue", "plain", "small", 50, 34, 8)
-    assert world.relation_of(left, right) == "left of" and world.relation_of(right, left) == "right of"
+    assert world.relation_of(left, right) == "left of"
+    assert world.relation_of(right, left) == "right of"
     high = world.Thing("ring", "blue", "plain", "small", 12, 5, 8)
-    assert world.relation_of(high, left) == "above" and world.relation_of(left, high) == "below"
+    assert world.relation_of(high, left) == "above"
+    assert world.relation_of(left, high) == "below"
 
 
 def test_scenes_survive_json():
@@ -85,7 +90,8 @@ def test_scenes_survive_json():
 @pytest.mark.parametrize("category", prompts.CATEGORIES)
 def test_prompt_sets_are_whole(category):
     chosen = prompts.load(category)
-    assert len(chosen) == 300 and len({p.id for p in chosen}) == 300
+    assert len(chosen) == 300
+    assert len({p.id for p in chosen}) == 300
     for p in chosen:
         for asked in p.objects:
             assert asked["shape"] in p.prompt
@@ -103,5 +109,5 @@ def test_tail_prompts_ask_for_the_tail(kind):
 
 
 def test_unknown_prompt_set_names_the_known_ones():
-    with pytest.raises(ValueError, match="no prompt set 'color'.*colour"):
+    with pytest.raises(ValueError, match=r"no prompt set 'color'.*colour"):
         prompts.load("color")

@@ -1,0 +1,145 @@
+"""The shipped miniature models: formats, sizes, what they reach where it is cheap to see, errors that name folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from micro import MODELS, assemble, autoencoder, evaluate, training, world
+
+
+@pytest.fixture(scope="module")
+def stable():
+    return assemble.load("stable-diffusion")
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return assemble.load("prior")
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return assemble.load("decoder")
+
+
+def test_the_folders_are_small_and_in_half_precision():
+    from safetensors import safe_open
+
+    files = list(MODELS.rglob("*.safetensors"))
+    assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) < 40e6
+    for path in files:
+        with safe_open(path, "pt") as weights:
+            kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        assert kinds <= {"F16", "I64"}, path
+
+
+def test_autoencoders_reach_thirty_decibels_and_share_a_latent_space(stable, decoder):
+    pictures = np.stack([world.picture(i, "heldout") for i in range(40)])
+    assert autoencoder.psnr_of(stable.vae, pictures) >= 30
+    assert autoencoder.psnr_of(decoder.movq, pictures) >= 30
+    scaled = autoencoder.encode_all(stable.vae, pictures) * stable.vae.config.scaling_factor
+    assert torch.allclose(autoencoder.encode_all(decoder.movq, pictures), scaled, atol=0.05)
+
+
+def test_clip_retrieves_held_out_pictures(prior):
+    lines = evaluate.judge_clip(prior.image_encoder, prior.text_encoder, prior.tokenizer, count=300)
+    figures = {line.name: line.value for line in lines}
+    assert figures["CLIP, full captions: text-to-image R@1 of 300"] >= 0.70
+    assert figures["CLIP, full captions: gap"] > 0.3  # a modality gap, as real ones have
+
+
+def test_stable_diffusion_draws_in_diffusers(stable):
+    once = stable("a red star", num_inference_steps=2, height=64, width=64, generator=torch.manual_seed(0)).images[0]
+    again = stable("a red star", num_inference_steps=2, height=64, width=64, generator=torch.manual_seed(0)).images[0]
+    assert once.size == (64, 64)
+    assert np.array_equal(np.asarray(once), np.asarray(again))
+
+
+def test_kandinsky_draws_in_diffusers(prior, decoder):
+    embeds = prior("a red star", num_inference_steps=2, generator=torch.manual_seed(0))
+    assert embeds.image_embeds.shape == (1, prior.image_encoder.config.projection_dim)
+    drawn = decoder(image_embeds=embeds.image_embeds, negative_image_embeds=embeds.negative_image_embeds, height=64,
+                    width=64, num_inference_steps=2, generator=torch.manual_seed(0)).images[0]  # fmt: skip
+    assert drawn.size == (64, 64)
+
+
+def test_tokens_can_be_added(stable):
+    assert stable.tokenizer.add_tokens(["<frozen>"]) == 1
+    assert "<frozen>" in stable.tokenizer.tokenize("a <frozen> star")
+
+
+def test_missing_truncated_and_foreign_folders_are_named(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path}: no StableDiffusionPipeline .* no model_index.json"):
+        assemble.load("stable-diffusion", tmp_path)
+    with pytest.raises(OSError, match="it holds a StableDiffusionPipeline"):
+        assemble.load("decoder", MODELS / "stable-diffusion")
+    cut = tmp_path / "cut"
+    shutil.copytree(MODELS / "stable-diffusion", cut)
+    weights = cut / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match=f"{cut}: no StableDiffusionPipeline .* missing or truncated"):
+        assemble.load("stable-diffusion", cut)
+    (cut / "model_index.json").write_text("{")
+    with pytest.raises(OSError, match="not valid JSON"):
+        assemble.load("stable-diffusion", cut)
+
+
+def test_evaluate_says_in_one_line_what_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate", "--models", str(tmp_path)])
+    assert evaluate.main() == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert str(tmp_path) in message
+
+
+def test_movq_grown_from_a_vae_computes_what_the_vae_computes():
+    torch.manual_seed(0)
+    vae = autoencoder.build_vae().eval()
+    vae.register_to_config(scaling_factor=0.7)
+    movq = autoencoder.grow_movq(vae).eval()
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        mean = vae.encode(x).latent_dist.mean
+        z = movq.encode(x).latents
+        assert torch.allclose(z, mean * 0.7, atol=1e-5)
+        assert torch.allclose(movq.decode(z, force_not_quantize=True).sample, vae.decode(mean).sample, atol=1e-4)
+
+
+def test_a_stopped_training_resumes_where_it_stopped(tmp_path, monkeypatch):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+
+    def trained(work, steps):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(4, 1)
+        recipe = training.Recipe(steps=8, batch=16, lr=1e-2, warmup=2)
+        seen = 0
+
+        def loss_of(rows, rng):
+            nonlocal seen
+            seen += 1
+            if seen > steps:
+                raise KeyboardInterrupt
+            return (module(x[rows]) - x[rows].sum(1, keepdim=True)).square().mean()
+
+        return training.train("line", module, loss_of, 64, recipe, work).state_dict()
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = trained(tmp_path / "whole", 8)
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))  # every step is old enough for a checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", 3)
+    resumed = trained(tmp_path / "cut", 8)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_shipped_figures_are_written_beside_the_weights():
+    figures = {line["name"]: line for line in json.loads((MODELS / "metrics.json").read_text())}
+    for name in ("VAE reconstruction, dB PSNR", "oracle, held-out: color"):
+        assert figures[name]["value"] >= figures[name]["least"]
