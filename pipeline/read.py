@@ -312,6 +312,7 @@ def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> li
     An array whose field says so (``shape`` in its metadata, or a fixed-shape tensor type) gets its shape back.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     kind, shape = field.type, None
     if isinstance(kind, pa.BaseExtensionType):
@@ -327,7 +328,7 @@ def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> li
         shape = tuple(json.loads(noted))
     valid = array.is_valid().to_numpy(zero_copy_only=False)
     flat = array.flatten().to_numpy(zero_copy_only=False)
-    lengths = array.value_length().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     ends = np.cumsum(lengths)
     values = []
     for end, length, there in zip(ends, lengths, valid, strict=True):

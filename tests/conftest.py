@@ -6,13 +6,13 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator
 
-import pytest  # noqa: E402
+import pytest
 
-from jobs import registry  # noqa: E402
-from jobs.chain import step_model  # noqa: E402
-from tests.toy_job import Toy  # noqa: E402
+from jobs import registry
+from jobs.chain import step_model
+from tests.toy_job import Toy
 
 
 @pytest.fixture
@@ -22,3 +22,19 @@ def toy_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Toy]]:
     step_model.cache_clear()
     yield Toy
     step_model.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Ray for all tests that need one; the value is its address, for child processes."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    root = os.path.dirname(os.path.dirname(__file__))
+    context = ray.init(
+        address="local", num_cpus=6, include_dashboard=False, object_store_memory=150_000_000, log_to_driver=False,
+        logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )  # fmt: skip
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
