@@ -46,7 +46,9 @@ def recipes(steps: int) -> list[Recipe]:
         OVI(name="ovi-early", steps=2 * steps),
         OVI(name="ovi-mahalanobis", steps=steps, stop=Stop(), constraint=Constraint(mahalanobis=0.1)),
         OVI(name="ovi-neighbours", steps=steps, stop=Stop(), constraint=Constraint(neighbours=1.0, interval=5)),
-        OVI(name="ovi-compact", steps=steps, stop=Stop(), compact=True),
+        OVI(name="ovi-compact", compact=True),
+        OVI(name="ovi-compact-mahalanobis", compact=True, constraint=Constraint(mahalanobis=0.1)),
+        OVI(name="ovi-compact-neighbours", compact=True, constraint=Constraint(neighbours=1.0, interval=5)),
         Direct(name="direct-mahalanobis"),
         Direct(name="direct-neighbours", constraint=Constraint(neighbours=3.0, mahalanobis=0.1, interval=5), steps=60),
     ]

@@ -1,5 +1,6 @@
 """The stage, the job model, and the table of `compbench`, on random weights."""
 
+import io
 import json
 from pathlib import Path
 
@@ -188,6 +189,34 @@ def test_the_table_gives_means_and_intervals():
     assert (mean, half) == (0.5, pytest.approx(1.959964 * np.std([0, 1, 1, 0], ddof=1) / 2))
     text = tabulate({("ovi", "colour", "bound"): [1.0, 0.5]}, {"ovi": {"clip_score": 31.0, "passes": None}})
     assert "| ovi | 0.750 ± 0.490 | 31 |" in text
+
+
+def test_report_panels_show_prompts_by_methods(tmp_path):
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "PNG")
+    found = [
+        {"id": f"p{i}/{m}", "prompt": f"<b>{i}</b>", "method": m, "image": buffer.getvalue()}
+        for i in range(3)
+        for m in ("ovi", "near")
+    ][:-1]
+    (tmp_path / "methods.json").write_text(json.dumps({"ovi": {"rows": 3.0, "norm": 1.25}, "near": {"rows": 2.0}}))
+    view = SimpleNamespace(
+        columns={"image": "image"}, rows=lambda columns, limit, spread: found,
+        config={"methods": [{"method": "ovi", "name": ""}, {"method": "retrieval", "name": "near"}]},
+        output=SimpleNamespace(open_file=lambda name: (tmp_path / name).open("rb")),
+    )  # fmt: skip
+    job = InvertPrompts.model_construct()
+    methods, grid = (panel.draw(view) for panel in job.panels())
+    assert grid.count("<img") == 5
+    assert grid.count("no picture") == 1
+    assert "&lt;b&gt;2" in grid
+    assert "<b>" not in grid
+    assert grid.index("<th>ovi") < grid.index("<th>near")
+    assert "1.25" in methods
 
 
 def test_end_to_end_on_ray(params, tmp_path):
