@@ -77,6 +77,7 @@ def fidelity(setting: World, given: Asked, methods: list[Recipe], seeds: int) ->
             "passes": outcomes[0].mean("passes"),
             "seconds": float(np.mean([outcome.seconds for outcome in outcomes])) / len(rows),
         }
+        print(recipe.label, {k: v and round(v, 4) for k, v in table[recipe.label].items()}, flush=True)
     return table
 
 
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--small", type=int, default=300, help="rows of the small bank")
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--methods", help="only these, with commas")
     parser.add_argument("--sets", default="heldout,never,small")
     parser.add_argument("--decode", type=int, default=0, help="prompts a category for the part with pictures")
     parser.add_argument("--reference", help="output of a reference job, for the part with pictures")
@@ -109,6 +111,8 @@ def main() -> None:
     result = json.loads(file.read_text()) if file.exists() else {"tables": {}}
     setting = open_world(options.model, options.rows, options.cache)
     methods = recipes(options.steps)
+    if options.methods:
+        methods = [recipe for recipe in methods if recipe.label in options.methods.split(",")]
     result |= {"machine": machine(), "prompts": options.prompts, "seeds": options.seeds, "bank": options.rows}
     for name in filter(None, options.sets.split(",")):
         used, kind = setting, name
