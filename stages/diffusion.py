@@ -56,23 +56,26 @@ def read_geometry(path: str, *, revision: str | None = None, size: int | None = 
         ValueError: Not a Stable Diffusion model, or a size that its autoencoder cannot divide.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig
 
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
         vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
         scheduler = DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
+        text = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder", revision=revision or "main")
     except OSError as error:
         raise ValueError(
-            f"model {path!r} is no diffusers folder or hub id with a U-Net, a VAE and a scheduler: {str(error).splitlines()[0]}"
+            f"model {path!r} is no diffusers folder or hub id with a U-Net, a VAE and a scheduler: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     pipeline = str(index.get("_class_name"))
     if not pipeline.startswith("StableDiffusion"):
         raise ValueError(f"model {path!r} is a {pipeline}; inversion knows Stable Diffusion 1.x, 2.x and SDXL")
     if unet.get("time_cond_proj_dim") is not None:
-        raise ValueError(f"model {path!r} takes the guidance scale as an input (a latent consistency model): not supported")
+        raise ValueError(f"model {path!r} takes the guidance scale as an input (latent consistency): not supported")
     if unet["in_channels"] != vae["latent_channels"]:
-        raise ValueError(f"model {path!r} takes {unet['in_channels']} channels (inpainting or upscaling): not supported")
+        raise ValueError(f"model {path!r} takes {unet['in_channels']} channels (an inpainting model): not supported")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     size = size or int(unet["sample_size"]) * factor
     down = 2 ** (len(unet["block_out_channels"]) - 1)
@@ -84,15 +87,16 @@ def read_geometry(path: str, *, revision: str | None = None, size: int | None = 
         latent_shape=(int(vae["latent_channels"]), size // factor, size // factor),
         scaling_factor=float(vae.get("scaling_factor", 0.18215)),
         scheduler=scheduler,
-        text_shape=(77, int(unet["cross_attention_dim"])),
+        text_shape=(int(text.max_position_embeddings), int(unet["cross_attention_dim"])),
     )
 
 
 class LatentDiffusion:
     """A frozen text-to-image latent diffusion model.
 
-    Latents stay float32 whatever the network's dtype: rounding them to half precision at each of 50 steps would cost more
-    than any method of inversion gains. The VAE runs in float32 when it overflows in float16 (`force_upcast`, as SDXL's).
+    Latents stay float32 whatever the network's dtype: rounding them to half precision at each of 50 steps would cost
+    more than any method of inversion gains. The VAE runs in float32 when it overflows in float16 (`force_upcast`, as
+    SDXL's).
 
     Args:
         pipeline: A loaded `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
@@ -103,10 +107,10 @@ class LatentDiffusion:
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.kind = "sdxl" if pipeline.unet.config.addition_embed_type == "text_time" else "sd"
-        self.unet = self._freeze(pipeline.unet, self.dtype)
+        self.unet: Any = self._freeze(pipeline.unet, self.dtype)
         upcast = self.dtype == torch.float16 and pipeline.vae.config.force_upcast
         self.vae_dtype = torch.float32 if upcast else self.dtype
-        self.vae = self._freeze(pipeline.vae, self.vae_dtype)
+        self.vae: Any = self._freeze(pipeline.vae, self.vae_dtype)
         self._freeze(pipeline.text_encoder, self.dtype)
         if self.kind == "sdxl":
             self._freeze(pipeline.text_encoder_2, self.dtype)
@@ -141,7 +145,9 @@ class LatentDiffusion:
         return cls(pipeline, dtype=dtype, device=device)
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str], *, size: int, guided: bool = False, negative: str | None = None) -> Condition:
+    def condition(
+        self, prompts: Sequence[str], *, size: int, guided: bool = False, negative: str | None = None
+    ) -> Condition:
         """The text condition of each prompt, as the pipeline would make it.
 
         Args:
@@ -188,7 +194,9 @@ class LatentDiffusion:
     def _channels(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, device=self.device, dtype=torch.float32).view(1, -1, 1, 1)
 
-    def forward(self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, *, null: bool = False) -> torch.Tensor:
+    def forward(
+        self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, *, null: bool = False
+    ) -> torch.Tensor:
         """One U-Net call without guidance, on the prompt or (`null`) on the negative condition; output in float32."""
         prefix = "null_" if null else ""
         extra = None

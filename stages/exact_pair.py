@@ -1,4 +1,5 @@
-"""Algebraically exact inversion with extra state: two latents are stored instead of one. A class of its own in every table.
+"""Algebraically exact inversion with extra state: two latents are stored instead of one. A class of its own in every
+table.
 
 All rows stand at the same step: nothing iterates, so no row ever waits for another.
 

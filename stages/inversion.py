@@ -1,11 +1,11 @@
 """Diffusion inversion by solving one equation a timestep: find z with D_t(z) = z_prev, from the picture to the noise.
 
 `InversionProblem` is the walk that every seed-only method shares: a row climbs the schedule in its own slot, at its own
-pace, and rows at different times share each U-Net call. A `Rule` is a method: where it starts at a step, and what it does
-with one more evaluation of the network. The latent bias methods have rules of their own in `stages.lbo`.
+pace, and rows at different times share each U-Net call. A `Rule` is a method: where it starts at a step, and what it
+does with one more evaluation of the network. The latent bias methods have rules of their own in `stages.lbo`.
 
-Legend: B slots; `z_BCHW` latents, `x_BCHW` the point that is evaluated, `prev_BCHW` the cleaner latent z_prev that a step
-starts from, `m_BCHW` the network's output at x; S steps; W past iterates; N = C H W.
+Legend: B slots; `z_BCHW` latents, `x_BCHW` the point that is evaluated, `prev_BCHW` the cleaner latent z_prev that a
+step starts from, `m_BCHW` the network's output at x; S steps; W past iterates; N = C H W.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class InversionProblem:
     """Rows climb from z_0 to z_T, each in its slot, each at its own time. A `stages.solver.Problem`.
 
     Rows come with `z` (C, H, W) and `condition` (a dict of tensors without a batch dimension). They leave with `seed`
-    (z_T), `residual` (S,): the relative residual at each step's last evaluated point, `forwards` and `backwards`: network
-    evaluations and gradients, and, when the path is kept, `path` (S + 1, C, H, W), z_0 first.
+    (z_T), `residual` (S,): the relative residual at each step's last evaluated point, `forwards` and `backwards`:
+    network evaluations and gradients, and, when the path is kept, `path` (S + 1, C, H, W), z_0 first.
 
     Args:
         predict: The network.
@@ -105,7 +105,9 @@ class InversionProblem:
         self.residual_BS = torch.zeros((slots, len(self.schedule)), device=self.device)
         self.condition: Condition = {}
         self.path_BSCHW = (
-            torch.zeros((slots, len(self.schedule) + 1, *self.latent_shape), device=self.device) if self.keep_path else None
+            torch.zeros((slots, len(self.schedule) + 1, *self.latent_shape), device=self.device)
+            if self.keep_path
+            else None
         )
 
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
@@ -193,13 +195,13 @@ class InversionProblem:
             assert row is not None
             self.rows[slot] = None
             outputs = {
-                "seed": self.prev_BCHW[slot].cpu(),
-                "residual": self.residual_BS[slot].cpu(),
+                "seed": self.prev_BCHW[slot].to("cpu", copy=True),
+                "residual": self.residual_BS[slot].to("cpu", copy=True),
                 "forwards": int(self.forwards_B[slot]),
                 "backwards": int(self.backwards_B[slot]),
             }
             if self.path_BSCHW is not None:
-                outputs["path"] = self.path_BSCHW[slot].cpu()
+                outputs["path"] = self.path_BSCHW[slot].to("cpu", copy=True)
             if bool(self.broken_B[slot]):
                 t = self.schedule.t_S[int(self.k_B[slot])].item()
                 row = failed(row, f"inversion diverged at time {t:g}: lower the guidance, or use method lbo")
@@ -237,7 +239,8 @@ def generate(
 
 
 class Ddim:
-    """DDIM inversion (Song et al., 2021; Dhariwal and Nichol, 2021, F): the noise at z_prev stands in for the noise at z_t.
+    """DDIM inversion (Song et al., 2021; Dhariwal and Nichol, 2021, F): the noise at z_prev stands in for the noise at
+    z_t.
 
     One evaluation a step; matches diffusers' `DDIMInverseScheduler` without clipping.
     """
@@ -298,7 +301,9 @@ class Anderson:
         gram_BWW = unit_BWN @ unit_BWN.mT
         # Invalid columns are zero: a one on their diagonal gives them the weight 0. The rest is kept from singularity.
         diagonal_BW = torch.where(valid_BW, 1e-9, 1.0)
-        theta_BW = torch.linalg.solve(gram_BWW + torch.diag_embed(diagonal_BW), unit_BWN @ f_BN.double()[..., None])[..., 0]
+        theta_BW = torch.linalg.solve(gram_BWW + torch.diag_embed(diagonal_BW), unit_BWN @ f_BN.double()[..., None])[
+            ..., 0
+        ]
         theta_BW = theta_BW * inverse_BW
         moved_BN = (theta_BW[..., None] * (dx_BWN + df_BWN)).sum(1)
         return (x_BN + f_BN - moved_BN.to(x_BN.dtype)).contiguous()
@@ -307,9 +312,9 @@ class Anderson:
 class FixedPoint:
     """Fixed-point inversion: iterate z <- (z_prev - psi eps(z, t)) / phi, started at z_prev.
 
-    AIDI (Pan et al., 2023) and FPI (Meiri et al., 2023). The first evaluation gives DDIM inversion, so `iterations` of 0
-    is `ddim` for epsilon models. `averaged` (AIDI's empirical acceleration, m = 1 with equal weights) takes the mean of
-    g at the last two iterates; `anderson` is AIDI's Anderson acceleration.
+    AIDI (Pan et al., 2023) and FPI (Meiri et al., 2023). The first evaluation gives DDIM inversion, so `iterations` of
+    0 is `ddim` for epsilon models. `averaged` (AIDI's empirical acceleration, m = 1 with equal weights) takes the mean
+    of g at the last two iterates; `anderson` is AIDI's Anderson acceleration.
 
     Args:
         iterations: Evaluations a step beyond the first.
@@ -361,8 +366,8 @@ class FixedPoint:
 class ReNoise:
     """ReNoise (Garibi et al., 2024): fixed-point iterates, of which the result is a weighted mean.
 
-    With one renoising step the published weights are (.5, .5) at times below 250 and (0, 1) above. For more steps the last
-    two iterates take these weights (ours).
+    With one renoising step the published weights are (.5, .5) at times below 250 and (0, 1) above. For more steps the
+    last two iterates take these weights (ours).
 
     Args:
         renoises: Evaluations a step beyond the first.
@@ -370,7 +375,13 @@ class ReNoise:
     """
 
     def __init__(
-        self, slots: int, shape: tuple[int, int, int], device: torch.device, *, renoises: int = 1, average_below: float = 250
+        self,
+        slots: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        *,
+        renoises: int = 1,
+        average_below: float = 250,
     ) -> None:
         if renoises < 1:
             raise ValueError(f"renoises is {renoises}: renoise needs at least 1")
@@ -398,7 +409,8 @@ class ReNoise:
 
 
 class Exact:
-    """The forward step method of exact inversion (Hong et al., 2024): z <- z - s (D_t(z) - z_prev) from the DDIM inverse.
+    """The forward step method of exact inversion (Hong et al., 2024): z <- z - s (D_t(z) - z_prev) from the DDIM
+    inverse.
 
     s rises linearly to `rate` over the first `warmup` iterations and halves after 20 without gain.
 
@@ -427,7 +439,12 @@ class Exact:
         self.stalled_B = torch.zeros_like(self.made_B)
 
     def begin(self, enter_B: torch.Tensor, first_B: torch.Tensor, prev_BCHW: torch.Tensor, step: Step) -> torch.Tensor:
-        for state_B, value in ((self.made_B, 0), (self.rate_B, self.rate), (self.best_B, torch.inf), (self.stalled_B, 0)):
+        for state_B, value in (
+            (self.made_B, 0),
+            (self.rate_B, self.rate),
+            (self.best_B, torch.inf),
+            (self.stalled_B, 0),
+        ):
             state_B.masked_fill_(enter_B, value)
         return prev_BCHW
 
@@ -461,10 +478,10 @@ class Exact:
 class Newton:
     """Guided Newton-Raphson inversion (Samuel et al., 2025) with the true gradient of its scalar objective.
 
-    F(z) = |g(z) - z|_1 + prior / (1 - abar_t) |z - mu|_2 with g the fixed-point map and mu = sqrt(abar_t / abar_prev) z_prev
-    the mean of q(z_t | z_prev); each coordinate moves by F / (N dF/dz_i). The quotient is regularised as
-    F d / (N (d^2 + eta^2)), since d has zeros (ours; the paper adds a small constant). Of the points evaluated, the one with
-    the smallest L1 residual gives the result g(z).
+    F(z) = |g(z) - z|_1 + prior / (1 - abar_t) |z - mu|_2 with g the fixed-point map and mu = sqrt(abar_t / abar_prev)
+    z_prev the mean of q(z_t | z_prev); each coordinate moves by F / (N dF/dz_i). The quotient is regularised as
+    F d / (N (d^2 + eta^2)), since d has zeros (ours; the paper adds a small constant). Of the points evaluated, the one
+    with the smallest L1 residual gives the result g(z).
 
     Args:
         iterations: Newton steps at each timestep; the first starts at z_prev.

@@ -1,18 +1,18 @@
 """Latent Bias Optimization: a bias a step, fitted to the picture, makes inversion and generation meet.
 
 After "Latent Bias Alignment for High-Fidelity Diffusion Inversion in Real-World Image Reconstruction and Manipulation"
-(Chen et al., 2026): a learned, data-dependent latent bias vector at each inversion step. The loss, the updates, the warm
-start and the stopping rule are ours.
+(Chen et al., 2026): a learned, data-dependent latent bias vector at each inversion step. The loss, the updates, the
+warm start and the stopping rule are ours.
 
 Both forms of the bias solve D_t(z_t) = z_prev, with g(x) = (z_prev - weight m(x, t)) / scale:
 
 * output: z_t = g(z_prev) + b_t. The first evaluation of a step is DDIM inversion; then b_t is fitted.
-* input: z_t = g(z_prev + b_t), and b_t is right when z_prev + b_t = z_t. No evaluation is spent on z_prev itself: with a
-  warm start already the first one stands next to the solution, which is why this is the default.
+* input: z_t = g(z_prev + b_t), and b_t is right when z_prev + b_t = z_t. No evaluation is spent on z_prev itself: with
+  a warm start already the first one stands next to the solution, which is why this is the default.
 
-Warm start: a bias is a network output in disguise. The output that the last step ended with, m* = (z_prev - scale z_t) /
-weight, is carried to the next step (`last`), or the last two are extended by a line (`linear`), under the next step's own
-coefficients. For the output bias the same is done with m* - m(z_prev, t).
+Warm start: a bias is a network output in disguise. The output that the last step ended with, m* = (z_prev - scale z_t)
+/ weight, is carried to the next step (`last`), or the last two are extended by a line (`linear`), under the next
+step's own coefficients. For the output bias the same is done with m* - m(z_prev, t).
 
 Legend as in `stages.inversion`: `x_BCHW` is the point evaluated, r = D_t(x) - z_prev its residual.
 """
@@ -43,8 +43,8 @@ class LatentBias:
     * anderson: Anderson acceleration of x <- g(x).
     * gauss-newton: steepest descent on |r|^2 / 2 with the step length that is exact for a linear residual: one trial
       evaluation gives the residual's change along the gradient (Gauss-Newton in one direction).
-    * safeguarded: anderson, but after `patience` evaluations without a new smallest residual the row goes back to its best
-      point, takes one gauss-newton step there, and starts Anderson anew.
+    * safeguarded: anderson, but after `patience` evaluations without a new smallest residual the row goes back to its
+      best point, takes one gauss-newton step there, and starts Anderson anew.
     * adam: Adam on |r|^2 / 2. * jacobian-free: x <- x - rate r.
 
     Args:
@@ -70,8 +70,9 @@ class LatentBias:
         window: int = 3,
         patience: int = 2,
     ) -> None:
-        if passes < (2 if bias == "output" else 1):
-            raise ValueError(f"passes is {passes}: an output bias needs at least 2, an input bias 1")
+        least = (1 if bias == "output" else 0) + (2 if update in ("adam", "gauss-newton") else 1)
+        if passes < least:
+            raise ValueError(f"passes is {passes}: update {update} with an {bias} bias needs at least {least}")
         self.bias, self.kind, self.warm_start = bias, update, warm_start
         self.passes, self.tolerance, self.patience = passes, tolerance, patience
         self.rate = rate if rate is not None else {"adam": 0.01}.get(update, 1.0)
@@ -85,7 +86,8 @@ class LatentBias:
         self.memory = Anderson(slots, shape, window, device) if update in ("anderson", "safeguarded") else None
         self.x_BCHW = latent()
         self.adam = RowAdamW(self.x_BCHW, self.rate, weight_decay=0.0) if update == "adam" else None
-        self.carried = [latent(), latent()]  # the last step's network output (less m(z_prev) for the output bias), and its predecessor's
+        # The last step's network output (less m(z_prev) for the output bias), and its predecessor's.
+        self.carried = [latent(), latent()]
         self.steps_B, self.made_B, self.stalled_B, self.mode_B = number(), number(), number(), number()
         self.base_BCHW, self.best_BCHW, self.slope_BCHW, self.error_BCHW = latent(), latent(), latent(), latent()
         self.best_B = torch.full((slots,), torch.inf, device=device)
@@ -138,7 +140,10 @@ class LatentBias:
         x_BCHW = self._next(look, g_BCHW, error_BCHW, mode_B, base_B, gained_B)
         if bool(base_B.any()):
             x_BCHW = self._from_base(look, g_BCHW, base_B, x_BCHW)
-        done_B = ~base_B & ((look.residual_B <= self.tolerance) | (self.made_B >= self.passes))
+        # What the next evaluation costs: a gradient is one pass more, and is not begun when the budget has no room for
+        # it.
+        cost_B = torch.where(self.mode_B == DIFFERENTIATE, 2, 1)
+        done_B = ~base_B & ((look.residual_B <= self.tolerance) | (self.made_B + cost_B > self.passes))
         # A row that ends on a trial, or in the middle of a bad spell, gives the best point it has seen.
         settled_B = (look.residual_B <= self.best_B) | (mode_B == ITERATE) & (self.stalled_B == 0)
         result_BCHW = torch.where(per_row(settled_B, g_BCHW), self._result(x_BCHW, g_BCHW), self.best_BCHW)
@@ -224,7 +229,9 @@ class LatentBias:
             self.mode_B = torch.where(look.active_B & ~base_B, following_B, self.mode_B)
             return x_BCHW
         iterated_B = (mode_B == ITERATE) & ~base_B
-        self.stalled_B = torch.where(iterated_B & ~gained_B, self.stalled_B + 1, torch.where(gained_B, 0, self.stalled_B))
+        self.stalled_B = torch.where(
+            iterated_B & ~gained_B, self.stalled_B + 1, torch.where(gained_B, 0, self.stalled_B)
+        )
         # A gradient costs three passes more: not begun when the budget ends before its trial.
         stuck_B = iterated_B & (self.stalled_B >= self.patience) & (self.made_B + 3 <= self.passes)
         self.mode_B = torch.where(stuck_B, DIFFERENTIATE, self.mode_B)

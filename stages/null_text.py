@@ -1,7 +1,7 @@
 """Null-text inversion (Mokady et al., 2023): the negative condition is learned, a vector for every timestep and row.
 
-Extra state: S x L x E numbers a row are stored beside the seed. Rows share a timestep; each stops its inner iterations by
-itself.
+Extra state: S x L x E numbers a row are stored beside the seed. Rows share a timestep; each stops its inner iterations
+by itself.
 
 Legend: B rows; S steps; L text tokens, E their width; `path_BSCHW` the S + 1 latents of the pivot, z_0 first.
 """
@@ -14,12 +14,14 @@ import torch
 
 from stages.diffusion import Condition, Predict
 from stages.schedule import Schedule
-from stages.solver import RowAdamW, per_row
+from stages.solver import RowAdamW
 
 
 @dataclass(frozen=True)
 class NullText:
-    """What a batch's optimisation gave: `null_BSLE`, the regenerated z_0, and network evaluations and gradients a row."""
+    """What a batch's optimisation gave: `null_BSLE`, the regenerated z_0, and network evaluations and gradients a
+    row.
+    """
 
     null_BSLE: torch.Tensor
     z_BCHW: torch.Tensor
@@ -38,9 +40,10 @@ def learn_null_text(
 ) -> NullText:
     """Bend guided sampling back onto the pivot, step by step from the noise.
 
-    At sampling step i (0 at the noise) Adam at rate 1e-2 (1 - i/100) minimises the mean squared distance of the guided step
-    to the pivot's next latent over the negative embedding; a row stops below 1e-5 + 2e-5 i. The embedding carries over to
-    the next step as its start. The rate never falls below 1e-4 (the published formula reaches zero at 100 steps; ours).
+    At sampling step i (0 at the noise) Adam at rate 1e-2 (1 - i/100) minimises the mean squared distance of the guided
+    step to the pivot's next latent over the negative embedding; a row stops below 1e-5 + 2e-5 i. The embedding carries
+    over to the next step as its start. The rate never falls below 1e-4 (the published formula reaches zero at 100
+    steps; ours).
 
     Args:
         predict: The network without guidance.
@@ -64,7 +67,8 @@ def learn_null_text(
         forwards_B += 1
 
         def guided(null: torch.Tensor) -> torch.Tensor:
-            base_BCHW = predict(z_BCHW, step.t_B, negative(condition, null))  # noqa: B023 (called before the loop moves on)
+            # called before the loop moves on
+            base_BCHW = predict(z_BCHW, step.t_B, negative(condition, null))  # noqa: B023
             return step.down(z_BCHW, base_BCHW + guidance * (text_BCHW - base_BCHW))  # noqa: B023
 
         for _ in range(iterations):

@@ -26,7 +26,7 @@ def row_generator(seed: int, row_id: str, purpose: str = "") -> torch.Generator:
 
 
 def row_normal(shape: Sequence[int], seed: int, row_ids: Sequence[str], purpose: str = "") -> torch.Tensor:
-    """Standard normal numbers, shape (len(row_ids), *shape), float32 on the CPU, each row drawn from its own generator."""
+    """Standard normal numbers, (len(row_ids), *shape), float32 on the CPU, each row from its own generator."""
     if not row_ids:
         return torch.empty((0, *shape))
     return torch.stack([torch.randn(tuple(shape), generator=row_generator(seed, i, purpose)) for i in row_ids])

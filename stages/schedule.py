@@ -53,7 +53,8 @@ class Schedule:
         t_S: What the network is told as the time.
         scale_S, weight_S: z_prev = scale z + weight m(z, t).
         back_scale_S, back_weight_S: The explicit inverse, z = back_scale z_prev + back_weight m(z_prev, t).
-        signal_S, noise_S, signal_prev_S, noise_prev_S: z at noise level t is signal x_0 + noise eps; the same of z_prev.
+        signal_S, noise_S, signal_prev_S, noise_prev_S: z at noise level t is signal x_0 + noise eps; the same of
+            z_prev.
     """
 
     prediction: str
@@ -72,7 +73,8 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> Schedule:
         return Schedule(
-            self.prediction, *(getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "prediction")
+            self.prediction,
+            *(getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "prediction"),
         )
 
     def at(self, k_B: torch.Tensor) -> Step:
@@ -106,12 +108,13 @@ class Schedule:
 def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     """DDIM (Song et al., 2021, equation 12, eta = 0) as diffusers' `DDIMScheduler` runs it, without clipping.
 
-    phi_t = sqrt(abar_prev / abar_t) and psi_t = sqrt(1 - abar_prev) - sqrt(abar_prev (1 - abar_t) / abar_t) are `scale` and
-    `weight` of an epsilon model. A v model's step is the rotation z_prev = cos(d) z - sin(d) v by the angle d between the
-    two noise levels, which stays finite at zero signal.
+    phi_t = sqrt(abar_prev / abar_t) and psi_t = sqrt(1 - abar_prev) - sqrt(abar_prev (1 - abar_t) / abar_t) are `scale`
+    and `weight` of an epsilon model. A v model's step is the rotation z_prev = cos(d) z - sin(d) v by the angle d
+    between the two noise levels, which stays finite at zero signal.
 
     Args:
-        config: The configuration of any diffusers scheduler of a variance-preserving model (DDIM, PNDM, Euler, DPM, ...).
+        config: The configuration of any diffusers scheduler of a variance-preserving model (DDIM, PNDM, Euler, DPM,
+            ...).
         steps: Sampling steps S.
 
     Raises:
@@ -126,7 +129,7 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     scheduler.set_timesteps(steps)
     t_S = scheduler.timesteps.flip(0)
     if int(t_S[-1]) >= train_steps:
-        raise ValueError(f"steps is {steps}: with the schedule's steps_offset the last time is beyond {train_steps - 1}")
+        raise ValueError(f"steps is {steps}: with this steps_offset the last time is beyond {train_steps - 1}")
     # The sampler's previous time is t - T // S, also where rounding makes the next entry of `timesteps` another one.
     prev_S = t_S - train_steps // steps
     abar_S = scheduler.alphas_cumprod.double()[t_S]
@@ -164,7 +167,8 @@ def flow_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     z_prev = z + (sigma_prev - sigma) v(z, t): `scale` is 1, and every method of inversion applies unchanged.
 
     Raises:
-        ValueError: The schedule shifts with the picture's size, which needs a size that the configuration does not hold.
+        ValueError: The schedule shifts with the picture's size, which needs a size that the configuration does not
+            hold.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -177,11 +181,22 @@ def flow_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     weight_S = sigma_prev_S - sigma_S
     one_S = torch.ones_like(weight_S)
     return Schedule(
-        "flow", scheduler.timesteps.flip(0), one_S, weight_S, one_S, -weight_S, 1 - sigma_S, sigma_S, 1 - sigma_prev_S, sigma_prev_S
+        "flow",
+        scheduler.timesteps.flip(0),
+        one_S,
+        weight_S,
+        one_S,
+        -weight_S,
+        1 - sigma_S,
+        sigma_S,
+        1 - sigma_prev_S,
+        sigma_prev_S,
     )
 
 
 def make_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
-    """The deterministic sampler that belongs to a scheduler's configuration: flow matching by its class name, else DDIM."""
+    """The deterministic sampler that belongs to a scheduler's configuration: flow matching by its class name, else
+    DDIM.
+    """
     build = flow_schedule if "FlowMatch" in str(config.get("_class_name", "")) else ddim_schedule
     return build(config, steps)
