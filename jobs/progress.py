@@ -41,6 +41,7 @@ def line(snapshot: Progress) -> str:
         return f"{snapshot.phase} ..."
     settled = snapshot.rows_ok + snapshot.rows_failed + snapshot.rows_active
     share = settled / snapshot.rows if snapshot.rows else 1.0
+    at_work = snapshot.phase in ("starting", "running")
     parts = [
         snapshot.phase,
         f"{share:4.0%}  {settled:,}/{snapshot.rows:,} rows",
@@ -48,7 +49,7 @@ def line(snapshot: Progress) -> str:
         rate(snapshot.rows_per_second) if snapshot.rows_per_second else "",
         f"{duration(snapshot.seconds_left)} left" if snapshot.seconds_left and snapshot.phase == "running" else "",
         f"{snapshot.shards_done:,}/{snapshot.shards:,} shards",
-        f"{snapshot.workers}/{snapshot.workers_wanted or snapshot.workers} workers",
+        f"{snapshot.workers}/{snapshot.workers_wanted or snapshot.workers} workers" if at_work else "",
         duration(snapshot.seconds),
     ]
     return "  ".join(part for part in parts if part)

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,15 +119,16 @@ class Session:
         with open_at(self.output, CHAIN_FILE, "w", chain.storage_options) as file:
             json.dump(listing, file, indent=2)
         done: dict[str, JobResult] = {}
-        for number, (name, step) in enumerate(steps, start=1):
-            self.say(f"step {number} of {len(steps)}: {name} ({step.job}) -> {step.output}")
-            try:
-                done[name] = step.execute(replace(self, output=str(step.output)))
-            except Exception as error:
-                error.add_note(f"in step {name!r} of the chain")
-                raise
-            if done[name].state != "complete":
-                break
+        with _one_ray(self.address, [step for _, step in steps]):
+            for number, (name, step) in enumerate(steps, start=1):
+                self.say(f"step {number} of {len(steps)}: {name} ({step.job}) -> {step.output}")
+                try:
+                    done[name] = step.execute(replace(self, output=str(step.output)))
+                except Exception as error:
+                    error.add_note(f"in step {name!r} of the chain")
+                    raise
+                if done[name].state != "complete":
+                    break
         last = next(reversed(done.values()))
         stopped = f"step {next(reversed(done))!r}: {last.reason}" if last.state != "complete" else None
         return JobResult(
@@ -145,6 +146,22 @@ class Session:
             report=write_chain_report(self.output),
             steps=done,
         )
+
+
+@contextmanager
+def _one_ray(address: str | None, steps: Sequence[Job]) -> Iterator[None]:
+    """One Ray for all steps of a chain; none where every step is complete already."""
+    from pipeline.cluster import ClusterError, connected
+    from pipeline.run import RunError
+
+    cpus = max((step.resources.cpus for step in steps if isinstance(step, JobBase)), default=1.0)
+    with ExitStack() as stack:
+        if not all(exists_at(str(step.output), "_SUCCESS", step.storage_options) for step in steps):
+            try:
+                stack.enter_context(connected(address, cpus))
+            except ClusterError as error:
+                raise RunError(str(error)) from None
+        yield
 
 
 def run_job(

@@ -77,10 +77,16 @@ class View:
                 parts.append(column.to_numpy().astype(np.float64))
         return np.concatenate(parts) if parts else np.zeros(0)
 
-    def rows(self, columns: Sequence[str], limit: int = 24) -> list[dict[str, Any]]:
-        """Some rows with status ok as dicts, taken evenly from the shards; pictures as their encoded bytes."""
-        chosen = self._every(max(1, len(self.records) // max(1, limit)))
-        each = -(-limit // max(1, len(chosen)))
+    def rows(self, columns: Sequence[str], limit: int = 24, spread: bool = True) -> list[dict[str, Any]]:
+        """Some rows with status ok as dicts; pictures as their encoded bytes.
+
+        Args:
+            columns: Columns to read.
+            limit: At most so many rows.
+            spread: Take them evenly from all shards; else the first ones, side by side as they stand.
+        """
+        chosen = self._every(max(1, len(self.records) // max(1, limit)) if spread else 1)
+        each = -(-limit // max(1, len(chosen))) if spread else limit
         found: list[dict[str, Any]] = []
         for table in self._ok(columns, chosen):
             found += [{name: _bytes(value) for name, value in row.items()} for row in table.slice(0, each).to_pylist()]
