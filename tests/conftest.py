@@ -31,6 +31,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else other work on a busy machine starves the workers
     root = os.path.dirname(os.path.dirname(__file__))
     context = ray.init(
         address="local", num_cpus=6, include_dashboard=False, object_store_memory=150_000_000, log_to_driver=False,
