@@ -1,0 +1,195 @@
+"""Job ``invert-images``: pictures to the noise latents that regenerate them, by one or several methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+import micro
+from jobs.config import JobBase
+from pipeline.spec import StageSpec
+from stages.inversion_methods import AnyInversionMethod, LboMethod
+
+if TYPE_CHECKING:
+    from jobs.html import Html
+    from jobs.report import Panel
+    from jobs.view import View
+    from pipeline.source import Source
+
+EXTRA_STATE = ("belm", "edict", "null-text")
+GRID_PICTURES = 12
+MEASURES = (
+    "psnr", "ssim", "psnr_decoded", "latent_mse", "floor_psnr", "forwards", "backwards", "residual_max", "seed_std",
+    "seed_kurtosis", "seed_autocorrelation",
+)  # fmt: skip
+
+
+class InvertImages(JobBase):
+    """Pictures inverted through a frozen Stable Diffusion model (DDIM inversion, fixed points, LBO with ILB, and others),
+    one row for each picture and method. The row's latent regenerates its picture in plain diffusers.
+
+    The input has a column ``image``, and ``prompt`` where captions are to be used (map yours with ``columns``).
+    """
+
+    job: Literal["invert-images"] = "invert-images"
+    model: str = str(micro.MODELS / "stable-diffusion")
+    """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Of the weight files, for instance ``fp16``."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the networks; latents stay float32."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
+    methods: tuple[AnyInversionMethod, ...] = Field(default=(LboMethod(),), min_length=1)
+    """How pictures are inverted; a plain string stands for ``{method: ...}``. Each makes one row a picture."""
+    steps: int = Field(50, ge=1)
+    """Sampling steps; the picture is regenerated with as many."""
+    guidance: float = Field(1.0, ge=1)
+    """Guidance scale of inversion and regeneration alike. Above 1 every evaluation is two U-Net passes, and harder."""
+    prompt: str | None = None
+    """One prompt for every picture ("" for none). Left out: the row's own, empty where it has none."""
+    negative: str | None = None
+    """Negative prompt, under guidance."""
+    size: int | None = Field(None, ge=8)
+    """Side of the pictures in pixels; the model's own when left out."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """Pictures of another shape: the middle square, white borders, or both sides resized."""
+    reconstruct: bool = True
+    """Regenerate each picture and measure it (`steps` more passes a row)."""
+    pictures: bool = True
+    """Keep the fitted picture and its reconstruction beside the latents."""
+    edit_guidance: float | None = Field(None, ge=1)
+    """Also regenerate under the input's column ``edit_prompt`` with this guidance, as ``edited``."""
+    lpips: bool = False
+    """Measure LPIPS too; needs torchvision and its weights, and is null without."""
+    store: Literal["float32", "float16"] = "float32"
+    """dtype of stored latents. What is measured is regenerated from the stored numbers."""
+    slots: int = Field(16, ge=1)
+    """Rows at once."""
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, (str, Mapping)):
+            value = [value]
+        return [{"method": one} if isinstance(one, str) else one for one in value]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> InvertImages:
+        labels = [method.label for method in self.methods]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"methods: two are called {twice[0]!r}; give each a `name` of its own")
+        if any("/" in label for label in labels):
+            raise ValueError("methods: a `name` must not contain a slash")
+        return self
+
+    def source(self) -> Source:
+        from dataclasses import replace
+
+        return replace(self.input.source(), variants={"method": tuple(method.label for method in self.methods)})
+
+    def stage(self) -> StageSpec:
+        names = (
+            "model", "revision", "variant", "dtype", "device", "steps", "guidance", "prompt", "negative", "size", "fit",
+            "reconstruct", "pictures", "edit_guidance", "lpips", "store", "slots",
+        )  # fmt: skip
+        methods = [method.model_dump(mode="json") for method in self.methods]
+        return StageSpec(
+            "stages.invert_images:InvertImages", {"methods": methods} | {name: getattr(self, name) for name in names}
+        )
+
+    def card(self) -> str:
+        from stages.diffusion import read_geometry
+
+        shape = read_geometry(self.model, revision=self.revision, size=self.size).latent_shape
+        return _CARD.format(
+            model=self.model, shape=", ".join(map(str, shape)), steps=self.steps, guidance=self.guidance,
+            negative=f", negative_prompt={self.negative!r}" if self.negative else "",
+        )  # fmt: skip
+
+    def panels(self) -> list[Panel]:
+        from jobs.report import Panel
+
+        note = "Means over the pictures. PSNR in dB: against the picture, and against what its latent decodes to."
+        return [
+            Panel("Methods of inversion", _draw_methods, note),
+            Panel("Picture by method", _draw_grid, "Regenerated from the stored latent; PSNR beneath."),
+        ]
+
+
+_CARD = """## From a row back to its picture
+
+Any row of a method without extra state regenerates its picture in plain diffusers:
+
+```python
+import torch
+from datasets import load_dataset
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+row = load_dataset("OUT", split="train")[0]
+pipe = DiffusionPipeline.from_pretrained("{model}", torch_dtype=torch.float32)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+seed = torch.tensor(row["latent"]).reshape(1, {shape})
+options = dict(num_inference_steps={steps}, guidance_scale={guidance}{negative}, latents=seed)
+picture = pipe(row["prompt"], **options).images[0]
+picture.save("again.png")
+```
+
+"""
+
+
+def _draw_methods(view: View) -> Html:
+    """A row a method; those that store more than a seed stand apart."""
+    from jobs.html import escape, table, tag
+
+    config = {m.get("name") or m["method"]: m for m in view.config.get("methods", ())}
+    columns = [name for name in MEASURES if name in view.columns]
+    rows = view.rows(["method", *columns], 20_000)
+    seed_only: list[list[Any]] = []
+    extra: list[list[Any]] = []
+    for label, method in config.items():
+        own = [row for row in rows if row["method"] == label]
+        means: list[Any] = [label, len(own)]
+        for name in columns:
+            values = [row[name] for row in own if row[name] is not None]
+            means.append(f"{sum(values) / len(values):.4g}" if values else "")
+        (extra if method["method"] in EXTRA_STATE or method.get("replay") else seed_only).append(means)
+    header = ["method", "rows", *columns]
+    numeric = range(1, len(header))
+    parts = [table(header, seed_only, numeric)] if seed_only else []
+    if extra:
+        parts += [tag("p", "With extra state beside the seed:", class_="quiet"), table(header, extra, numeric)]
+    return escape(parts)
+
+
+def _draw_grid(view: View) -> Html:
+    from jobs.html import Html, picture, table, tag
+
+    if "reconstruction" not in view.columns:
+        return Html()
+    labels = [m.get("name") or m["method"] for m in view.config.get("methods", ())]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    wanted = ["id", "method", "picture", "reconstruction", "psnr", "floor_psnr"]
+    for row in view.rows(wanted, GRID_PICTURES * max(1, len(labels))):
+        found.setdefault(str(row["id"]).removesuffix(f"/{row['method']}"), {})[row["method"]] = row
+    body = []
+    for name, own in list(found.items())[:GRID_PICTURES]:
+        first = next(iter(own.values()))
+        cells: list[Any] = [
+            tag("figure", picture(first["picture"], 128, name), tag("figcaption", f"floor {first['floor_psnr']:.1f}"))
+        ]
+        for label in labels:
+            row = own.get(label)
+            shown = None
+            if row is not None and row["psnr"] is not None:
+                shown = tag(
+                    "figure", picture(row["reconstruction"], 128, label), tag("figcaption", f"{row['psnr']:.1f}")
+                )
+            cells.append(shown)
+        body.append(cells)
+    return table(["picture", *labels], body)
