@@ -106,8 +106,8 @@ class BoostProblem:
             assert row is not None
             self.rows[slot] = None
             steps = int(self.optimiser.steps_B[slot])
-            first, second = (moment[slot].to("cpu", copy=True) for moment in (self.optimiser.first, self.optimiser.second))
-            boost = (first, second, steps)
+            moments = (self.optimiser.first, self.optimiser.second)
+            boost = (*(moment[slot].to("cpu", copy=True) for moment in moments), steps)
             rows.append({**row, "z": self.z_BCHW[slot].to("cpu", copy=True), "boost": boost, "decodes": 3 * steps})
         self.active_B[torch.as_tensor(slots, device=self.device)] = False
         return rows
