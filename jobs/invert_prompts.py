@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 import micro
-from jobs.config import JobBase, Settings
+from jobs.config import JobBase, ModelName, Settings
 from pipeline.spec import StageSpec
 from stages.recipes import AnyRecipe
 
@@ -34,7 +34,7 @@ GRID_PROMPTS = 16
 class Decode(Settings):
     """Pictures by Kandinsky 2.2's decoder."""
 
-    model: str = str(micro.MODELS / "decoder")
+    model: ModelName = str(micro.MODELS / "decoder")
     """Folder or hub id of the decoder pipeline."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -54,7 +54,7 @@ class InvertPrompts(JobBase):
     """
 
     job: Literal["invert-prompts"] = "invert-prompts"
-    model: str = str(micro.MODELS / "prior")
+    model: ModelName = str(micro.MODELS / "prior")
     """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ByteSize, Field, model_validator
 
-from jobs.config import JobBase, Settings
+from jobs.config import JobBase, ModelName, Settings
 from pipeline.spec import StageSpec
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Reference(JobBase):
     """
 
     job: Literal["reference"] = "reference"
-    encoder: str | None = None
+    encoder: ModelName | None = None
     """Folder or hub id of a CLIP, OpenCLIP (converted) or SigLIP model, or of a pipeline with an image encoder."""
     revision: str | None = None
     """Of the encoder on the hub: branch, tag or commit."""
