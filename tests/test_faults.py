@@ -99,7 +99,7 @@ def test_worker_killed_mid_shard_and_constructor_fails_once(tmp_path: Path, loca
     result = run(spec, resources=TWO, progress=lambda p: messages.append(p.message or ""))
     assert (result.state, result.ok) == ("complete", 41)
     assert any("the constructor fails this once" in message for message in messages)
-    assert any("a worker died on rows 10 to 19" in message for message in messages)
+    assert any("a worker died on rows 0 to 9 of shard 1" in message for message in messages)
     _whole(spec, expected)
 
 
