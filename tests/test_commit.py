@@ -24,7 +24,8 @@ from pipeline.storage import Folder
 from pipeline.worker import ContractError
 from tests.faulty import data, run_plain, spec_for
 
-SCHEMA = pa.schema([("id", pa.string()), ("v", pa.list_(pa.float16(), 2)), ("status", pa.string()), ("error", pa.string())])
+VECTOR = pa.list_(pa.float16(), 2)
+SCHEMA = pa.schema([("id", pa.string()), ("v", VECTOR), ("status", pa.string()), ("error", pa.string())])
 LINES = [f"line {i}" for i in range(30)]
 
 
@@ -53,7 +54,8 @@ def test_a_cut_attempt_is_noticed(tmp_path: Path) -> None:
 
 
 def test_values_that_do_not_fit_fail_their_row_alone() -> None:
-    rows = [{"id": str(i), "v": v, "status": "ok", "error": None} for i, v in enumerate([[1, 2], [1, 2, 3], [1, 1e6], None])]
+    values = [[1, 2], [1, 2, 3], [1, 1e6], None]
+    rows = [{"id": str(i), "v": v, "status": "ok", "error": None} for i, v in enumerate(values)]
     stored = table(rows, SCHEMA).to_pylist()
     assert [row["status"] for row in stored] == ["ok", "failed", "failed", "ok"]
     assert stored[0]["v"] == [1, 2]
@@ -131,7 +133,8 @@ class Batches:
 
 
 def _run(tmp_path: Path, mode: str) -> pa.Table:
-    spec = replace(spec_for(tmp_path, LINES, shard_rows=15), stage=StageSpec("tests.test_commit:Batches", {"mode": mode}))
+    stage = StageSpec("tests.test_commit:Batches", {"mode": mode})
+    spec = replace(spec_for(tmp_path, LINES, shard_rows=15), stage=stage)
     run_plain(spec)
     assert verify(spec.output).ok
     return data(spec.output)

@@ -46,7 +46,8 @@ def test_columns_that_are_missing_or_clash_are_named(tmp_path: Path) -> None:
     spec = spec_for(tmp_path, LINES)
     with pytest.raises(SourceError, match="did you mean 'text'"):
         make_plan(replace(spec, source=replace(spec.source, columns={"text": "txet"}), keep=()))
+    clash = replace(spec.source, columns={"text": "text", "upper": "text"})
     with pytest.raises(PlanError, match="two output columns are called 'upper'"):
-        make_plan(replace(spec, source=replace(spec.source, columns={"text": "text", "upper": "text"}), keep=("upper",)))
+        make_plan(replace(spec, source=clash, keep=("upper",)))
     with pytest.raises(PlanError, match="shard_rows"):
         make_plan(replace(spec, shard_rows=0))
