@@ -56,7 +56,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _job(pictures: Path, prior: str, **more: object) -> dict[str, object]:
-    return {"job": "reference", "input": str(pictures), "encoder": prior, "keep": ["text"], "batch_size": 4,
+    source = {"path": str(pictures), "format": "images"}
+    return {"job": "reference", "input": source, "encoder": prior, "keep": ["text"], "batch_size": 4,
             "shard_rows": 5, **more}  # fmt: skip
 
 
