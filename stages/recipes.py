@@ -131,7 +131,7 @@ class OVI(Recipe):
     constraint: Constraint = Constraint()
     """What keeps the embedding among the images."""
     steps: int | None = Field(None, ge=1)
-    """Most steps a row makes. Left out: 1000 as published, else 50."""
+    """Most steps a row makes. Left out: 1000 as published, else 60."""
     lr: float = Field(2e-2, gt=0)
     """AdamW's rate."""
     weight_decay: float = Field(0.01, ge=0)
@@ -140,7 +140,8 @@ class OVI(Recipe):
     """Standard deviation of the first tokens."""
     stop: Stop | None = None
     """When a row stops earlier. Left out: ``early`` stops when the cosine's rise turns into drift (less than 2 % of the
-    remaining distance a step, three steps in a row); ``{}`` and the published recipe never stop."""
+    remaining distance a step, three steps in a row); with a constraint, which rises slowly and doesn't drift, ``{}`` and
+    the published recipe make all steps."""
     warm_start: str | None = None
     """Output of an earlier job with ``store_tokens: true`` and as many tokens: a row starts from the tokens of the
     prompt there that is nearest to it."""
@@ -153,11 +154,12 @@ class OVI(Recipe):
 
     @property
     def stopping(self) -> Stop:
-        return self.stop or (Stop() if self.recipe == "published" else EARLY)
+        drifts = self.recipe == "early" and not (self.constraint.mahalanobis or self.constraint.neighbours)
+        return self.stop or (EARLY if drifts else Stop())
 
     @property
     def limit(self) -> int:
-        return self.steps or (1000 if self.recipe == "published" else 50)
+        return self.steps or (1000 if self.recipe == "published" else 60)
 
     @model_validator(mode="after")
     def _published_is_published(self) -> OVI:

@@ -204,6 +204,7 @@ def test_methods_say_what_they_lack(bench, prior):
 
 def test_early_stopping_is_the_default(bench, rows):
     assert OVI().stopping == EARLY
+    assert OVI(constraint=Constraint(mahalanobis=0.1)).stopping == Stop()
     assert OVI(stop=Stop()).stopping == OVI(recipe="published").stopping == Stop()
     got = run(OVI(steps=200), bench, rows)
     assert any(row["stopped"] == "stalled" and 5 <= row["steps"] < 200 for row in got.values())
