@@ -140,8 +140,8 @@ class OVI(Recipe):
     """Standard deviation of the first tokens."""
     stop: Stop | None = None
     """When a row stops earlier. Left out: ``early`` stops when the cosine's rise turns into drift (less than 2 % of the
-    remaining distance a step, three steps in a row); with a constraint, which rises slowly and doesn't drift, ``{}`` and
-    the published recipe make all steps."""
+    remaining distance a step, three steps in a row); with a constraint, which rises slowly and doesn't drift, with
+    ``{}``, and as published, all steps are made."""
     warm_start: str | None = None
     """Output of an earlier job with ``store_tokens: true`` and as many tokens: a row starts from the tokens of the
     prompt there that is nearest to it."""
