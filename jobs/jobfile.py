@@ -159,6 +159,8 @@ def validate(document: Document) -> Job:
         return model.model_validate(dict(data))
     except ValidationError as error:
         problems = [(_in_data(problem["loc"], data), problem) for problem in error.errors()]
+        inner = {where[:n] for where, _ in problems for n in range(len(where))}
+        problems = [found for found in problems if found[0] not in inner]  # "too short" because an item is wrong
         problems.sort(key=lambda found: document.line(found[0]) or 0)
         texts = [f"{document.locate(where)}: {_explain(problem, data, model, where)}" for where, problem in problems]
         raise JobFileError("\n".join(dict.fromkeys(texts))) from None
