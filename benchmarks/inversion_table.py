@@ -1,5 +1,5 @@
-"""Methods of inversion side by side on the miniature Stable Diffusion: one run, one protocol, every method from the same
-latents. Writes benchmarks/results/inversion_table.json and .md.
+"""Methods of inversion side by side on the miniature Stable Diffusion: one run, one protocol, every method from the
+same latents. Writes benchmarks/results/inversion_table.json and .md.
 
     python -m benchmarks.inversion_table --pictures 16 --settings 50:1 20:1 10:1 4:1 20:3 20:7.5
 """
@@ -137,7 +137,7 @@ def measure(
                 "seed_std",
                 "seed_kurtosis",
                 "seed_autocorrelation",
-            )  # noqa: E501
+            )
             made |= {name: float(np.mean([row[name] for row in good])) for name in names}
         yield {**made, "seconds": seconds}
 
