@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -29,18 +28,15 @@ def toy_file(tmp_path: Path, toy_job: type[JobBase]) -> Path:
     return path
 
 
-def test_help_is_quick_and_loads_nothing_heavy() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom jobs.cli import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
         "print('HEAVY', sorted({'torch', 'ray', 'diffusers', 'transformers', 'pyarrow'} & set(sys.modules)))"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "run-job" in done.stdout
     assert "HEAVY []" in done.stdout
-    assert after.ru_utime - before.ru_utime < 1.0  # half a second on an idle machine
 
 
 def test_schema_is_json() -> None:
