@@ -27,8 +27,8 @@ MEASURES = (
 
 
 class InvertImages(JobBase):
-    """Pictures inverted through a frozen Stable Diffusion model (DDIM inversion, fixed points, LBO with ILB, and others),
-    one row for each picture and method. The row's latent regenerates its picture in plain diffusers.
+    """Pictures inverted through a frozen Stable Diffusion model (DDIM inversion, fixed points, LBO, ILB, ...): one
+    row for each picture and method. The latent regenerates its picture in plain diffusers.
 
     The input has a column ``image``, and ``prompt`` where captions are to be used (map yours with ``columns``).
     """
