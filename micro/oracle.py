@@ -246,7 +246,7 @@ def train_oracle(work: Path, recipe: Recipe) -> Oracle:
     pictures = data.split_pictures(work, "train", count)
     labels, grounds = data.split_labels(work, "train", count), data.split_backgrounds(work, "train", count)
     torch.manual_seed(1)
-    reader = Reader().to(device, memory_format=torch.channels_last)
+    reader = Reader().to(device)
 
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         rows = np.sort(rows)

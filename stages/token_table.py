@@ -42,12 +42,14 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        embeddings: Any = self.model.get_input_embeddings  # typed as a tensor by transformers
+        return int(embeddings().weight.shape[1])
 
     @property
     def table(self) -> torch.Tensor:
         """The vocabulary's vectors, (vocabulary, D)."""
-        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        embeddings: Any = self.model.get_input_embeddings
+        weight: torch.Tensor = embeddings().weight
         return weight.detach()
 
 
@@ -189,7 +191,8 @@ def encode(
 
 def _run(encoder: Encoder, ids_BT: torch.Tensor, embeds_BTD: torch.Tensor) -> Any:
     """The encoder's output with its input embeddings replaced for this one call (ids still place the pooled token)."""
-    handle = encoder.model.get_input_embeddings().register_forward_hook(lambda module, args, output: embeds_BTD)
+    embeddings: Any = encoder.model.get_input_embeddings
+    handle = embeddings().register_forward_hook(lambda module, args, output: embeds_BTD)
     try:
         return encoder.model(ids_BT, output_hidden_states=encoder.penultimate)
     finally:
