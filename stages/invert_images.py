@@ -453,17 +453,18 @@ class InvertImages:
         against_x = measure_pictures(seen_BCHW, x_BCHW)
         against_decoded = measure_pictures(seen_BCHW, self.model.decode(z_BCHW))
         mse_B = (again_BCHW - z_BCHW).square().flatten(1).mean(1).tolist()
-        lpips_B = self.lpips(seen_BCHW, x_BCHW) if self.lpips is not None else [None] * len(rows)
         for i, made in enumerate(outputs):
             made |= {
                 "psnr": against_x["psnr"][i],
                 "ssim": against_x["ssim"][i],
                 "psnr_decoded": against_decoded["psnr"][i],
                 "latent_mse": mse_B[i],
-                "lpips": lpips_B[i],
             }
             if self.pictures:
                 made["reconstruction"] = to_picture(seen_BCHW[i].cpu())
+        if self.lpips is not None:
+            for made, value in zip(outputs, self.lpips(seen_BCHW, x_BCHW), strict=True):
+                made["lpips"] = value
 
     def _add_edits(self, rows: Sequence[Row], given: Mapping[str, Row], outputs: list[dict[str, Any]]) -> None:
         """Plain editing: the same seed under another caption."""

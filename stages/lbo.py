@@ -45,7 +45,8 @@ class LatentBias:
       evaluation gives the residual's change along the gradient (Gauss-Newton in one direction).
     * safeguarded: anderson, but after `patience` evaluations without a new smallest residual the row goes back to its
       best point, takes one gauss-newton step there, and starts Anderson anew.
-    * adam: Adam on |r|^2 / 2. * jacobian-free: x <- x - rate r.
+    * adam: Adam on |r|^2 / 2.
+    * jacobian-free: x <- x - rate r / scale; the fixed-point iteration at rate 1.
 
     Args:
         passes: Most network passes a step; a gradient counts as one more.
@@ -184,7 +185,7 @@ class LatentBias:
     ) -> torch.Tensor:
         """The point that each row evaluates next, by its update."""
         if self.kind == "jacobian-free":
-            return look.x_BCHW - self.rate * error_BCHW
+            return look.x_BCHW - self.rate * error_BCHW / look.step.scale
         if self.adam is not None:
             self.x_BCHW.copy_(look.x_BCHW)
             if look.gradient_BCHW is not None:
