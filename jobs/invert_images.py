@@ -184,11 +184,11 @@ def _draw_grid(view: View) -> Html:
             tag("figure", picture(first["picture"], 128, name), tag("figcaption", f"floor {first['floor_psnr']:.1f}"))
         ]
         for label in labels:
-            row = own.get(label)
+            drawn = own.get(label)
             shown = None
-            if row is not None and row["psnr"] is not None:
+            if drawn is not None and drawn["psnr"] is not None:
                 shown = tag(
-                    "figure", picture(row["reconstruction"], 128, label), tag("figcaption", f"{row['psnr']:.1f}")
+                    "figure", picture(drawn["reconstruction"], 128, label), tag("figcaption", f"{drawn['psnr']:.1f}")
                 )
             cells.append(shown)
         body.append(cells)

@@ -107,9 +107,9 @@ def hits(output: Output, reference: Reference, positions_K: np.ndarray, cos_K: S
     found = []
     for place, cosine in zip(places, cos_K, strict=True):
         at = (place["part"], place["row"])
-        row = columns.get(at, {})
-        kept = next((value["bytes"] for value in row.values() if _is_picture(value)), None)
-        shown = {name: value for name, value in row.items() if not _is_picture(value) and not isinstance(value, list)}
+        values = columns.get(at, {})
+        kept = next((value["bytes"] for value in values.values() if _is_picture(value)), None)
+        shown = {name: cell for name, cell in values.items() if not _is_picture(cell) and not isinstance(cell, list)}
         found.append(Hit(place["id"], float(cosine), shown, kept or again.get(at)))
     return found
 
@@ -151,8 +151,10 @@ def print_table(query: str, found: Sequence[Hit]) -> None:
 
     names = list(dict.fromkeys(name for hit in found for name in hit.columns))
     table = Table(title=shorten(query, 80), title_justify="left")
-    for name, justify in (("", "right"), ("cosine", "right"), ("id", "left"), *((name, "left") for name in names)):
-        table.add_column(name, justify=justify)
+    for name in ("", "cosine"):
+        table.add_column(name, justify="right")
+    for name in ("id", *names):
+        table.add_column(name)
     for rank, hit in enumerate(found, start=1):
         cells = [shorten(hit.columns.get(name, ""), 60) for name in names]
         table.add_row(str(rank), f"{hit.cosine:.4f}", shorten(hit.id, 60), *cells)

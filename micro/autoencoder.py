@@ -64,7 +64,8 @@ def train_vae(work: Path, crops: Recipe, whole: Recipe) -> AutoencoderKL:
     pictures = data.split_pictures(work, "train", data.world.TRAIN_SIZE)
     labels = np.asarray(data.split_labels(work, "train", data.world.TRAIN_SIZE))
     torch.manual_seed(0)
-    model = _Reconstruction(build_vae(), kl=2e-7).to(device, memory_format=torch.channels_last)
+    model = _Reconstruction(build_vae(), kl=2e-7).to(device)
+    model.vae.to(memory_format=torch.channels_last)
 
     def loss_of_crops(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         return model(pictures_to_tensor(_crops(pictures, labels, rows, rng), device))

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, KandinskyV22Pipeline, KandinskyV22PriorPipeline, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from micro import MODELS, assemble, autoencoder, clip, oracle, prompts, world
 from micro.training import pictures_to_tensor
@@ -50,7 +52,7 @@ def _to_uint8(x_BCHW: torch.Tensor) -> np.ndarray:
     return ((x_BCHW.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
 
 
-def _degraded(pictures: np.ndarray, kind: str, vae: torch.nn.Module) -> np.ndarray:
+def _degraded(pictures: np.ndarray, kind: str, vae: AutoencoderKL) -> np.ndarray:
     x = pictures_to_tensor(pictures, torch.device("cpu"))
     if kind == "noise":
         x = x + 0.15 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
@@ -62,13 +64,13 @@ def _degraded(pictures: np.ndarray, kind: str, vae: torch.nn.Module) -> np.ndarr
         x = F.conv2d(x, taps.view(1, 1, 1, 7).repeat(3, 1, 1, 1), padding=(0, 3), groups=3)
         x = F.conv2d(x, taps.view(1, 1, 7, 1).repeat(3, 1, 1, 1), padding=(3, 0), groups=3)
     else:
-        z = autoencoder.encode_all(vae, pictures)  # type: ignore[arg-type]
+        z = autoencoder.encode_all(vae, pictures)
         with torch.no_grad():
             x = torch.cat([vae.decode(part).sample for part in z.split(50)])
     return _to_uint8(x)
 
 
-def judge_oracle(judge: oracle.Oracle, vae: torch.nn.Module, count: int) -> list[Line]:
+def judge_oracle(judge: oracle.Oracle, vae: AutoencoderKL, count: int) -> list[Line]:
     pictures, scenes = _heldout(count)
     least = {"color": 0.99, "shape": 0.98, "texture": 0.97, "relation": 0.98}
     clean = oracle.accuracy(judge, pictures, scenes)
@@ -80,7 +82,9 @@ def judge_oracle(judge: oracle.Oracle, vae: torch.nn.Module, count: int) -> list
     return lines
 
 
-def judge_clip(image: torch.nn.Module, text: torch.nn.Module, words, count: int = 500) -> list[Line]:
+def judge_clip(
+    image: CLIPVisionModelWithProjection, text: CLIPTextModelWithProjection, words: CLIPTokenizer, count: int = 500
+) -> list[Line]:
     """Retrieval among pictures with distinct full captions, and the geometry of the two cones."""
     chosen: dict[str, int] = {}
     index = 0
@@ -88,16 +92,16 @@ def judge_clip(image: torch.nn.Module, text: torch.nn.Module, words, count: int 
         chosen.setdefault(world.caption_of(index, "heldout", detail="full"), index)
         index += 1
     pictures = np.stack([world.picture(i, "heldout") for i in chosen.values()])
-    seen = clip.embed_pictures(image, pictures)  # type: ignore[arg-type]
-    full = clip.geometry(seen, clip.embed_tokens(text, clip.tokenize_all(words, np.array(list(chosen)))))  # type: ignore[arg-type]
+    seen = clip.embed_pictures(image, pictures)
+    full = clip.geometry(seen, clip.embed_tokens(text, clip.tokenize_all(words, np.array(list(chosen)))))
     varied = np.array([world.caption_of(i, "heldout", wording=0) for i in chosen.values()])
-    brief = clip.geometry(seen, clip.embed_tokens(text, clip.tokenize_all(words, varied)))  # type: ignore[arg-type]
+    brief = clip.geometry(seen, clip.embed_tokens(text, clip.tokenize_all(words, varied)))
     lines = [Line(f"CLIP, full captions: text-to-image R@1 of {count}", full.pop("text_to_image_r1"), 0.70)]
     lines += [Line(f"CLIP, full captions: {name}", value) for name, value in full.items()]
     return [*lines, Line(f"CLIP, varied captions: text-to-image R@1 of {count}", brief["text_to_image_r1"])]
 
 
-def draw_with_kandinsky(prior, decoder) -> Draw:
+def draw_with_kandinsky(prior: KandinskyV22PriorPipeline, decoder: KandinskyV22Pipeline) -> Draw:
     def draw(texts: Sequence[str], seed: int) -> np.ndarray:
         out = []
         for i in range(0, len(texts), 50):
@@ -113,7 +117,7 @@ def draw_with_kandinsky(prior, decoder) -> Draw:
     return draw
 
 
-def draw_with_stable_diffusion(pipeline) -> Draw:
+def draw_with_stable_diffusion(pipeline: StableDiffusionPipeline) -> Draw:
     def draw(texts: Sequence[str], seed: int) -> np.ndarray:
         out = []
         for i in range(0, len(texts), 50):
@@ -145,12 +149,12 @@ def judge_generation(name: str, draw: Draw, judge: oracle.Oracle, count: int, pa
     least = {"color": 0.90, "shape": 0.85, "texture": 0.75}
     for kind in ("single", "rare", "never"):
         asked = prompts.load(kind)[:count]
-        rates = _attribute_rates(judge, asked, draw([p.prompt for p in asked], seed=1))
+        rates = _attribute_rates(judge, asked, draw([p.prompt for p in asked], 1))
         wanted = least if kind == "single" else {}
         label = {"single": "frequent"}.get(kind, kind)
         lines += [Line(f"{name}, one object, {label}: {k}", rate, wanted.get(k)) for k, rate in rates.items()]
     asked = prompts.load("spatial")[:count]
-    readings = judge.read(draw([p.prompt for p in asked], seed=2))
+    readings = judge.read(draw([p.prompt for p in asked], 2))
     scores = [oracle.score(r, p.objects, p.relation) for r, p in zip(readings, asked, strict=True)]
     colours = [oracle.score(r, [{"color": o["color"]} for o in p.objects]).bound == 1 and
                oracle.score(r, p.objects).bound == 1 for r, p in zip(readings, asked, strict=True)]  # fmt: skip
@@ -183,7 +187,7 @@ def _sheet(pictures: np.ndarray, columns: int, path: Path) -> None:
     Image.fromarray(flat).save(path, optimize=True)
 
 
-def draw_sheets(vae, kandinsky: Draw, stable: Draw) -> None:
+def draw_sheets(vae: AutoencoderKL, kandinsky: Draw, stable: Draw) -> None:
     """World pictures, reconstructions under originals, and both generators on the same prompts."""
     pictures, _ = _heldout(48)
     _sheet(pictures, 12, SHEETS / "world.png")

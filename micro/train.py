@@ -97,7 +97,8 @@ def _prior(work: Path, recipes: dict[str, Recipe]) -> None:
 
 
 def _decoder(work: Path, recipes: dict[str, Recipe]) -> None:
-    unet = unets.train_decoder(work, _latents(work), _embeds(work), _zero_embed(work), recipes["decoder"])
+    start = UNet2DConditionModel.from_pretrained(work / "sd_unet")
+    unet = unets.train_decoder(work, _latents(work), _embeds(work), _zero_embed(work), start, recipes["decoder"])
     unet.save_pretrained(work / "decoder")
 
 
@@ -113,8 +114,8 @@ STAGES: dict[str, tuple[str, Callable[[Path, dict[str, Recipe]], None]]] = {
     "movq": ("movq", _movq),
     "clip": ("image_encoder", _clip),
     "prior": ("prior", _prior),
-    "decoder": ("decoder", _decoder),
     "stable-diffusion": ("sd_unet", _stable_diffusion),
+    "decoder": ("decoder", _decoder),
 }
 """Stage -> (the folder in the work folder that says it is done, what does it)."""
 
