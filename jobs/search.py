@@ -122,7 +122,8 @@ def _pictures(output: Output, wanted: dict[int, list[int]]) -> dict[tuple[int, i
     """Pictures of rows, read again from the job's input as far as it is still there."""
     from pipeline.pictures import PictureError, decode_picture
     from pipeline.plan import read_shards
-    from pipeline.read import Encoded, as_encoded, picture_bytes, read_rows, wanted_columns
+    from pipeline.read import picture_bytes, read_rows, wanted_columns
+    from pipeline.rows import Encoded, as_encoded
     from pipeline.source import Source, SourceError
 
     source = Source.from_json(output.plan["source"])

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from pipeline import schema as columns_of
 from pipeline.ids import Uniqueness, digest
 from pipeline.inputs import InputFile, list_files, resolve
-from pipeline.read import FileScan, Span, Wanted, read_rows, reader_of, wanted_columns
+from pipeline.read import read_rows, reader_of, wanted_columns
+from pipeline.rows import FileScan, Span, Wanted
 from pipeline.source import Source, SourceError
 from pipeline.spec import StageInfo, StageSpec
 from pipeline.storage import Folder

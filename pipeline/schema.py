@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.read import Encoded, Raw
+from pipeline.rows import Encoded, Raw
 from pipeline.spec import Column
 
 SCHEMA_VERSION = 1

@@ -15,7 +15,7 @@ from pipeline.source import Source
 
 if TYPE_CHECKING:
     from pipeline.inputs import InputFile
-    from pipeline.read import Begins, FileScan, Format, Raw, Span, Wanted
+    from pipeline.rows import Begins, FileScan, Format, Raw, Span, Wanted
 
 
 def repeated(format: Format, name: str, values: tuple[str, ...]) -> Format:

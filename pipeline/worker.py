@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from pipeline import commit
 from pipeline.commit import Record
 from pipeline.pictures import PictureError, encode_picture
-from pipeline.read import Encoded, Raw, Span, Wanted, as_encoded, picture_bytes, prepare, read_rows
+from pipeline.read import picture_bytes, prepare, read_rows
+from pipeline.rows import Encoded, Raw, Span, Wanted, as_encoded
 from pipeline.schema import decode_schema, kept_value, measures, merge_measures, picture_columns, table
 from pipeline.source import Source
 from pipeline.spec import Column, Row, StageSpec, failed

@@ -17,7 +17,8 @@ from jobs import learn_concepts
 from jobs.learn_concepts import LearnConcepts
 from jobs.train_inverter import InvertText, TrainInverter, draw_training
 from pipeline.inputs import list_files, resolve
-from pipeline.read import Span, read_rows, reader_of
+from pipeline.read import read_rows, reader_of
+from pipeline.rows import Span
 from stages.concept_samples import concept_tokens, sheet, without_concept
 from stages.diffusion import LatentDiffusion
 from stages.text_inverter import TextInverter

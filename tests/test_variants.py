@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pipeline.inputs import list_files, resolve
-from pipeline.read import Span, read_rows, reader_of
+from pipeline.read import read_rows, reader_of
+from pipeline.rows import Span
 from pipeline.source import Source
 
 

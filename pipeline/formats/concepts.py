@@ -9,45 +9,38 @@ frozen-in-ice/subjects/robot/with/*.png, .../without/*.png     instead, when the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
-from pipeline.inputs import SUFFIXES, version_of
+from pipeline.inputs import SUFFIXES, InputFile, version_of
+from pipeline.rows import Begins, FileScan, Format, Raw, Span, Wanted, open_input, picked, untold
 from pipeline.source import Source, SourceError
-
-if TYPE_CHECKING:
-    from pipeline.inputs import InputFile
-    from pipeline.read import FileScan, Raw, Span, Wanted
 
 Pictures = list[tuple[str, int, str]]
 """Address, size and version of each."""
 
 
-def concept_id(name: str) -> str:
+def _id(name: str) -> str:
     """The id of the row in ``<folder>/concept.yaml``: the folder's path."""
     return name.rpartition("/")[0] or name
 
 
-def scan_concept(source: Source, file: InputFile, begins: Callable[[int], bool]) -> FileScan:
+def _scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
     """One row, whose digest changes with the text and with every picture."""
-    from pipeline.read import FileScan, open_input
-
     digest = hashlib.blake2b(digest_size=16)
     with open_input(file.path, source) as handle:
         digest.update(handle.read())
     for kind, pictures in _folders(source, file.path):
         for path, size, version in pictures:
             digest.update(f"{kind}\x1f{path.rpartition('/')[2]}\x1f{size}\x1f{version}\x1e".encode())
-    return FileScan(1, digest.hexdigest(), keys=(concept_id(file.name),))
+    return FileScan(1, digest.hexdigest(), keys=(_id(file.name),))
 
 
-def concept_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
+def _rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     """The row: the file's keys, and the addresses of the pictures."""
     import yaml
 
-    from pipeline.read import Raw, open_input
-
-    name = concept_id(span.name)
+    name = _id(span.name)
     with open_input(span.path, source) as handle:
         text = handle.read()
     try:
@@ -69,9 +62,7 @@ def concept_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
             values.setdefault(side, addresses)
     if subjects:
         values.setdefault("subjects", list(subjects.values()))
-    if wanted is not None:
-        values = {own: values.get(column) for own, column in wanted.items()}
-    yield Raw(name, values)
+    yield Raw(name, picked(values, wanted))
 
 
 def _folders(source: Source, path: str) -> Iterator[tuple[str, Pictures]]:
@@ -108,3 +99,6 @@ def _address(fs: Any, info: dict[str, Any]) -> str:
     """The address under which fsspec opens it again."""
     local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
     return str(info["name"] if local else fs.unstrip_protocol(info["name"]))
+
+
+CONCEPTS = Format(_scan, _rows, untold)
