@@ -7,7 +7,6 @@ that is damaged comes out with ``error`` set.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from pipeline.formats.arrays import NPY
@@ -67,12 +66,12 @@ def read_rows(source: Source, spans: tuple[Span, ...], skip: int, count: int, wa
         if skip >= size:
             skip -= size
             continue
-        found = 0
-        for raw in islice(read(source, span, wanted), skip, min(size, skip + count)):
+        asked, found = span.part(skip, count), 0
+        for raw in read(source, asked, wanted):
             found += 1
             yield raw
-        if found < min(size - skip, count):
-            gone = span.start + skip + found
+        if found < asked.stop - asked.start:
+            gone = asked.start + found
             raise SourceError(f"{span.path}: row {gone} and what follows are gone; the input changed during the run")
         count -= found
         skip = 0

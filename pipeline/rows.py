@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.inputs import InputFile
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -36,13 +39,28 @@ class Raw:
 
 @dataclass(frozen=True)
 class Span:
-    """Rows ``start`` to ``stop`` of one file; ``offset``: the byte where row ``start`` begins, where that helps."""
+    """Rows ``start`` to ``stop`` of one file.
+
+    Attributes:
+        offset: The byte where row ``start - ahead`` begins, for formats that cannot be entered anywhere.
+        ahead: Rows that such a format has to pass over before ``start``, as cheaply as it can.
+    """
 
     name: str
     path: str
     start: int
     stop: int
     offset: int = 0
+    ahead: int = 0
+
+    def part(self, skip: int, count: int) -> Span:
+        """``count`` of its rows (or as many as there are), after the first ``skip``."""
+        start = self.start + skip
+        return replace(self, start=start, stop=min(self.stop, start + count), ahead=self.ahead + skip)
+
+    def of(self, items: Iterable[T]) -> Iterator[T]:
+        """Its own among all that is found from ``offset`` on."""
+        return islice(items, self.ahead, self.ahead + self.stop - self.start)
 
 
 @dataclass(frozen=True)

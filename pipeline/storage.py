@@ -60,10 +60,12 @@ class Upload:
         self._handle, self._local = handle, local
         self._digest = hashlib.blake2b(digest_size=16)
         self.size = 0
-        self.closed = False
+        self.closed = self._abandoned = False
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
+        if self._abandoned:  # Parquet's writer ends its file once more when it is collected
+            return view.nbytes
         self._handle.write(view)
         self._digest.update(view)
         self.size += view.nbytes
@@ -103,7 +105,7 @@ class Upload:
     def abandon(self) -> None:
         """Close without finishing: an object store keeps nothing, a local disk a part that is to be removed."""
         if not self.closed:
-            self.closed = True
+            self.closed = self._abandoned = True
             discard = getattr(self._handle, "discard", None)
             if discard is None:
                 self._handle.close()

@@ -35,7 +35,8 @@ def repeated(format: Format, name: str, values: tuple[str, ...]) -> Format:
 
     def rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
         first = span.start // count
-        inner = replace(span, start=first, stop=-(-span.stop // count))
+        entered = (span.start - span.ahead) // count
+        inner = replace(span, start=first, stop=-(-span.stop // count), ahead=first - entered)
         every = (
             replace(raw, id=f"{raw.id}/{value}", values={**raw.values, name: value})
             for raw in format.rows(source, inner, wanted)

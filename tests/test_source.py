@@ -21,6 +21,7 @@ from pipeline.ids import Uniqueness
 from pipeline.inputs import list_files, resolve
 from pipeline.plan import Survey, survey_input
 from pipeline.read import read_rows, wanted_columns
+from pipeline.rows import Span
 from pipeline.source import Source, SourceError
 
 TEXTS = [f"text {i}, \"quoted\"\nand {'é' * (i % 5)} a second line" for i in range(47)]
@@ -84,6 +85,31 @@ def test_formats_agree_however_they_are_cut(tmp_path: Path, write: Callable[[Pat
     for every in (1, 7, 20):
         assert _rows(source, every) == whole
     assert _rows(source, 7, limit=23) == whole[:23]
+
+
+@pytest.mark.parametrize("variants", [{}, {"method": ("one", "two", "three")}])
+@pytest.mark.parametrize("write", [_parquet, _jsonl, _csv, _webdataset, _datasets])
+def test_a_shard_can_be_entered_at_any_row(
+    tmp_path: Path, write: Callable[[Path], Source], variants: dict[str, tuple[str, ...]]
+) -> None:
+    """As when a shard that kills its workers is tried in halves, or a search shows a row of the input again."""
+    source = resolve(replace(write(tmp_path), variants=variants))
+    wanted = wanted_columns(source, ())
+    for shard in survey_input(source, 11, None, Survey(), lambda file, scan: None):
+        whole = list(read_rows(source, shard.spans, 0, shard.rows, wanted))
+        assert len(whole) == shard.rows
+        for skip in range(shard.rows):
+            assert list(read_rows(source, shard.spans, skip, 4, wanted)) == whole[skip : skip + 4]
+
+
+def test_entering_late_reads_no_earlier_rows(tmp_path: Path) -> None:
+    """A row that cannot even be parsed is passed over unread."""
+    (tmp_path / "a.jsonl").write_text('{"k": 1, "t": "a"}\n{broken\n{"k": 3, "t": "c"}\n')
+    source = Source((str(tmp_path / "a.jsonl"),), format="jsonl", columns={"text": "t"}, id="k")
+    span = Span("a.jsonl", str(tmp_path / "a.jsonl"), 0, 3)
+    assert [raw.id for raw in read_rows(source, (span,), 2, 1, {"text": "t"})] == ["3"]
+    with pytest.raises(SourceError, match="row 1 of"):
+        list(read_rows(source, (span,), 0, 3, {"text": "t"}))
 
 
 def test_arrays_come_as_numpy(tmp_path: Path) -> None:

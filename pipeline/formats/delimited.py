@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from pipeline.formats.text import check_encoding, read_lines
@@ -80,7 +79,7 @@ def _csv_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     names, delimiter, start = _csv_header(source, span.path)
     counted = _Counted(read_lines(source, span.path, span.offset or start), span.offset or start)
     cells_of = (cells for cells in csv.reader(counted, delimiter=delimiter) if cells)
-    for row, cells in enumerate(islice(cells_of, span.stop - span.start), span.start):
+    for row, cells in enumerate(span.of(cells_of), span.start):
         problem = None
         if len(cells) != len(names):
             problem = f"row {row} of {span.name} has {len(cells)} cells, the header has {len(names)}"

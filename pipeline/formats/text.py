@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 
 from pipeline.inputs import InputFile
 from pipeline.rows import (
@@ -63,7 +62,7 @@ def _text(line: bytes, first: bool) -> str:
 def _text_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     names = ["text"] if wanted is None else [name for name, column in wanted.items() if column == "text"]
     prefix = span.name + "#"
-    for row, line in enumerate(islice(read_lines(source, span.path, span.offset), span.stop - span.start), span.start):
+    for row, line in enumerate(span.of(read_lines(source, span.path, span.offset)), span.start):
         try:
             text = _text(line, row == 0)
         except UnicodeDecodeError as error:
@@ -74,7 +73,7 @@ def _text_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
 
 def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     lines = (line for line in read_lines(source, span.path, span.offset) if line.strip())
-    for row, line in enumerate(islice(lines, span.stop - span.start), span.start):
+    for row, line in enumerate(span.of(lines), span.start):
         try:
             values = json.loads(_text(line, row == 0))
         except (ValueError, RecursionError) as error:

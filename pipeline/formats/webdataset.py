@@ -7,7 +7,6 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from itertools import islice
 from typing import IO, Any
 
 import numpy as np
@@ -75,7 +74,7 @@ def _webdataset_scan(source: Source, file: InputFile, begins: Begins) -> FileSca
 def _webdataset_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     tar, handle = _open_tar(source, span.path, span.offset)
     with handle, tar:
-        for row, (key, _, members) in enumerate(islice(_groups(tar), span.stop - span.start), span.start):
+        for row, (key, _, members) in enumerate(span.of(_groups(tar)), span.start):
             derived = f"{span.name}/{key}"
             values: dict[str, Any] = {"__key__": key}
             problem = None
