@@ -24,8 +24,9 @@ class Settings(BaseModel):
     """Base of every block of a job file: unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True
-    )
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True,
+        serialize_by_alias=True,
+    )  # fmt: skip
 
 
 def _shipped(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 import micro
-from jobs.config import JobBase
+from jobs.config import JobBase, ModelName
 from pipeline.spec import StageSpec
 from stages.inversion_methods import AnyInversionMethod, LboMethod
 
@@ -34,7 +34,7 @@ class InvertImages(JobBase):
     """
 
     job: Literal["invert-images"] = "invert-images"
-    model: str = str(micro.MODELS / "stable-diffusion")
+    model: ModelName = str(micro.MODELS / "stable-diffusion")
     """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -159,7 +159,7 @@ def _draw_methods(view: View) -> Html:
             values = [row[name] for row in own if row[name] is not None]
             means.append(f"{sum(values) / len(values):.4g}" if values else "")
         (extra if method["method"] in EXTRA_STATE or method.get("replay") else seed_only).append(means)
-    header = ["method", "rows", *columns]
+    header = ["method", "rows", *(name.replace("_", " ") for name in columns)]
     numeric = range(1, len(header))
     parts = [table(header, seed_only, numeric)] if seed_only else []
     if extra:

@@ -68,7 +68,7 @@ class InvertPrompts(JobBase):
     score: tuple[Literal["clip", "oracle", "frechet"], ...] = ()
     """``clip``: CLIP score of the pictures; ``oracle``: what the miniature world's judge finds (needs the columns of
     its prompt sets); ``frechet``: Frechet distance in CLIP space to the reference."""
-    oracle: str | None = None
+    oracle: ModelName | None = None
     """Folder of the oracle. Left out: the shipped one."""
     store_tokens: bool = False
     """Keep OVI's tokens, so that a later job can start from them (``warm_start``)."""

@@ -10,7 +10,7 @@ import typer
 from pydantic import Field, model_validator
 
 import micro
-from jobs.config import JobBase, Settings
+from jobs.config import JobBase, ModelName, Settings
 from pipeline.spec import StageSpec
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class LearnConcepts(JobBase):
     """
 
     job: Literal["learn-concepts"] = "learn-concepts"
-    model: str = str(micro.MODELS / "stable-diffusion")
+    model: ModelName = str(micro.MODELS / "stable-diffusion")
     """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
     revision: str | None = None
     """Of the hub repository."""
@@ -141,7 +141,7 @@ class LearnConcepts(JobBase):
                 "device": self.device,
                 "size": self.size,
                 "settings": self.learning.model_dump(),
-                "templates": self.prompts.model_dump(),
+                "templates": self.prompts.model_dump(by_alias=False),
                 "samples": None if self.samples is None else self.samples.model_dump(),
                 "inverter": self.start,
                 "slots": self.slots,

@@ -351,7 +351,7 @@ def _loading(view: View) -> Html:
 
 
 def write_chain_report(output: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """Write the page of a chain: its steps, how each ended, and the panels of each one.
+    """Write the page of a chain: its steps, how each ended, and what each one's job shows of itself.
 
     Returns:
         The page's address.
@@ -385,8 +385,8 @@ def write_chain_report(output: str, storage_options: Mapping[str, Any] | None = 
                 duration(busy),
             ]
         )
-        panels = [Panel("Overview", _overview), Panel("Pictures", _pictures), *_own_panels(_stored_job(view))]
-        panels += [Panel("Measures", _measures), Panel("Failed rows", _failed)]
+        own = _own_panels(_stored_job(view)) or [Panel("Pictures", _pictures), Panel("Measures", _measures)]
+        panels = [*own, Panel("Failed rows", _failed), Panel("Overview", _overview)]
         parts = [(panel, _draw(panel, view)) for panel in panels]
         body = [[tag("h3", panel.title), panel.note, content] for panel, content in parts if content]
         page = tag("p", tag("a", "the step's own page", href=_relative(output, step["output"])), class_="quiet")

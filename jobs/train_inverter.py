@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 import micro
-from jobs.config import JobBase, Settings
+from jobs.config import JobBase, ModelName, Settings
 from pipeline.spec import StageSpec
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ FOLDER = "inverter"
 class ModelJob(JobBase):
     """A job around one frozen Stable Diffusion model."""
 
-    model: str = str(micro.MODELS / "stable-diffusion")
+    model: ModelName = str(micro.MODELS / "stable-diffusion")
     """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
     revision: str | None = None
     """Of the hub repository."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -52,10 +53,15 @@ def _publish_part(output: Output, record: Record, listed: dict[str, dict[str, in
 
 
 def card(output: Output, tally: Tally, title: str, description: str) -> str:
-    """The dataset card: what `datasets` reads (YAML), then columns, counts, measures and models for people."""
+    """The dataset card: what `datasets` reads (YAML), then columns, counts, measures and models for people.
+
+    The configuration's description names the content: `datasets` keys its cache by the folder's last name and this
+    block alone, and would else hand out another dataset that was once loaded from a folder of the same name.
+    """
     schema, plan = decode_schema(output.plan["schema"]), output.plan
-    front = ["---", "configs:", "- config_name: default", "  data_files:", "  - split: train",
-             "    path: data/part-*.parquet", "tags:", "- latentmill", "---"]  # fmt: skip
+    content = hashlib.blake2b("".join(record.checksum for record in output.records()).encode(), digest_size=8)
+    front = ["---", "configs:", "- config_name: default", f"  description: content {content.hexdigest()}",
+             "  data_files:", "  - split: train", "    path: data/part-*.parquet", "tags:", "- latentmill", "---"]  # fmt: skip
     docs = {column["name"]: column for column in plan["stage_columns"]}
     rows = [f"| `{f.name}` | {_kind(f.type, docs.get(f.name))} | {docs.get(f.name, {}).get('doc', '')} |"
             for f in schema]  # fmt: skip

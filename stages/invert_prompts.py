@@ -31,6 +31,7 @@ _MEASURES = (
 )
 _AGAINST_REFERENCE = (
     Column("mahalanobis", "float32", doc="squared Mahalanobis distance to the reference's images, over E"),
+    Column("neighbour_cosine", "float32", doc="mean cosine to the neighbours that the constraint pulled towards"),
     Column("nearest_cosine", "float32", doc="cosine to the nearest image of the reference"),
     Column("nearest_id", "string", doc="its id"),
 )

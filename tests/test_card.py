@@ -12,6 +12,7 @@ import pytest
 import yaml
 from skimage import data as photographs
 
+from jobs.config import JobBase
 from jobs.run import JobResult, run_job
 from pipeline.output import Output
 from tests.toy_job import Toy
@@ -58,6 +59,19 @@ print(json.dumps({{
     "failed": next([row["grey"], row["length"], row["error"]] for row in rows if row["status"] == "failed"),
 }}))
 """
+
+
+def test_two_datasets_of_one_folder_name_do_not_share_a_cache(
+    tmp_path: Path, toy_job: type[JobBase], local_ray: str
+) -> None:
+    from datasets import load_dataset
+
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+        run_job({"job": "toy", "input": str(tmp_path / f"{name}.txt")}, output=str(tmp_path / name / "out"))
+    cache = str(tmp_path / "cache")
+    loaded = [load_dataset(str(tmp_path / name / "out"), split="train", cache_dir=cache) for name in ("first", "second")]
+    assert [rows["id"] for rows in loaded] == [["first.txt#0"], ["second.txt#0"]]
 
 
 @pytest.mark.parametrize("first", ["", "import ray", "import ray.data"])
