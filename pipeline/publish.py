@@ -61,7 +61,8 @@ def card(output: Output, tally: Tally, title: str, description: str) -> str:
     schema, plan = decode_schema(output.plan["schema"]), output.plan
     content = hashlib.blake2b("".join(record.checksum for record in output.records()).encode(), digest_size=8)
     front = ["---", "configs:", "- config_name: default", f"  description: content {content.hexdigest()}",
-             "  data_files:", "  - split: train", "    path: data/part-*.parquet", "tags:", "- latentmill", "---"]  # fmt: skip
+             "  data_files:", "  - split: train", "    path: data/part-*.parquet", "tags:", "- latentmill",
+             "---"]  # fmt: skip
     docs = {column["name"]: column for column in plan["stage_columns"]}
     rows = [f"| `{f.name}` | {_kind(f.type, docs.get(f.name))} | {docs.get(f.name, {}).get('doc', '')} |"
             for f in schema]  # fmt: skip
