@@ -197,7 +197,7 @@ def _subjects(name: str, row: Row, separation: bool) -> tuple[Subject, ...]:
             raise ConceptError(
                 f"concept {name}: a subject has no name; say what the pictures show, for instance 'robot'"
             )
-        sets = {key: _pictures(name, key, item.get(key)) for key in ("with", "without")}
+        sets = {key: picture_list(name, key, item.get(key)) for key in ("with", "without")}
         for key, needed in (("with", True), ("without", separation)):
             if needed and len(sets[key]) < 2:
                 raise ConceptError(
@@ -208,7 +208,12 @@ def _subjects(name: str, row: Row, separation: bool) -> tuple[Subject, ...]:
     return tuple(subjects)
 
 
-def _pictures(name: str, key: str, value: Any) -> tuple[Any, ...]:
+def picture_list(name: str, key: str, value: Any) -> tuple[Any, ...]:
+    """The pictures in a column of a concept's row: a list, one alone, or JSON text of either; nothing for null.
+
+    Raises:
+        ConceptError: JSON that cannot be read.
+    """
     value = _json(name, key, value)
     if value is None:
         return ()
