@@ -10,6 +10,7 @@ import typer
 from pydantic import Field, model_validator
 
 import micro
+from jobs.concept_input import absolute, concept_source, folder_of
 from jobs.config import JobBase, ModelName, Settings
 from pipeline.spec import StageSpec
 
@@ -125,10 +126,7 @@ class LearnConcepts(JobBase):
     """Concepts a shard: what one worker takes at a time."""
 
     def source(self) -> Source:
-        from dataclasses import replace
-
-        source = self.input.source()
-        return replace(source, format="concepts") if source.format is None and _is_tree(source.path[0]) else source
+        return concept_source(self.input)
 
     def stage(self) -> StageSpec:
         return StageSpec(
@@ -147,8 +145,8 @@ class LearnConcepts(JobBase):
                 "slots": self.slots,
                 "max_words": self.max_words,
                 "seed": self.seed,
-                "root": _root(self.input.path[0]) if self.pictures_root is None else self.pictures_root,
-                "checkpoints": None if self.output is None else f"{_absolute(self.output)}/{CHECKPOINTS}",
+                "root": folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root,
+                "checkpoints": None if self.output is None else f"{absolute(self.output)}/{CHECKPOINTS}",
                 "checkpoint_seconds": self.checkpoint_seconds,
             },
         )
@@ -204,30 +202,6 @@ second (`text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2`). `latent
 """
 
 
-def _is_tree(path: str) -> bool:
-    """Whether a path is a folder of concept folders."""
-    import fsspec
-
-    filesystem, folder = fsspec.core.url_to_fs(path)
-    return bool(filesystem.isdir(folder) and filesystem.glob(f"{folder.rstrip('/')}/**/concept.yaml"))
-
-
-def _absolute(path: str) -> str:
-    import os
-
-    return path.rstrip("/") if "://" in path else os.path.abspath(path)
-
-
-def _root(path: str) -> str:
-    """The folder of an input file (a glob: the part before the first sign of it)."""
-    path = _absolute(path)
-    while any(sign in path for sign in "*?["):
-        path = path.rpartition("/")[0]
-        if not any(sign in path for sign in "*?["):
-            return path
-    return path.rpartition("/")[0] if "." in path.rpartition("/")[2] else path
-
-
 def _rows(tables: Iterator[Any]) -> Iterator[dict[str, Any]]:
     for table in tables:
         yield from (row for row in table.to_pylist() if row["status"] == "ok")
@@ -267,7 +241,7 @@ def _safetensors(token: str, vector: Any) -> bytes:
 def _drop_checkpoints(output: str) -> None:
     import fsspec
 
-    filesystem, folder = fsspec.core.url_to_fs(f"{_absolute(output)}/{CHECKPOINTS}")
+    filesystem, folder = fsspec.core.url_to_fs(f"{absolute(output)}/{CHECKPOINTS}")
     if filesystem.exists(folder):
         filesystem.rm(folder, recursive=True)
 

@@ -57,7 +57,8 @@ class NaoMethod(SeedMethod):
     updates: int = Field(2000, ge=1)
     """Most Adam updates of centroid and paths; they end earlier when the objective stands still."""
     margin: float = Field(0.2, ge=0, lt=0.5)
-    """Positions are drawn from (0, 1 - margin), 0 being the centroid and 1 a seed of the concept."""
+    """Positions are drawn from (0, 1 - margin), 0 being the centroid and 1 a seed of the concept: near a seed that is
+    shorter or longer than a Gaussian one a path swings about the shell."""
 
 
 class SeedSelectMethod(SeedMethod):
