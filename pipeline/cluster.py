@@ -7,7 +7,9 @@ is exactly what a run has to know. Descriptors go out, records come back; no row
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -87,6 +89,29 @@ def _import_paths() -> str:
 
 
 @contextmanager
+def _held_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until Ray has started or stopped: caught halfway it crashes the process. Twice insists."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = False
+
+    def press(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def connected(address: str | None, cpus: float) -> Iterator[bool]:
     """A connection to Ray: the one at ``address``, the one this process has, or one that starts and stops here.
 
@@ -98,32 +123,35 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # workers run at the priority that the user started us with
     import ray
 
     if ray.is_initialized():
         yield False
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        options |= {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, int(cpus) + 1),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "runtime_env": {"env_vars": {"PYTHONPATH": _import_paths()}},
+        }
+    else:
+        options["address"] = address
     try:
-        if address is None:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, int(cpus) + 1),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                runtime_env={"env_vars": {"PYTHONPATH": _import_paths()}},
-                **quiet,
-            )
-        else:
-            ray.init(address=address, **quiet)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        where = "a local Ray could not be started" if address is None else f"no Ray answers at {address!r}"
-        raise ClusterError(f"{where}: {reason}") from None
-    try:
+        try:
+            with _held_interrupt():
+                ray.init(**options)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            where = "a local Ray could not be started" if address is None else f"no Ray answers at {address!r}"
+            raise ClusterError(f"{where}: {reason}") from None
         yield address is None
     finally:
-        ray.shutdown()
+        with _held_interrupt():
+            ray.shutdown()
 
 
 class _Member:
