@@ -1,6 +1,9 @@
 """Search in the miniature world: 50 prompts of a colour and a shape, judged by the oracle.
 
-latentmill run benchmarks/reference.yaml --output benchmarks/work/reference
+A picture is right if the oracle sees one object in it with both attributes; "color" and "shape" ask for one of the two
+alone. "scene" asks the scene that the picture was drawn from instead of the oracle, "chance" judges random pictures.
+
+latentmill run-job benchmarks/reference.yaml --output benchmarks/work/reference
 python -m benchmarks.search benchmarks/work/reference
 """
 
@@ -54,19 +57,20 @@ def main() -> None:
         truth = [world.Scene.from_json(row.columns["scene"]).things for row in rows]
         return list(zip(readings, truth, strict=True))
 
-    def judged(seen: list[tuple[Any, list[Any]]], thing: dict[str, str]) -> tuple[float, float]:
-        by_oracle = np.mean([score(reading, [thing]).bound == 1.0 for reading, _ in seen])
-        by_scene = np.mean([any(t.shape == thing["shape"] and t.color == thing["color"] for t in things)
-                            for _, things in seen])  # fmt: skip
-        return float(by_oracle), float(by_scene)
+    def judged(seen: list[tuple[Any, list[Any]]], thing: dict[str, str]) -> dict[str, float]:
+        shares = {"oracle": thing} | {name: {name: value} for name, value in thing.items()}
+        result = {name: np.mean([score(reading, [asked]).bound == 1.0 for reading, _ in seen])
+                  for name, asked in shares.items()}  # fmt: skip
+        result["scene"] = np.mean([any(t.shape == thing["shape"] and t.color == thing["color"] for t in things)
+                                   for _, things in seen])  # fmt: skip
+        return {name: float(value) for name, value in result.items()}
 
     random = read(random_C)
     rows = []
     for number, (text, thing) in enumerate(zip(texts, asked, strict=True)):
-        by_oracle, by_scene = judged(read(found.positions_BK[number]), thing)
-        chance = judged(random, thing)[0]
-        rows.append({"prompt": text, "oracle": by_oracle, "scene": by_scene, "chance": chance})
-    means = {name: float(np.mean([row[name] for row in rows])) for name in ("oracle", "scene", "chance")}
+        chance = {f"chance, {name}": value for name, value in judged(random, thing).items() if name != "scene"}
+        rows.append({"prompt": text, **judged(read(found.positions_BK[number]), thing), **chance})
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "prompt"}
     result = {"rows": reference.rows, "k": K, "precision": means, "index": reference.facts["index"], "prompts": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "search.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from index import record
+
 if TYPE_CHECKING:
     import torch
 
@@ -353,7 +355,9 @@ def save(path: Path, statistics: Moments, gaussian: Gaussian, facts: Mapping[str
     arrays = {f"moments.{name}": np.ascontiguousarray(array) for name, array in statistics.to_arrays().items()}
     arrays["covariance"] = gaussian.covariance_EE.numpy()
     arrays["cholesky"] = gaussian.cholesky_EE.contiguous().numpy()
-    save_file(arrays, path.with_suffix(".safetensors"))
+    draft = path.with_suffix(".safetensors.tmp")
+    save_file(arrays, draft)
+    draft.replace(path.with_suffix(".safetensors"))
     described = {
         "rows": statistics.rows,
         "weight": statistics.weight,
@@ -363,7 +367,7 @@ def save(path: Path, statistics: Moments, gaussian: Gaussian, facts: Mapping[str
         "ledoit_wolf": statistics.ledoit_wolf(),
         **facts,
     }
-    path.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+    record.write_atomically(path.with_suffix(".json"), json.dumps(described, indent=2) + "\n")
 
 
 def load(path: Path) -> tuple[Gaussian, dict[str, Any]]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ TRAIN_ROWS_PER_LIST = 64  # FAISS wants at least 39
 RECALL_AT = (1, 10, 100)
 SEED = 20_240_117
 NPROBES = tuple(2**i for i in range(16))
+GPU_MOST = 2048  # neighbours, and lists looked into, that FAISS can handle on a GPU
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,11 @@ def choose(rows: int, dim: int, memory: int) -> str:
     count = lists(rows)
     coarse = f"IVF{count}" if count < 1 << 16 else f"IVF{count}_HNSW32"
     left = memory - count * dim * 4
-    fitting = [codec for codec in CODECS if rows * (dim * codec.bits / 8 + codec.extra) <= left]
+
+    def size(codec: Codec) -> float:
+        return rows * (dim * codec.bits / 8 + codec.extra) + (dim * dim * 4 if codec.prefix else 0)
+
+    fitting = [codec for codec in CODECS if size(codec) <= left]
     codec = fitting[0] if fitting else CODECS[-1]
     return f"{codec.prefix.format(dim=dim)}{coarse},{codec.name}"
 
@@ -166,14 +171,16 @@ def gpus() -> int:
     return getattr(faiss, "get_num_gpus", lambda: 0)()
 
 
-def on_gpu(index: Any) -> Any:
-    """The index on the first GPU, or itself where FAISS has none or no GPU version of its type."""
+def on_gpu(index: Any, device: int = 0) -> Any:
+    """The index on a GPU, or itself where FAISS has none or no GPU version of its type."""
     import faiss
 
     movable = ("IndexFlat", "IndexFlatIP", "IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ")
     if gpus() == 0 or type(index).__name__ not in movable:
         return index
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    if type(index).__name__ == "IndexIVFScalarQuantizer" and index.sq.qtype == faiss.ScalarQuantizer.QT_6bit:
+        return index
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device, index)
 
 
 def _inverted_file(index: Any) -> Any | None:
@@ -211,7 +218,8 @@ def _add(vectors_NE: np.ndarray, span: tuple[int, int], trained: Path, path: Pat
     import faiss
 
     with _threads(1):
-        index = on_gpu(faiss.read_index(str(trained)))
+        empty = faiss.read_index(str(trained))
+        index = on_gpu(empty)
         inverted = "IVF" in facts["factory"]
         for start in range(span[0], span[1], SCAN_ROWS // 8):
             stop = min(start + SCAN_ROWS // 8, span[1])
@@ -221,7 +229,7 @@ def _add(vectors_NE: np.ndarray, span: tuple[int, int], trained: Path, path: Pat
             else:
                 index.add(block_NE)
         draft = path.with_suffix(".tmp")
-        faiss.write_index(index if gpus() == 0 else faiss.index_gpu_to_cpu(index), str(draft))
+        faiss.write_index(index if index is empty else faiss.index_gpu_to_cpu(index), str(draft))
     record.commit(draft, path, facts)
 
 
@@ -320,7 +328,8 @@ def build(
     begun = time.perf_counter()
     if merged is None:
         step("merge", 0, 1)
-        on_disk = sum(path.stat().st_size for path in paths) > plan.memory
+        repeated = (len(paths) - 1) * trained.stat().st_size  # every part holds the centroids
+        on_disk = sum(path.stat().st_size for path in paths) - repeated > plan.memory
         _merge(paths, trained, folder, on_disk, {**facts, "trained": start["checksum"]})
     seconds["merge"] = time.perf_counter() - begun
 
@@ -361,12 +370,14 @@ class Index:
         vectors_NE: The raw vectors, memory-mapped.
         surplus: Candidates fetched for each neighbour wanted, then ranked exactly; 1: FAISS's order is kept.
         facts: Contents of ``index.faiss.json``.
+        path: The index's file; None: it never was one.
     """
 
     faiss_index: Any
     vectors_NE: np.ndarray
     surplus: int
     facts: Mapping[str, Any]
+    path: Path | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Index:
@@ -390,7 +401,7 @@ class Index:
         # Lists in a file of their own are mapped with IO_FLAG_ONDISK_SAME_DIR alone: IO_FLAG_MMAP would skip that file.
         flags = faiss.IO_FLAG_ONDISK_SAME_DIR if on_disk else faiss.IO_FLAG_MMAP
         faiss_index = faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY)
-        return cls(faiss_index, vectors_NE, surplus(factory) if factory != "Flat" else 1, facts or {})
+        return cls(faiss_index, vectors_NE, surplus(factory) if factory != "Flat" else 1, facts or {}, path)
 
     def probing(self, nprobe: int | None) -> Index:
         """Itself, looking into so many lists from now on."""
@@ -398,6 +409,23 @@ class Index:
         if ivf is not None and nprobe is not None:
             ivf.nprobe = min(nprobe, ivf.nlist)
         return self
+
+    def on_gpu(self, device: int, memory: int) -> Index:
+        """Itself, searched by FAISS on a GPU, if its type and its size allow; the exact vectors stay where they are.
+
+        Args:
+            device: Number of the GPU.
+            memory: Bytes that it may take there.
+        """
+        import faiss
+
+        nprobe = self.facts["nprobe"] or 0
+        fits = self.facts["lists"] is None and self.facts["index_bytes"] <= memory and nprobe <= GPU_MOST
+        if self.path is None or not fits:
+            return self
+        whole = replace(self, faiss_index=faiss.read_index(str(self.path))).probing(nprobe or None)
+        moved = on_gpu(whole.faiss_index, device)
+        return self if moved is whole.faiss_index else replace(self, faiss_index=moved)
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         """Raw vectors by row number, float32, shape ``positions.shape + (E,)``."""

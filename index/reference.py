@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER = "reference"
-RESIDENT_SHARE = 0.25  # of the device's free memory: above it, vectors stay on disk and FAISS searches
+RESIDENT_SHARE = 0.25  # of the device's free memory, for vectors or an index; above it they stay on the host
 
 
 class ReferenceMismatch(ValueError):
@@ -63,7 +63,8 @@ class Reference:
         facts: Contents of ``reference.json``: ``encoder``, ``rows``, ``dim``, ``modality`` and more.
         gaussian: Statistics of the raw embeddings, float64, on the CPU.
         index: The nearest-neighbour index over the same rows.
-        device: Where queries live; on a GPU the vectors are kept there too when they fit, and searched exactly.
+        device: Where queries live; on a GPU the vectors are kept there too when they fit, and searched exactly; where
+            they do not fit but the index does, faiss-gpu searches it there.
     """
 
     path: Path
@@ -139,6 +140,19 @@ class Reference:
             unit_NE[start : start + len(block_NE)] = block_NE.to(self.device)
         return unit_NE
 
+    @cached_property
+    def _on_gpu(self) -> neighbours.Index | None:
+        """The index, searched by faiss-gpu where that is installed and the index fits, else None."""
+        import torch
+
+        device = torch.device(self.device)
+        if device.type != "cuda" or neighbours.gpus() == 0:
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        number = torch.cuda.current_device() if device.index is None else device.index
+        moved = self.index.on_gpu(number, int(RESIDENT_SHARE * free))
+        return None if moved is self.index else moved
+
     def whiten(self, z_BE: torch.Tensor) -> torch.Tensor:
         """``L^-1 (z - mean)`` (B, E), in z's dtype and on its device; differentiable."""
         return self.gaussian.whiten(z_BE)
@@ -154,14 +168,17 @@ class Reference:
         """Row numbers (B, k) of the nearest rows by cosine, best first."""
         unit_NE = self._resident
         if unit_NE is None:
-            return self.index.search(z_BE.detach().float().cpu().numpy(), k)[1]
+            index = self.index
+            if self._on_gpu is not None and k * index.surplus <= neighbours.GPU_MOST:
+                index = self._on_gpu
+            return index.search(z_BE.detach().float().cpu().numpy(), k)[1]
         import torch
 
         q_BE = torch.nn.functional.normalize(z_BE.detach().float(), dim=-1).to(unit_NE)
         return (q_BE @ unit_NE.mT).topk(k, dim=-1).indices.cpu().numpy()
 
     def neighbours(self, z_BE: torch.Tensor, k: int) -> Neighbours:
-        """The k nearest rows of each query by cosine.
+        """The k nearest rows of each query by cosine, as the index finds them, in the order of their exact cosines.
 
         Args:
             z_BE: Queries (B, E), on any device, of any norm.
@@ -172,6 +189,10 @@ class Reference:
         positions_BK = self.positions(z_BE, k)
         vectors_BKE = torch.from_numpy(self.index.gather(positions_BK)).to(z_BE)
         cos_BK = torch.nn.functional.cosine_similarity(z_BE[:, None], vectors_BKE, dim=-1)
+        order_BK = cos_BK.detach().argsort(dim=-1, descending=True, stable=True)  # codes order only roughly
+        cos_BK = cos_BK.gather(1, order_BK)
+        vectors_BKE = vectors_BKE.take_along_dim(order_BK[:, :, None], 1)
+        positions_BK = np.take_along_axis(positions_BK, order_BK.cpu().numpy(), 1)
         return Neighbours(cos_BK, self.ids(positions_BK), vectors_BKE, positions_BK)
 
     def ids(self, positions: np.ndarray) -> np.ndarray:

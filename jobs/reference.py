@@ -49,7 +49,7 @@ class Reference(JobBase):
     """Folder or hub id of a CLIP, OpenCLIP (converted) or SigLIP model, or of a pipeline with an image encoder."""
     revision: str | None = None
     """Of the encoder on the hub: branch, tag or commit."""
-    text_encoder: str | None = None
+    text_encoder: ModelName | None = None
     """Folder or hub id of the text encoder that `latentmill search` uses. Left out: the one beside the encoder."""
     given: Literal["pictures", "embeddings"] = "pictures"
     """What the input's rows hold: pictures in ``image``, or finished embeddings in ``embedding``."""
@@ -117,6 +117,12 @@ class Reference(JobBase):
         records = list(output.records())
         digest = hashlib.blake2b("".join(record.checksum for record in records).encode(), digest_size=16)
         text = self.text_encoder or self.encoder
+
+        def identity(path: str, role: clip.Role, revision: str | None) -> dict[str, str]:
+            known = clip.identity(path, role, revision)
+            folder = Path(path).expanduser()  # found again from any working directory
+            return {**known, "path": str(folder.absolute())} if folder.is_dir() else known
+
         revision = None if self.text_encoder else self.revision
         speaks = text is not None and (self.text_encoder is not None or clip.has_text_encoder(text, revision))
         return Origin(
@@ -124,8 +130,8 @@ class Reference(JobBase):
             shard_rows=[record.rows_ok for record in records],
             dim=self._width(),
             dtype=self.dtype,
-            encoder=clip.identity(self.encoder, "image", self.revision) if self.encoder else None,
-            text_encoder=clip.identity(text, "text", revision) if text and speaks else None,
+            encoder=identity(self.encoder, "image", self.revision) if self.encoder else None,
+            text_encoder=identity(text, "text", revision) if text and speaks else None,
             shrinkage=self.shrinkage,
         )
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from index.reference import Reference
     from pipeline.output import Output
+    from pipeline.rows import Span
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 NOT_SHOWN = ("id", "embedding", "norm", "status", "error")
@@ -61,9 +62,12 @@ def embed(reference: Reference, query: str) -> torch.Tensor:
     Raises:
         ValueError: There is no such encoder, or it has changed.
     """
+    from transformers.utils import logging
+
     from index.reference import require_encoder
     from stages import clip
 
+    logging.disable_progress_bar()  # of loading weights, which takes a moment
     is_picture = query.lower().endswith(PICTURES) and Path(query).is_file()
     role, key = ("image", "encoder") if is_picture else ("text", "text_encoder")
     made_with = reference.facts[key]
@@ -100,6 +104,8 @@ def hits(output: Output, reference: Reference, positions_K: np.ndarray, cos_K: S
         with output.folder.open(name) as handle:
             file = pq.ParquetFile(handle)
             names = [column for column in file.schema_arrow.names if column not in NOT_SHOWN]
+            if not names:
+                continue
             rows = file.read(columns=names).take(wanted[record.shard])
         for row, plain in zip(wanted[record.shard], rows.to_pylist(), strict=True):
             columns[record.shard, row] = plain
@@ -118,6 +124,18 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == {"bytes", "path"}
 
 
+def _span_of(spans: Sequence[Span], row: int) -> Span:
+    """The one row of a shard, as a span of its own file."""
+    from pipeline.source import SourceError
+
+    left = row
+    for span in spans:
+        if left < span.stop - span.start:
+            return span.part(left, 1)
+        left -= span.stop - span.start
+    raise SourceError(f"the shard has no row {row}")
+
+
 def _pictures(output: Output, wanted: dict[int, list[int]]) -> dict[tuple[int, int], Image]:
     """Pictures of rows, read again from the job's input as far as it is still there."""
     from pipeline.pictures import PictureError, decode_picture
@@ -131,12 +149,13 @@ def _pictures(output: Output, wanted: dict[int, list[int]]) -> dict[tuple[int, i
     for shard in read_shards(output.own):
         for row in wanted.get(shard.index, ()):
             try:
-                raw = next(read_rows(source, shard.spans, row, 1, wanted_columns(source, ())))
+                span = _span_of(shard.spans, row)
+                raw = next(read_rows(source, (span,), 0, 1, wanted_columns(source, ())))
                 value = raw.values.get("image")
                 if "image" in source.images:
                     value = as_encoded(value)
                 if isinstance(value, Encoded):
-                    folder = shard.spans[0].path.rpartition("/")[0]
+                    folder = span.path.rpartition("/")[0]
                     found[shard.index, row] = decode_picture(picture_bytes(value, source, folder), source.max_pixels)
             except (SourceError, PictureError, OSError, StopIteration):
                 continue

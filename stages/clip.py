@@ -67,6 +67,21 @@ def _config(place: Place) -> Any:
         raise ModelError(f"{place.path}: no encoder can be loaded from here: {reason}") from None
 
 
+def _tower_config(place: Place, role: Role) -> Any:
+    """The configuration of one tower.
+
+    A whole CLIP model names the width of its embeddings at the top; models converted from OpenCLIP repeat another one,
+    the default, in the towers.
+    """
+    config = _config(place)
+    tower = getattr(config, f"{'vision' if role == 'image' else 'text'}_config", None)
+    if tower is None:
+        return config
+    if getattr(config, "projection_dim", None):
+        tower.projection_dim = config.projection_dim
+    return tower
+
+
 def embedding_width(path: str, revision: str | None = None) -> int:
     """E, read from the configuration alone."""
     config = _config(locate(path, "image", revision))
@@ -127,7 +142,11 @@ class TextEncoder:
 
         place = locate(path, "text", revision)
         self._siglip = "siglip" in _config(place).model_type
-        model = _load(SiglipModel if self._siglip else CLIPTextModelWithProjection, place, place.model, dtype=dtype)
+        if self._siglip:
+            model = _load(SiglipModel, place, place.model, dtype=dtype)
+        else:
+            config = _tower_config(place, "text")
+            model = _load(CLIPTextModelWithProjection, place, place.model, dtype=dtype, config=config)
         self.model = (model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
         self.tokenizer = _load(AutoTokenizer, place, place.processor)
         self.device = device
@@ -169,8 +188,10 @@ class ImageEncoder:
         place = locate(path, "image", revision)
         self._siglip = "siglip" in _config(place).model_type
         loader = SiglipVisionModel if self._siglip else CLIPVisionModelWithProjection
-        self.model = _load(loader, place, place.model, dtype=dtype).to(device).eval().requires_grad_(False)
-        self.processor = _load(AutoImageProcessor, place, place.processor)
+        model = _load(loader, place, place.model, dtype=dtype, config=_tower_config(place, "image"))
+        self.model = model.to(device).eval().requires_grad_(False)
+        # Pillow's arithmetic, whether or not torchvision is installed: embeddings must not depend on that.
+        self.processor = _load(AutoImageProcessor, place, place.processor, backend="pil")
         self.device, self.dtype = device, dtype
 
     @torch.inference_mode()

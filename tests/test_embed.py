@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 
 from index import gaussian
-from stages import embed
+from stages import clip, embed
 from tests.tiny_kandinsky import build_prior
+from tests.tiny_stable_diffusion import tokenizer
 
 SIZES = ((32, 32), (37, 53), (200, 31), (64, 199), (33, 32))
 
@@ -82,6 +84,62 @@ def test_embeddings_equal_a_plain_loop(prior: str) -> None:
         assert out["status"] == "ok"
         assert np.abs(out["embedding"] - wanted_E).max() < 1e-5 * np.abs(wanted_E).max()
         assert out["norm"] == pytest.approx(np.linalg.norm(wanted_E), rel=1e-5)
+
+
+def _clip(folder: Path) -> str:
+    """A CLIP model as it comes from the hub: both towers and both processors in one folder."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    words = tokenizer(16)
+    text = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "vocab_size": len(words), "max_position_embeddings": 16, "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def _siglip(folder: Path) -> str:
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    words = tokenizer(16)
+    text = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "vocab_size": len(words), "max_position_embeddings": 16, "projection_size": 24}  # fmt: skip
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("build", [_clip, _siglip])
+def test_plain_models_give_their_own_features(build: Callable[[Path], str], tmp_path: Path) -> None:
+    """Pictures and prompts against the whole model's own two methods, on what its own processors prepare."""
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    torch.manual_seed(0)
+    folder = build(tmp_path / "model")
+    model = AutoModel.from_pretrained(folder).eval()
+    processor, words = AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)
+    pictures, prompts = _pictures(), ["a red star", "a photo of a large blue circle in ice", "heart"]
+    with torch.no_grad():
+        pixels = torch.cat([processor(images=picture, return_tensors="pt").pixel_values for picture in pictures])
+        wanted_BE = model.get_image_features(pixel_values=pixels).pooler_output
+        tokens = words(prompts, padding="max_length", max_length=16, return_tensors="pt")
+        attended = {} if build is _siglip else {"attention_mask": tokens.attention_mask}
+        text_BE = model.get_text_features(input_ids=tokens.input_ids, **attended).pooler_output
+    stage = embed.Embed(folder, batch_size=4, device="cpu")
+    assert stage.preparation.is_split
+    found = {row["id"]: row["embedding"] for row in stage(_rows()[: len(pictures)])}
+    assert np.allclose(np.stack([found[str(i)] for i in range(len(pictures))]), wanted_BE, atol=1e-5)
+    assert embed.Embed.describe(folder).columns[0].shape == (wanted_BE.shape[1],)
+    assert np.allclose(clip.TextEncoder(folder)(prompts), text_BE, atol=1e-5)
+    assert clip.has_text_encoder(folder)
+    assert clip.identity(folder, "image")["fingerprint"] == clip.identity(folder, "text")["fingerprint"]
 
 
 def test_order_and_split_change_no_byte(prior: str) -> None:

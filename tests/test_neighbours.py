@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +218,44 @@ def test_choice_by_size_and_memory() -> None:
     assert neighbours.parts_of([10, 10, 10, 5], 20) == [(0, 20), (20, 35)]
 
 
+def test_a_gpu_build_keeps_the_bytes_and_moves_what_faiss_can_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flow alone: without a GPU, a copy in memory stands in for the one on the device."""
+    import faiss
+
+    x_NE = _stored(tmp_path / "cpu", _clustered(4000))
+    factories = ("IVF16,SQ8", "IVF16,SQ6", f"RR{E},IVF16,RaBitQ")
+    for factory in factories:
+        plan = neighbours.Plan(factory=factory, part_rows=1000, threads=1)
+        neighbours.build(x_NE, [1000] * 4, tmp_path / "cpu" / factory, plan, {"vectors": "a"})
+    moved: list[tuple[str, int]] = []
+
+    def to_gpu(resources: object, device: int, index: Any) -> Any:
+        moved.append((type(index).__name__, device))
+        return faiss.clone_index(index)
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", faiss.clone_index, raising=False)
+    for factory, wanted in zip(factories, (4, 0, 0), strict=True):
+        moved.clear()
+        plan = neighbours.Plan(factory=factory, part_rows=1000, threads=1)
+        neighbours.build(x_NE, [1000] * 4, tmp_path / factory, plan, {"vectors": "a"})
+        assert _bytes(tmp_path / factory) == _bytes(tmp_path / "cpu" / factory)
+        names = [name for name, _ in moved]
+        assert names.count("IndexFlatIP") == 1  # the centroids that training compares with
+        assert len(names) - 1 == wanted
+    _stored(tmp_path / factories[0], x_NE)
+    index = neighbours.Index.open(tmp_path / factories[0])
+    moved.clear()
+    on_device = index.on_gpu(1, 1 << 30)
+    assert moved == [("IndexIVFScalarQuantizer", 1)]
+    assert np.array_equal(on_device.search(x_NE[:50], 5)[1], index.search(x_NE[:50], 5)[1])
+    assert index.on_gpu(1, 1000) is index  # too large for the device
+
+
 @pytest.mark.gpu
 def test_gpu_build_and_search_agree_with_the_cpu(tmp_path: Path) -> None:
     if neighbours.gpus() == 0:
@@ -224,7 +263,6 @@ def test_gpu_build_and_search_agree_with_the_cpu(tmp_path: Path) -> None:
     x_NE = _stored(tmp_path, _clustered(30_000))
     neighbours.build(x_NE, [30_000], tmp_path, neighbours.Plan(factory="IVF128,Flat"), {"vectors": "a"})
     index = neighbours.Index.open(tmp_path)
-    moved = neighbours.on_gpu(index.faiss_index)
-    q_BE = neighbours.unit(x_NE[:100])
-    same = (moved.search(q_BE, 10)[1] == index.faiss_index.search(q_BE, 10)[1]).mean()
-    assert same > 0.99
+    moved = index.on_gpu(0, 1 << 30)
+    assert moved is not index
+    assert (moved.search(x_NE[:100], 10)[1] == index.search(x_NE[:100], 10)[1]).mean() > 0.99

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +27,20 @@ from tests.tiny_kandinsky import build_prior
 ROWS = 23
 
 
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the cluster by one worker in this process."""
+def compute_here(spec, output, lock, reporter, resources, max_failed, address, tally, done, left) -> None:
+    """One worker in this process, in place of the cluster."""
     from pipeline.plan import read_shards
     from pipeline.worker import Task, Worker
 
-    def compute(spec, output, lock, reporter, resources, max_failed, address, tally, done, left) -> None:
-        worker = Worker(pipeline.run._worker_job(spec, output, resources))
-        for shard in read_shards(output.own):
-            if shard.index not in done:
-                tally.add(worker.process(Task(shard.index, shard.spans, 0, shard.rows)))
+    worker = Worker(pipeline.run._worker_job(spec, output, resources))
+    for shard in read_shards(output.own):
+        if shard.index not in done:
+            tally.add(worker.process(Task(shard.index, shard.spans, 0, shard.rows)))
 
-    monkeypatch.setattr(pipeline.run, "_compute", compute)
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.run, "_compute", compute_here)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,22 @@ def test_neighbours_are_exact_and_differentiable(made: Path) -> None:
     assert gradient_BE.abs().sum() > 0
 
 
+def test_coarse_codes_are_put_in_the_order_of_exact_cosines(pictures: Path, prior: str, tmp_path: Path) -> None:
+    job = _job(pictures, prior, index={"factory": "IVF1,SQ4", "recall": 1.0})
+    run_job(job, output=str(tmp_path / "out"))
+    opened = Reference.open(tmp_path / "out")
+    coarse = Reference(opened.path, opened.facts, opened.gaussian, replace(opened.index, surplus=1), "cpu")
+    z_BE = torch.randn(8, opened.dim, generator=torch.Generator().manual_seed(1))
+    vectors_NE = torch.from_numpy(np.array(opened.index.vectors_NE))
+    cos_BN = torch.nn.functional.cosine_similarity(z_BE[:, None], vectors_NE, dim=-1)
+    assert (coarse.positions(z_BE, ROWS - 1) != cos_BN.argsort(descending=True).numpy()).any()  # by the codes
+    found = coarse.neighbours(z_BE, ROWS - 1)
+    assert found.positions_BK.tolist() == cos_BN.argsort(descending=True).tolist()
+    assert torch.allclose(found.cos_BK, cos_BN.sort(descending=True).values)
+    assert torch.equal(found.vectors_BKE, vectors_NE[found.positions_BK])
+    assert (found.ids == opened.ids(found.positions_BK)).all()
+
+
 def test_another_encoder_is_refused_in_a_sentence(made: Path, tmp_path: Path) -> None:
     other = build_prior(tmp_path / "other", seed=5)
     with pytest.raises(ReferenceMismatch, match="embeddings of different encoders cannot be compared"):
@@ -111,7 +132,8 @@ def test_another_encoder_is_refused_in_a_sentence(made: Path, tmp_path: Path) ->
 
 def _files(folder: Path) -> dict[str, str]:
     names = ("vectors.npy", "rows.arrow", "index.faiss", "gaussian.safetensors", "reference.json")
-    return {name: record.checksum(folder / "reference" / name) for name in names}
+    lists = [path.name for path in (folder / "reference").glob("index.ivfdata")]
+    return {name: record.checksum(folder / "reference" / name) for name in (*names, *lists)}
 
 
 @pytest.mark.parametrize("place", ["vectors.npy", "part-00001.faiss", "index.merged", "index.faiss"])
@@ -137,6 +159,75 @@ def test_a_finish_that_was_interrupted_goes_on(
     monkeypatch.setattr(record, "commit", real)
     assert run_job(job, output=str(again)).state == "complete"
     assert _files(again) == _files(whole)
+
+
+KILLED = """
+    import json, os, signal, sys
+    import faiss
+    import pipeline.run
+    from jobs.run import run_job
+    from tests.test_reference import compute_here
+
+    owner, method, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    real = getattr(getattr(faiss, owner), method)
+    seen = 0
+
+    def killing(*arguments):
+        global seen
+        found = real(*arguments)
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(getattr(faiss, owner), method, killing)
+    pipeline.run._compute = compute_here
+    run_job(json.loads(sys.argv[4]), output=sys.argv[5])
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("owner", "method", "count", "memory"),
+    [
+        ("IndexIVFScalarQuantizer", "add_with_ids", 3, 1 << 30),  # the third part's vectors are in, but not written
+        ("IndexIVFScalarQuantizer", "merge_from", 2, 1 << 30),  # two of the parts are merged
+        ("OnDiskInvertedLists", "merge_from_multiple", 1, 1000),  # the lists lie on disk, uncommitted
+    ],
+    ids=["adding", "merging", "merging on disk"],
+)
+def test_a_job_killed_while_it_indexes_goes_on_and_ends_with_the_same_bytes(
+    pictures: Path, prior: str, tmp_path: Path, owner: str, method: str, count: int, memory: int
+) -> None:
+    job = _job(pictures, prior, index={"part_rows": 5, "factory": "IVF2,SQ8", "memory": memory})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_job(job, output=str(whole))
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), owner, method, str(count), json.dumps(job), str(killed)]
+    ended = subprocess.run(command, check=False, timeout=200, cwd=Path(__file__).parents[1], capture_output=True)
+    assert ended.returncode == -9, ended.stderr.decode()[-2000:]
+    assert not (killed / "_SUCCESS").exists()
+    with pytest.raises(FileNotFoundError):
+        Reference.open(killed)
+    parts = killed / "reference" / "parts"
+    embedded = {path: path.stat().st_mtime_ns for path in (killed / "_latentmill" / "attempts").iterdir()}
+    kept = {path for path in parts.glob("part-*.faiss") if record.record_path(path).exists()}
+    assert len(embedded) == 5
+    assert (parts / "trained.faiss.json").exists()
+    done: list[Path] = []
+    real = neighbours._add
+
+    def add(vectors_NE, span, trained, path, facts) -> None:
+        done.append(path)
+        real(vectors_NE, span, trained, path, facts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "_add", add)
+        assert run_job(job, output=str(killed)).state == "complete"
+    assert not set(done) & kept  # committed parts are not made again
+    assert bool(done) == (method == "add_with_ids")
+    assert {path.stat().st_mtime_ns for path in (killed / "data").iterdir()} == set(embedded.values())
+    assert _files(killed) == _files(whole)
+    assert (memory == 1000) == (killed / "reference" / "index.ivfdata").exists()
 
 
 def test_embeddings_made_elsewhere_give_the_same_reference(made: Path, prior: str, tmp_path: Path) -> None:
@@ -176,6 +267,33 @@ def test_search_by_picture_finds_the_picture(made: Path, pictures: Path, tmp_pat
     assert "<script>" not in page
 
 
+def test_a_relative_encoder_is_found_from_another_folder(
+    pictures: Path, prior: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(prior).parent)
+    run_job(_job(pictures, Path(prior).name), output=str(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    assert len(find("out", "picture number 3", 2)) == 2
+
+
+def test_pictures_of_several_folders_are_found_again(pictures: Path, prior: str, tmp_path: Path) -> None:
+    """Paths in a table are relative to its own file, whichever shard its rows fell into."""
+    rows = {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in (1, 2, 3):
+            picture = tmp_path / name / f"{number}.png"
+            picture.write_bytes((pictures / f"{number if name == 'a' else number + 10:02d}.png").read_bytes())
+            rows[f"{name}{number}"] = Image.open(picture).size
+        lines = [json.dumps({"id": f"{name}{number}", "image": f"{number}.png"}) for number in (1, 2, 3)]
+        (tmp_path / name / "rows.jsonl").write_text("\n".join(lines))
+    source = {"path": [str(tmp_path / name / "rows.jsonl") for name in ("a", "b")], "id": "id", "images": ["image"]}
+    run_job({"job": "reference", "input": source, "encoder": prior, "shard_rows": 6}, output=str(tmp_path / "out"))
+    found = find(str(tmp_path / "out"), str(tmp_path / "b" / "2.png"), 6)
+    assert found[0].id == "b2"
+    assert {hit.id: hit.picture and hit.picture.size for hit in found} == rows
+
+
 def test_search_by_text_is_the_text_encoders_order(made: Path, prior: str) -> None:
     opened = Reference.open(made)
     t_E = clip.TextEncoder(prior)(["picture number 3"])[0].numpy()
@@ -193,7 +311,7 @@ def test_the_search_command(made: Path, pictures: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "picture number 2" in shown.output
     assert (tmp_path / "p.html").exists()
-    listed = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
+    listed = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert len(listed) == 2
     assert listed[0]["text"] == "picture number 2"
     wrong = CliRunner().invoke(app, ["search", str(tmp_path), "x"])
