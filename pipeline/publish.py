@@ -31,9 +31,12 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
     Raises:
         OutputError: A committed file is gone.
     """
-    listed = output.listings()
+    listed, shards = output.listings(), 0
     for record in output.records():
         _publish_part(output, record, listed)
+        shards += 1
+    if shards != int(output.plan["shards"]):
+        raise OutputError(f"{output.path}: {shards} of {output.plan['shards']} shards have a record; run the job again")
     output.folder.write(CARD, card(output, tally, title, description).encode())
     summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed, "shards": tally.shards,
                "fingerprint": output.plan["fingerprint"]}  # fmt: skip

@@ -47,6 +47,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+ROUNDS = 3
+"""How often committed shards whose files have vanished in the meantime are done again."""
+
+
 class RunError(RuntimeError):
     """The run cannot start or go on; the message says why and what to do (no Ray, no workers ...)."""
 
@@ -209,18 +213,22 @@ def _resumed(
 ) -> RunResult:  # fmt: skip
     """Under the lock: what is left is computed; then finish and publish, unless that is done too."""
     tally, done = _survey(output, reporter)
-    resumed = tally.shards
+    resumed, planned = tally.shards, int(output.plan["shards"])
     complete = output.folder.exists(SUCCESS)
-    left = int(output.plan["shards"]) - resumed
-    if complete and left:
+    if complete and resumed < planned:
         output.folder.remove(SUCCESS)
     state: Literal["complete", "interrupted", "failed"] = "complete"
     reason = None
     try:
-        if left:
+        for _ in range(ROUNDS):
+            if tally.shards == planned:
+                break
             reporter.phase("starting", tally)
-            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done, left)
-        if left or not complete:
+            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done)
+            tally, done = _survey(output, reporter)  # what was committed may be gone again
+        if tally.shards < planned:
+            raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
+        if resumed < planned or not complete:
             reporter.phase("finishing", tally)
             if finish is not None:
                 finish(Finished(output))
@@ -257,10 +265,12 @@ def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
 
 def _compute(
     spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
-    address: str | None, tally: Tally, done: set[int], left: int,
+    address: str | None, tally: Tally, done: set[int],
 ) -> None:  # fmt: skip
+    """Dispatch the shards that are not done; ``tally`` follows."""
     from pipeline.cluster import ClusterError, Meters, Pool, connected
 
+    left = int(output.plan["shards"]) - len(done)
     todo = (shard for shard in read_shards(output.own) if shard.index not in done)
     try:
         with connected(address, resources.cpus):

@@ -20,6 +20,7 @@ import pytest
 from pipeline.lock import OutputLocked
 from pipeline.output import Output, verify
 from pipeline.plan import PlanMismatch, RunSpec
+from pipeline.progress import Progress
 from pipeline.run import Resources, run
 from tests.faulty import STEPS, data, run_plain, spec_for
 
@@ -29,7 +30,8 @@ TWO = Resources(max_workers=2, cpus=0.5)
 
 
 def _undisturbed(spec: RunSpec, folder: Path) -> pa.Table:
-    return data(run_plain(replace(spec, output=str(folder / "undisturbed"))).path)
+    stage = replace(spec.stage, params={**spec.stage.params, "delay": 0.0})
+    return data(run_plain(replace(spec, stage=stage, output=str(folder / "undisturbed"))).path)
 
 
 def _whole(spec: RunSpec, expected: pa.Table) -> None:
@@ -49,6 +51,14 @@ def _child(spec: RunSpec, address: str, **request: Any) -> subprocess.Popen[str]
     path = folder / "request.json"
     path.write_text(json.dumps(content))
     return subprocess.Popen([sys.executable, "-m", "tests.child_run", str(path)], stdout=subprocess.PIPE, text=True)
+
+
+def _wait_for_a_record(spec: RunSpec) -> None:
+    records = Path(spec.output) / "_latentmill/records"
+    deadline = time.monotonic() + 120
+    while not list(records.glob("*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 DRIVER_STEPS = [
@@ -88,6 +98,39 @@ def test_driver_killed_at_every_step(tmp_path: Path, local_ray: str) -> None:
 
 def _planned(spec: RunSpec) -> bool:
     return (Path(spec.output) / "_latentmill/plan.json").exists()
+
+
+def test_driver_killed_while_its_workers_go_on(tmp_path: Path, local_ray: str) -> None:
+    """The next run starts at once, beside workers that do not know yet."""
+    spec = spec_for(tmp_path, LINES, shard_rows=5, delay=0.1)
+    expected = _undisturbed(spec, tmp_path)
+    child = _child(spec, local_ray)
+    _wait_for_a_record(spec)
+    child.kill()
+    assert child.wait(60) == -signal.SIGKILL
+    result = run(spec, resources=TWO)
+    assert result.state == "complete"
+    assert result.resumed >= 1
+    _whole(spec, expected)
+
+
+def test_committed_file_vanishes_during_the_run(tmp_path: Path, local_ray: str) -> None:
+    spec = spec_for(tmp_path, LINES, shard_rows=5)
+    expected = _undisturbed(spec, tmp_path)
+    taken: list[str] = []
+    messages: list[str] = []
+
+    def take(progress: Progress) -> None:
+        messages.append(progress.message or "")
+        if progress.phase == "running" and not taken:
+            for record in Output.open(spec.output).records():
+                taken.append(record.file)
+                (Path(spec.output) / "_latentmill/attempts" / record.file).unlink()
+
+    assert run(spec, resources=Resources(cpus=0.5), progress=take).state == "complete"
+    assert taken
+    assert any("is gone or cut; it is done again" in message for message in messages)
+    _whole(spec, expected)
 
 
 def test_worker_killed_mid_shard_and_constructor_fails_once(tmp_path: Path, local_ray: str) -> None:
@@ -186,12 +229,9 @@ def test_cut_deleted_and_foreign_files(tmp_path: Path, local_ray: str) -> None:
 
 def test_two_runs_on_one_output_and_an_interrupt(tmp_path: Path, local_ray: str) -> None:
     spec = spec_for(tmp_path, LINES, shard_rows=5, delay=0.2)
-    expected = _undisturbed(replace(spec), tmp_path)
+    expected = _undisturbed(spec, tmp_path)
     child = _child(spec, local_ray)
-    records = Path(spec.output) / "_latentmill/records"
-    deadline = time.monotonic() + 120
-    while not list(records.glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    _wait_for_a_record(spec)
     with pytest.raises(OutputLocked, match=str(child.pid)):
         run(spec, resources=TWO)
     assert Output.open(spec.output).status().state == "running"

@@ -55,5 +55,5 @@ def test_node_removed_mid_run(tmp_path: Path) -> None:
     assert "died" in ended.stdout
     spec = spec_for(tmp_path, LINES, shard_rows=5, delay=0.1)
     assert verify(spec.output).ok
-    plain = run_plain(replace(spec, output=str(tmp_path / "plain")))
+    plain = run_plain(replace(spec_for(tmp_path, LINES, shard_rows=5), output=str(tmp_path / "plain")))
     assert data(spec.output).equals(data(plain.path))
