@@ -379,7 +379,7 @@ class RareConcepts:
             "number": int(one.number),
             "image": scored[best]["image"],
             "latent": latent_CHW.numpy().astype(self.store),
-            "parents": _parents(one.concept, one.weight_MK[best]),
+            "parents": _parents(self.methods[one.label], one.concept, one.weight_MK[best]),
             "score": _value(scored[best], self.scores[0]),
             "candidate_scores": np.array([_value(row, self.scores[0]) for row in scored], dtype=np.float32),
             **{name: values[0] for name, values in seed_statistics(latent_CHW[None]).items()},
@@ -456,8 +456,11 @@ def _value(scored: Row, name: str) -> float:
     return float(scored["clip_score" if name == "text" else "clip_image"])
 
 
-def _parents(concept: References, weight_K: torch.Tensor) -> str:
+def _parents(method: SeedMethod, concept: References, weight_K: torch.Tensor) -> str:
+    """The pictures that a seed comes from, with their weights: all of them where their centroid is in it."""
+    through_centroid = isinstance(method, NaoMethod | SeedSelectMethod)
     return json.dumps([
         {"id": own, "weight": round(float(weight), 4), "psnr": None if psnr is None else round(psnr, 2)}
         for own, weight, psnr in zip(concept.ids, weight_K, concept.psnr, strict=True)
+        if through_centroid or float(weight) > 0
     ])  # fmt: skip

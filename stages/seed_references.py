@@ -118,7 +118,7 @@ def invert(asked: Sequence[Asked], stage: InvertImages, *, root: str, fit: Fit) 
         found[concept.key] = References(
             concept.name,
             concept.prompt,
-            tuple(_address(concept.pictures[number], number) for number in good),
+            tuple(_address(concept.pictures[number], number, root) for number in good),
             tuple(opened[concept.key][number] for number in good),
             _stack([own[number]["latent"] for number in good], stage.geometry.latent_shape),
             tuple(own[number]["psnr"] for number in good),
@@ -126,11 +126,11 @@ def invert(asked: Sequence[Asked], stage: InvertImages, *, root: str, fit: Fit) 
     return found
 
 
-def _address(value: Any, number: int) -> str:
-    """How a picture is named among the parents."""
+def _address(value: Any, number: int, root: str) -> str:
+    """How a picture is named among the parents: by its address below `root`, where it has one."""
     if isinstance(value, Mapping):
         value = value.get("path")
-    return value if isinstance(value, str) else f"picture {number}"
+    return value.removeprefix(f"{root.rstrip('/')}/") if isinstance(value, str) else f"picture {number}"
 
 
 def _stack(latents: Iterable[Any], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -179,6 +179,7 @@ class SeedDataset:
             shape: Of a latent.
             most: Seeds a concept.
         """
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         names = self.data.schema.names
@@ -190,7 +191,7 @@ class SeedDataset:
             )
             return dict.fromkeys((concept.key for concept in asked), problem)
         listed = sorted({one for concept in asked for one in concept.seeds})
-        wanted = pc.field("id").isin(listed)
+        wanted = pc.field("id").isin(pa.array(listed, pa.string()))
         if by_name:
             wanted = wanted | pc.field(self.by).isin(by_name)
         columns = [name for name in ("id", self.by, "latent", "picture", "psnr") if name in names]
