@@ -14,7 +14,7 @@ from tests.faulty import data, run_plain, spec_for
 
 SCRIPT = """
 import os, sys
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = os.environ["RAY_worker_niceness"] = "0"
 import ray
 from pathlib import Path
 from ray.cluster_utils import Cluster
@@ -22,7 +22,8 @@ from pipeline.run import Resources, run
 from tests.test_nodes import LINES
 from tests.faulty import spec_for
 
-args = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+soon = {"health_check_period_ms": 500, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
+args = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False, "_system_config": soon}
 cluster = Cluster(initialize_head=True, head_node_args=args)
 second = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR",
