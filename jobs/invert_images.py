@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -52,6 +52,9 @@ class InvertImages(JobBase):
     """Guidance scale of inversion and regeneration alike. Above 1 every evaluation is two U-Net passes, and harder."""
     prompt: str | None = None
     """One prompt for every picture ("" for none). Left out: the row's own, empty where it has none."""
+    inverter: str | None = None
+    """Output of a ``train-inverter`` job on the same model: what it reads out of each picture stands in for a caption,
+    and is stored as ``text_latent``. Not together with `prompt`."""
     negative: str | None = None
     """Negative prompt, under guidance."""
     size: int | None = Field(None, ge=8)
@@ -86,6 +89,8 @@ class InvertImages(JobBase):
             raise ValueError(f"methods: two are called {twice[0]!r}; give each a `name` of its own")
         if any("/" in label for label in labels):
             raise ValueError("methods: a `name` must not contain a slash")
+        if self.inverter is not None and self.prompt is not None:
+            raise ValueError("inverter: it takes the place of captions; leave out `prompt`")
         return self
 
     def source(self) -> Source:
@@ -96,7 +101,7 @@ class InvertImages(JobBase):
     def stage(self) -> StageSpec:
         names = (
             "model", "revision", "variant", "dtype", "device", "steps", "guidance", "prompt", "negative", "size", "fit",
-            "reconstruct", "pictures", "edit_guidance", "lpips", "store", "slots",
+            "reconstruct", "pictures", "edit_guidance", "inverter", "lpips", "store", "slots",
         )  # fmt: skip
         methods = [method.model_dump(mode="json") for method in self.methods]
         return StageSpec(
@@ -106,10 +111,15 @@ class InvertImages(JobBase):
     def card(self) -> str:
         from stages.diffusion import read_geometry
 
-        shape = read_geometry(self.model, revision=self.revision, size=self.size).latent_shape
+        geometry = read_geometry(self.model, revision=self.revision, size=self.size)
+        said = 'row["prompt"]'
+        if self.inverter is not None:
+            said = f'prompt_embeds=torch.tensor(row["text_latent"]).reshape(1, {_numbers(geometry.text_shape)})'
+            if geometry.kind == "sdxl":
+                said += ', pooled_prompt_embeds=torch.tensor([row["pooled"]])'
         return _CARD.format(
-            model=self.model, shape=", ".join(map(str, shape)), steps=self.steps, guidance=self.guidance,
-            negative=f", negative_prompt={self.negative!r}" if self.negative else "",
+            model=self.model, shape=_numbers(geometry.latent_shape), steps=self.steps, guidance=self.guidance,
+            negative=f", negative_prompt={self.negative!r}" if self.negative else "", said=said,
         )  # fmt: skip
 
     def panels(self) -> list[Panel]:
@@ -136,11 +146,15 @@ pipe = DiffusionPipeline.from_pretrained("{model}", torch_dtype=torch.float32)
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
 seed = torch.tensor(row["latent"]).reshape(1, {shape})
 options = dict(num_inference_steps={steps}, guidance_scale={guidance}{negative}, latents=seed)
-picture = pipe(row["prompt"], **options).images[0]
+picture = pipe({said}, **options).images[0]
 picture.save("again.png")
 ```
 
 """
+
+
+def _numbers(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))
 
 
 def _draw_methods(view: View) -> Html:

@@ -176,7 +176,8 @@ text_latent, pooled = inverter(latents)   # scaled VAE latents (B, C, H, W) -> w
 pipe(prompt_embeds=text_latent, negative_prompt_embeds=empty).images
 ```
 
-The job `invert-text` writes the text latents of a dataset of pictures; `learn-concepts` takes the folder as `start:`.
+The job `invert-text` writes the text latents of a dataset of pictures; `invert-images` takes the folder as `inverter:`
+in place of captions, `learn-concepts` as `start:`.
 
 """
 

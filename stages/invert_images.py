@@ -37,6 +37,7 @@ from stages.lbo import LatentBias, replay_bias
 from stages.reconstruction import fit_picture, measure_pictures, seed_statistics, to_picture
 from stages.schedule import Schedule, make_schedule
 from stages.solver import Occupancy, solve
+from stages.text_inverter import InvertText, TextInverter
 
 if TYPE_CHECKING:
     from stages.reconstruction import Fit
@@ -104,6 +105,8 @@ class InvertImages:
         reconstruct: Regenerate every picture and measure it.
         pictures: Keep the fitted picture and its reconstruction.
         edit_guidance: Regenerate under the row's `edit_prompt` with this guidance; None: no edits.
+        inverter: Folder of a trained inverter (`stages.text_inverter`): what it reads out of each picture stands in for
+            the caption's text latent, and is stored.
         lpips: Measure LPIPS, where its weights are at hand.
         store: dtype of stored latents; what is measured is regenerated from the stored numbers.
         slots: Rows at once.
@@ -114,7 +117,7 @@ class InvertImages:
         variant: str | None = None, dtype: str = "float32", device: str | None = None, steps: int = 50,
         guidance: float = 1.0, prompt: str | None = None, negative: str | None = None, size: int | None = None,
         fit: Fit = "crop", reconstruct: bool = True, pictures: bool = True, edit_guidance: float | None = None,
-        lpips: bool = False, store: str = "float32", slots: int = 16,
+        inverter: str | None = None, lpips: bool = False, store: str = "float32", slots: int = 16,
     ) -> None:  # fmt: skip
         if device in (None, "auto"):
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,6 +127,8 @@ class InvertImages:
             prompt=prompt, negative=negative, fit=fit, reconstruct=reconstruct, pictures=pictures,
             edit_guidance=edit_guidance, lpips=lpips, store=store, slots=slots,
         )  # fmt: skip
+        if inverter is not None:
+            self.inverter = TextInverter.load(inverter, self.device)
 
     def _set_up(
         self, model: LatentDiffusion, geometry: Geometry, methods: Sequence[InversionMethod], *, steps: int,
@@ -137,6 +142,7 @@ class InvertImages:
         self.predict = model.predictor(guidance)
         self.reconstruct, self.pictures, self.edit_guidance = reconstruct, pictures, edit_guidance
         self.store, self.slots = np.dtype(store), slots
+        self.inverter: TextInverter | None = None
         self.lpips = None
         if lpips:
             from stages.reconstruction import load_lpips
@@ -162,8 +168,8 @@ class InvertImages:
         model: str, methods: Sequence[Mapping[str, Any]], *, revision: str | None = None, variant: str | None = None,
         dtype: str = "float32", device: str | None = None, steps: int = 50, guidance: float = 1.0,
         prompt: str | None = None, negative: str | None = None, size: int | None = None, fit: Fit = "crop",
-        reconstruct: bool = True, pictures: bool = True, edit_guidance: float | None = None, lpips: bool = False,
-        store: str = "float32", slots: int = 16,
+        reconstruct: bool = True, pictures: bool = True, edit_guidance: float | None = None,
+        inverter: str | None = None, lpips: bool = False, store: str = "float32", slots: int = 16,
     ) -> StageInfo:  # fmt: skip
         from stages.fingerprint import describe_model
 
@@ -177,6 +183,8 @@ class InvertImages:
             Column("method", "string"),
             latent("latent", doc="z_T: the seed that regenerates the picture"),
         ]
+        if inverter is not None:
+            columns += InvertText.describe(inverter, model, revision=revision, size=size).columns
         if any(method.ilb for method in chosen):
             columns.append(latent("latent_0", doc="z_0 as boosted, scaled as the U-Net sees it"))
         if any(isinstance(method, BelmMethod | EdictMethod) for method in chosen):
@@ -227,6 +235,7 @@ class InvertImages:
                 "vae_scaling_factor": str(geometry.scaling_factor),
                 "steps": str(steps),
                 "guidance": str(guidance),
+                **({"inverter": inverter} if inverter is not None else {}),
             },
         )
 
@@ -272,6 +281,8 @@ class InvertImages:
                 yield ok(given.pop(row["id"]), **outputs)
 
     def _prompt_of(self, row: Row) -> str:
+        if self.inverter is not None:
+            return ""
         return self.prompt if self.prompt is not None else str(row.get("prompt") or "")
 
     @torch.no_grad()
@@ -295,6 +306,11 @@ class InvertImages:
             floor = measure_pictures(self.model.decode(z_BCHW), x_BCHW)
             prompts = [self._prompt_of(row) for row in good]
             condition = self.model.condition(prompts, size=self.geometry.size, guided=guided, negative=self.negative)
+            if self.inverter is not None:
+                text_BLE, pooled_BE = self.inverter(z_BCHW)
+                condition["text_BLE"] = text_BLE.half().float()  # as it is stored
+                if pooled_BE is not None:
+                    condition["pooled_BE"] = pooled_BE.half().float()
             for i, row in enumerate(good):
                 own = {name: value[i].cpu() for name, value in condition.items()}
                 yield {
@@ -436,6 +452,10 @@ class InvertImages:
             for column, name in (("latent_2", "second"), ("bias", "bias"), ("null_text", "null_text")):
                 if name in row:
                     made[column] = self._stored(row[name])
+            if self.inverter is not None:
+                names = (("text_latent", "text_BLE"), ("pooled", "pooled_BE"))
+                held = row["condition"]
+                made |= {column: held[name].half().numpy() for column, name in names[: 1 + ("pooled_BE" in held)]}
             if method.ilb is not None:
                 made["latent_0"] = self._stored(row["z"])
             if self.pictures:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from stages.invert_images import InvertImages
@@ -84,6 +85,39 @@ def test_captions_rows_and_fixed(folder) -> None:
     assert np.abs(own["latent"] - fixed["latent"]).max() > 1e-4
 
 
+def test_an_inverter_takes_the_place_of_captions(folder, tmp_path: Path) -> None:
+    """The stored text latent is what `InvertText` reads, and the documented lines regenerate the picture under it."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    from jobs.invert_images import InvertImages as Job
+    from stages.text_inverter import InverterShape, InvertText, TextInverter
+
+    torch.manual_seed(0)
+    shape = InverterShape((4, 8, 8), (16, 32), patch=4, width=32, layers=2, heads=4)
+    TextInverter(shape).save(str(tmp_path))
+    rows = [{"id": "a", "image": picture(1), "method": "ddim", "prompt": "red star"}]
+    options = {"steps": 3, "device": "cpu", "inverter": str(tmp_path)}
+    (row,) = InvertImages(folder, [{"method": "ddim"}], **options)(rows)
+    columns = {column.name: column for column in InvertImages.describe(folder, [{"method": "ddim"}], **options).columns}
+    assert columns["text_latent"].shape == np.shape(row["text_latent"]) == (16, 32)
+    (read,) = InvertText(str(tmp_path), folder, device="cpu")(rows)
+    np.testing.assert_allclose(row["text_latent"].astype(np.float32), read["text_latent"], rtol=1e-3, atol=1e-3)
+    (captioned,) = InvertImages(folder, [{"method": "ddim"}], steps=3, device="cpu")(rows)
+    assert np.abs(captioned["latent"] - row["latent"]).max() > 1e-4
+
+    card = Job(input="x", model=folder, inverter=str(tmp_path), steps=3, methods=["ddim"]).card()
+    (call,) = re.findall(r"picture = (pipe\(.*\))\.images", card)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    latents = torch.tensor(row["latent"]).reshape(1, 4, 8, 8)
+    named = {"num_inference_steps": 3, "guidance_scale": 1.0, "latents": latents}
+    stored = {**row, "text_latent": row["text_latent"].astype(np.float32).tolist()}
+    again = eval(call, {"torch": torch, "row": stored, "pipe": pipe, "options": named}).images[0]
+    assert np.abs(np.asarray(again).astype(int) - np.asarray(row["reconstruction"]).astype(int)).max() <= 2
+    with pytest.raises(ValueError, match="leave out `prompt`"):
+        Job(input="x", model=folder, inverter=str(tmp_path), prompt="a")
+
+
 def test_fitting_rules() -> None:
     wide = Image.new("RGB", (40, 20), (255, 0, 0))
     assert fit_picture(wide, 10, "crop").shape == (3, 10, 10)
@@ -96,7 +130,6 @@ def test_fitting_rules() -> None:
 
 
 def test_seed_statistics_against_scipy() -> None:
-    import torch
     from scipy.stats import kurtosis
 
     z = torch.randn((2, 4, 32, 32), generator=torch.Generator().manual_seed(0))
