@@ -126,14 +126,13 @@ class InvertImages:
             loaded, read_geometry(model, revision=revision, size=size), parse(methods), steps=steps, guidance=guidance,
             prompt=prompt, negative=negative, fit=fit, reconstruct=reconstruct, pictures=pictures,
             edit_guidance=edit_guidance, lpips=lpips, store=store, slots=slots,
+            inverter=TextInverter.load(inverter, device) if inverter is not None else None,
         )  # fmt: skip
-        if inverter is not None:
-            self.inverter = TextInverter.load(inverter, self.device)
 
     def _set_up(
         self, model: LatentDiffusion, geometry: Geometry, methods: Sequence[InversionMethod], *, steps: int,
         guidance: float, prompt: str | None, negative: str | None, fit: Fit, reconstruct: bool, pictures: bool,
-        edit_guidance: float | None, lpips: bool, store: str, slots: int,
+        edit_guidance: float | None, lpips: bool, store: str, slots: int, inverter: TextInverter | None = None,
     ) -> None:  # fmt: skip
         self.model, self.geometry, self.device = model, geometry, model.device
         self.methods = {method.label: method for method in methods}
@@ -142,7 +141,7 @@ class InvertImages:
         self.predict = model.predictor(guidance)
         self.reconstruct, self.pictures, self.edit_guidance = reconstruct, pictures, edit_guidance
         self.store, self.slots = np.dtype(store), slots
-        self.inverter: TextInverter | None = None
+        self.inverter = inverter
         self.lpips = None
         if lpips:
             from stages.reconstruction import load_lpips
