@@ -214,7 +214,7 @@ class RareConcepts:
         for row in rows:
             try:
                 good.append((row, self._read(row)))
-            except (ConceptError, ValueError) as error:
+            except ValueError as error:
                 yield failed(row, str(error))
         concepts = self._gather(list({asked.key: asked for _, asked in good}.values()))
         groups: dict[tuple[str, str], list[Row]] = {}
@@ -268,7 +268,7 @@ class RareConcepts:
         """Why a method cannot serve a concept."""
         start = method.start if isinstance(method, SeedSelectMethod) else getattr(method, "method", "")
         if start != "random" and len(concept.ids) < 2:
-            return f"concept {concept.name}: {method.label} needs at least 2 seeds, there are {len(concept.ids)}"
+            return f"concept {concept.name}: {method.label} needs at least 2 pictures, there are {len(concept.ids)}"
         if (isinstance(method, SeedSelectMethod) or "image" in self.scores) and not concept.pictures:
             return (
                 f"concept {concept.name}: {method.label} or the score 'image' needs pictures of it; give some "
@@ -281,32 +281,35 @@ class RareConcepts:
     def _grow(
         self, concept: References, centre_E: torch.Tensor | None, key: str, label: str, rows: Sequence[Row]
     ) -> Iterator[Grown]:
-        """Candidate seeds of a concept's rows by one method."""
+        """Candidate seeds of a concept's rows by one method; dear ones are made as they are asked for."""
         method, count = self.methods[label], self.candidates
         ids = [f"{key}/{row['number']}" for row in rows for _ in range(count)]
         purposes = [str(candidate) for _ in rows for candidate in range(count)]
         generators = [row_generator(self.seed, *one) for one in zip(ids, purposes, strict=True)]
         z_BCHW, weight_BK = grow_seeds(_start_of(method), concept.seed_KCHW.to(self.model.device), generators)
-        losses_B2 = torch.full((len(ids), 2), math.nan)
+        parts: Iterable[tuple[torch.Tensor, torch.Tensor]]
         if isinstance(method, SeedSelectMethod):
             assert centre_E is not None
-            z_BCHW, losses_B2 = self._optimised(method, concept, centre_E, z_BCHW)
-        z_BCHW = torch.from_numpy(z_BCHW.numpy().astype(self.store).astype(np.float32))
-        for number, row in enumerate(rows):
-            own = slice(number * count, (number + 1) * count)
-            yield Grown(row, concept, centre_E, label, str(row["number"]), z_BCHW[own], weight_BK[own], losses_B2[own])
+            parts = self._optimised(method, concept, centre_E, z_BCHW)
+        else:
+            parts = [(z_BCHW, torch.full((len(ids), 2), math.nan))]
+        pairs = (pair for z_PCHW, losses_P2 in parts for pair in zip(z_PCHW, losses_P2, strict=True))
+        for row, weight_MK in zip(rows, weight_BK.split(count), strict=True):
+            own = list(islice(pairs, count))
+            seed_MCHW, losses_M2 = (torch.stack(values) for values in zip(*own, strict=True))
+            stored = torch.from_numpy(seed_MCHW.numpy().astype(self.store).astype(np.float32))
+            yield Grown(row, concept, centre_E, label, str(row["number"]), stored, weight_MK, losses_M2)
 
     def _optimised(
         self, method: SeedSelectMethod, concept: References, centre_E: torch.Tensor, z_BCHW: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Seeds that `seed-select` made of these, and their losses (B, 2)."""
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Seeds that `seed-select` makes of these, and their losses (B, 2), as many at once as there are slots."""
         device = self.model.device
         x_KCHW = torch.stack([fit_picture(picture, self.geometry.size) for picture in concept.pictures]).to(device)
         with torch.no_grad():
             latent_CHW = self.model.encode(x_KCHW).mean(0)
         schedule = make_schedule(self.geometry.scheduler, method.steps or self.steps).to(device)
         iterations, rate = method.budget
-        seeds, losses = [], []
         for part_BCHW in z_BCHW.split(self.slots):
             count = len(part_BCHW)
             with torch.no_grad():
@@ -316,16 +319,12 @@ class RareConcepts:
                 part_BCHW.to(device), condition, target, predict=self.model.predictor(self.guidance), schedule=schedule,
                 embed=embedder(self.model.decode, self.images), iterations=iterations, rate=rate,
             )  # fmt: skip
-            seeds.append(done.z_BCHW.cpu())
-            losses.append(torch.stack([done.start_B, done.loss_B], 1))
-        return torch.cat(seeds), torch.cat(losses)
+            yield done.z_BCHW.cpu(), torch.stack([done.start_B, done.loss_B], 1)
 
     # --- pictures
 
     def _condition(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return self.model.condition(
-            prompts, size=self.geometry.size, guided=self.guidance > 1, negative=self.negative
-        )
+        return self.model.condition(prompts, size=self.geometry.size, guided=self.guidance > 1, negative=self.negative)
 
     @torch.no_grad()
     def _pictures(self, seed_BCHW: torch.Tensor, prompts: list[str]) -> list[Image]:
@@ -341,6 +340,12 @@ class RareConcepts:
 
     def _drawn(self, batch: Sequence[Grown]) -> Iterator[Row]:
         """Pictures of some rows' candidates, scored; each row with the best of its own."""
+        for one in batch:
+            if not bool(one.seed_MCHW.isfinite().all()):
+                yield failed(one.row, f"{one.label}: a seed is not finite; lower its rate, or use dtype float32")
+        batch = [one for one in batch if bool(one.seed_MCHW.isfinite().all())]
+        if not batch:
+            return
         prompts = [one.concept.prompt for one in batch for _ in range(self.candidates)]
         pictures = self._pictures(torch.cat([one.seed_MCHW for one in batch]), prompts)
         scored = self._scored(pictures, [one for one in batch for _ in range(self.candidates)])

@@ -120,7 +120,8 @@ def optimise_seeds(
     seed_BCHW = z_BCHW.detach().clone()
 
     def slowed(steps_B: torch.Tensor) -> torch.Tensor:
-        return torch.where(steps_B < FAST, rate, rate / 10).double()
+        full, slow = (torch.full_like(steps_B, value, dtype=torch.float64) for value in (rate, rate / 10))
+        return torch.where(steps_B < FAST, full, slow)
 
     adam = RowAdamW(seed_BCHW, slowed)
     start_B = loss_B = torch.zeros(len(seed_BCHW))

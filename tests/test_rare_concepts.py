@@ -38,7 +38,7 @@ METHODS = [
     {"method": "seed-select", "name": "from-slerp", "start": "slerp", "iterations": 1},
 ]
 LABELS = [method.get("name", method["method"]) for method in METHODS]
-OPTIONS = {"steps": 4, "guidance": 3.0, "slots": 4, "inversion": {"method": "ddim"}}
+OPTIONS = {"steps": 4, "guidance": 3.0, "slots": 3, "inversion": {"method": "ddim"}}
 
 
 @pytest.fixture(scope="module")
@@ -285,13 +285,23 @@ def test_bad_rows_say_what_to_do_and_the_others_go_on(folder: str, clip: str, tm
     assert json.loads(done["good/slerp/0"]["parents"])[0]["id"] in ("good.png", "picture 1")
     for name, said in {
         "no-prompt/random/0": "'prompt' is empty", "unheard/unheard-of/0": "no method 'unheard-of'",
-        "one/slerp/0": "at least 2 seeds", "none/random/0": "needs pictures", "gone/random/0": "does not exist",
+        "one/slerp/0": "at least 2 pictures", "none/random/0": "needs pictures", "gone/random/0": "does not exist",
         "text/linear/0": "no valid JSON",
     }.items():  # fmt: skip
         assert re.search(said, errors.pop(name) or "")
     assert not errors
     (alone,) = stage(folder, clip, METHODS[:1], scores=["text"])([row("none", "random", pictures=None)])
     assert alone["status"] == "ok"  # a prompt is enough for the baseline
+
+
+def test_a_seed_that_overflows_fails_its_own_row(folder: str, clip: str) -> None:
+    wild = [METHODS[0], {"method": "seed-select", "iterations": 1, "rate": 1e39, "steps": 3}]
+    done = by_id(stage(folder, clip, wild)(rows(["random", "seed-select"])))
+    for row in done.values():
+        if row["method"] == "random":
+            assert row["status"] == "ok"
+        else:
+            assert "seed-select: a seed is not finite" in row["error"]
 
 
 def test_running_out_of_memory_halves_the_pictures_at_once(folder: str, clip: str) -> None:
