@@ -20,7 +20,7 @@ from jobs import registry
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jobs.run import DryRun, JobResult
+    from jobs.run import JobResult
 
 EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -74,7 +74,7 @@ def run_job(
     """
     from dataclasses import asdict
 
-    from jobs import jobfile, progress
+    from jobs import jobfile, planned, progress
     from jobs import run as runner
 
     if calibrate and not dry_run:
@@ -85,7 +85,7 @@ def run_job(
             target = output or described.output or "out"
             rows = sample if calibrate else 0
             plans = list(runner.plan_job(described, target, address=address, limit=limit, calibrate_rows=rows))
-            _print_plans(plans, as_json)
+            typer.echo(json.dumps([dry.to_json() for dry in plans])) if as_json else planned.show(plans)
             return
         with progress.shown() as callback:
             result = runner.run_job(described, output=output, address=address, limit=limit, progress=callback)
@@ -265,81 +265,6 @@ def _print_result(result: JobResult, kind: str) -> None:
         console.print(f"  {count:,} x {_printable(reason)}", markup=False, soft_wrap=True)
     if result.report:
         typer.echo(f"report: {result.report}")
-
-
-def _print_plans(plans: list[DryRun], as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from jobs.progress import duration
-
-    if as_json:
-        rows = [
-            {
-                "name": plan.name,
-                "job": plan.job.job,
-                "output": plan.output,
-                "plan": plan.plan and asdict(plan.plan),
-                "why": plan.why,
-                "resources": plan.job.resources.model_dump(mode="json"),
-                "calibration": plan.calibration and asdict(plan.calibration),
-                "seconds": plan.seconds,
-                "worker_hours": plan.worker_hours,
-                "cost": plan.cost,
-            }
-            for plan in plans
-        ]
-        typer.echo(json.dumps(rows))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    for dry in plans:
-        table = Table(title=f"{dry.name} -> {dry.output}", title_justify="left", show_header=False, box=None)
-        facts: list[tuple[str, str]] = []
-        if dry.plan is None:
-            facts.append(("plan", dry.why))
-        else:
-            plan = dry.plan
-            facts += [
-                ("rows", f"{plan.rows:,}"),
-                ("shards", f"{plan.shards:,} of {dry.job.shard_rows:,} rows"),
-                ("input", f"{plan.files:,} files, {size(plan.input_bytes)}, {plan.format}"),
-                ("columns", ", ".join(plan.columns)),
-                *((f"model: {role}", str(model.get("path", ""))) for role, model in plan.models.items()),
-                ("output", f"about {size(plan.estimated_bytes)}"),
-                ("fingerprint", plan.fingerprint),
-            ]
-        pool = dry.job.resources
-        most = pool.workers.max or "as many as fit"
-        each = [
-            f"{pool.cpus:g} CPU",
-            f"{pool.gpus:g} GPU" if pool.gpus else "",
-            size(pool.memory) if pool.memory else "",
-        ]
-        facts.append(("workers", f"{pool.workers.min} to {most}, each {', '.join(filter(None, each))}"))
-        if dry.calibration is not None and dry.seconds is not None and dry.worker_hours is not None:
-            timed = dry.calibration
-            facts += [
-                ("sample", f"{timed.rows} rows in {duration(timed.seconds)}, {timed.failed} failed"),
-                ("a row", f"{timed.seconds_per_row * 1000:.2f} ms, {size(timed.bytes_per_row)}"),
-                ("time", f"about {duration(dry.seconds)}, {dry.worker_hours:,.2f} worker-hours"),
-                ("cost", f"about {dry.cost:,.2f}" if dry.cost is not None else "set resources.price_per_worker_hour"),
-            ]
-        table.add_column(style="dim")
-        table.add_column(overflow="fold")
-        for name, text in facts:
-            table.add_row(name, Text(text))
-        Console().print(table)
-
-
-def size(count: float) -> str:
-    """``3.2 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def main() -> None:

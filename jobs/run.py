@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,20 +240,38 @@ class DryRun:
     calibration: Calibration | None = None
 
     @property
-    def seconds(self) -> float | None:
-        """Estimated time of the whole job on the largest pool that was asked for."""
+    def workers(self) -> int | None:
+        """Workers that have something to do: the largest pool that was asked for (or fits), or one a shard."""
         if self.plan is None or self.calibration is None:
             return None
-        shards = max(1, self.plan.shards)
-        workers = min(self.job.resources.workers.max or shards, shards)
-        return self.calibration.build_seconds + self.plan.rows * self.calibration.seconds_per_row / workers
+        return min(self.job.resources.workers.max or self.calibration.fits, max(1, self.plan.shards))
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of the whole job on so many workers."""
+        if self.plan is None or self.calibration is None or self.workers is None:
+            return None
+        return self.calibration.build_seconds + self.plan.rows * self.calibration.seconds_per_row / self.workers
 
     @property
     def worker_hours(self) -> float | None:
-        if self.seconds is None or self.plan is None:
-            return None
-        shards = max(1, self.plan.shards)
-        return self.seconds * min(self.job.resources.workers.max or shards, shards) / 3600
+        return None if self.seconds is None or self.workers is None else self.seconds * self.workers / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for ``--json``."""
+        return {
+            "name": self.name,
+            "job": self.job.job,
+            "output": self.output,
+            "plan": self.plan and asdict(self.plan),
+            "why": self.why,
+            "resources": self.job.resources.model_dump(mode="json"),
+            "calibration": self.calibration and asdict(self.calibration),
+            "workers": self.workers,
+            "seconds": self.seconds,
+            "worker_hours": self.worker_hours,
+            "cost": self.cost,
+        }
 
     @property
     def cost(self) -> float | None:

@@ -191,9 +191,11 @@ class Pool:
         self.lost: list[str] = []
 
     def room(self) -> int:
+        """How many workers there may be: what was asked for, else what fits at present."""
+        return self.fits() if self._resources.max_workers is None else max(1, self._resources.max_workers)
+
+    def fits(self) -> int:
         """How many workers the cluster holds at present, at least one."""
-        if self._resources.max_workers is not None:
-            return max(1, self._resources.max_workers)
         total = self._ray.cluster_resources()
         asked = {"CPU": self._resources.cpus, "GPU": self._resources.gpus, "memory": self._resources.memory or 0}
         held = [int(total.get(name, 0) / amount) for name, amount in asked.items() if amount]

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.commit import record_name
@@ -134,6 +135,7 @@ class Calibration:
         seconds_per_row: On one worker.
         bytes_per_row: Of the encoded output.
         failed: Rows of the sample that failed.
+        fits: Workers that the cluster holds at present.
     """
 
     rows: int
@@ -142,6 +144,7 @@ class Calibration:
     seconds_per_row: float
     bytes_per_row: float
     failed: int
+    fits: int
 
 
 def run(
@@ -309,11 +312,15 @@ def calibrate(
 ) -> Calibration:
     """Time the first ``rows`` rows through the stage on one worker; writes nothing to the output folder.
 
+    Where a row of the input stands for several (``Source.variants``), the sample holds all of each.
+
     Raises:
         RunError: No Ray, or the stage cannot be built.
     """
     from pipeline.cluster import ClusterError, Pool, connected
 
+    every = prod(len(values) for values in spec.source.variants.values())
+    rows = -(-rows // every) * every
     drafted = draft(replace(spec, limit=rows))
     shard = next(survey_input(drafted.source, rows, rows, Survey(), lambda file, scan: None))
     job = WorkerJob(
@@ -327,8 +334,9 @@ def calibrate(
             pool = Pool(job, resources)
             try:
                 build, count, seconds, size, bad = pool.calibrate(Task(0, shard.spans, 0, shard.rows))
+                fits = pool.fits()
             finally:
                 pool.close()
     except ClusterError as error:
         raise RunError(str(error)) from None
-    return Calibration(count, build, seconds, seconds / count, size / count, bad)
+    return Calibration(count, build, seconds, seconds / count, size / count, bad, fits)

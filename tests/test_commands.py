@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs import progress
+from jobs import planned, progress
 from jobs.cli import EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_USAGE, app
 from jobs.config import JobBase
 from pipeline.progress import Progress
@@ -91,9 +91,24 @@ def test_calibration_gives_time_and_cost(tmp_path: Path, toy_job: type[JobBase],
     assert plan["seconds"] == pytest.approx(expected)
     assert plan["cost"] == pytest.approx(2 * expected)  # two workers at one a second
     shown = runner.invoke(app, arguments).output
+    assert "on 2 workers" in shown
     assert "worker-hours" in shown
     assert "cost" in shown
+    assert "going by the sample" in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_when_workers_will_idle(tmp_path: Path, toy_job: type[JobBase]) -> None:
+    path = str(job_file(tmp_path, "resources: {workers: {min: 1, max: 4}, cpus: 0.5}\n"))
+    arguments = ["run-job", path, "-o", str(tmp_path / "out"), "--dry-run"]
+    shown = " ".join(runner.invoke(app, arguments).output.split())
+    assert "1 to 4, each 0.5 CPU; 2 shards keep no more than that busy: lower shard_rows" in shown
+    assert "busy" not in runner.invoke(app, [*arguments, "--set", "shard_rows=1"]).output
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(8.3e-5, "83 us"), (0.00594, "5.94 ms"), (5.86, "5.9 s")])
+def test_a_row_s_time_has_its_unit(seconds: float, said: str) -> None:
+    assert planned.short(seconds) == said
 
 
 def test_run_again_change_and_report(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:

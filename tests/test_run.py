@@ -111,6 +111,9 @@ def test_calibration_and_clear_refusals(tmp_path: Path, local_ray: str) -> None:
     timed = calibrate(spec, rows=10)
     assert timed.rows == 10
     assert 0.01 <= timed.seconds_per_row < 1
+    assert timed.fits == 6
+    several = replace(spec, source=replace(spec.source, variants={"method": ("a", "b", "c")}))
+    assert calibrate(several, rows=4).rows == 6  # every method of two rows
     assert not (tmp_path / "out").exists()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/thesis.tex").write_text("mine")
