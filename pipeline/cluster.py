@@ -146,8 +146,9 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
                 ray.init(**options)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            where = "a local Ray could not be started" if address is None else f"no Ray answers at {address!r}"
-            raise ClusterError(f"{where}: {reason}") from None
+            where = "a local Ray could not be started" if address is None else f"no Ray lets us in at {address!r}"
+            advice = "; if it asks for a token (Ray 2.60's default), set RAY_AUTH_MODE=token" if address else ""
+            raise ClusterError(f"{where}: {reason}{advice}") from None
         yield address is None
     finally:
         with _held_interrupt():

@@ -135,3 +135,25 @@ def test_file_metadata_says_where_the_data_comes_from(tmp_path: Path) -> None:
     columns = {group.column(i).path_in_schema.partition(".")[0]: group.column(i) for i in range(group.num_columns)}
     assert columns["vector"].compression == "ZSTD"
     assert not any("DICTIONARY" in encoding for encoding in columns["vector"].encodings)
+
+
+def test_counts_for_prometheus(tmp_path: Path, local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches Ray's metrics; that Ray serves it was tried by hand (docs/clusters.md), it takes ``ray[default]``."""
+    from ray.util import metrics
+
+    counted: dict[tuple[str, str], float] = {}
+    count = metrics.Counter.inc
+
+    def inc(self: Any, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+        key = (self.info["name"], (tags or {}).get("status", ""))
+        assert (tags or {})["output"] == spec.output
+        counted[key] = counted.get(key, 0) + value
+        count(self, value, tags)  # Ray checks names and tags
+
+    monkeypatch.setattr(metrics.Counter, "inc", inc)
+    spec = spec_for(tmp_path, ["please refuse this", *LINES, "die once"], shard_rows=20)
+    (tmp_path / "orders/die-once").touch()
+    result = run(spec)
+    assert (result.state, result.failed) == ("complete", 1)
+    expected = {("rows", "ok"): result.ok, ("rows", "failed"): 1, ("shards", ""): 4, ("worker_deaths", ""): 1}
+    assert counted == {(f"latentmill_{name}", status): value for (name, status), value in expected.items()}
