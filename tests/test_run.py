@@ -138,7 +138,7 @@ def test_file_metadata_says_where_the_data_comes_from(tmp_path: Path) -> None:
 
 
 def test_counts_for_prometheus(tmp_path: Path, local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reaches Ray's metrics; that Ray serves it was tried by hand (docs/clusters.md), it takes ``ray[default]``."""
+    """What reaches Ray's metrics; Ray serving it was tried by hand, as it takes ``ray[default]``."""
     from ray.util import metrics
 
     counted: dict[tuple[str, str], float] = {}
