@@ -127,6 +127,25 @@ def _load(loader: Any, place: Place, subfolder: str, **options: Any) -> Any:
         raise ModelError(f"{place.path}/{subfolder}: cannot be loaded: {reason}") from None
 
 
+def _load_weights(loader: Any, place: Place, **options: Any) -> Any:
+    """A network. That the folder holds the other tower's weights too goes unmentioned; that it lacks some does not.
+
+    Raises:
+        ModelError: It cannot be loaded, or weights are missing, which would be drawn at random.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, found = _load(loader, place, place.model, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(before)
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"{place.path}/{place.model}: {len(missing)} weights are missing, among them {missing[0]}")
+    return model
+
+
 class TextEncoder:
     """Prompts to text embeddings.
 
@@ -143,10 +162,10 @@ class TextEncoder:
         place = locate(path, "text", revision)
         self._siglip = "siglip" in _config(place).model_type
         if self._siglip:
-            model = _load(SiglipModel, place, place.model, dtype=dtype)
+            model = _load_weights(SiglipModel, place, dtype=dtype)
         else:
             config = _tower_config(place, "text")
-            model = _load(CLIPTextModelWithProjection, place, place.model, dtype=dtype, config=config)
+            model = _load_weights(CLIPTextModelWithProjection, place, dtype=dtype, config=config)
         self.model = (model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
         self.tokenizer = _load(AutoTokenizer, place, place.processor)
         self.device = device
@@ -188,7 +207,7 @@ class ImageEncoder:
         place = locate(path, "image", revision)
         self._siglip = "siglip" in _config(place).model_type
         loader = SiglipVisionModel if self._siglip else CLIPVisionModelWithProjection
-        model = _load(loader, place, place.model, dtype=dtype, config=_tower_config(place, "image"))
+        model = _load_weights(loader, place, dtype=dtype, config=_tower_config(place, "image"))
         self.model = model.to(device).eval().requires_grad_(False)
         # Pillow's arithmetic, whether or not torchvision is installed: embeddings must not depend on that.
         self.processor = _load(AutoImageProcessor, place, place.processor, backend="pil")

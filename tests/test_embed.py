@@ -142,6 +142,18 @@ def test_plain_models_give_their_own_features(build: Callable[[Path], str], tmp_
     assert clip.identity(folder, "image")["fingerprint"] == clip.identity(folder, "text")["fingerprint"]
 
 
+def test_missing_weights_are_refused_not_drawn_at_random(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = _clip(tmp_path / "model")
+    weights = load_file(f"{folder}/model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    clip.TextEncoder(folder)
+    with pytest.raises(clip.ModelError, match=r"1 weights are missing, among them visual_projection"):
+        clip.ImageEncoder(folder)
+
+
 def test_order_and_split_change_no_byte(prior: str) -> None:
     stage = embed.Embed(prior, batch_size=4, device="cpu")
     rows = _rows()
