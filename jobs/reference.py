@@ -149,7 +149,7 @@ class Reference(JobBase):
             Panel("Reference", _facts, "What searching and inverting against this dataset rest on."),
             Panel("Norms", _norms, "Cosines ignore the norm of an embedding; decoders do not."),
             Panel("Spread", _spread, "Share of the embeddings' variance along each of their principal axes."),
-            Panel("Neighbours", _examples, "Some pictures, each followed by the nearest others."),
+            Panel("Neighbours", _examples, "Some pictures, one a line, each followed by the nearest others."),
         ]
 
 
@@ -235,7 +235,7 @@ def _examples(view: View) -> Html:
     import numpy as np
     import torch
 
-    from jobs.html import Exhibit, Html, gallery
+    from jobs.html import Exhibit, Html, escape, gallery
     from jobs.search import hits
 
     try:
@@ -245,11 +245,13 @@ def _examples(view: View) -> Html:
     chosen = np.linspace(0, opened.rows - 1, 4).round().astype(int)
     z_BE = torch.from_numpy(opened.index.gather(chosen))
     found = opened.neighbours(z_BE, min(6, opened.rows))
-    exhibits = []
+    groups = []
     for b in range(len(chosen)):
         rows = hits(view.output, opened, found.positions_BK[b], found.cos_BK[b].tolist())
-        exhibits += [Exhibit(row.picture, row.id, f"cosine {row.cosine:.3f}") for row in rows]
-    return gallery(exhibits, 96) if any(exhibit.image is not None for exhibit in exhibits) else Html("")
+        groups.append([Exhibit(row.picture, row.id, f"cosine {row.cosine:.3f}") for row in rows])
+    if all(exhibit.image is None for group in groups for exhibit in group):
+        return Html("")
+    return escape(gallery(group, 96) for group in groups)
 
 
 def _open(view: View) -> Any:

@@ -27,7 +27,7 @@ from tests.tiny_kandinsky import build_prior
 ROWS = 23
 
 
-def compute_here(spec, output, lock, reporter, resources, max_failed, address, tally, done, left) -> None:
+def compute_here(spec, output, lock, reporter, resources, max_failed, address, tally, done) -> None:
     """One worker in this process, in place of the cluster."""
     from pipeline.plan import read_shards
     from pipeline.worker import Task, Worker
