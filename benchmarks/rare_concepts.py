@@ -85,7 +85,8 @@ def interval(share: float, count: int) -> float:
     return z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is known after each kind."""
     torch.set_num_threads(options.threads)
     chosen = [m for m in methods(options.select_steps) if not options.methods or m.label in options.methods]
     stage = RareConcepts(
@@ -111,7 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             table[method.label] = summary([row for row in made if row["method"] == method.label])
             table[method.label]["passes"] = passes(method, options)
             print(kind, method.label, table[method.label], flush=True)
-    return found
+        yield found
 
 
 def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
@@ -187,15 +188,16 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--tree", type=Path, help="write the folder of concepts instead")
     options = parser.parse_args()
     if options.tree is not None:
         write_tree(options.tree, 2, options.shown)
         return
-    found = measure(options)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rare_concepts.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "rare_concepts.md").write_text(markdown(found))
+    options.output.mkdir(parents=True, exist_ok=True)
+    for found in measure(options):
+        (options.output / "rare_concepts.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.output / "rare_concepts.md").write_text(markdown(found))
     print(markdown(found))
 
 
