@@ -88,7 +88,7 @@ def embed(reference: Reference, query: str) -> torch.Tensor:
 
 def hits(output: Output, reference: Reference, positions_K: np.ndarray, cos_K: Sequence[float]) -> list[Hit]:
     """Rows by their numbers in the reference, with their columns and pictures."""
-    import pyarrow.parquet as pq
+    from pipeline import parquet
 
     places = reference.table.take(positions_K).to_pylist()
     wanted: dict[int, list[int]] = {}
@@ -101,12 +101,11 @@ def hits(output: Output, reference: Reference, positions_K: np.ndarray, cos_K: S
         name = output.locate(record)
         if name is None:
             continue
-        with output.folder.open(name) as handle:
-            file = pq.ParquetFile(handle)
+        with parquet.opened(output.folder, name) as file:
             names = [column for column in file.schema_arrow.names if column not in NOT_SHOWN]
-            if not names:
-                continue
-            rows = file.read(columns=names).take(wanted[record.shard])
+        if not names:
+            continue
+        rows = parquet.read(output.folder, name, names).take(wanted[record.shard])
         for row, plain in zip(wanted[record.shard], rows.to_pylist(), strict=True):
             columns[record.shard, row] = plain
     again = _pictures(output, wanted)

@@ -117,13 +117,12 @@ class View:
             yield table.filter(pc.equal(table.column("status"), "ok")).select(list(columns))
 
     def _tables(self, columns: Sequence[str], records: Iterable[Record]) -> Iterator[pa.Table]:
-        import pyarrow.parquet as pq
+        from pipeline import parquet
 
         for record in records:
             name = self.output.locate(record)
             if name is not None:  # a file that is gone is verify's to report
-                with self.output.folder.open(name) as handle:
-                    yield pq.read_table(handle, columns=list(columns))
+                yield parquet.read(self.output.folder, name, columns)
 
 
 def _kind(field: pa.Field) -> ColumnKind:

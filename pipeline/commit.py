@@ -14,12 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.inputs import OWN
 from pipeline.storage import Folder
 
@@ -117,8 +117,8 @@ def check_attempt(folder: Folder, name: str, size: int, rows: int) -> None:
     if found != size:
         raise CommitError(f"{ATTEMPTS}/{name}: {found} bytes on disk, {size} were written")
     try:
-        with folder.open(f"{ATTEMPTS}/{name}") as handle:
-            stored = pq.ParquetFile(handle).metadata.num_rows
+        with parquet.opened(folder, f"{ATTEMPTS}/{name}") as file:
+            stored = file.metadata.num_rows
     except pa.ArrowInvalid as error:
         raise CommitError(f"{ATTEMPTS}/{name}: cannot be read back ({error})") from None
     if stored != rows:
@@ -155,7 +155,3 @@ def fold_errors(errors: Mapping[str, int]) -> dict[str, int]:
     for reason, count in errors.items():
         folded[re.sub(r"\d+", "#", reason)[:200]] += count
     return dict(folded.most_common(NAMED_ERRORS))
-
-
-def open_attempt(folder: Folder, name: str) -> Any:
-    return folder.open(f"{ATTEMPTS}/{name}")

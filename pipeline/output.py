@@ -18,9 +18,8 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import lock
+from pipeline import lock, parquet
 from pipeline.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_errors, read_summary, record_name
 from pipeline.ids import Uniqueness, digest
 from pipeline.inputs import OWN, resolve
@@ -204,8 +203,7 @@ class Output:
             name = self.locate(record, listed)
             if name is None:
                 raise OutputError(f"{self.path}: the file of shard {record.shard} is gone or cut; run the job again")
-            with self.folder.open(name) as handle:
-                yield pq.read_table(handle, columns=columns)
+            yield parquet.read(self.folder, name, columns)
 
     def summaries(self) -> Iterator[dict[str, Any]]:
         """The stage's summaries, in shard order; a shard that had to be split left several."""
@@ -348,9 +346,9 @@ def _check_file(
         if hashed.hexdigest() != record.checksum:
             return "its bytes are not those that were committed; delete it and run the job again", []
     try:
-        with output.folder.open(name) as handle:
-            stored = pq.read_table(handle, columns=["id", "status"])
-            kind = pq.read_schema(handle)
+        with parquet.opened(output.folder, name) as file:
+            kind = file.schema_arrow
+        stored = parquet.read(output.folder, name, ["id", "status"])
     except (pa.ArrowException, OSError) as error:
         return f"cannot be read ({error}); delete it and run the job again", []
     ids, statuses = stored["id"].to_pylist(), Counter(stored["status"].to_pylist())
@@ -387,8 +385,7 @@ def _twice(output: Output, suspects: set[int], listed: Mapping[str, Mapping[str,
         name = output.locate(record, listed)
         if name is None:
             continue
-        with output.folder.open(name) as handle:
-            ids = pq.read_table(handle, columns=["id"])["id"].to_pylist()
+        ids = parquet.read(output.folder, name, ["id"])["id"].to_pylist()
         for own, hashed in zip(ids, Uniqueness.hashes(ids, len(ids)), strict=True):
             if int(hashed) in suspects:
                 if own in places:

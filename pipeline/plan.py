@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline import schema as columns_of
 from pipeline.ids import Uniqueness, digest
 from pipeline.inputs import InputFile, list_files, resolve
@@ -470,9 +471,8 @@ class _Rows:
 
 
 def _table_rows(folder: Folder, name: str) -> Iterator[tuple[Any, ...]]:
-    with folder.open(name) as handle:
-        for batch in pq.ParquetFile(handle).iter_batches(batch_size=4096):
-            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+    for batch in parquet.batches(folder, name):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def read_shards(folder: Folder) -> Iterator[Shard]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import commit
+from pipeline import commit, parquet
 from pipeline.commit import Record
 from pipeline.pictures import PictureError, encode_picture
 from pipeline.read import picture_bytes, prepare, read_rows
@@ -488,8 +488,7 @@ class Worker:
 
     def _joined(self, pieces: tuple[Piece, ...]) -> Iterator[pa.Table]:
         for piece in sorted(pieces, key=lambda piece: piece.start):
-            with commit.open_attempt(self._folder, piece.file) as handle:
-                yield pq.read_table(handle).cast(self.schema)
+            yield parquet.read(self._folder, f"{commit.ATTEMPTS}/{piece.file}").cast(self.schema)
 
     def _take_summary(self) -> dict[str, Any] | None:
         take = getattr(self.stage, "take_summary", None)

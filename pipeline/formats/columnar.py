@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -113,11 +114,12 @@ def _read_columns(source: Source, schema: pa.Schema, wanted: Wanted, path: str) 
     return needed
 
 
-def _parquet(source: Source, path: str) -> tuple[Any, IO[bytes]]:
+def _parquet(source: Source, path: str) -> tuple[Any, Any]:
+    """The file and its handle: a native one from a disk (see `pipeline.parquet`)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    handle = open_input(path, source)
+    handle = open_input(path, source) if "://" in path else pa.OSFile(os.fsencode(path))
     try:
         return pq.ParquetFile(handle, pre_buffer=True), handle
     except (pa.ArrowInvalid, OSError) as error:
