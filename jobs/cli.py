@@ -131,7 +131,8 @@ def status(
         if state is None:
             typer.echo(f"{prefix}not started")
             continue
-        typer.echo(f"{prefix}{state.state}  {line(state.progress)}")
+        told = line(state.progress)
+        typer.echo(prefix + (told if told.startswith(state.state) else f"{state.state}: {told}"))
         if state.holder:
             holder = state.holder
             typer.echo(f"  held by {holder.get('host')} (pid {holder.get('pid')})")

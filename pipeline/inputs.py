@@ -163,6 +163,7 @@ def resolve(source: Source) -> Source:
         if _saved_dataset(place):
             formats["datasets"] += SAMPLED_NAMES
             continue
+        count = -1
         for count, info in enumerate(place.infos()):
             found = format_of(info["name"])
             if found is not None:
@@ -172,6 +173,9 @@ def resolve(source: Source) -> Source:
                 raise SourceError(f"{entry}: the name does not tell the format; set format to one of {known}")
             if count >= SAMPLED_NAMES:
                 break
+        if count < 0:
+            nothing = "matches no file" if place.kind == "pattern" else "holds no file"
+            raise SourceError(f"{entry}: {nothing}; check the path")
     format = source.format
     if format is None:
         if not formats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,10 +50,25 @@ def test_the_app_runs_under_the_typer_command_and_as_a_module() -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("run-job jo", "job.yaml"), ("ver", "verify"), ("run-job --ou", "--output"), ("run-job a --dry", "--dry-run")],
+)
+def test_the_shell_completes(tmp_path: Path, typed: str, offered: str) -> None:
+    (tmp_path / "job.yaml").write_text("job: reference\n")
+    words = f"latentmill {typed}"
+    asked = {"_LATENTMILL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", "from jobs.cli import main; main()"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **asked}, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == [offered], done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "where should the dataset go?"),
-        (["-o", "{out}", "--set", "input=nowhere/*.jsonl"], "nowhere"),
+        (["-o", "{out}", "--set", "input=nowhere/*.jsonl"], "nowhere/*.jsonl: matches no file"),
         (["-o", "{out}", "--set", "keep=[txet]"], "txet"),
         (["-o", "{out}", "--calibrate"], "--calibrate belongs to --dry-run"),
         (["-o", "{out}", "--set", "seed"], "write it as key=value"),
