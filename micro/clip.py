@@ -1,8 +1,15 @@
 """The miniature CLIP pair: the image and text encoders of the Kandinsky prior, and of every embedding job.
 
 Trained with the usual symmetric contrastive loss at a low, fixed temperature (which leaves a modality gap, as real
-CLIPs have), together with two supervised helpers that make minutes on a CPU enough: patch tokens predict the objects
-under them, and each embedding predicts which attributes go together. The helpers' heads are thrown away.
+CLIPs have), together with what makes minutes on a CPU enough:
+
+- patch tokens predict the objects under them, and each embedding predicts which attributes go together (the heads are
+  thrown away);
+- two batches of three see windows alone: the 5x5 patches around single objects, at their own positions (token dropping,
+  as in FLIP, Li et al. 2023);
+- windows, and half of a batch of whole pictures, are objects of one colour and texture. Where colour tells pictures
+  apart, as at random, shapes are learned last: a linear probe found them in 54 % of the embeddings without this;
+- pictures whose full captions agree are each other's positives.
 """
 
 from __future__ import annotations
@@ -96,11 +103,58 @@ def pairings(labels_BTF: np.ndarray, grounds_B: np.ndarray) -> np.ndarray:
     return np.concatenate([*blocks, ground, count, roles.reshape(len(rows), -1)], 1)
 
 
+def patch_loss(classes_BGGK: torch.Tensor, labels_BTF: np.ndarray, seen_BGG: np.ndarray) -> torch.Tensor:
+    """Mean cross-entropy of naming shape, colour, texture and size of the object on or beside each seen patch."""
+    side = world.SIZE / data.GRID
+    centre = (np.arange(data.GRID) + 0.5) * side
+    away = np.hypot(centre[None, None, None, :] - labels_BTF[:, :, 4, None, None],
+                    centre[None, None, :, None] - labels_BTF[:, :, 5, None, None])  # fmt: skip
+    away = np.where(labels_BTF[:, :, 0, None, None] >= 0, away - labels_BTF[:, :, 6, None, None], np.inf)
+    b, row, column = np.nonzero((away.min(1) < side / 2) & seen_BGG)
+    found = labels_BTF[b, away.argmin(1)[b, row, column]]
+    parts = classes_BGGK[b, row, column].split([len(v) for v in data.FIELDS.values()], 1)
+    wanted = torch.from_numpy(found[:, :4].astype(np.int64)).to(classes_BGGK.device)
+    return torch.stack([F.cross_entropy(part, wanted[:, i]) for i, part in enumerate(parts)]).mean()
+
+
+def _alike(labels_BTF: np.ndarray) -> list[np.ndarray]:
+    """Rows of single objects, a group for each colour and texture."""
+    single = (labels_BTF[:, :, 0] >= 0).sum(1) == 1
+    key = np.where(single, labels_BTF[:, 0, 1] * len(world.TEXTURES) + labels_BTF[:, 0, 2], -1).astype(int)
+    return [np.nonzero(key == k)[0] for k in range(len(world.COLORS) * len(world.TEXTURES))]
+
+
+_WINDOW = 5
+
+
+def _windows(labels_BTF: np.ndarray) -> np.ndarray:
+    """(B, 8, 8) bool: the `_WINDOW` x `_WINDOW` patches around each picture's first object."""
+    corner = np.clip(labels_BTF[:, 0, 4:6] // (world.SIZE // data.GRID) - _WINDOW // 2, 0, data.GRID - _WINDOW)
+    column, row = (corner[:, i, None] <= np.arange(data.GRID) for i in (0, 1))
+    column &= np.arange(data.GRID) < corner[:, 0, None] + _WINDOW
+    row &= np.arange(data.GRID) < corner[:, 1, None] + _WINDOW
+    return row[:, :, None] & column[:, None, :]
+
+
+def _see(image: CLIPVisionModelWithProjection, x_BCHW: torch.Tensor, seen_BGG: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Embeddings (B, E) and patch tokens (B, 8, 8, W) of pictures of which some patches, as many in each, are seen."""
+    tokens = np.concatenate([np.ones((len(seen_BGG), 1), bool), seen_BGG.reshape(len(seen_BGG), -1)], 1)
+    kept_BN = torch.from_numpy(np.nonzero(tokens)[1].reshape(len(tokens), -1)).to(x_BCHW.device)[..., None]
+    embeddings = next(module for name, module in image.named_modules() if name.endswith("embeddings"))
+    hook = embeddings.register_forward_hook(lambda module, args, out: out.gather(1, kept_BN.expand(-1, -1, WIDTH)))
+    out = image(x_BCHW)
+    hook.remove()
+    full = out.last_hidden_state.new_zeros(len(tokens), tokens.shape[1], WIDTH)
+    full = full.scatter(1, kept_BN.expand(-1, -1, WIDTH), out.last_hidden_state)
+    return out.image_embeds, full[:, 1:].view(len(tokens), data.GRID, data.GRID, WIDTH)
+
+
 class _Pair(nn.Module):
     def __init__(self, words: CLIPTokenizer, pairings: int) -> None:
         super().__init__()
         self.image, self.text = build_image_encoder(), build_text_encoder(words)
         self.cells = nn.Linear(WIDTH, 4 + sum(len(v) for v in data.FIELDS.values()))
+        self.patches = nn.Linear(WIDTH, sum(len(v) for v in data.FIELDS.values()))
         self.image_reads, self.text_reads = nn.Linear(EMBED, pairings), nn.Linear(EMBED, pairings)
 
 
@@ -114,20 +168,29 @@ def train_clip(work: Path, recipe: Recipe) -> tuple[CLIPVisionModelWithProjectio
     torch.manual_seed(2)
     pair = _Pair(words, pairings(labels[:2], grounds[:2]).shape[1]).to(device)
 
+    groups = _alike(np.asarray(labels))
+
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        rows = np.sort(rows)
-        seen = pair.image(pictures_to_tensor(pictures[rows], device))
+        windowed, group = rng.uniform() < 2 / 3, groups[rng.integers(len(groups))]
+        alike = len(rows) if windowed else len(rows) // 2
+        rows = np.sort(np.concatenate([group[rows[:alike] % len(group)], rows[alike:]]))
+        seen = _windows(labels[rows]) if windowed else np.ones((len(rows), data.GRID, data.GRID), bool)
+        image_embeds, patches = _see(pair.image, pictures_to_tensor(pictures[rows], device), seen)
         ids = torch.from_numpy(captions[rows, rng.integers(6, size=len(rows))]).to(device)
         said = pair.text(ids[:, : int((ids != words.pad_token_id).sum(1).max()) + 1]).text_embeds
-        image, text = F.normalize(seen.image_embeds, dim=1), F.normalize(said, dim=1)
+        image, text = F.normalize(image_embeds, dim=1), F.normalize(said, dim=1)
         logits = _LOGIT_SCALE * image @ text.T
-        same = torch.arange(len(rows), device=device)
+        full = captions[rows, 0]
+        same = torch.from_numpy((full[:, None] == full[None]).all(2)).to(device, torch.float32)
+        same = same / same.sum(1, keepdim=True)
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
         wanted = torch.from_numpy(pairings(labels[rows], grounds[rows])).to(device)
         reads = F.binary_cross_entropy_with_logits(pair.image_reads(image * EMBED**0.5), wanted)
         reads = reads + F.binary_cross_entropy_with_logits(pair.text_reads(text * EMBED**0.5), wanted)
-        cells = pair.cells(seen.last_hidden_state[:, 1:]).view(len(rows), data.GRID, data.GRID, -1)
-        return loss + 10 * reads + 0.5 * oracle.cell_loss(cells, labels[rows])
+        helped = patch_loss(pair.patches(patches), labels[rows], seen)
+        if not windowed:
+            helped = helped + 0.5 * oracle.cell_loss(pair.cells(patches), labels[rows])
+        return loss + 10 * reads + helped
 
     averaged = train("clip", pair, loss_of, count, recipe, work, seed=2)
     return averaged.image, averaged.text

@@ -1,7 +1,7 @@
 """``python -m micro.evaluate``: what the shipped miniature models reach on held-out data, against what they must.
 
-Prints one table, exits with 1 where a figure falls short, and with ``--sheets`` draws the contact sheets of the model
-card. Everything is drawn from fixed seeds.
+Prints one table and exits with 1 where a figure falls short. With ``--card`` it also draws the contact sheets of the
+model card (`micro/README.md`) and writes the table into it. Everything is drawn from fixed seeds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from micro import MODELS, assemble, autoencoder, clip, oracle, prompts, world
 from micro.training import pictures_to_tensor
 
 SHEETS = Path(__file__).parent / "sheets"
+CARD = Path(__file__).parent / "README.md"
 _STEPS = 25
 _GUIDANCE = 4.0
 
@@ -202,7 +203,19 @@ def draw_sheets(vae: AutoencoderKL, kandinsky: Draw, stable: Draw) -> None:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, count: int = 300, sheets: bool = False) -> int:
+def write_card(lines: Sequence[Line], count: int) -> None:
+    """Replace the table between the two marks of the model card."""
+    said = [f"`python -m micro.evaluate --count {count} --card` wrote this.", ""]
+    said += ["| figure | value | at least | reached |", "|---|---|---|---|"]
+    for x in lines:
+        reached = "" if x.least is None else f"**no**, {x.least - x.value:.2f} short" if x.short else "yes"
+        said.append(f"| {x.name} | {x.value:.3f} | {'' if x.least is None else f'{x.least:.2f}'} | {reached} |")
+    before, start, rest = CARD.read_text().partition("<!-- figures -->\n")
+    _, end, after = rest.partition("<!-- end of figures -->")
+    CARD.write_text(before + start + "\n".join(said) + "\n" + end + after)
+
+
+def run(folder: Path, count: int = 300, card: bool = False) -> int:
     """Judge the models in ``folder``, print the table, write ``metrics.json`` beside them; 1 where one falls short."""
     prior, decoder = assemble.load("prior", folder / "prior"), assemble.load("decoder", folder / "decoder")
     stable = assemble.load("stable-diffusion", folder / "stable-diffusion")
@@ -217,8 +230,9 @@ def run(folder: Path, count: int = 300, sheets: bool = False) -> int:
         *judge_generation("prior + decoder", kandinsky, judge, count, pairs=False),
         *judge_generation("Stable Diffusion", diffusion, judge, count, pairs=True),
     ]
-    if sheets:
+    if card:
         draw_sheets(stable.vae, kandinsky, diffusion)
+        write_card(lines, count)
     width = max(len(line.name) for line in lines)
     for line in lines:
         least = "" if line.least is None else f"  >= {line.least:.2f}  {'SHORT' if line.short else 'ok'}"
@@ -235,10 +249,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m micro.evaluate", description=__doc__)
     parser.add_argument("--models", type=Path, default=MODELS)
     parser.add_argument("--count", type=int, default=300, help="prompts and pictures a figure")
-    parser.add_argument("--sheets", action="store_true", help="also draw the contact sheets")
+    parser.add_argument("--card", action="store_true", help="also draw the contact sheets, and fill in the model card")
     arguments = parser.parse_args()
     try:
-        return run(arguments.models, arguments.count, arguments.sheets)
+        return run(arguments.models, arguments.count, arguments.card)
     except OSError as error:
         print(error, file=sys.stderr)
         return 2

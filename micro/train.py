@@ -169,7 +169,7 @@ def main() -> int:
     if arguments.only:
         return 0
     assemble_all(work, arguments.output)
-    return evaluate.run(arguments.output, sheets=True)
+    return evaluate.run(arguments.output, card=True)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,21 @@ def test_evaluate_says_in_one_line_what_is_missing(tmp_path, capsys, monkeypatch
     assert str(tmp_path) in message
 
 
+def test_the_card_takes_the_table_and_keeps_the_rest(tmp_path, monkeypatch):
+    card = tmp_path / "README.md"
+    card.write_text("before\n<!-- figures -->\nold\n<!-- end of figures -->\nafter\n")
+    monkeypatch.setattr(evaluate, "CARD", card)
+    lines = [evaluate.Line("a", 0.5, 0.75), evaluate.Line("b", 1.0, 0.75), evaluate.Line("c", 2.0)]
+    evaluate.write_card(lines, count=7)
+    text = card.read_text()
+    assert text.startswith("before\n<!-- figures -->\n`python -m micro.evaluate --count 7 --card`")
+    assert text.endswith("<!-- end of figures -->\nafter\n")
+    assert "old" not in text
+    assert [line for line in text.splitlines() if line[:4] in ("| a ", "| b ", "| c ")] == [
+        "| a | 0.500 | 0.75 | **no**, 0.25 short |", "| b | 1.000 | 0.75 | yes |", "| c | 2.000 |  |  |"
+    ]  # fmt: skip
+
+
 def test_movq_grown_from_a_vae_computes_what_the_vae_computes():
     torch.manual_seed(0)
     vae = autoencoder.build_vae().eval()
