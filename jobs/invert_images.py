@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 import micro
 from jobs.config import JobBase, ModelName
+from jobs.methods import distinct, listed
 from pipeline.spec import StageSpec
 from stages.inversion_methods import AnyInversionMethod, LboMethod
 
@@ -44,7 +45,9 @@ class InvertImages(JobBase):
     """Of the networks; latents stay float32."""
     device: str = "auto"
     """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
-    methods: tuple[AnyInversionMethod, ...] = Field(default=(LboMethod(),), min_length=1)
+    methods: Annotated[tuple[AnyInversionMethod, ...], BeforeValidator(listed), AfterValidator(distinct)] = Field(
+        default=(LboMethod(),), min_length=1
+    )
     """How pictures are inverted; a plain string stands for ``{method: ...}``. Each makes one row a picture."""
     steps: int = Field(50, ge=1)
     """Sampling steps; the picture is regenerated with as many."""
@@ -74,21 +77,8 @@ class InvertImages(JobBase):
     slots: int = Field(16, ge=1)
     """Rows at once."""
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, (str, Mapping)):
-            value = [value]
-        return [{"method": one} if isinstance(one, str) else one for one in value]
-
     @model_validator(mode="after")
     def _consistent(self) -> InvertImages:
-        labels = [method.label for method in self.methods]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            raise ValueError(f"methods: two are called {twice[0]!r}; give each a `name` of its own")
-        if any("/" in label for label in labels):
-            raise ValueError("methods: a `name` must not contain a slash")
         if self.inverter is not None and self.prompt is not None:
             raise ValueError("inverter: it takes the place of captions; leave out `prompt`")
         return self

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 import micro
 from jobs.config import JobBase, ModelName, Settings
+from jobs.methods import distinct, listed
 from pipeline.spec import StageSpec
 from stages.recipes import AnyRecipe
 
@@ -58,7 +59,7 @@ class InvertPrompts(JobBase):
     """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    methods: tuple[AnyRecipe, ...] = Field(min_length=1)
+    methods: Annotated[tuple[AnyRecipe, ...], BeforeValidator(listed), AfterValidator(distinct)] = Field(min_length=1)
     """How the prompts are inverted; a plain string stands for ``{method: ...}``. Each makes one row a prompt."""
     reference: str | None = None
     """Output of a ``reference`` job made with the same image encoder: real image embeddings for retrieval, for the
@@ -75,21 +76,8 @@ class InvertPrompts(JobBase):
     draws: int = Field(1, ge=1)
     """Rows a prompt and method, each with its own first tokens and decoder noise (T2I-CompBench++ takes 10)."""
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, (str, Mapping)):
-            value = [value]
-        return [{"method": one} if isinstance(one, str) else one for one in value]
-
     @model_validator(mode="after")
     def _consistent(self) -> InvertPrompts:
-        labels = [recipe.label for recipe in self.methods]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            raise ValueError(f"methods: two are called {twice[0]!r}; give each a `name` of its own")
-        if any("/" in label for label in labels):
-            raise ValueError("methods: a `name` must not contain a slash")
         if self.decode is None and {"clip", "oracle"} & set(self.score):
             raise ValueError("score: `clip` and `oracle` judge pictures; add a `decode` block")
         if self.reference is None and "frechet" in self.score:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 import micro
 from jobs.concept_input import concept_source, folder_of
 from jobs.config import JobBase, ModelName
+from jobs.methods import distinct, listed
 from pipeline.spec import StageSpec
 from stages.inversion_methods import AnyInversionMethod, BelmMethod, EdictMethod, LboMethod, NullTextMethod
 from stages.seed_methods import AnySeedMethod
@@ -47,7 +47,9 @@ class RareConcepts(JobBase):
     """Of the networks; latents stay float32."""
     device: str = "auto"
     """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
-    methods: tuple[AnySeedMethod, ...] = Field(min_length=1)
+    methods: Annotated[tuple[AnySeedMethod, ...], BeforeValidator(listed), AfterValidator(distinct)] = Field(
+        min_length=1
+    )
     """How new seeds are made; a plain string stands for ``{method: ...}``. Each makes `count` rows a concept."""
     count: int = Field(10, ge=1)
     """Pictures that are kept of each concept and method."""
@@ -90,13 +92,6 @@ class RareConcepts(JobBase):
     """Rows a shard. A shard inverts the pictures of its concepts, so it should hold whole concepts: a multiple of
     `count` times the number of methods."""
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, (str, Mapping)):
-            value = [value]
-        return [{"method": one} if isinstance(one, str) else one for one in value]
-
     @field_validator("inversion", mode="before")
     @classmethod
     def _short_inversion(cls, value: Any) -> Any:
@@ -104,12 +99,6 @@ class RareConcepts(JobBase):
 
     @model_validator(mode="after")
     def _consistent(self) -> RareConcepts:
-        labels = [method.label for method in self.methods]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            raise ValueError(f"methods: two are called {twice[0]!r}; give each a `name` of its own")
-        if any("/" in label for label in labels):
-            raise ValueError("methods: a `name` must not contain a slash")
         if isinstance(self.inversion, BelmMethod | EdictMethod | NullTextMethod) or (
             isinstance(self.inversion, LboMethod) and self.inversion.replay
         ):
