@@ -94,13 +94,24 @@ def pairings(labels_BTF: np.ndarray, grounds_B: np.ndarray) -> np.ndarray:
     ground[rows, grounds_B] = 1
     count = np.zeros((len(rows), data.MAX_THINGS), np.float32)
     count[rows, present.sum(1) - 1] = 1
-    roles = np.zeros((len(rows), c, 4), np.float32)
+    roles = np.zeros((len(rows), c, ROLES), np.float32)
     for b in np.nonzero(present.sum(1) == 2)[0]:
         dx, dy = labels_BTF[b, 0, 4:6] - labels_BTF[b, 1, 4:6]
         role = (0 if dx < 0 else 1) if abs(dx) >= abs(dy) else (2 if dy < 0 else 3)
         roles[b, color[b, 0], role] = 1
         roles[b, color[b, 1], role ^ 1] = 1
     return np.concatenate([*blocks, ground, count, roles.reshape(len(rows), -1)], 1)
+
+
+ROLES = 4
+"""Of a colour in a pair: left, right, above, below; the last ``len(COLORS) * ROLES`` entries of `pairings`."""
+
+
+def role_loss(said_BN: torch.Tensor, wanted_BN: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of where each colour of a pair stands. Among all pairings it would drown."""
+    said, wanted = (x[:, -len(world.COLORS) * ROLES :].view(-1, ROLES) for x in (said_BN, wanted_BN))
+    stands = wanted.sum(1) == 1
+    return F.cross_entropy(said[stands], wanted[stands]) if bool(stands.any()) else said.sum() * 0
 
 
 def patch_loss(classes_BGGK: torch.Tensor, labels_BTF: np.ndarray, seen_BGG: np.ndarray) -> torch.Tensor:

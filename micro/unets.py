@@ -7,7 +7,8 @@ dropped, on the latents that the VAE and the MOVQ share. What makes short traini
   al. 2025, which aligns such features with a pretrained encoder's; the head is thrown away);
 - where noise outweighs the picture, its loss is raised by SNR^(-1/3): there the layout is decided, and there the plain
   noise loss, nearly solved by returning the input, says least (ours);
-- half of Stable Diffusion's batch is scenes of two objects, the ones with a relation;
+- half of Stable Diffusion's batch is scenes of two objects, the ones with a relation, and its text encoder is asked who
+  stands where (without that, its pictures had the axis right and the order by chance);
 - the decoder starts from Stable Diffusion's U-Net, whose latents it shares, and has its condition left to learn; what
   it first makes of an embedding is whitened, as the prior's error is: nine tenths of the variance lie along a tenth of
   the axes, but shapes along the others (ours).
@@ -161,7 +162,7 @@ def train_stable_diffusion(
         wanted = torch.from_numpy(clip.pairings(labels[rows], grounds[rows])).to(device)
         said = model.reads(hidden[torch.arange(len(rows)), end])
         reads = F.binary_cross_entropy_with_logits(said, wanted, reduction="none")
-        return loss + _READS * (reads.mean(1) * ~dropped).mean()
+        return loss + _READS * (reads.mean(1) * ~dropped).mean() + clip.role_loss(said[~dropped], wanted[~dropped])
 
     averaged = train("stable-diffusion", model, loss_of, count, recipe, work, seed=4)
     return averaged.text, averaged.aided.unet
