@@ -109,7 +109,7 @@ ROLES = 4
 
 def role_loss(said_BN: torch.Tensor, wanted_BN: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of where each colour of a pair stands. Among all pairings it would drown."""
-    said, wanted = (x[:, -len(world.COLORS) * ROLES :].view(-1, ROLES) for x in (said_BN, wanted_BN))
+    said, wanted = (x[:, -len(world.COLORS) * ROLES :].reshape(-1, ROLES) for x in (said_BN, wanted_BN))
     stands = wanted.sum(1) == 1
     return F.cross_entropy(said[stands], wanted[stands]) if bool(stands.any()) else said.sum() * 0
 
