@@ -4,6 +4,8 @@
 
 The cost a row is planning plus wall time from a ready pool to the published output: reading, the stage, Parquet,
 checksums, fsync and records, and leaves out the start of Ray and of the workers, which does not depend on the rows.
+``cpu`` is the processor time of driver and workers for the same work: it hardly depends on what else the machine does.
+What a further row costs (``more``) is taken between one size and the next, which leaves out what every run pays once.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.output import verify
+import numpy as np
+
+from pipeline.output import Output, verify
 from pipeline.progress import Progress
 from pipeline.run import Resources, RunSpec, run
 from pipeline.source import Source
@@ -27,7 +31,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Lengths:
-    """The length of a text."""
+    """The length of a text; the summary says what its process has worked since the stage was built."""
+
+    def __init__(self) -> None:
+        self._begun = time.process_time()
+
+    def take_summary(self) -> dict[str, np.ndarray]:
+        return {"process": np.array(os.getpid()), "cpu_s": np.array(time.process_time() - self._begun)}
 
     @staticmethod
     def describe() -> StageInfo:
@@ -56,9 +66,13 @@ def measure(rows: int, workers: int, shard_rows: int) -> dict[str, float]:
             if progress.phase in ("starting", "finishing"):
                 marks.setdefault(progress.phase, now)
 
-        begun = time.monotonic()
+        begun, worked = time.monotonic(), time.process_time()
         result = run(spec, resources=Resources(max_workers=workers), progress=watch)
-        ended = time.monotonic()
+        ended, worked = time.monotonic(), time.process_time() - worked
+        per_process: dict[int, float] = {}
+        for summary in Output.open(spec.output).summaries():
+            process, seconds = int(summary["process"]), float(summary["cpu_s"])
+            per_process[process] = max(seconds, per_process.get(process, 0.0))
         assert result.state == "complete", result
         checked = time.monotonic()
         assert verify(spec.output).ok
@@ -75,6 +89,8 @@ def measure(rows: int, workers: int, shard_rows: int) -> dict[str, float]:
         "verify_s": verified,
         "us_per_row": 1e6 * total / rows,
         "rows_per_s": rows / total,
+        "wall_s": total,
+        "cpu_s": worked + sum(per_process.values()),
         "driver_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
@@ -94,6 +110,10 @@ def main() -> None:
     measure(1000, asked.workers, asked.shard_rows)  # the driver's imports
     found = [measure(rows, asked.workers, asked.shard_rows) for rows in asked.rows]
     ray.shutdown()
+    for less, more in zip([None, *found], found, strict=False):
+        for clock in ("wall", "cpu"):
+            extra = 0.0 if less is None else more[f"{clock}_s"] - less[f"{clock}_s"]
+            more[f"more_{clock}_us"] = 1e6 * extra / (more["rows"] - less["rows"]) if less is not None else float("nan")
     RESULTS.mkdir(exist_ok=True)
     note = {"workers": asked.workers, "cores": os.cpu_count(), "load_at_end": os.getloadavg()[0], "runs": found}
     (RESULTS / "rows.json").write_text(json.dumps(note, indent=1) + "\n")

@@ -202,6 +202,7 @@ class Worker:
         self._pictures = picture_columns(self.schema)
         self._kept = frozenset(job.kept)
         self._folder = Folder.at(job.output, job.storage_options)
+        pa.array([None])  # imports pandas, if there is one: a third of a second that no shard has to pay
         self.stage = job.stage.build()
         self.build_seconds = time.monotonic() - begun
         self._decoders = ThreadPoolExecutor(max(1, job.decode_threads), "latentmill-decode")
