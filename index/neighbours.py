@@ -32,7 +32,7 @@ FLAT_ROWS = 20_000  # below it, exact search is quick enough to need no structur
 TRAIN_ROWS_PER_LIST = 64  # FAISS wants at least 39
 RECALL_AT = (1, 10, 100)
 SEED = 20_240_117
-NPROBES = tuple(2**i for i in range(16))
+NPROBES = (1, *(n * 2**i for i in range(15) for n in (2, 3)))  # 1, 2, 3, 4, 6, 8, 12, ...
 GPU_MOST = 2048  # neighbours, and lists looked into, that FAISS can handle on a GPU
 
 
