@@ -264,7 +264,7 @@ def draw_concepts(view: View) -> Any:
             [
                 tag("h3", words(row["name"], 60)),
                 tag("p", words(said), class_="quiet"),
-                tag("div", shown, class_="gallery"),
+                tag("div", shown, class_="sheets"),
             ]
         )
     return escape(blocks)
