@@ -115,7 +115,7 @@ def test_driver_killed_while_its_workers_go_on(tmp_path: Path, local_ray: str) -
 
 
 def test_committed_file_vanishes_during_the_run(tmp_path: Path, local_ray: str) -> None:
-    spec = spec_for(tmp_path, LINES, shard_rows=5, delay=0.1)  # a quick machine would be done before it reports progress
+    spec = spec_for(tmp_path, LINES, shard_rows=5, delay=0.1)  # else done before it reports progress
     expected = _undisturbed(spec, tmp_path)
     taken: list[str] = []
     messages: list[str] = []
