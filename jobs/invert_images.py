@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -99,18 +98,20 @@ class InvertImages(JobBase):
         )
 
     def card(self) -> str:
+        from jobs.regeneration import lines, numbers
         from stages.diffusion import read_geometry
 
         geometry = read_geometry(self.model, revision=self.revision, size=self.size)
         said = 'row["prompt"]'
         if self.inverter is not None:
-            said = f'prompt_embeds=torch.tensor(row["text_latent"]).reshape(1, {_numbers(geometry.text_shape)})'
+            said = f'prompt_embeds=torch.tensor(row["text_latent"]).reshape(1, {numbers(geometry.text_shape)})'
             if geometry.kind == "sdxl":
                 said += ', pooled_prompt_embeds=torch.tensor([row["pooled"]])'
         return _CARD.format(
-            model=self.model, shape=_numbers(geometry.latent_shape), steps=self.steps, guidance=self.guidance,
-            negative=f", negative_prompt={self.negative!r}" if self.negative else "", said=said,
-        )  # fmt: skip
+            lines=lines(
+                self.model, geometry, steps=self.steps, guidance=self.guidance, negative=self.negative, said=said
+            )
+        )
 
     def panels(self) -> list[Panel]:
         from jobs.report import Panel
@@ -126,25 +127,9 @@ _CARD = """## From a row back to its picture
 
 Any row of a method without extra state regenerates its picture in plain diffusers:
 
-```python
-import torch
-from datasets import load_dataset
-from diffusers import DDIMScheduler, DiffusionPipeline
-
-row = load_dataset("OUT", split="train")[0]
-pipe = DiffusionPipeline.from_pretrained("{model}", torch_dtype=torch.float32)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-seed = torch.tensor(row["latent"]).reshape(1, {shape})
-options = dict(num_inference_steps={steps}, guidance_scale={guidance}{negative}, latents=seed)
-picture = pipe({said}, **options).images[0]
-picture.save("again.png")
-```
+{lines}
 
 """
-
-
-def _numbers(shape: Sequence[int]) -> str:
-    return ", ".join(map(str, shape))
 
 
 def _draw_methods(view: View) -> Html:

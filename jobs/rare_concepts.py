@@ -129,13 +129,12 @@ class RareConcepts(JobBase):
         )
 
     def card(self) -> str:
+        from jobs.regeneration import lines
         from stages.diffusion import read_geometry
 
-        shape = read_geometry(self.model, revision=self.revision, size=self.size).latent_shape
-        return _CARD.format(
-            model=self.model, shape=", ".join(map(str, shape)), steps=self.steps, guidance=self.guidance,
-            negative=f", negative_prompt={self.negative!r}" if self.negative else "", score=self.score[0],
-        )  # fmt: skip
+        geometry = read_geometry(self.model, revision=self.revision, size=self.size)
+        shown = lines(self.model, geometry, steps=self.steps, guidance=self.guidance, negative=self.negative)
+        return _CARD.format(lines=shown, score=self.score[0])
 
     def panels(self) -> list[Panel]:
         from jobs.report import Panel
@@ -149,19 +148,7 @@ class RareConcepts(JobBase):
 
 _CARD = """## From a row back to its picture
 
-```python
-import torch
-from datasets import load_dataset
-from diffusers import DDIMScheduler, DiffusionPipeline
-
-row = load_dataset("OUT", split="train")[0]
-pipe = DiffusionPipeline.from_pretrained("{model}", torch_dtype=torch.float32)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-seed = torch.tensor(row["latent"]).reshape(1, {shape})
-options = dict(num_inference_steps={steps}, guidance_scale={guidance}{negative}, latents=seed)
-picture = pipe(row["prompt"], **options).images[0]
-picture.save("again.png")
-```
+{lines}
 
 `score` is the measure that candidates were ranked by (`{score}`): `ORDER BY concept, score DESC` gives the best of each
 concept. `parents` names the pictures a seed was grown from and what each counted for.

@@ -454,7 +454,7 @@ class InvertImages:
             if self.inverter is not None:
                 names = (("text_latent", "text_BLE"), ("pooled", "pooled_BE"))
                 held = row["condition"]
-                made |= {column: held[name].half().numpy() for column, name in names[: 1 + ("pooled_BE" in held)]}
+                made |= {column: held[name].half().numpy() for column, name in names if name in held}
             if method.ilb is not None:
                 made["latent_0"] = self._stored(row["z"])
             if self.pictures:
