@@ -1,7 +1,8 @@
 """Methods of inversion side by side on the miniature Stable Diffusion: one run, one protocol, every method from the
-same latents. Writes benchmarks/results/inversion_table.json and .md.
+same latents. Writes benchmarks/results/inversion_table.json and .md; a line replaces that of an earlier run only.
 
-    python -m benchmarks.inversion_table --pictures 16 --settings 50:1 20:1 10:1 4:1 20:3 20:7.5
+    python -m benchmarks.inversion_table --pictures 500 --settings 50:1 20:1 10:1 --methods ddim renoise lbo
+    python -m benchmarks.inversion_table --pictures 64 --settings 20:1     # every method, fewer pictures
 """
 
 from __future__ import annotations
@@ -85,17 +86,19 @@ def world_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def photograph_rows(tiles: int) -> list[dict[str, Any]]:
-    """Middle squares of ten photographs of scikit-image, and tiles of them; no caption describes them."""
-    from skimage import data
+PHOTOGRAPHS = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
+               "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg",
+               "rocket.jpg")  # fmt: skip
 
-    names = ("astronaut", "chelsea", "coffee", "rocket", "cat", "retina", "hubble_deep_field", "immunohistochemistry")
+
+def photograph_rows(tiles: int) -> list[dict[str, Any]]:
+    """Fourteen photographs inside scikit-image and quarters of them; no caption describes them."""
+    import skimage
+
     rows: list[dict[str, Any]] = []
-    for name in names:
-        try:
-            picture = Image.fromarray(getattr(data, name)()).convert("RGB")
-        except (OSError, ModuleNotFoundError, AttributeError):
-            continue  # not shipped with this installation
+    for file in PHOTOGRAPHS:
+        picture = Image.open(Path(skimage.__file__).parent / "data" / file).convert("RGB")
+        name = file.partition(".")[0]
         rows.append({"id": name, "image": picture, "prompt": ""})
         side = min(picture.size) // 2
         for tile in range(tiles):
@@ -147,7 +150,8 @@ def table(results: list[dict[str, Any]]) -> str:
     for key in dict.fromkeys((r["rows_of"], r["steps"], r["guidance"]) for r in results):
         own = [r for r in results if (r["rows_of"], r["steps"], r["guidance"]) == key]
         floor = next(r for r in own if "floor_psnr" in r)
-        lines += [f"\n### {key[0]}: {key[1]} steps, guidance {key[2]:g} ({own[0]['rows']} pictures)\n"]
+        most = max(r["rows"] for r in own)
+        lines += [f"\n### {key[0]}: {key[1]} steps, guidance {key[2]:g} ({most} pictures)\n"]
         lines += ["| method | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
         lines += [
             f"| *autoencoder alone (floor)* | | {floor['floor_psnr']:.2f} | {floor['floor_ssim']:.4f} |" + " |" * 6
@@ -158,15 +162,27 @@ def table(results: list[dict[str, Any]]) -> str:
             for r in (r for r in own if r["extra_state"] == state):
                 cells = [f"{r[name]:.4g}" if name in r else "diverged" for name in COLUMNS]
                 mark = f" ({r['failed']} failed)" if r["failed"] else ""
+                mark += f" (first {r['rows']})" if r["rows"] < most else ""
                 lines.append(f"| {r['method']}{mark} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def of(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What a line is of."""
+    return line["rows_of"], line["steps"], line["guidance"], line["method"]
+
+
+def order(line: dict[str, Any]) -> tuple[Any, ...]:
+    """World first, many steps first, methods as listed above."""
+    listed = [method.label for method in (*SEED_ONLY, *EXTRA_STATE)]
+    return line["rows_of"] != "world", line["guidance"], -line["steps"], listed.index(line["method"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
     parser.add_argument("--pictures", type=int, default=500)
-    parser.add_argument("--tiles", type=int, default=4)
+    parser.add_argument("--tiles", type=int, default=4, help="of each photograph; -1: no photographs")
     parser.add_argument(
         "--settings", nargs="+", default=["50:1", "20:1", "10:1", "4:1", "20:3", "20:7.5"], help="steps:guidance"
     )
@@ -176,10 +192,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, geometry = LatentDiffusion.load(options.model), read_geometry(options.model)
-    sets = {"world": world_rows(options.pictures)}
+    sets = {"world": world_rows(options.pictures)} if options.pictures else {}
     if options.tiles >= 0:
         sets["photographs"] = photograph_rows(options.tiles)
-    results: list[dict[str, Any]] = []
+    file = RESULTS / "inversion_table.json"
+    results: list[dict[str, Any]] = json.loads(file.read_text())["results"] if file.exists() else []
     for name, rows in sets.items():
         for setting in options.settings:
             steps, guidance = int(setting.split(":")[0]), float(setting.split(":")[1])
@@ -188,12 +205,14 @@ def main() -> None:
                 if guidance > 1:
                     chosen = tuple(m for m in chosen if not isinstance(m, NullTextMethod))
                 for result in measure(model, geometry, chosen, rows, steps, guidance, options.slots):
-                    results.append({**result, "rows_of": name, "extra_state": extra})
-                    print(json.dumps(results[-1]), flush=True)
+                    line = {**result, "rows_of": name, "extra_state": extra}
+                    results = [r for r in results if of(r) != of(line)] + [line]
+                    print(json.dumps(line), flush=True)
+            results.sort(key=order)
             RESULTS.mkdir(exist_ok=True)
             load = os.getloadavg()[0]
             note = f"{options.threads} threads; load average of the machine at the end {load:.1f}"
-            (RESULTS / "inversion_table.json").write_text(json.dumps({"note": note, "results": results}, indent=1))
+            file.write_text(json.dumps({"note": note, "results": results}, indent=1))
             (RESULTS / "inversion_table.md").write_text(f"# Methods of inversion\n\n{note}.\n{table(results)}")
 
 

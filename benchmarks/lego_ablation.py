@@ -1,11 +1,12 @@
 """The 2 x 2 ablation of Lego on the miniature world: subject separation x context loss, judged by the oracle.
 
-    python -m benchmarks.lego_ablation [--steps 100] [--seeds 3] [--pictures 200]
+    python -m benchmarks.lego_ablation [--train-pictures 4] [--seeds 3] [--pictures 200]
 
-Fifteen concepts with 2 + 2 training pictures each: textures, sizes, relations, pairs of adjectives. Every new word
-starts from an unrelated one. Generated pictures show *subjects that were not trained on*. ``presence``: the new subject
-is there with the concept. ``leak``: an object has the training subject's shape, or all objects have its colour (no
-colour is asked for). Context words are words of the same kind as the concept (near), and shapes and colours (far).
+Fifteen concepts (the first twelve by default) with 4 + 4 or 2 + 2 training pictures each: textures, sizes, relations,
+pairs of adjectives. Every new word starts from an unrelated one. Generated pictures show *subjects that were not
+trained on*. ``presence``: the new subject is there with the concept. ``leak``: an object has the training subject's
+shape, or all objects have its colour (no colour is asked for). Context words: those of the concept's kind but for its
+opposite (near); its opposite, as in the paper, and shapes and colours (far).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ RESULTS = Path(__file__).parent / "results"
 SIZE = world.SIZE
 START = "here"
 TEXTURES, SIZES = ("striped", "dotted", "checkered"), ("small", "large")
+RELATIONS = ("left", "right", "above", "below")
+OPPOSITES = {"small": "large", "large": "small", "left": "right", "right": "left", "above": "below", "below": "above"}
 RELATION_WORDS = {"left of": "<left> of", "right of": "<right> of", "above": "<above>", "below": "<below>"}
 CELLS = {
     "textual inversion": {"separation": False, "context": "none"},
@@ -53,29 +56,33 @@ class Target:
         concept: Its words as `stages.concept` takes them.
         asked: Attributes an object must have.
         relation: Or the relation between two objects.
-        near: Words of the same kind.
     """
 
     name: str
     concept: str
     asked: dict[str, str]
     relation: str | None
-    near: tuple[str, ...]
 
 
 def targets() -> list[Target]:
     """Fifteen concepts."""
-    adjectives = TEXTURES + SIZES
-    found = [Target(w, w, {"texture": w}, None, tuple(x for x in TEXTURES if x != w)) for w in TEXTURES]
-    found += [Target(w, w, {"size": w}, None, tuple(x for x in SIZES if x != w)) for w in SIZES]
+    found = [Target(w, w, {"texture": w}, None) for w in TEXTURES]
+    found += [Target(w, w, {"size": w}, None) for w in SIZES]
+    found += [Target(r.replace(" ", "-"), text, {}, r) for r, text in RELATION_WORDS.items()]
     found += [
-        Target(r.replace(" ", "-"), text, {}, r, tuple(w for w in ("left", "right", "above", "below") if w not in r))
-        for r, text in RELATION_WORDS.items()
+        Target(f"{size}-{texture}", f"{size} {texture}", {"size": size, "texture": texture}, None)
+        for size in SIZES
+        for texture in TEXTURES
     ]
-    for size, texture in [(s, t) for s in SIZES for t in TEXTURES]:
-        near = tuple(w for w in adjectives if w not in (size, texture))
-        found.append(Target(f"{size}-{texture}", f"{size} {texture}", {"size": size, "texture": texture}, None, near))
     return found
+
+
+def context(word: str) -> tuple[list[str], list[str]]:
+    """Words near a word (those of its kind, but for its opposite) and against it (its opposite, shapes, colours)."""
+    kind = RELATIONS if word in RELATIONS else TEXTURES + SIZES
+    opposite = OPPOSITES.get(word)
+    far = [opposite] if opposite else []
+    return [w for w in kind if w not in (word, opposite)], [*far, *world.SHAPES, *world.COLORS]
 
 
 def training_row(target: Target, seed: int, count: int) -> dict[str, Any]:
@@ -96,7 +103,6 @@ def training_row(target: Target, seed: int, count: int) -> dict[str, Any]:
         prompts = {"prompt_with": "a {concept} {subject}", "prompt_plain": "a {concept}"}
     bare = [world.compose(rng, [(shape, color, "plain")], sizes=["medium"]) for _ in range(count)]
     words = [w.strip("<>") for w in target.concept.split() if w != "of"]
-    far = (*world.SHAPES, *world.COLORS)
     return {
         "id": f"{target.name}-{seed}",
         "name": f"{target.name}-{seed}",
@@ -105,8 +111,8 @@ def training_row(target: Target, seed: int, count: int) -> dict[str, Any]:
         "with": [Image.fromarray(world.render(s)) for s in shown],
         "without": [Image.fromarray(world.render(s)) for s in bare],
         "start": dict.fromkeys(words, START),
-        "positive": {w: list(target.near) for w in words},
-        "negative": {w: list(far) for w in words},
+        "positive": {w: context(w)[0] for w in words},
+        "negative": {w: context(w)[1] for w in words},
         "prompt_without": "a {subject}",
         **prompts,
         "trained": (shape, color),
@@ -201,12 +207,12 @@ def summary(judged: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--context-weight", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--context-weight", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--concepts", type=int, default=12, help="the first so many of the list")
-    parser.add_argument("--train-pictures", type=int, default=2, help="with, and as many without")
+    parser.add_argument("--train-pictures", type=int, default=4, help="with, and as many without")
     parser.add_argument("--pictures", type=int, default=200, help="generated a cell")
     parser.add_argument("--sampling-steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=3.0)

@@ -12,9 +12,6 @@ import argparse
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -91,9 +88,7 @@ def write_table(folder: Path, concepts: int) -> Path:
 
 def as_job(model_path: str, concepts: int, steps: int, slots: int, folder: Path) -> dict[str, Any]:
     """The whole way through run_job, killed by SIGKILL once, resumed, verified."""
-    import psutil
-
-    from pipeline.output import Output, verify
+    from benchmarks.killed_job import run_killed_once
 
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -106,51 +101,7 @@ def as_job(model_path: str, concepts: int, steps: int, slots: int, folder: Path)
         "shard_rows": 25,
         "checkpoint_seconds": 5,
     }
-    out = str(folder / "out")
-    code = f"from jobs.run import run_job; r = run_job({config!r}, output={out!r})"
-    code += "; raise SystemExit(r.state != 'complete')"
-    memory: list[tuple[float, float]] = []
-    began = time.perf_counter()
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-
-    def watch(process: subprocess.Popen[bytes], until: int | None) -> None:
-        while process.poll() is None:
-            family = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
-            sizes = [psutil.Process(p).memory_info().rss for p in family if psutil.pid_exists(p)]
-            memory.append((time.perf_counter() - began, max(sizes, default=0) / 1e6))
-            if until is not None and committed(out) >= until:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return
-            time.sleep(2)
-
-    def committed(path: str) -> int:
-        try:
-            return sum(1 for _ in Output.open(path).records())
-        except (ValueError, OSError):
-            return 0
-
-    first = start()
-    watch(first, 3)
-    killed = committed(out)
-    second = start()
-    watch(second, None)
-    report = verify(out)
-    half = [m for t, m in memory if t > memory[-1][0] / 2]
-    return {
-        "concepts": concepts,
-        "steps": steps,
-        "exit_code": second.returncode,
-        "shards_when_killed": killed,
-        "verify_ok": report.ok,
-        "rows_ok": report.rows_ok,
-        "rows_failed": report.rows_failed,
-        "seconds": time.perf_counter() - began,
-        "largest_process_mb": max(m for _, m in memory),
-        "largest_process_mb_second_half_spread": [min(half), max(half)],
-    }
+    return {"concepts": concepts, "steps": steps, **run_killed_once(config, folder, kill_at=3)}
 
 
 def main() -> None:

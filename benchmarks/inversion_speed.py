@@ -1,0 +1,103 @@
+"""Images a second of the batched engine: beside the same method one image at a time, and in static batches.
+
+    python -m benchmarks.inversion_speed [--pictures 96] [--slots 32]
+
+The same code and the same pictures (world scenes, photographs and their tiles, mixed), in turns, one thread; the time
+of encoding and captions, which all share, is left out, and so is regeneration. Rows stop by themselves, so the result
+must not depend on the company. Writes benchmarks/results/inversion_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+import micro
+from benchmarks.inversion_table import photograph_rows, world_rows
+from benchmarks.ovi_setting import RESULTS, machine
+from pipeline.spec import Row
+from stages.diffusion import LatentDiffusion, read_geometry
+from stages.inversion import InversionProblem
+from stages.inversion_methods import DdimMethod, FixedPointMethod, InversionMethod, LboMethod
+from stages.invert_images import InvertImages, batches, rule_of
+from stages.solver import Occupancy, solve
+
+METHODS: tuple[InversionMethod, ...] = (
+    DdimMethod(),
+    FixedPointMethod(name="fixed-point-3", iterations=3),
+    FixedPointMethod(name="anderson-1e-3", iterations=9, acceleration="anderson", tolerance=1e-3),
+    LboMethod(name="lbo"),
+    LboMethod(name="lbo-1e-4", tolerance=1e-4),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--alone", type=int, default=12, help="pictures of the turn one at a time")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = str(micro.MODELS / "stable-diffusion")
+    model, geometry = LatentDiffusion.load(path), read_geometry(path)
+    photographs = photograph_rows(4)[: options.pictures // 2]
+    rows = world_rows(options.pictures - len(photographs)) + photographs
+    order = np.random.default_rng(0).permutation(len(rows))
+    stage = InvertImages.from_loaded(model, geometry, METHODS, steps=options.steps, slots=options.slots)
+    ready = list(stage._prepared(METHODS[0], [rows[i] for i in order], {}))
+    found: dict[str, Any] = {}
+    for method in METHODS:
+
+        def problem(slots: int, method: InversionMethod = method) -> InversionProblem:
+            return InversionProblem(
+                stage.predict, stage.schedule, rule_of(method), slots=slots, latent_shape=geometry.latent_shape,
+                device=stage.device,
+            )  # fmt: skip
+
+        def static(some: Iterable[Row], occupancy: Occupancy, make: Any = problem) -> Iterator[Row]:
+            held = make(options.slots)
+            for batch in batches(some, options.slots):
+                yield from solve(held, batch, occupancy=occupancy)
+
+        ways: dict[str, tuple[list[Row], Callable[[list[Row], Occupancy], Iterable[Row]]]] = {
+            "one at a time": (ready[: options.alone], lambda s, o, make=problem: solve(make(1), s, occupancy=o)),
+            "static batches": (ready, static),
+            "engine": (ready, lambda s, o, make=problem: solve(make(options.slots), s, occupancy=o)),
+        }
+        found[method.label] = {}
+        seeds: dict[str, dict[str, torch.Tensor]] = {}
+        for name, (some, way) in ways.items():
+            occupancy = Occupancy()
+            began = time.process_time()
+            done = list(way(some, occupancy))
+            seconds = (time.process_time() - began) / len(some)
+            seeds[name] = {row["id"]: row["seed"] for row in done}
+            z_BCHW = stage._regenerated(method, [row for row in done if row["id"] in {r["id"] for r in ready[:16]}])
+            truth = torch.stack([row["z"] for row in done if row["id"] in {r["id"] for r in ready[:16]}])
+            mse = float((z_BCHW - truth).square().mean())
+            found[method.label][name] = {
+                "cpu_seconds_an_image": seconds, "images_a_second": 1 / seconds, "pictures": len(some),
+                "occupancy": occupancy.share, "passes": float(np.mean([row["forwards"] for row in done])),
+                "latent_mse": mse,
+            }  # fmt: skip
+        own = found[method.label]
+        for name in ("one at a time", "static batches"):
+            own[name]["engine_is_faster_by"] = own[name]["cpu_seconds_an_image"] / own["engine"]["cpu_seconds_an_image"]
+            shared = seeds[name].keys() & seeds["engine"].keys()
+            own[name]["largest_difference_of_seeds"] = max(
+                float((seeds[name][i] - seeds["engine"][i]).abs().max()) for i in shared
+            )
+        print(method.label, json.dumps(own), flush=True)
+    note = {"machine": machine(), "steps": options.steps, "slots": options.slots, "methods": found}
+    (RESULTS / "inversion_speed.json").write_text(json.dumps(note, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

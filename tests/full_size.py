@@ -1,0 +1,120 @@
+"""Stable Diffusion 1.5, 2.1 and SDXL as published, but for their weights, which are random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PARAMETERS = {
+    "sd15": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},
+    "sd21": {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863},
+    "sdxl": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863},
+}
+"""Sizes of the published checkpoints' parts."""
+
+DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd21": {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+
+
+def build(kind: str, folder: Path, tokenizer: Any) -> dict[str, int]:
+    """Write the folder ``sd15``, ``sd21`` or ``sdxl`` part by part (float32, one part in memory at a time).
+
+    Args:
+        kind: Which.
+        folder: Where.
+        tokenizer: A CLIP tokenizer with no more words than CLIP's; the published vocabulary is not needed.
+
+    Returns:
+        Parameters a part.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def text(sizes: dict[str, int], act: str, projection: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            **sizes, vocab_size=49408, max_position_embeddings=77, hidden_act=act, projection_dim=projection,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+
+    def autoencoder() -> torch.nn.Module:
+        return AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
+            sample_size=1024 if kind == "sdxl" else 512, scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
+            force_upcast=True,
+        )  # fmt: skip
+
+    makers = {
+        "unet": lambda: UNet2DConditionModel(**UNETS[kind]),
+        "vae": autoencoder,
+        "text_encoder": lambda: CLIPTextModel(
+            text(CLIP_H, "gelu", 512) if kind == "sd21" else text(CLIP_L, "quick_gelu", 768)
+        ),
+    }
+    if kind == "sdxl":
+        makers["text_encoder_2"] = lambda: CLIPTextModelWithProjection(text(CLIP_G, "gelu", 1280))
+    torch.manual_seed(0)
+    sizes = {}
+    for part, make in makers.items():
+        model = make()
+        sizes[part] = sum(parameter.numel() for parameter in model.parameters())
+        model.save_pretrained(folder / part)
+        del model
+    prediction = "v_prediction" if kind == "sd21" else "epsilon"
+    DDIMScheduler(**DIFFUSION, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction).save_pretrained(
+        folder / "scheduler"
+    )
+    for part in ("tokenizer", "tokenizer_2") if kind == "sdxl" else ("tokenizer",):
+        tokenizer.save_pretrained(folder / part)
+    write_index(kind, folder)
+    return sizes
+
+
+def write_index(kind: str, folder: Path) -> None:
+    """``model_index.json`` as diffusers writes it."""
+    import json
+
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline" if kind == "sdxl" else "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.0",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    if kind == "sdxl":
+        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    else:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
