@@ -36,21 +36,29 @@ from stages.recipes import OVI, Constraint, Direct, Recipe, Retrieval, Stop, Tex
 
 def recipes(steps: int) -> list[Recipe]:
     """The methods of the table; `steps` is the budget of the early recipes."""
+    near = Constraint(neighbours=3.0)
+    both = Constraint(mahalanobis=0.1, neighbours=1.0)
+    moving = Constraint(neighbours=0.5, interval=5)
     return [
         TextEmbedding(),
         TextEmbedding(name="text-rescaled", rescale=True),
         Retrieval(),
         Retrieval(name="retrieval-8", k=8),
+        TrainedPrior(),
         OVI(name=f"ovi-{steps}", steps=steps, stop=Stop()),
         OVI(name=f"ovi-{4 * steps}", steps=4 * steps, stop=Stop()),
-        OVI(name="ovi-early", steps=2 * steps),
-        OVI(name="ovi-mahalanobis", steps=steps, stop=Stop(), constraint=Constraint(mahalanobis=0.1)),
-        OVI(name="ovi-neighbours", steps=steps, stop=Stop(), constraint=Constraint(neighbours=1.0, interval=5)),
+        OVI(name="ovi-early"),
+        OVI(name="ovi-mahalanobis", constraint=Constraint(mahalanobis=0.1)),
+        OVI(name="ovi-neighbours", constraint=near),
+        OVI(name="ovi-both", constraint=both),
         OVI(name="ovi-compact", compact=True),
         OVI(name="ovi-compact-mahalanobis", compact=True, constraint=Constraint(mahalanobis=0.1)),
-        OVI(name="ovi-compact-neighbours", compact=True, constraint=Constraint(neighbours=1.0, interval=5)),
+        OVI(name="ovi-compact-neighbours", compact=True, constraint=near),
+        OVI(name="ovi-compact-neighbours-moving", compact=True, constraint=moving),
+        OVI(name="ovi-compact-both", compact=True, constraint=both),
         Direct(name="direct-mahalanobis"),
-        Direct(name="direct-neighbours", constraint=Constraint(neighbours=3.0, mahalanobis=0.1, interval=5), steps=60),
+        Direct(name="direct-neighbours", constraint=near),
+        Direct(name="direct-both", constraint=Constraint(mahalanobis=0.1, neighbours=3.0)),
     ]
 
 

@@ -28,7 +28,18 @@ SWEEPS: dict[str, dict[str, dict[str, float]]] = {
         "P = 4, compact": {"tokens": 4, "compact": 1}, "P = 16, compact": {"tokens": 16, "compact": 1}
     },
     "mahalanobis": {f"lambda {w:g}": {"mahalanobis": w, "compact": 1} for w in (0.02, 0.1, 0.5, 2.0)},
-    "neighbours": {f"lambda {w:g}": {"neighbours": w, "compact": 1} for w in (0.5, 1.0, 3.0)},
+    "neighbours": {
+        f"lambda {w:g}, k = {k}": {"neighbours": w, "k": k, "compact": 1} for w in (0.5, 1.0, 3.0) for k in (1, 8)
+    },
+    "neighbours of the text": {
+        f"lambda {w:g}, k = {k}": {"neighbours": w, "k": k, "interval": 0, "compact": 1}
+        for w in (0.5, 1.0, 3.0) for k in (1, 8)
+    },
+    "both": {
+        f"Mahalanobis {m:g}, neighbours of the text {w:g}": {
+            "mahalanobis": m, "neighbours": w, "k": 8, "interval": 0, "compact": 1
+        } for m in (0.02, 0.1) for w in (1.0, 3.0)
+    },
 }  # fmt: skip
 MEASURES = ("true", "text", "mahalanobis")
 
@@ -46,12 +57,12 @@ def follow(setting: World, rows: list[Row], true_BE: torch.Tensor, steps: int, *
     """Take `steps` updates of all rows at once, looking at every iterate."""
     settings = Settings(
         slots=len(rows), mahalanobis=options.get("mahalanobis", 0.0), neighbours=options.get("neighbours", 0.0),
-        stop=StoppingRule(limit=steps),
+        k=int(options.get("k", 1)), interval=int(options.get("interval", 1)), stop=StoppingRule(limit=steps),
     )  # fmt: skip
     tower = VisionTower(setting.bench.vision(), int(options.get("tokens", 4)), bool(options.get("compact", 0)))
     reference = setting.bench.reference
     assert reference is not None
-    search = ReferenceSearch(reference, 1) if settings.neighbours else None
+    search = ReferenceSearch(reference, settings.k) if settings.neighbours else None
     problem = Inversion(Space.tokens(tower), settings, whitening=setting.bench.whitening(), search=search)
     problem.load(list(range(len(rows))), rows)
     looks = []
@@ -161,7 +172,7 @@ def main() -> None:
             name: {m: [round(float(v), 4) for v in getattr(path, f"{m}_TB").mean(1)] for m in MEASURES}
             for name, path in paths.items()
         }
-        plot(f"OVI: {sweep}", paths, FIGURES / f"ovi_{sweep}.png")
+        plot(f"OVI: {sweep}", paths, FIGURES / f"ovi_{sweep.replace(' ', '_')}.png")
         for name, path in paths.items():
             best = path.true_TB.mean(1)
             print(f"{sweep}: {name}: best {best.max():.4f} at {best.argmax()}, last {best[-1]:.4f}", flush=True)

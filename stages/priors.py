@@ -123,14 +123,19 @@ def rescaled(method: Method, norm: float) -> Method:
     return run
 
 
+def enough(reference: Reference, k: int) -> None:
+    """Raises ValueError where a reference has fewer than k rows."""
+    if k > reference.rows:
+        raise ValueError(f"k is {k}, the reference has {reference.rows} rows: lower k, or use a larger reference")
+
+
 def retrieval(reference: Reference, k: int) -> Method:
     """The mean of the k image embeddings that are nearest to the text by cosine.
 
     Raises:
         ValueError: The reference has fewer than k rows.
     """
-    if k > reference.rows:
-        raise ValueError(f"k is {k}, the reference has {reference.rows} rows")
+    enough(reference, k)
 
     def run(rows: Iterable[Row]) -> Iterator[Row]:
         for chunk in batches(rows, 512):
@@ -247,7 +252,12 @@ class ReferenceSearch:
 
 
 def search_of(reference: Reference, k: int, device: str) -> Search:
-    """Exact search on a GPU where the bank fits into a quarter of its free memory, else the reference's index."""
+    """Exact search on a GPU where the bank fits into a quarter of its free memory, else the reference's index.
+
+    Raises:
+        ValueError: The reference has fewer than k rows.
+    """
+    enough(reference, k)
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if reference.rows * reference.dim * 4 <= free // 4:

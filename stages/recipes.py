@@ -58,10 +58,11 @@ class Constraint(BaseModel):
     """Weight of the squared Mahalanobis distance to the reference's images, over its mean."""
     neighbours: float = Field(0.0, ge=0)
     """Weight of one minus the mean cosine to the k nearest images of the reference."""
-    k: int = Field(1, ge=1)
+    k: int = Field(8, ge=1)
     """Neighbours."""
-    interval: int = Field(1, ge=0)
-    """Steps between two searches for the neighbours; 0 searches once, with the text embedding."""
+    interval: int = Field(0, ge=0)
+    """Steps between two searches for the neighbours, each with the embedding as it is; 0 searches once, with the text
+    embedding, and is clearly the better one on the miniature world (docs/ovi.md)."""
 
 
 EARLY = Stop(watch="cosine", relative=0.02, patience=3, minimum=5)

@@ -87,6 +87,8 @@ def test_retrieval_is_the_mean_of_the_nearest(bench, rows, k):
         np.testing.assert_allclose(got[row["id"]]["embedding"], bank[nearest].mean(0), atol=1e-5)
     with pytest.raises(ValueError, match="300 rows"):
         priors.build(Retrieval(k=301), bench)
+    with pytest.raises(ValueError, match="lower k"):
+        priors.build(OVI(constraint=Constraint(neighbours=1.0, k=301)), bench)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
