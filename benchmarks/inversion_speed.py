@@ -21,11 +21,11 @@ import torch
 import micro
 from benchmarks.inversion_table import photograph_rows, world_rows
 from benchmarks.ovi_setting import RESULTS, machine
-from pipeline.spec import Row
+from pipeline.spec import Row, batches
 from stages.diffusion import LatentDiffusion, read_geometry
 from stages.inversion import InversionProblem
 from stages.inversion_methods import DdimMethod, FixedPointMethod, InversionMethod, LboMethod
-from stages.invert_images import InvertImages, batches, rule_of
+from stages.invert_images import InvertImages, rule_of
 from stages.solver import Occupancy, solve
 
 METHODS: tuple[InversionMethod, ...] = (

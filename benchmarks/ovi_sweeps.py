@@ -169,7 +169,7 @@ def main() -> None:
     for sweep in filter(None, options.sweeps.split(",")):
         paths = {name: follow(setting, rows, given.true_BE, options.steps, **o) for name, o in SWEEPS[sweep].items()}
         result["sweeps"][sweep] = {
-            name: {m: [round(float(v), 4) for v in getattr(path, f"{m}_TB").mean(1)] for m in MEASURES}
+            name: {m: [round(float(v), 4) for v in getattr(path, f"{m}_TB").mean(1)[::5]] for m in MEASURES}
             for name, path in paths.items()
         }
         plot(f"OVI: {sweep}", paths, FIGURES / f"ovi_{sweep.replace(' ', '_')}.png")

@@ -207,8 +207,10 @@ def list_files(source: Source) -> Iterator[InputFile]:
         for info in place.infos():
             path = info["name"]
             base = path.rpartition("/")[2]
-            if place.kind == "folder" and not base.lower().endswith(SUFFIXES[source.format]) and (
-                format_of(base) != source.format
+            if (
+                place.kind == "folder"
+                and not base.lower().endswith(SUFFIXES[source.format])
+                and (format_of(base) != source.format)
             ):
                 continue
             if source.format == "datasets" and (base.startswith("cache-") or base.startswith("tmp")):

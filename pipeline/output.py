@@ -359,9 +359,7 @@ def _check_file(
     return None, ids
 
 
-def _check_ids(
-    output: Output, shard: Shard, ids: list[str], input_options: Mapping[str, Any] | None
-) -> str | None:
+def _check_ids(output: Output, shard: Shard, ids: list[str], input_options: Mapping[str, Any] | None) -> str | None:
     if shard.ids is not None and digest(ids) == shard.ids:
         return None
     source = Source.from_json(output.plan["source"], input_options)

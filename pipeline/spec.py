@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Row = dict[str, Any]
@@ -94,3 +95,10 @@ def ok(row: Row, **outputs: Any) -> Row:
 def failed(row: Row, error: str) -> Row:
     """The row marked as failed for a reason a user can act on; its outputs stay null."""
     return {**row, "status": "failed", "error": error}
+
+
+def batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of at most `size` rows, in order; rows are read as they are asked for."""
+    source = iter(rows)
+    while batch := list(islice(source, size)):
+        yield batch

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.spec import Row, failed
+from pipeline.spec import Row, batches, failed
 from stages.fingerprint import describe_model
 from stages.randomness import row_generator
 
@@ -87,8 +87,6 @@ class Decoder:
 
     def __call__(self, rows: Iterable[Row], key: str = "id") -> Iterator[Row]:
         """Adds `image` to rows with an `embedding`; the noise is drawn from what they hold under `key`."""
-        from stages.priors import batches
-
         for chunk in batches(rows, self.sampling.batch):
             good = []
             for row in chunk:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from index.gaussian import Accumulator
-from pipeline.spec import Column, Row, StageInfo, failed, ok
+from pipeline.spec import Column, Row, StageInfo, batches, failed, ok
 from stages.clip import ImageEncoder, embedding_width, identity
 
 if TYPE_CHECKING:
@@ -321,8 +321,7 @@ class Adopt:
         return self.statistics.take()
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        source = iter(rows)
-        while batch := list(islice(source, 1024)):
+        for batch in batches(rows, 1024):
             good: list[np.ndarray] = []
             for row in batch:
                 try:

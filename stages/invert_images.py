@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from pipeline.spec import Column, Row, StageInfo, failed, ok
+from pipeline.spec import Column, Row, StageInfo, batches, failed, ok
 from stages import exact_pair, null_text
 from stages.diffusion import Condition, Geometry, LatentDiffusion, read_geometry
 from stages.ilb import BoostProblem, boost_decoder, boost_joint
@@ -243,8 +242,7 @@ class InvertImages:
         if len(self.methods) == 1:
             yield from self._by_method(next(iter(self.methods.values())), rows)
             return
-        source = iter(rows)
-        while group := list(islice(source, 4 * self.slots * len(self.methods))):
+        for group in batches(rows, 4 * self.slots * len(self.methods)):
             by_label: dict[Any, list[Row]] = {}
             for row in group:
                 by_label.setdefault(row.get("method"), []).append(row)
@@ -501,10 +499,3 @@ class InvertImages:
         )
         for i, picture in zip(asked, edited, strict=True):
             outputs[i]["edited"] = to_picture(picture.cpu())
-
-
-def batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of up to `size` rows, in order."""
-    source = iter(rows)
-    while batch := list(islice(source, size)):
-        yield batch

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.spec import Column, Row, StageInfo, failed
+from pipeline.spec import Column, Row, StageInfo, batches, failed
 from stages import clip, decode
 from stages.recipes import OVI, AnyRecipe, Recipe, TrainedPrior
 from stages.solver import Occupancy
@@ -176,7 +176,6 @@ class InvertPrompts:
             key = str(row["id"]).removesuffix(f"/{label}")
             ids[key] = row["id"]
             given.append({**row, "id": key, "key": key, "prompt": prompt, "text": text.numpy()})
-        from stages.priors import batches
         from stages.scoring import embedding_measures
 
         for chunk in batches(self.methods[label](given), CHUNK):

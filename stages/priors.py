@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pipeline.spec import Row, failed, ok
+from pipeline.spec import Row, batches, failed, ok
 from stages.ovi import ExactSearch, Inversion, Search, Settings, Space, VisionTower, Whitening
 from stages.randomness import row_generator, row_normal
 from stages.recipes import OVI, Direct, Recipe, Retrieval, Stop, TextEmbedding, TrainedPrior
@@ -87,13 +86,6 @@ def build(recipe: Recipe, bench: Bench) -> Method:
     if recipe.rescale:
         return rescaled(method, bench.need_reference(recipe).mean_norm)
     return method
-
-
-def batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of at most `size` rows."""
-    source = iter(rows)
-    while chunk := list(islice(source, size)):
-        yield chunk
 
 
 def _failed(row: Row) -> bool:

@@ -14,14 +14,13 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pipeline.spec import Column, Row, StageInfo, failed, ok
+from pipeline.spec import Column, Row, StageInfo, batches, failed, ok
 from stages.checkpoint import read_checkpoint, write_checkpoint
 from stages.denoising_loss import DenoisingLoss, encode_pictures
 from stages.diffusion import LatentDiffusion, read_geometry
@@ -438,7 +437,7 @@ class DrawPairs:
         )
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        for batch in _batches(rows, self.batch):
+        for batch in batches(rows, self.batch):
             good = []
             for row in batch:
                 if isinstance(row.get("prompt"), str) and row["prompt"].strip():
@@ -527,7 +526,7 @@ class InvertText:
         )
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        for batch in _batches(rows, self.batch):
+        for batch in batches(rows, self.batch):
             good = []
             for row in batch:
                 if row.get(self.image) is not None:
@@ -549,12 +548,6 @@ class InvertText:
             return False
         self.batch //= 2
         return True
-
-
-def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    source = iter(rows)
-    while batch := list(islice(source, size)):
-        yield batch
 
 
 def _device(device: str) -> str:
