@@ -52,7 +52,9 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     LboMethod(name="lbo-4-no-warm-start", update="anderson", passes=4, tolerance=0.0, warm_start="none"),
     LboMethod(name="lbo-4-output", update="anderson", bias="output", passes=4, tolerance=0.0, warm_start="last"),
     LboMethod(name="lbo"),
+    LboMethod(name="lbo-1e-3", tolerance=1e-3),
     LboMethod(name="lbo-1e-4", tolerance=1e-4),
+    LboMethod(name="lbo-6", update="anderson", passes=6, tolerance=0.0),
     FixedPointMethod(name="anderson-1e-3", iterations=9, acceleration="anderson", tolerance=1e-3),
     FixedPointMethod(name="anderson-5", iterations=5, acceleration="anderson"),
     NewtonMethod(),
@@ -200,6 +202,8 @@ def main() -> None:
     for name, rows in sets.items():
         for setting in options.settings:
             steps, guidance = int(setting.split(":")[0]), float(setting.split(":")[1])
+            if name == "photographs" and guidance > 1:
+                continue  # without a caption guidance changes nothing
             for methods, extra in ((SEED_ONLY, False), (EXTRA_STATE, True)):
                 chosen = tuple(m for m in methods if not options.methods or m.label in options.methods)
                 if guidance > 1:

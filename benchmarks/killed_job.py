@@ -25,11 +25,14 @@ def run_killed_once(config: dict[str, Any], folder: Path, kill_at: int, every: f
         every: Seconds between two looks at shards and memory.
 
     Returns:
-        Exit code, shards at the kill, rows, what `verify` says, seconds, and memory of the largest process over time.
+        Shards at the kill, rows, what `verify` says, seconds, and memory of the largest process over time.
+
+    Raises:
+        SystemExit: The second run did not complete.
     """
     out = str(folder / "out")
     code = f"from jobs.run import run_job; r = run_job({config!r}, output={out!r})"
-    code += "; raise SystemExit(r.state != 'complete')"
+    code += "; raise SystemExit(0 if r.state == 'complete' else f'{r.state}: {r.reason}')"
     memory: list[tuple[float, float]] = []
     began = time.perf_counter()
 
@@ -49,11 +52,12 @@ def run_killed_once(config: dict[str, Any], folder: Path, kill_at: int, every: f
     killed, killed_after = committed(out), time.perf_counter() - began
     second = start()
     watch(second, None)
+    if second.returncode:
+        raise SystemExit(f"the resumed job ended with {second.returncode}; see {out}")
     report = verify(out)
     again = [size for moment, size in memory if moment > killed_after]
     quarter = max(1, len(again) // 4)
     return {
-        "exit_code": second.returncode,
         "shards_when_killed": killed,
         "verify_ok": report.ok,
         "rows_ok": report.rows_ok,

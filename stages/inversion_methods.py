@@ -114,8 +114,9 @@ class LboMethod(InversionMethod):
     """Start a step's bias from the last step's, or from the line through the last two."""
     passes: int = Field(10, ge=1)
     """Most network passes a step; a gradient counts as one more."""
-    tolerance: float = Field(1e-3, ge=0)
-    """Relative residual |D(z) - z_prev| / |z_prev| at which a step is done."""
+    tolerance: float | None = Field(None, ge=0)
+    """Relative residual |D(z) - z_prev| / |z_prev| at which a step is done. Left out: 1e-3, and 1e-5 under guidance,
+    where generation magnifies what is left (docs/inversion.md)."""
     rate: float | None = Field(None, gt=0)
     """Step size of ``adam`` (0.01 when left out) and ``jacobian-free`` (1)."""
     window: int = Field(3, ge=1)
@@ -123,6 +124,12 @@ class LboMethod(InversionMethod):
     replay: bool = False
     """Store each step's remaining bias and add it in generation: nearly perfect by construction, but extra state
     (``steps`` more latents a row), and plain diffusers cannot replay it."""
+
+    def tolerance_at(self, guidance: float) -> float:
+        """The tolerance under a guidance scale."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return 1e-5 if guidance > 1 else 1e-3
 
     @model_validator(mode="after")
     def _enough(self) -> LboMethod:

@@ -53,8 +53,8 @@ def parse(methods: Sequence[Mapping[str, Any]]) -> tuple[InversionMethod, ...]:
     return tuple(adapter.validate_python(dict(method)) for method in methods)
 
 
-def rule_of(method: InversionMethod) -> RuleMaker:
-    """The rule of a seed-only method. Null-text's pivot is DDIM inversion."""
+def rule_of(method: InversionMethod, guidance: float = 1.0) -> RuleMaker:
+    """The rule of a seed-only method under a guidance scale. Null-text's pivot is DDIM inversion."""
     if isinstance(method, DdimMethod | NullTextMethod):
         return Ddim
     if isinstance(method, FixedPointMethod):
@@ -80,7 +80,7 @@ def rule_of(method: InversionMethod) -> RuleMaker:
             update=method.update,
             warm_start=method.warm_start,
             passes=method.passes,
-            tolerance=method.tolerance,
+            tolerance=method.tolerance_at(guidance),
             rate=method.rate,
             window=method.window,
         )
@@ -341,7 +341,8 @@ class InvertImages:
         replay = isinstance(method, LboMethod) and method.replay
         null = isinstance(method, NullTextMethod)
         problem = InversionProblem(
-            self.model.predictor(1.0) if null else self.predict, self.schedule, rule_of(method), slots=self.slots,
+            self.model.predictor(1.0) if null else self.predict, self.schedule,
+            rule_of(method, 1.0 if null else self.guidance), slots=self.slots,
             latent_shape=self.geometry.latent_shape, device=self.device, keep_path=replay or null,
         )  # fmt: skip
         solved = solve(problem, rows, occupancy=self._summary.setdefault(method.label, Occupancy()))

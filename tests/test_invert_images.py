@@ -77,6 +77,22 @@ def test_every_method_gives_every_row_once_with_declared_columns(folder) -> None
     assert all(row["psnr"] > row["floor_psnr"] for row in boosted)
 
 
+def test_guidance_tightens_lbo_s_tolerance_unless_one_is_given(folder) -> None:
+    """Generation under guidance magnifies what inversion leaves over."""
+    row = {"id": "a", "image": picture(0), "prompt": "red star"}
+
+    def residual(guidance: float, **method: float) -> float:
+        stage = InvertImages(
+            folder, [{"method": "lbo", "passes": 60, **method}], device="cpu", steps=10, guidance=guidance
+        )
+        (done,) = stage([row])
+        return float(np.median(done["residual"]))  # a random network's step may have no solution
+
+    assert residual(1.5) <= 1e-5
+    assert 1e-5 < residual(1.0) <= 1e-3
+    assert 1e-5 < residual(1.5, tolerance=1e-2) <= 1e-2
+
+
 def test_captions_rows_and_fixed(folder) -> None:
     given = [{"id": "a", "image": picture(1), "prompt": "red star"}]
     own = next(iter(InvertImages(folder, [{"method": "ddim"}], device="cpu", steps=2, slots=1)(given)))
