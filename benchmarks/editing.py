@@ -26,6 +26,7 @@ from stages.invert_images import InvertImages
 from stages.randomness import row_normal
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = str(micro.MODELS / "stable-diffusion")
 METHODS = (DdimMethod(), RenoiseMethod(), FixedPointMethod(), LboMethod())
 CHECKS = ("changed", "shape", "other", "place", "background", "all")
 
@@ -72,7 +73,7 @@ def judge(row: dict[str, Any], reading: Reading) -> dict[str, bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
+    parser.add_argument("--model", help="a diffusers folder; left out: the shipped miniature")
     parser.add_argument("--pictures", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidances", type=float, nargs="+", default=[1.0, 2.0, 4.0])
@@ -84,7 +85,7 @@ def main() -> None:
     for guidance in options.guidances:
         settings = [method.model_dump(mode="json") for method in METHODS]
         stage = InvertImages(
-            options.model, settings, device="cpu", steps=options.steps, pictures=False, edit_guidance=guidance
+            options.model or MODEL, settings, device="cpu", steps=options.steps, pictures=False, edit_guidance=guidance
         )
         asked = [{**row, "id": f"{row['id']}/{m.label}", "method": m.label} for row in rows for m in METHODS]
         done = {row["id"]: row["edited"] for row in stage(asked)}

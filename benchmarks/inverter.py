@@ -42,6 +42,7 @@ from stages.text_inverter import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = str(micro.MODELS / "stable-diffusion")
 
 
 def draw(model: LatentDiffusion, text_BTK: torch.Tensor, ids: list[str], steps: int, guidance: float) -> torch.Tensor:
@@ -125,7 +126,7 @@ def warm_starts(model: LatentDiffusion, inverter: Any, concepts: int, steps: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
+    parser.add_argument("--model", help="a diffusers folder; left out: the shipped miniature")
     parser.add_argument("--prompts", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--sampling-steps", type=int, default=12)
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, oracle = LatentDiffusion.load(options.model), Oracle.load()
+    model, oracle = LatentDiffusion.load(options.model or MODEL), Oracle.load()
     began = time.process_time()
     prompts = [world.caption_of(n, "heldout", detail="full") for n in range(options.prompts)]
     text = torch.cat([text_conditions(model, prompts[at : at + 100], SIZE)[0] for at in range(0, len(prompts), 100)])

@@ -33,6 +33,7 @@ from stages.randomness import row_seed
 from stages.solver import solve
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = str(micro.MODELS / "stable-diffusion")
 SIZE = world.SIZE
 START = "here"
 TEXTURES, SIZES = ("striped", "dotted", "checkered"), ("small", "large")
@@ -206,7 +207,7 @@ def summary(judged: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
+    parser.add_argument("--model", help="a diffusers folder; left out: the shipped miniature")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--context-weight", type=float, default=1e-3)
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument("--name", default="lego_ablation")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, oracle = LatentDiffusion.load(options.model), Oracle.load()
+    model, oracle = LatentDiffusion.load(options.model or MODEL), Oracle.load()
     chosen = targets()[: options.concepts]
     of_name = {t.name: t for t in chosen}
     base = LegoSettings(

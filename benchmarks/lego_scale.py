@@ -19,6 +19,7 @@ from typing import Any
 import micro
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = str(micro.MODELS / "stable-diffusion")
 
 
 def side_by_side(model_path: str, concepts: int, steps: int, slots: list[int], threads: int) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def as_job(model_path: str, concepts: int, steps: int, slots: int, folder: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
+    parser.add_argument("--model", help="a diffusers folder; left out: the shipped miniature")
     parser.add_argument("--concepts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--slots", type=int, nargs="*", default=[1, 4, 16])
@@ -115,13 +116,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/lego-scale"))
     options = parser.parse_args()
     if options.job:
-        found = as_job(options.model, options.concepts, options.steps, options.slots[-1], options.folder)
+        found = as_job(options.model or MODEL, options.concepts, options.steps, options.slots[-1], options.folder)
         name = "lego_scale_job"
     else:
-        found = side_by_side(options.model, options.concepts, options.steps, options.slots, options.threads)
+        found = side_by_side(options.model or MODEL, options.concepts, options.steps, options.slots, options.threads)
         name = "lego_scale"
     RESULTS.mkdir(exist_ok=True)
-    note = {"load_average": os.getloadavg(), "settings": {k: str(v) for k, v in vars(options).items()}, "result": found}
+    note = {
+        "load_average": os.getloadavg(),
+        "settings": {k: str(v) for k, v in vars(options).items() if k != "folder"},
+        "result": found,
+    }
     (RESULTS / f"{name}.json").write_text(json.dumps(note, indent=2))
     print(json.dumps(found, indent=2))
 
