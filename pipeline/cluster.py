@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 OBJECT_STORE_BYTES = 200 * 2**20
 """Of a Ray that we start: nothing but descriptors and records passes through it."""
 
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30), "MALLOC_TOP_PAD_": str(2**28)}
+"""glibc keeps freed memory instead of handing it back to the kernel. On a CPU a network's activations are megabytes
+that come and go in every layer; fetching them anew each time costs page faults (docs/runtime.md has the figures)."""
+
 
 class ClusterError(RuntimeError):
     """There is no Ray to work on; the message says what was tried."""
@@ -82,6 +86,11 @@ class _Actor:
         return self.worker.done
 
 
+def _allocator() -> dict[str, str]:
+    """`ALLOCATOR`, but for what the user has set."""
+    return {name: os.environ.get(name, value) for name, value in ALLOCATOR.items()}
+
+
 def _import_paths() -> str:
     """Where this process imports from, for the workers of a Ray that we start: tests and notebooks work uninstalled."""
     own = [path or os.getcwd() for path in sys.path]
@@ -136,7 +145,7 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
             "num_cpus": max(os.cpu_count() or 1, int(cpus) + 1),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "runtime_env": {"env_vars": {"PYTHONPATH": _import_paths()}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": _import_paths()} | _allocator()},
         }
     else:
         options["address"] = address
