@@ -1,6 +1,6 @@
 """The latent inversion module on the miniature world: does a picture give back the text latent it was drawn from?
 
-    python -m benchmarks.inverter [--prompts 4000] [--steps 2500]
+    python -m benchmarks.inverter [--prompts 4000] [--steps 5000]
 
 Pictures are drawn by the frozen model from world captions that name every attribute, the inverter is trained on most of
 them. On the held-out ones: error and cosine of the text latent beside the mean latent; attributes that the oracle finds
@@ -28,9 +28,9 @@ from stages.concept import Templates
 from stages.denoising_loss import encode_pictures
 from stages.diffusion import LatentDiffusion
 from stages.lego import LegoProblem, LegoSettings, prepare
+from stages.lego import draw as draw_step
 from stages.randomness import row_generator
 from stages.schedule import ddim_schedule
-from stages.solver import solve
 from stages.text_inverter import (
     InverterShape,
     InverterTraining,
@@ -95,12 +95,32 @@ def kept(oracle: Oracle, before: list[Any], after: list[Any]) -> dict[str, Any]:
     return shares | {"pictures": len(pairs)}
 
 
-def warm_starts(model: LatentDiffusion, inverter: Any, concepts: int, steps: int) -> dict[str, Any]:
-    """Noise-prediction loss of concepts learned from an unrelated word and from the inverter's start, same noise."""
-    settings = LegoSettings(steps=steps, window=max(1, steps // 10), lr=6e-3, context="none")
+@torch.no_grad()
+def steady_loss(problem: LegoProblem, draws: int) -> float:
+    """Noise-prediction loss of all concepts on pictures, timesteps and noise that never change."""
+    losses = []
+    for number in range(draws):
+        drawn = [
+            draw_step(
+                problem.settings, 1, slot.row["id"], number, slot.prepared.with_I, problem.latent_shape,
+                problem.loss.timesteps,
+            )
+            for slot in problem.held
+            if slot is not None
+        ]  # fmt: skip
+        parts = [torch.stack(part) for part in zip(*((d.picture_K, d.t_K, d.noise_KCHW) for d in drawn), strict=True)]
+        losses.append(problem._losses(*parts)[0].mean())
+    return float(torch.stack(losses).mean())
+
+
+def warm_starts(
+    model: LatentDiffusion, inverter: Any, concepts: int, steps: int, every: int = 10, draws: int = 16
+) -> dict[str, Any]:
+    """Loss of concepts learned from an unrelated word and from the inverter's start, the same noise for both."""
+    settings = LegoSettings(steps=steps, window=steps, lr=6e-3, context="none")
     kinds = targets()
-    rows = [training_row(kinds[n % len(kinds)], n // len(kinds), 2) for n in range(concepts)]
-    curves = {}
+    rows = [training_row(kinds[n % len(kinds)], n // len(kinds), 4) for n in range(concepts)]
+    curves: dict[str, list[float]] = {}
     for name in ("unrelated word", "inverter"):
         problem = LegoProblem(model, settings, size=SIZE, slots=concepts, max_words=3, seed=0)
         ready = []
@@ -112,14 +132,17 @@ def warm_starts(model: LatentDiffusion, inverter: Any, concepts: int, steps: int
                     prepared.start_VE, steps=100, lr=settings.lr,
                 )  # fmt: skip
             ready.append({**row, "prepared": prepared})
-        learned = list(solve(problem, ready))
-        points = [[p["loss"] for p in json.loads(row["curve"])] for row in learned]
-        curves[name] = np.mean(points, axis=0).tolist()
+        problem.load(range(concepts), ready)
+        curves[name] = [steady_loss(problem, draws)]
+        for step in range(1, steps + 1):
+            problem.step()
+            if step % every == 0:
+                curves[name].append(steady_loss(problem, draws))
     reached = [n for n, loss in enumerate(curves["inverter"]) if loss <= curves["unrelated word"][-1]]
     return {
-        "window": settings.window,
+        "steps between two points": every,
         "curves": curves,
-        "steps_to_the_cold_start_s_last_loss": (reached[0] + 1) * settings.window if reached else None,
+        "steps_to_the_cold_start_s_last_loss": reached[0] * every if reached else None,
         "cold_steps": steps,
     }
 
@@ -128,10 +151,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a diffusers folder; left out: the shipped miniature")
     parser.add_argument("--prompts", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--held-out", type=int, default=128)
+    parser.add_argument("--held-out", type=int, default=256)
     parser.add_argument("--concepts", type=int, default=6)
     parser.add_argument("--concept-steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
