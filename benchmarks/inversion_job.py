@@ -61,7 +61,10 @@ def main() -> None:
     options.folder.mkdir(parents=True)
     config = {
         "job": "invert-images",
-        "input": {"path": f"micro-world://heldout?rows={options.pictures}", "columns": {"prompt": "caption"}},
+        "input": {
+            "path": f"micro-world://heldout?rows={options.pictures}",
+            "columns": {"image": "image", "prompt": "caption"},
+        },
         "model": MODEL,
         "steps": options.steps,
         "methods": ["lbo"],

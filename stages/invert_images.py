@@ -291,7 +291,7 @@ class InvertImages:
             good = []
             for row in batch:
                 if row.get("image") is None:
-                    yield failed({"id": row["id"]}, "no picture in column 'image'")
+                    yield failed({"id": row["id"]}, "no picture in column 'image'; map one to it with input.columns")
                 else:
                     good.append(row)
             if not good:
