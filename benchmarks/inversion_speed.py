@@ -67,6 +67,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(rows))
     stage = InvertImages.from_loaded(model, geometry, METHODS, steps=options.steps, slots=options.slots)
     ready = list(stage._prepared(METHODS[0], [rows[i] for i in order], {}))
+    looked_at = {row["id"] for row in ready[:16]}
     found: dict[str, Any] = {}
     for method in METHODS:
 
@@ -100,9 +101,9 @@ def main() -> None:
             done = list(way(some, occupancy))
             seconds = (time.process_time() - began) / len(some)
             seeds[name] = {row["id"]: row["seed"] for row in done}
-            z_BCHW = stage._regenerated(method, [row for row in done if row["id"] in {r["id"] for r in ready[:16]}])
-            truth = torch.stack([row["z"] for row in done if row["id"] in {r["id"] for r in ready[:16]}])
-            mse = float((z_BCHW - truth).square().mean())
+            judged = [row for row in done if row["id"] in looked_at]
+            truth_BCHW = torch.stack([row["z"] for row in judged])
+            mse = float((stage._regenerated(method, judged) - truth_BCHW).square().mean())
             found[method.label][name] = {
                 "cpu_seconds_an_image": seconds, "images_a_second": 1 / seconds, "pictures": len(some),
                 "occupancy": occupancy.share, "passes": float(np.mean([row["forwards"] for row in done])),

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import micro
-from benchmarks.lego_ablation import SIZE, targets, training_row
+from benchmarks.lego_ablation import MODEL, SIZE, targets, training_row
 from micro import world
 from micro.oracle import Oracle
 from stages.concept import Templates
@@ -42,7 +41,6 @@ from stages.text_inverter import (
 )
 
 RESULTS = Path(__file__).parent / "results"
-MODEL = str(micro.MODELS / "stable-diffusion")
 
 
 def draw(model: LatentDiffusion, text_BTK: torch.Tensor, ids: list[str], steps: int, guidance: float) -> torch.Tensor:

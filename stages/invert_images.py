@@ -341,9 +341,8 @@ class InvertImages:
         replay = isinstance(method, LboMethod) and method.replay
         null = isinstance(method, NullTextMethod)
         problem = InversionProblem(
-            self.model.predictor(1.0) if null else self.predict, self.schedule,
-            rule_of(method, 1.0 if null else self.guidance), slots=self.slots,
-            latent_shape=self.geometry.latent_shape, device=self.device, keep_path=replay or null,
+            self.model.predictor(1.0) if null else self.predict, self.schedule, rule_of(method, self.guidance),
+            slots=self.slots, latent_shape=self.geometry.latent_shape, device=self.device, keep_path=replay or null,
         )  # fmt: skip
         solved = solve(problem, rows, occupancy=self._summary.setdefault(method.label, Occupancy()))
         if replay:
