@@ -14,6 +14,9 @@ DEFAULT_JOB = Path(__file__).with_name("compbench-micro.yaml")
 SCORES = ("bound", "success", "clip_score")
 LIMIT_OF_INTERVAL = 1.959964
 
+Scores = Mapping[tuple[str, str, str], Mapping[str, float]]
+"""(method, category, score) -> prompt's id -> mean over its draws."""
+
 
 def compbench(
     output: Annotated[str, typer.Option(help="Folder for prompts, rows and the table.")],
@@ -26,12 +29,13 @@ def compbench(
     methods: Annotated[str | None, typer.Option(help="Only these of the job's methods, by name, with commas.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts a category. Left out: all (300).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Replaces the job file's seed.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt; replaces the job file's draws.")] = None,
 ) -> None:
     """Invert, decode and judge a T2I-CompBench++ prompt set by every method, and print the table."""
     from jobs.jobfile import JobFileError
 
     try:
-        typer.echo(run(output, job, prompts, reference, methods.split(",") if methods else None, limit, seed))
+        typer.echo(run(output, job, prompts, reference, methods.split(",") if methods else None, limit, seed, draws))
     except (JobFileError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -39,9 +43,10 @@ def compbench(
 
 def run(
     output: str, job: Path = DEFAULT_JOB, prompts: Path | None = None, reference: str | None = None,
-    methods: list[str] | None = None, limit: int | None = None, seed: int | None = None, address: str | None = None,
+    methods: list[str] | None = None, limit: int | None = None, seed: int | None = None, draws: int | None = None,
+    address: str | None = None,
 ) -> str:  # fmt: skip
-    """What the command does; returns the table in Markdown, which is also written to ``table.md``.
+    """What the command does; returns its tables in Markdown, which are also written to ``table.md``.
 
     Raises:
         ValueError: The job file or the prompt files cannot be used, or rows were not all processed.
@@ -64,15 +69,18 @@ def run(
         config["reference"] = reference
     if seed is not None:
         config["seed"] = seed
+    if draws is not None:
+        config["draws"] = draws
     if methods is not None:
         config["methods"] = _chosen(config["methods"], methods)
     done = run_job(load(config), output=str(folder / "rows"), address=address)
     if done.state != "complete":
         raise ValueError(f"{folder / 'rows'} is {done.state}: {done.reason}; run the command again to resume")
     summary = json.loads((folder / "rows" / "methods.json").read_text())
-    table = tabulate(read_scores(folder / "rows"), summary)
-    (folder / "table.md").write_text(table)
-    return table
+    scores = read_scores(folder / "rows")
+    tables = f"{tabulate(scores, summary)}\n{compare(scores)}"
+    (folder / "table.md").write_text(tables)
+    return tables
 
 
 def _chosen(methods: list[Any], wanted: list[str]) -> list[Any]:
@@ -109,19 +117,24 @@ def read_prompts(folder: Path | None, limit: int | None) -> Iterator[dict[str, A
             yield {"id": f"{category}-{number}", "category": category, "prompt": line}
 
 
-def read_scores(rows: Path) -> dict[tuple[str, str, str], list[float]]:
-    """(method, category, score) -> values over the ok rows."""
+def read_scores(rows: Path) -> Scores:
+    """What the ok rows of a job's output scored."""
     import pyarrow.dataset as ds
 
     data = ds.dataset(str(rows / "data"), format="parquet")
     scores = [name for name in SCORES if name in data.schema.names]
-    table = data.to_table(["method", "category", *scores])
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for row in table.to_pylist():
+    variants = [name for name in ("draw", "method") if name in data.schema.names]
+    drawn: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in data.to_table(["id", "method", "category", *scores]).to_pylist():
+        prompt = row["id"].rsplit("/", len(variants))[0]
         for score in scores:
             if row[score] is not None:
-                found.setdefault((row["method"], row["category"], score), []).append(float(row[score]))
-    return found
+                of_prompt = drawn.setdefault((row["method"], row["category"], score), {})
+                of_prompt.setdefault(prompt, []).append(float(row[score]))
+    return {
+        key: {prompt: sum(values) / len(values) for prompt, values in of_prompt.items()}
+        for key, of_prompt in drawn.items()
+    }
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -134,26 +147,63 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     return mean, LIMIT_OF_INTERVAL * math.sqrt(variance / len(values))
 
 
-def tabulate(
-    scores: Mapping[tuple[str, str, str], list[float]], summary: Mapping[str, Mapping[str, float | None]]
-) -> str:
-    """Methods by categories in Markdown: the oracle's share of bound objects where there is one, else CLIP scores."""
-    judged = "bound" if any(score == "bound" for _, _, score in scores) else "clip_score"
+def _judge(scores: Scores) -> str:
+    return "bound" if any(score == "bound" for _, _, score in scores) else "clip_score"
+
+
+def _by_method(scores: Scores) -> dict[str, dict[str, float]]:
+    """Method -> prompt -> what its judge gave, over all categories."""
+    found: dict[str, dict[str, float]] = {}
+    for (method, _, score), values in scores.items():
+        if score == _judge(scores):
+            found.setdefault(method, {}).update(values)
+    return found
+
+
+def tabulate(scores: Scores, summary: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Methods by categories in Markdown: the oracle's share of bound objects where there is one, else CLIP scores.
+
+    Intervals are over prompts: draws of one prompt are averaged first, since they are no new evidence about others.
+    """
+    judged = _judge(scores)
     categories = list(dict.fromkeys(category for _, category, score in scores if score == judged))
     extra = [
         name
-        for name in ("clip_score", "frechet_pictures", "frechet_embeddings", "nearest_cosine", "passes",
+        for name in ("success", "clip_score", "frechet_pictures", "frechet_embeddings", "nearest_cosine", "passes",
                      "seconds_per_prompt")
         if any(found.get(name) is not None for found in summary.values())
     ]  # fmt: skip
-    head = ["method", *categories, *(name.replace("_", " ") for name in extra)]
+    head = ["method", *categories, "all", *(name.replace("_", " ") for name in extra)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    everywhere = _by_method(scores)
     for method, found in summary.items():
+        columns = [scores.get((method, category, judged)) for category in categories]
         cells = [method]
-        for category in categories:
-            values = scores.get((method, category, judged))
-            cells.append("{:.3f} ± {:.3f}".format(*interval(values)) if values else "")
+        for values in (*columns, everywhere.get(method)):
+            cells.append("{:.3f} ± {:.3f}".format(*interval(values.values())) if values else "")
         cells += ["" if found.get(name) is None else f"{found[name]:.4g}" for name in extra]
         lines.append(f"| {' | '.join(cells)} |")
     measure = "share of asked objects found with all their attributes" if judged == "bound" else "CLIP score"
-    return f"Categories: {measure}, mean ± half of its 95 % interval.\n\n" + "\n".join(lines) + "\n"
+    return f"Categories: {measure}, mean ± half of its 95 % interval over prompts.\n\n" + "\n".join(lines) + "\n"
+
+
+def compare(scores: Scores) -> str:
+    """Every method against every other in Markdown: mean difference, prompt by prompt, over all categories.
+
+    The same prompts are hard for every method, so that these intervals are narrower than those of two means suggest.
+    """
+    found = _by_method(scores)
+    lines = [f"| method | {' | '.join(found)} |", f"|{'---|' * (len(found) + 1)}"]
+    for method, own in found.items():
+        cells = [method]
+        for other, theirs in found.items():
+            both = own.keys() & theirs.keys()
+            if other == method or not both:
+                cells.append("")
+                continue
+            mean, half = interval(own[prompt] - theirs[prompt] for prompt in both)
+            sure = len(both) > 1 and abs(mean) > half
+            cells.append(f"{'**' * sure}{mean:+.3f} ± {half:.3f}{'**' * sure}")
+        lines.append(f"| {' | '.join(cells)} |")
+    explained = "Row minus column, prompt by prompt; in bold where chance alone is ruled out (95 %)."
+    return f"{explained}\n\n" + "\n".join(lines) + "\n"

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.compbench import interval, read_prompts, tabulate
+from jobs.compbench import compare, interval, read_prompts, read_scores, tabulate
 from jobs.invert_prompts import InvertPrompts, summarise
 from jobs.jobfile import JobFileError, load
 from stages.invert_prompts import InvertPrompts as Stage
@@ -187,8 +188,30 @@ def test_real_prompt_files_are_read_by_category(tmp_path):
 def test_the_table_gives_means_and_intervals():
     mean, half = interval([0.0, 1.0, 1.0, 0.0])
     assert (mean, half) == (0.5, pytest.approx(1.959964 * np.std([0, 1, 1, 0], ddof=1) / 2))
-    text = tabulate({("ovi", "colour", "bound"): [1.0, 0.5]}, {"ovi": {"clip_score": 31.0, "passes": None}})
-    assert "| ovi | 0.750 ± 0.490 | 31 |" in text
+    scores = {
+        ("ovi", "colour", "bound"): {"a": 1.0, "b": 0.5},
+        ("ovi", "shape", "bound"): {"c": 0.0},
+        ("near", "colour", "bound"): {"a": 0.75, "b": 0.25},
+        ("near", "shape", "bound"): {"c": 1.0},
+        ("near", "shape", "clip_score"): {"c": 9.0},
+    }
+    text = tabulate(scores, {"ovi": {"clip_score": 31.0, "passes": None}, "near": {"clip_score": 30.0}})
+    assert f"| ovi | 0.750 ± 0.490 | 0.000 ± 0.000 | 0.500 ± {1.959964 * 0.5 / 3**0.5:.3f} | 31 |" in text
+    differences = compare(scores)
+    half = 1.959964 * np.std([0.25, 0.25, -1.0], ddof=1) / 3**0.5
+    assert f"| ovi |  | {-0.5 / 3:+.3f} ± {half:.3f} |" in differences
+    sure = compare({("a", "c", "bound"): {"p": 1.0, "q": 0.9}, ("b", "c", "bound"): {"p": 0.5, "q": 0.4, "r": 0.0}})
+    assert "| a |  | **+0.500 ± 0.000** |" in sure
+
+
+def test_draws_of_a_prompt_are_averaged_before_the_interval(tmp_path):
+    (tmp_path / "data").mkdir()
+    rows = [
+        {"id": f"set/p{p}/{d}/ovi", "draw": str(d), "method": "ovi", "category": "c", "bound": value, "success": None}
+        for p, d, value in [(0, 0, 1.0), (0, 1, 0.0), (1, 0, 1.0), (1, 1, None)]
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "part-0.parquet")
+    assert read_scores(tmp_path) == {("ovi", "c", "bound"): {"set/p0": 0.5, "set/p1": 1.0}}
 
 
 def test_report_panels_show_prompts_by_methods(tmp_path):
