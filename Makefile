@@ -37,9 +37,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	@for module in benchmarks/*.py; do \
+	$(BIN)/latentmill run-job benchmarks/reference.yaml --output out/bench-reference
+	@for module in $$(grep -l __main__ benchmarks/*.py); do \
 		name=$$(basename $$module .py); \
-		[ $$name = __init__ ] || { echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; }; \
+		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 
 clean:

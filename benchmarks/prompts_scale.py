@@ -49,7 +49,7 @@ def watch(stop: threading.Event, every: float, found: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--reference", required=True)
+    parser.add_argument("--reference", default="out/bench-reference", help="of benchmarks/reference.yaml")
     parser.add_argument("--model")
     parser.add_argument("--method", choices=METHODS, default="direct")
     parser.add_argument("--prompts", type=int, default=100_000)

@@ -3,8 +3,8 @@
 A picture is right if the oracle sees one object in it with both attributes; "color" and "shape" ask for one of the two
 alone. "scene" asks the scene that the picture was drawn from instead of the oracle, "chance" judges random pictures.
 
-latentmill run-job benchmarks/reference.yaml --output benchmarks/work/reference
-python -m benchmarks.search benchmarks/work/reference
+latentmill run-job benchmarks/reference.yaml --output out/bench-reference
+python -m benchmarks.search
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def prompts() -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("reference")
+    parser.add_argument("reference", nargs="?", default="out/bench-reference", help="of benchmarks/reference.yaml")
     arguments = parser.parse_args()
     reference, output = Reference.open(arguments.reference), Output.open(arguments.reference)
     oracle = Oracle.load()
