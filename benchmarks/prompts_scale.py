@@ -21,7 +21,7 @@ from micro import world
 
 METHODS = {
     "direct": {"method": "direct"},
-    "ovi": {"method": "ovi", "steps": 20, "compact": True},
+    "ovi": {"method": "ovi", "compact": True},
 }
 
 
