@@ -224,6 +224,12 @@ def _errors() -> Iterator[None]:
         if type(error).__name__ not in ("RunError", "OutputLocked") or os.environ.get("LATENTMILL_TRACEBACK"):
             raise
         _stop("\n".join([str(error), *getattr(error, "__notes__", [])]), EXIT_INCOMPLETE)
+    except Exception as error:
+        from pipeline.storage import of_a_client
+
+        if not of_a_client(error) or os.environ.get("LATENTMILL_TRACEBACK"):
+            raise
+        _stop(f"{type(error).__name__}: {error}")
 
 
 def _stop(message: str, code: int = EXIT_USAGE) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 from uuid import uuid4
@@ -24,6 +24,24 @@ T = TypeVar("T")
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.2
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+CLIENTS = frozenset({"adlfs", "azure", "gcsfs", "google"})
+"""Packages of store clients whose own exceptions are no OSErrors."""
+
+
+def of_a_client(error: Exception) -> bool:
+    """Whether it is a store client's own exception: the store refused, or credentials are missing."""
+    return type(error).__module__.partition(".")[0] in CLIENTS
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """A store's refusal is an OSError, whichever client tells of it."""
+    try:
+        yield
+    except Exception as error:
+        if not of_a_client(error) or isinstance(error, OSError):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def patiently(action: Callable[[], T]) -> T:
@@ -33,7 +51,8 @@ def patiently(action: Callable[[], T]) -> T:
     """
     for attempt in range(ATTEMPTS):
         try:
-            return action()
+            with _as_os_error():
+                return action()
         except FINAL:
             raise
         except (OSError, TimeoutError) as error:
@@ -66,7 +85,8 @@ class Upload:
         view = memoryview(data)
         if self._abandoned:  # Parquet's writer ends its file once more when it is collected
             return view.nbytes
-        self._handle.write(view)
+        with _as_os_error():
+            self._handle.write(view)
         self._digest.update(view)
         self.size += view.nbytes
         return view.nbytes
@@ -100,7 +120,8 @@ class Upload:
                 self._handle.flush()
                 os.fsync(self._handle.fileno())
         finally:
-            self._handle.close()
+            with _as_os_error():
+                self._handle.close()
 
     def abandon(self) -> None:
         """Close without finishing: an object store keeps nothing, a local disk a part that is to be removed."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +14,11 @@ from pipeline.output import Output, verify
 from pipeline.run import Resources, run
 from pipeline.source import Source
 from tests.faulty import data, run_plain, spec_for
+from tests.weather import weather_before
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
 LINES = [f"line {i}" for i in range(40)]
-
-
-class Weather(BaseHTTPRequestHandler):
-    """Passes requests on; every so often answers 500, or hangs up, before or after the server has acted."""
-
-    protocol_version = "HTTP/1.1"
-    server: Any
-
-    def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        with self.server.guard:
-            self.server.requests += 1
-            turn = self.server.requests % 17 if self.server.stormy else 0
-        if turn == 5:
-            self.send_error(500, "InternalError")
-            return
-        if turn == 9:
-            self.close_connection = True
-            self.connection.close()
-            return
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
-        headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}
-        upstream.request(self.command, self.path, body, headers)
-        answer = upstream.getresponse()
-        content = answer.read()
-        if turn == 13:  # it is done, and nobody hears of it
-            self.close_connection = True
-            self.connection.close()
-            return
-        self.send_response(answer.status)
-        for key, value in answer.getheaders():
-            if key.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
-                self.send_header(key, value)
-        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
-        self.send_header("Content-Length", length or "0")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
 
 
 @pytest.fixture
@@ -74,16 +29,12 @@ def store() -> Iterator[tuple[dict[str, Any], Any]]:
     real = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     real.start()
     port = real.get_host_and_port()[1]
-    proxy: Any = ThreadingHTTPServer(("127.0.0.1", 0), Weather)
-    proxy.behind, proxy.requests, proxy.stormy, proxy.guard = port, 0, False, threading.Lock()
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
     keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
     boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="bucket")
-    options = {"key": "test", "secret": "test", "endpoint_url": f"http://127.0.0.1:{proxy.server_port}",
-               "client_kwargs": {"region_name": "us-east-1"}}  # fmt: skip
-    yield options, proxy
-    proxy.shutdown()
-    proxy.server_close()
+    with weather_before(port) as proxy:
+        address = f"http://127.0.0.1:{proxy.server_port}"
+        client = {"region_name": "us-east-1"}
+        yield {"key": "test", "secret": "test", "endpoint_url": address, "client_kwargs": client}, proxy
     real.stop()
 
 

@@ -1,0 +1,127 @@
+"""The same run against a Google Cloud Storage server, in fair weather and in foul."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import pytest
+
+from pipeline.lock import Lock, OutputLocked
+from pipeline.output import Output, verify
+from pipeline.run import Resources, run
+from pipeline.source import Source
+from pipeline.storage import Folder
+from tests.faulty import data, run_plain, spec_for
+from tests.weather import Weather, weather_before
+
+gcsfs = pytest.importorskip("gcsfs")
+emulator = pytest.importorskip("gcp_storage_emulator.server")
+LINES = [f"line {i}" for i in range(40)]
+
+
+class Google(Weather):
+    """The emulator takes no preconditions; the real service answers 412 to `ifGenerationMatch=0` for what exists."""
+
+    def refusal(self, body: bytes) -> int | None:
+        parts = urlsplit(self.path)
+        if parse_qs(parts.query).get("ifGenerationMatch") != ["0"]:
+            return None
+        bucket = parts.path.split("/b/")[1].split("/")[0]
+        name = json.loads(body[body.index(b"{") : body.index(b"}") + 1])["name"]  # the metadata before the content
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
+        upstream.request("GET", f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
+        return 412 if upstream.getresponse().status == 200 else None
+
+
+@pytest.fixture
+def store() -> Iterator[tuple[dict[str, Any], Any]]:
+    """fsspec options for a bucket behind the weather, and the proxy."""
+    real = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    real.start()
+    with weather_before(real._api._httpd.server_port, Google) as proxy:
+        yield {"token": "anon", "project": "test", "endpoint_url": f"http://127.0.0.1:{proxy.server_port}"}, proxy
+    real.stop()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def test_what_a_commit_needs(store: tuple[dict[str, Any], Any]) -> None:
+    folder = Folder.at("gs://bucket/out", store[0])
+    folder.write("a", b"1")
+    folder.write("a", b"22")
+    assert (folder.read("a"), folder.size("a"), folder.size("none")) == (b"22", 2, None)
+    assert folder.create("new", b"mine")
+    assert not folder.create("new", b"theirs")
+    assert folder.read("new") == b"mine"
+    upload = folder.begin("parts/whole")
+    upload.write(b"x" * 1000)
+    upload.close()
+    left = folder.begin("parts/left")
+    left.write(b"x" * 1000)
+    left.abandon()
+    assert folder.listing("parts") == {"whole": 1000}
+    folder.move("parts/whole", "data/whole")
+    assert (folder.listing("parts"), folder.listing("data")) == ({}, {"whole": 1000})
+    folder.remove("new")
+    folder.remove("new")
+    assert list(folder.names()) == ["a", "data"]
+    lock = Lock(folder)
+    with pytest.raises(OutputLocked):
+        Lock(folder)
+    lock.release()
+    Lock(folder).release()
+
+
+def test_a_refusal_is_told_in_a_sentence(store: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcsfs' own exceptions are no OSErrors, which is what all of the pipeline expects of a store."""
+    monkeypatch.setattr("pipeline.storage.FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(Google, "refusal", lambda self, body: 409)
+    folder = Folder.at("gs://bucket/out", store[0])
+    with pytest.raises(OSError, match="409"):
+        folder.write("a", b"1")
+    upload = folder.begin("b")
+    upload.write(b"x")
+    with pytest.raises(OSError, match="409"):
+        upload.close()
+
+
+def test_the_command_line_keeps_a_client_s_traceback_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+    from gcsfs.retry import HttpError
+
+    from jobs.cli import _errors
+
+    with pytest.raises(typer.Exit), _errors():
+        raise HttpError({"code": 401, "message": "Invalid Credentials"})
+    assert "error: HttpError: Invalid Credentials, 401" in capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any]) -> None:
+    import pyarrow as pa
+
+    options, proxy = store
+    plain = spec_for(tmp_path, LINES)
+    expected = data(run_plain(plain).path)
+    fs = gcsfs.GCSFileSystem(**options)
+    fs.pipe_file("bucket/in/in.txt", Path(plain.source.path[0]).read_bytes())
+    source = Source(("gs://bucket/in/*.txt",), columns={"text": "text"}, storage_options=options)
+    spec = replace(plain, source=source, output="gs://bucket/out", storage_options=options)
+    proxy.stormy = True
+    result = run(spec, resources=Resources(max_workers=2, cpus=0.5))
+    assert (result.state, result.ok) == ("complete", 40)
+    proxy.stormy = False
+    report = verify(spec.output, options, input_options=options)
+    assert report.ok, report.problems
+    assert pa.concat_tables(Output.open(spec.output, options).tables()).combine_chunks().equals(expected)
+    fs.invalidate_cache()
+    assert not [name for name in fs.find("bucket/out") if "/attempts/" in name or name.endswith("lock.json")]
+    fs.rm_file("bucket/out/data/part-00002-of-00004.parquet")
+    again = run(spec, resources=Resources(cpus=0.5))
+    assert (again.state, again.resumed) == ("complete", 3)
+    assert verify(spec.output, options).ok

@@ -1,0 +1,76 @@
+"""Bad weather between a run and an object store."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Weather(BaseHTTPRequestHandler):
+    """Passes requests on; every so often answers 500, or hangs up, before or after the server has acted.
+
+    The server has `behind` (the real server's port), `requests`, `stormy` and `guard`: see `weather_before`.
+    """
+
+    protocol_version = "HTTP/1.1"
+    server: Any
+
+    def refusal(self, body: bytes) -> int | None:
+        """A status that is answered in the real server's place."""
+        return None
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.server.guard:
+            self.server.requests += 1
+            turn = self.server.requests % 17 if self.server.stormy else 0
+        if turn == 5:
+            self.send_error(500, "InternalError")
+            return
+        if turn == 9:
+            self.close_connection = True
+            self.connection.close()
+            return
+        if (refused := self.refusal(body)) is not None:
+            self.send_error(refused)
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
+        headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}
+        upstream.request(self.command, self.path, body, headers)
+        answer = upstream.getresponse()
+        content = answer.read()
+        if turn == 13:  # it is done, and nobody hears of it
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.send_response(answer.status)
+        for key, value in answer.getheaders():
+            if key.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                self.send_header(key, value)
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def weather_before(port: int, handler: type[Weather] = Weather) -> Iterator[Any]:
+    """A proxy before the server at a port of this machine; bad once its `stormy` is set, counts its `requests`."""
+    proxy: Any = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    proxy.behind, proxy.requests, proxy.stormy, proxy.guard = port, 0, False, threading.Lock()
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
