@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,10 @@ def compbench(
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Reference; replaces the job file's.")] = None,
     methods: Annotated[str | None, typer.Option(help="Only these of the job's methods, by name, with commas.")] = None,
+    categories: Annotated[
+        str | None,
+        typer.Option(help="Only these, with commas. Left out: all; of the miniature sets those of T2I-CompBench++."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts a category. Left out: all (300).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Replaces the job file's seed.")] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt; replaces the job file's draws.")] = None,
@@ -35,7 +39,7 @@ def compbench(
     from jobs.jobfile import JobFileError
 
     try:
-        typer.echo(run(output, job, prompts, reference, methods.split(",") if methods else None, limit, seed, draws))
+        typer.echo(run(output, job, prompts, reference, _names(methods), _names(categories), limit, seed, draws))
     except (JobFileError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -43,8 +47,8 @@ def compbench(
 
 def run(
     output: str, job: Path = DEFAULT_JOB, prompts: Path | None = None, reference: str | None = None,
-    methods: list[str] | None = None, limit: int | None = None, seed: int | None = None, draws: int | None = None,
-    address: str | None = None,
+    methods: list[str] | None = None, categories: list[str] | None = None, limit: int | None = None,
+    seed: int | None = None, draws: int | None = None, address: str | None = None,
 ) -> str:  # fmt: skip
     """What the command does; returns its tables in Markdown, which are also written to ``table.md``.
 
@@ -60,7 +64,7 @@ def run(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "prompts.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in read_prompts(prompts, limit))
+    text = "".join(json.dumps(row) + "\n" for row in read_prompts(prompts, limit, categories))
     if not listing.exists() or listing.read_text() != text:
         listing.write_text(text)
     config["input"] = {"path": str(listing), "id": "id"}
@@ -83,6 +87,10 @@ def run(
     return tables
 
 
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
 def _chosen(methods: list[Any], wanted: list[str]) -> list[Any]:
     named = {(one if isinstance(one, str) else one.get("name") or one["method"]): one for one in methods}
     unknown = [name for name in wanted if name not in named]
@@ -91,28 +99,36 @@ def _chosen(methods: list[Any], wanted: list[str]) -> list[Any]:
     return [named[name] for name in wanted]
 
 
-def read_prompts(folder: Path | None, limit: int | None) -> Iterator[dict[str, Any]]:
+def read_prompts(
+    folder: Path | None, limit: int | None, categories: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Rows ``id``, ``category``, ``prompt`` and, of the miniature sets, what is asked.
 
     Args:
         folder: T2I-CompBench++'s: text files of one prompt a line, ``<category>.txt`` or ``<category>_val.txt`` (what
             follows a tab is left out). None: the miniature sets.
         limit: Prompts a category.
+        categories: Only these. None: all; of the miniature sets T2I-CompBench++'s six.
+
+    Raises:
+        ValueError: There are no prompt files, or no such category.
     """
     if folder is None:
         from dataclasses import asdict
 
         from micro import prompts
 
-        for category in prompts.COMPBENCH:
+        for category in categories or prompts.COMPBENCH:
             yield from (asdict(prompt) for prompt in prompts.load(category)[:limit])
         return
-    files = sorted(folder.glob("*_val.txt")) or sorted(folder.glob("*.txt"))
-    if not files:
+    found = sorted(folder.glob("*_val.txt")) or sorted(folder.glob("*.txt"))
+    if not found:
         raise ValueError(f"{folder}: no prompt files (*_val.txt or *.txt) there")
-    for file in files:
-        category = file.stem.removesuffix("_val")
-        lines = [line.split("\t")[0].strip() for line in file.read_text().splitlines()]
+    files = {file.stem.removesuffix("_val"): file for file in found}
+    for category in categories or files:
+        if category not in files:
+            raise ValueError(f"{folder}: no category {category!r}, there are {', '.join(files)}")
+        lines = [line.split("\t")[0].strip() for line in files[category].read_text().splitlines()]
         for number, line in enumerate([line for line in lines if line][:limit]):
             yield {"id": f"{category}-{number}", "category": category, "prompt": line}
 

@@ -181,6 +181,12 @@ def test_real_prompt_files_are_read_by_category(tmp_path):
     miniature = list(read_prompts(None, 2))
     assert len(miniature) == 12
     assert miniature[0]["objects"]
+    assert [row["category"] for row in read_prompts(tmp_path, None, ["spatial"])] == ["spatial"]
+    assert [row["id"] for row in read_prompts(None, 1, ["never", "rare"])] == ["never-000", "rare-000"]
+    with pytest.raises(ValueError, match="no category 'colour', there are color, spatial"):
+        list(read_prompts(tmp_path, None, ["colour"]))
+    with pytest.raises(ValueError, match="no prompt set 'color'"):
+        list(read_prompts(None, None, ["color"]))
     with pytest.raises(ValueError, match="no prompt files"):
         list(read_prompts(tmp_path / "empty", None))
 
