@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` and shell co
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -207,6 +208,8 @@ for _module in registry.modules():
 @contextmanager
 def _errors() -> Iterator[None]:
     """What a user can mend is told in a sentence; anything else is a bug and keeps its traceback."""
+    if not os.environ.get("LATENTMILL_TRACEBACK"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
     try:
         yield
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,15 +91,33 @@ def test_a_refusal_is_told_in_a_sentence(store: tuple[dict[str, Any], Any], monk
         upload.close()
 
 
-def test_the_command_line_keeps_a_client_s_traceback_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_tells_of_a_refusal_in_a_sentence(
+    store: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from typer.testing import CliRunner
+
+    from jobs.cli import app
+
+    monkeypatch.setattr("pipeline.storage.FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(Google, "refusal", lambda self, body: 409)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", store[0]["endpoint_url"])
+    result = CliRunner().invoke(app, ["status", "gs://bucket/out"])
+    assert result.exit_code == 2
+    assert result.output.startswith("error: HttpError: ")  # then what the server says
+    assert "Traceback" not in result.output
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("error", ["gcsfs.retry.HttpError", "builtins.KeyError"])
+def test_only_a_client_s_own_exceptions_lose_their_traceback(error: str) -> None:
     import typer
-    from gcsfs.retry import HttpError
 
     from jobs.cli import _errors
 
-    with pytest.raises(typer.Exit), _errors():
-        raise HttpError({"code": 401, "message": "Invalid Credentials"})
-    assert "error: HttpError: Invalid Credentials, 401" in capsys.readouterr().err
+    module, _, name = error.rpartition(".")
+    raised = getattr(importlib.import_module(module), name)
+    with pytest.raises(typer.Exit if module.startswith("gcsfs") else raised), _errors():
+        raise raised({"code": 401, "message": "Invalid Credentials"})
 
 
 @pytest.mark.fault
