@@ -105,16 +105,15 @@ def main() -> None:
     ids = [row["id"] for row in rows]
     model = setting.bench.vision().eval().requires_grad_(False)
     published_form(model, text_BE[:4], ids[:4], 2)  # warm
-    lines: dict[str, dict[str, float | None]] = {}
+    lines: dict[str, dict[str, Any]] = {}
 
     def note(name: str, z_BE: torch.Tensor, cpu: float, wall: float, steps: float | None, share: float | None) -> None:
         # Time of the process, not of the wall: the machine may be shared, and every line runs on one thread.
-        first = next(iter(lines.values()))["cpu_seconds"] if lines else cpu / len(rows)
-        assert first is not None
+        mine = cpu / len(rows)
         lines[name] = {
-            "cpu_seconds": cpu / len(rows),
+            "cpu_seconds": mine,
             "wall_seconds": wall / len(rows),
-            "speedup": first * len(rows) / cpu,
+            "speedup": next(iter(lines.values()))["cpu_seconds"] / mine if lines else 1.0,
             "steps": steps,
             "true": float(cosine(z_BE, given.true_BE).mean()),
             "text": float(cosine(z_BE, text_BE).mean()),
@@ -126,21 +125,15 @@ def main() -> None:
     batches = [slice(first, first + 64) for first in range(0, len(ids), 64)]
     z_BE = torch.cat([published_form(model, text_BE[batch], ids[batch], 1000) for batch in batches])
     note("published form", z_BE, time.process_time() - busy, time.perf_counter() - started, 1000.0, None)
-    objective = lines["published form"]["text"]
-    assert objective is not None
     warmed = warm(setting, rows, options.donors, options.steps)
-    for name, recipe in {**parts(options.steps), **drifted(objective)}.items():
+    for name, recipe in {**parts(options.steps), **drifted(lines["published form"]["text"])}.items():
         run(recipe.model_copy(update={"steps": 2}), setting, rows[:2])
         busy = time.process_time()
         outcome = run(recipe, setting, warmed if "warm" in name else rows)
         share = outcome.occupancy.share if outcome.occupancy else None
         note(name, outcome.z_BE, time.process_time() - busy, outcome.seconds, outcome.mean("steps"), share)
     RESULTS.mkdir(exist_ok=True)
-    about = {
-        "machine": machine(),
-        "prompts": options.prompts,
-        "lines": lines,
-    }
+    about = {"machine": machine(), "prompts": options.prompts, "lines": lines}
     (RESULTS / "ovi_speed.json").write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Many prompts end to end through `run_job`: rows a second, and the peak memory of the workers.
 
-python -m benchmarks.prompts_scale --reference OUT --method direct --prompts 100000
-python -m benchmarks.prompts_scale --reference OUT --method ovi --prompts 10000
+python -m benchmarks.prompts_scale --method direct --prompts 100000
+python -m benchmarks.prompts_scale --method ovi --prompts 10000
 """
 
 from __future__ import annotations

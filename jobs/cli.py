@@ -80,7 +80,7 @@ def run_job(
 
     if calibrate and not dry_run:
         _stop("--calibrate belongs to --dry-run")
-    with _errors():
+    with errors():
         described = jobfile.load(job, settings or ())
         if dry_run:
             target = output or described.output or "out"
@@ -113,7 +113,7 @@ def status(
     from jobs.run import chain_steps
     from pipeline.output import Output, OutputError
 
-    with _errors():
+    with errors():
         steps = chain_steps(out) or [{"name": "", "output": out}]
         found: dict[str, Any] = {}
         for step in steps:
@@ -158,7 +158,7 @@ def verify(
     from jobs.run import chain_steps
     from pipeline import output as outputs
 
-    with _errors():
+    with errors():
         steps = chain_steps(out) or [{"name": "", "output": out}]
         reports = {step["name"]: outputs.verify(step["output"], checksums=checksums) for step in steps}
     if as_json:
@@ -187,7 +187,7 @@ def report(out: Out) -> None:
     from jobs.report import write_chain_report, write_report
     from jobs.run import chain_steps
 
-    with _errors():
+    with errors():
         steps = chain_steps(out)
         typer.echo(write_chain_report(out) if steps else write_report(out))
 
@@ -206,7 +206,7 @@ for _module in registry.modules():
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """What a user can mend is told in a sentence; anything else is a bug and keeps its traceback."""
     if not os.environ.get("LATENTMILL_TRACEBACK"):
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises

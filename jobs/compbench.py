@@ -36,13 +36,10 @@ def compbench(
     draws: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt; replaces the job file's draws.")] = None,
 ) -> None:
     """Invert, decode and judge a T2I-CompBench++ prompt set by every method, and print the table."""
-    from jobs.jobfile import JobFileError
+    from jobs.cli import errors
 
-    try:
+    with errors():
         typer.echo(run(output, job, prompts, reference, _names(methods), _names(categories), limit, seed, draws))
-    except (JobFileError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def run(
@@ -169,9 +166,10 @@ def _judge(scores: Scores) -> str:
 
 def _by_method(scores: Scores) -> dict[str, dict[str, float]]:
     """Method -> prompt -> what its judge gave, over all categories."""
+    judged = _judge(scores)
     found: dict[str, dict[str, float]] = {}
     for (method, _, score), values in scores.items():
-        if score == _judge(scores):
+        if score == judged:
             found.setdefault(method, {}).update(values)
     return found
 

@@ -319,18 +319,16 @@ def try_concept(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes the GPU where there is one.")] = "auto",
 ) -> None:
     """Draw a sheet: above without a learned concept, below with it, from the same noise."""
-    from pipeline.output import Output, OutputError
+    from jobs.cli import errors
+    from pipeline.output import Output
 
-    try:
+    with errors():
         opened = Output.open(out)
         rows = list(_rows(opened.tables(list(COLUMNS))))
         plain, path = draw_sheet(
             rows, opened.plan["config"], name, prompt, sheet=sheet, without=without, count=count, steps=steps,
             guidance=guidance, seed=seed, model=model, device=device,
         )  # fmt: skip
-    except (OutputError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     typer.echo(f"{path}: above {plain!r}, below {prompt!r}")
 
 

@@ -275,10 +275,10 @@ def commands(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     ) -> None:
         """The rows of a reference nearest to a text or a picture."""
-        from jobs.cli import _errors
+        from jobs.cli import errors
         from jobs.search import find, print_table, write_page
 
-        with _errors():
+        with errors():
             found = find(reference, query, k)
             if page is not None:
                 write_page(page, reference, query, found)

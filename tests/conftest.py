@@ -15,6 +15,8 @@ from jobs import registry
 from jobs.chain import step_model
 from tests.toy_job import Toy
 
+pytest.register_assert_rewrite("tests.weather")  # its checks are asserted in several files
+
 
 @pytest.fixture
 def toy_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Toy]]:

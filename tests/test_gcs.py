@@ -6,24 +6,17 @@ import http.client
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
-from pipeline.lock import Lock, OutputLocked
-from pipeline.output import Output, verify
-from pipeline.run import Resources, run
-from pipeline.source import Source
 from pipeline.storage import Folder
-from tests.faulty import data, run_plain, spec_for
-from tests.weather import Weather, weather_before
+from tests.weather import Weather, check_lock, check_run, weather_before
 
 gcsfs = pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")
-LINES = [f"line {i}" for i in range(40)]
 
 
 class Google(Weather):
@@ -71,11 +64,7 @@ def test_what_a_commit_needs(store: tuple[dict[str, Any], Any]) -> None:
     folder.remove("new")
     folder.remove("new")
     assert list(folder.names()) == ["a", "data"]
-    lock = Lock(folder)
-    with pytest.raises(OutputLocked):
-        Lock(folder)
-    lock.release()
-    Lock(folder).release()
+    check_lock(folder)
 
 
 def test_a_refusal_is_told_in_a_sentence(store: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,35 +101,15 @@ def test_the_command_line_tells_of_a_refusal_in_a_sentence(
 def test_only_a_client_s_own_exceptions_lose_their_traceback(error: str) -> None:
     import typer
 
-    from jobs.cli import _errors
+    from jobs.cli import errors
 
     module, _, name = error.rpartition(".")
     raised = getattr(importlib.import_module(module), name)
-    with pytest.raises(typer.Exit if module.startswith("gcsfs") else raised), _errors():
+    with pytest.raises(typer.Exit if module.startswith("gcsfs") else raised), errors():
         raise raised({"code": 401, "message": "Invalid Credentials"})
 
 
 @pytest.mark.fault
 def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any]) -> None:
-    import pyarrow as pa
-
     options, proxy = store
-    plain = spec_for(tmp_path, LINES)
-    expected = data(run_plain(plain).path)
-    fs = gcsfs.GCSFileSystem(**options)
-    fs.pipe_file("bucket/in/in.txt", Path(plain.source.path[0]).read_bytes())
-    source = Source(("gs://bucket/in/*.txt",), columns={"text": "text"}, storage_options=options)
-    spec = replace(plain, source=source, output="gs://bucket/out", storage_options=options)
-    proxy.stormy = True
-    result = run(spec, resources=Resources(max_workers=2, cpus=0.5))
-    assert (result.state, result.ok) == ("complete", 40)
-    proxy.stormy = False
-    report = verify(spec.output, options, input_options=options)
-    assert report.ok, report.problems
-    assert pa.concat_tables(Output.open(spec.output, options).tables()).combine_chunks().equals(expected)
-    fs.invalidate_cache()
-    assert not [name for name in fs.find("bucket/out") if "/attempts/" in name or name.endswith("lock.json")]
-    fs.rm_file("bucket/out/data/part-00002-of-00004.parquet")
-    again = run(spec, resources=Resources(cpus=0.5))
-    assert (again.state, again.resumed) == ("complete", 3)
-    assert verify(spec.output, options).ok
+    check_run(tmp_path, "gs", gcsfs.GCSFileSystem(**options), options, proxy)

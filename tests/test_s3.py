@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.lock import OutputLocked
-from pipeline.output import Output, verify
-from pipeline.run import Resources, run
-from pipeline.source import Source
-from tests.faulty import data, run_plain, spec_for
-from tests.weather import weather_before
+from pipeline.storage import Folder
+from tests.weather import check_lock, check_run, weather_before
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
-LINES = [f"line {i}" for i in range(40)]
 
 
 @pytest.fixture
@@ -40,41 +34,13 @@ def store() -> Iterator[tuple[dict[str, Any], Any]]:
 
 @pytest.mark.fault
 def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any]) -> None:
-    import pyarrow as pa
     import s3fs
 
     options, proxy = store
-    plain = spec_for(tmp_path, LINES)
-    expected = data(run_plain(plain).path)
     fs = s3fs.S3FileSystem(**options)
-    fs.pipe_file("bucket/in/in.txt", Path(plain.source.path[0]).read_bytes())
-    source = Source(("s3://bucket/in/*.txt",), columns={"text": "text"}, storage_options=options)
-    spec = replace(plain, source=source, output="s3://bucket/out", storage_options=options)
-    proxy.stormy = True
-    result = run(spec, resources=Resources(max_workers=2, cpus=0.5))
-    assert (result.state, result.ok) == ("complete", 40)
-    assert proxy.requests > 60
-    report = verify(spec.output, options, input_options=options)
-    assert report.ok, report.problems
-    assert pa.concat_tables(Output.open(spec.output, options).tables()).combine_chunks().equals(expected)
-    proxy.stormy = False
-    fs.invalidate_cache()
-    assert not [name for name in fs.find("bucket/out") if "/attempts/" in name or name.endswith("lock.json")]
+    check_run(tmp_path, "s3", fs, options, proxy)
     assert "secret" not in fs.cat_file("bucket/out/_latentmill/plan.json").decode()
-    fs.rm_file("bucket/out/data/part-00002-of-00004.parquet")
-    assert not verify(spec.output, options).ok
-    again = run(spec, resources=Resources(cpus=0.5))
-    assert (again.state, again.resumed) == ("complete", 3)
-    assert verify(spec.output, options).ok
 
 
 def test_lock_on_a_store(store: tuple[dict[str, Any], Any]) -> None:
-    from pipeline.lock import Lock
-    from pipeline.storage import Folder
-
-    folder = Folder.at("s3://bucket/locked", store[0])
-    lock = Lock(folder)
-    with pytest.raises(OutputLocked):
-        Lock(folder)
-    lock.release()
-    Lock(folder).release()
+    check_lock(Folder.at("s3://bucket/locked", store[0]))

@@ -1,4 +1,4 @@
-"""Bad weather between a run and an object store."""
+"""Bad weather between a run and an object store, and what has to hold in it whatever the store."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ import http.client
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.lock import Lock, OutputLocked
+from pipeline.output import Output, verify
+from pipeline.run import Resources, run
+from pipeline.source import Source
+from pipeline.storage import Folder
+from tests.faulty import data, run_plain, spec_for
 
 
 class Weather(BaseHTTPRequestHandler):
@@ -74,3 +86,42 @@ def weather_before(port: int, handler: type[Weather] = Weather) -> Iterator[Any]
     finally:
         proxy.shutdown()
         proxy.server_close()
+
+
+def check_run(tmp_path: Path, scheme: str, fs: Any, options: dict[str, Any], proxy: Any) -> None:
+    """A run in a storm writes into the bucket what it writes to a disk, leaves nothing else, and repairs a loss.
+
+    Args:
+        scheme: ``s3`` or ``gs``.
+        fs: The bucket's filesystem; `options` are its.
+        proxy: What `weather_before` gave.
+    """
+    plain = spec_for(tmp_path, [f"line {i}" for i in range(40)])
+    expected = data(run_plain(plain).path)
+    fs.pipe_file("bucket/in/in.txt", Path(plain.source.path[0]).read_bytes())
+    source = Source((f"{scheme}://bucket/in/*.txt",), columns={"text": "text"}, storage_options=options)
+    spec = replace(plain, source=source, output=f"{scheme}://bucket/out", storage_options=options)
+    proxy.stormy = True
+    result = run(spec, resources=Resources(max_workers=2, cpus=0.5))
+    assert (result.state, result.ok) == ("complete", 40)
+    assert proxy.requests > 60
+    report = verify(spec.output, options, input_options=options)
+    assert report.ok, report.problems
+    assert pa.concat_tables(Output.open(spec.output, options).tables()).combine_chunks().equals(expected)
+    proxy.stormy = False
+    fs.invalidate_cache()
+    assert not [name for name in fs.find("bucket/out") if "/attempts/" in name or name.endswith("lock.json")]
+    fs.rm_file("bucket/out/data/part-00002-of-00004.parquet")
+    assert not verify(spec.output, options).ok
+    again = run(spec, resources=Resources(cpus=0.5))
+    assert (again.state, again.resumed) == ("complete", 3)
+    assert verify(spec.output, options).ok
+
+
+def check_lock(folder: Folder) -> None:
+    """One run at a time holds a folder."""
+    lock = Lock(folder)
+    with pytest.raises(OutputLocked):
+        Lock(folder)
+    lock.release()
+    Lock(folder).release()
