@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -167,10 +168,10 @@ class Output:
             return
         pending = iter(names)
         with ThreadPoolExecutor(READERS) as pool:
-            window = [pool.submit(load, name) for name, _ in zip(pending, range(READERS), strict=False)]
+            window = deque(pool.submit(load, name) for name in islice(pending, READERS))
             while window:
-                yield window.pop(0).result()
-                window.extend(pool.submit(load, name) for name, _ in zip(pending, range(1), strict=False))
+                yield window.popleft().result()
+                window.extend(pool.submit(load, name) for name in islice(pending, 1))
 
     def locate(self, record: Record, listed: Mapping[str, Mapping[str, int]] | None = None) -> str | None:
         """Where a record's file is: published, or still an attempt; None if it is nowhere or has another size.

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import pytest
 
 from pipeline.storage import Folder
-from tests.weather import Weather, check_lock, check_run, weather_before
+from tests.weather import SHARDS, Weather, check_lock, check_run, check_shards, weather_before
 
 gcsfs = pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")
@@ -34,8 +34,9 @@ class Google(Weather):
 
 
 @pytest.fixture
-def store() -> Iterator[tuple[dict[str, Any], Any]]:
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], Any]]:
     """fsspec options for a bucket behind the weather, and the proxy."""
+    monkeypatch.setattr(emulator.RequestHandler, "disable_nagle_algorithm", True)
     real = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     real.start()
     with weather_before(real._api._httpd.server_port, Google) as proxy:
@@ -113,3 +114,9 @@ def test_only_a_client_s_own_exceptions_lose_their_traceback(error: str) -> None
 def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any]) -> None:
     options, proxy = store
     check_run(tmp_path, "gs", gcsfs.GCSFileSystem(**options), options, proxy)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("shards", SHARDS)
+def test_any_number_of_shards(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any], shards: int) -> None:
+    check_shards(tmp_path, "gs", store[0], shards)

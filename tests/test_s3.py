@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.storage import Folder
-from tests.weather import check_lock, check_run, weather_before
+from tests.weather import SHARDS, check_lock, check_run, check_shards, weather_before
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -44,3 +44,9 @@ def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict
 
 def test_lock_on_a_store(store: tuple[dict[str, Any], Any]) -> None:
     check_lock(Folder.at("s3://bucket/locked", store[0]))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("shards", SHARDS)
+def test_any_number_of_shards(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any], shards: int) -> None:
+    check_shards(tmp_path, "s3", store[0], shards)

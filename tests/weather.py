@@ -29,6 +29,7 @@ class Weather(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the client's acknowledgement of its headers
     server: Any
 
     def refusal(self, body: bytes) -> int | None:
@@ -116,6 +117,28 @@ def check_run(tmp_path: Path, scheme: str, fs: Any, options: dict[str, Any], pro
     again = run(spec, resources=Resources(cpus=0.5))
     assert (again.state, again.resumed) == ("complete", 3)
     assert verify(spec.output, options).ok
+
+
+SHARDS = (1, 16, 17, 45, 300)
+"""Counts of shards around the number of records that are read at once, and well beyond it."""
+
+
+def check_shards(tmp_path: Path, scheme: str, options: dict[str, Any], shards: int) -> None:
+    """A run of so many shards completes on a store at its first start, and starting it again finds all of it done.
+
+    Every record is seen by whoever reads them; and a survey of a whole dataset takes nothing of it away.
+    """
+    spec = spec_for(tmp_path, [f"line {i}" for i in range(shards)], shard_rows=1)
+    spec = replace(spec, output=f"{scheme}://bucket/out-{shards}", storage_options=options)
+    for resumed in (0, shards):
+        result = run(spec, resources=Resources(max_workers=2, cpus=0.5))
+        assert (result.state, result.ok, result.resumed) == ("complete", shards, resumed), result.reason
+        output = Output.open(spec.output, options)
+        assert [record.shard for record in output.records()] == list(range(shards))
+        assert pa.concat_tables(output.tables(["text"]))["text"].to_pylist() == [f"line {i}" for i in range(shards)]
+        assert output.folder.exists("_SUCCESS")
+    report = verify(spec.output, options)
+    assert (report.ok, report.found) == (True, shards), report.problems
 
 
 def check_lock(folder: Folder) -> None:
