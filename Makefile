@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(READY)
-	$(BIN)/latentmill run-job jobs/quickstart.yaml --output $(OUT)
+	$(BIN)/latentmill run-job jobs/examples/quickstart.yaml --output $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -37,10 +37,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/latentmill run-job benchmarks/reference.yaml --output out/bench-reference
-	@for module in $$(grep -l __main__ benchmarks/*.py); do \
-		name=$$(basename $$module .py); \
-		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
+	$(BIN)/latentmill run-job benchmarks/index/reference.yaml --output out/bench-reference
+	@for module in $$(grep -l __main__ benchmarks/*/*.py); do \
+		name=$$(echo $${module%.py} | tr / .); \
+		echo "== $$name"; $(BIN)/python -m $$name || exit 1; \
 	done
 
 clean:

@@ -1,5 +1,5 @@
 """``python -m jobs`` is the command ``latentmill``."""
 
-from jobs.cli import main
+from jobs.commands.cli import main
 
 main()

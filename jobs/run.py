@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import jobfile
-from jobs.config import Job, JobBase
-from jobs.jobfile import JobFileError
-from pipeline.progress import Progress
+from jobs.schema import reading as jobfile
+from jobs.schema.base import Job, JobBase
+from jobs.schema.reading import JobFileError
+from pipeline.run.progress import Progress
 
 if TYPE_CHECKING:
-    from jobs.chain import Chain
-    from pipeline.run import Calibration, Plan, RunSpec
+    from jobs.kinds.chain import Chain
+    from pipeline.run.driver import Calibration, Plan, RunSpec
 
 OnProgress = Callable[[Progress], None]
 CHAIN_FILE = "chain.json"
@@ -65,7 +65,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class Session:
-    """What a running job may use; handed to `jobs.config.Job.execute`."""
+    """What a running job may use; handed to `jobs.schema.base.Job.execute`."""
 
     output: str
     address: str | None = None
@@ -79,7 +79,7 @@ class Session:
 
     def run_rows(self, job: JobBase) -> JobResult:
         """Map the job's rows through its stage; then its own finish, and the report."""
-        from pipeline.run import run
+        from pipeline.run.driver import run
 
         ended = run(
             run_spec(job, self.output, self.limit),
@@ -91,7 +91,7 @@ class Session:
             title=f"{Path(self.output.rstrip('/')).name} ({job.job})",
             description=description(job),
         )
-        from jobs.report import write_report
+        from jobs.page.report import write_report
 
         return JobResult(
             job=job.job,
@@ -111,7 +111,7 @@ class Session:
 
     def run_chain(self, chain: Chain) -> JobResult:
         """Run the steps in order; stop at the first that does not complete."""
-        from jobs.report import write_chain_report
+        from jobs.page.report import write_chain_report
 
         started = time.monotonic()
         steps = list(chain.named_steps(self.output))
@@ -151,8 +151,8 @@ class Session:
 @contextmanager
 def _one_ray(address: str | None, steps: Sequence[Job]) -> Iterator[None]:
     """One Ray for all steps of a chain; none where every step is complete already."""
-    from pipeline.cluster import ClusterError, connected
-    from pipeline.run import RunError
+    from pipeline.run.cluster import ClusterError, connected
+    from pipeline.run.driver import RunError
 
     cpus = max((step.resources.cpus for step in steps if isinstance(step, JobBase)), default=1.0)
     with ExitStack() as stack:
@@ -182,12 +182,12 @@ def run_job(
             connected to, else a local one that starts and stops with this call.
         limit: Only the first so many rows.
         overrides: ``key=value`` settings that replace what `config` says; not for a job model.
-        progress: Called with a `pipeline.progress.Progress` about twice a second.
+        progress: Called with a `pipeline.run.progress.Progress` about twice a second.
 
     Raises:
         JobFileError: The job cannot be used; the message names the key.
         ValueError: The input, the output folder or the models do not fit; the message says which.
-        pipeline.run.RunError: No Ray, no workers, or the stage cannot be built.
+        pipeline.run.driver.RunError: No Ray, no workers, or the stage cannot be built.
     """
     job = config if isinstance(config, Job) else jobfile.load(_readable(config), overrides)
     target = output or job.output
@@ -202,7 +202,7 @@ def _readable(config: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str
 
 def run_spec(job: JobBase, output: str, limit: int | None = None) -> RunSpec:
     """All that decides which bytes the job writes."""
-    from pipeline.run import RunSpec
+    from pipeline.run.driver import RunSpec
 
     return RunSpec(
         stage=job.stage(),
@@ -288,9 +288,9 @@ def plan_job(
     Args:
         calibrate_rows: Time so many rows on one worker; 0 for none.
     """
-    from jobs.chain import Chain
-    from pipeline.run import calibrate, make_plan
-    from pipeline.source import SourceError
+    from jobs.kinds.chain import Chain
+    from pipeline.input.source import SourceError
+    from pipeline.run.driver import calibrate, make_plan
 
     steps = list(job.named_steps(output)) if isinstance(job, Chain) else [(job.job, job)]
     for number, (name, step) in enumerate(steps):

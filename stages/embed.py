@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from index.gaussian import Accumulator
-from pipeline.spec import Column, Row, StageInfo, batches, failed, ok
-from stages.clip import ImageEncoder, embedding_width, identity
+from pipeline.contract import Column, Row, StageInfo, batches, failed, ok
+from stages.models.clip import ImageEncoder, embedding_width, identity
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,17 +11,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs import registry
-from jobs.chain import step_model
-from tests.toy_job import Toy
+from jobs.kinds.chain import step_model
+from jobs.schema import registry
+from tests.support.toy_job import Toy
 
-pytest.register_assert_rewrite("tests.weather")  # its checks are asserted in several files
+pytest.register_assert_rewrite("tests.support.weather")  # its checks are asserted in several files
 
 
 @pytest.fixture
 def toy_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Toy]]:
     """The kind ``toy``, registered for one test."""
-    monkeypatch.setitem(registry.KINDS, "toy", "tests.toy_job:Toy")
+    monkeypatch.setitem(registry.KINDS, "toy", "tests.support.toy_job:Toy")
     step_model.cache_clear()
     yield Toy
     step_model.cache_clear()

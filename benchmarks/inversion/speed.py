@@ -1,0 +1,125 @@
+"""Images a second of the batched engine: beside the same method one image at a time, and in static batches.
+
+    python -m benchmarks.inversion.speed [--pictures 96] [--slots 32]
+
+Static batches are of two kinds: ``lockstep``, as inversion is usually written, where a batch stands at one timestep and
+goes on when its slowest row is done with it; and ``static``, where rows climb on their own and only the next batch
+waits. The same code and the same pictures (world scenes, photographs and their tiles, mixed), in turns, one thread; the
+time of encoding and captions, which all share, is left out, and so is regeneration. The result must not depend on the
+company. Writes benchmarks/inversion/results/inversion_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+import micro
+from benchmarks.inversion.table import photograph_rows, world_rows
+from benchmarks.ovi.setting import RESULTS, machine
+from pipeline.contract import Row, batches
+from stages.engine.solver import Occupancy, solve
+from stages.inversion.engine import InversionProblem
+from stages.inversion.settings import DdimMethod, FixedPointMethod, InversionMethod, LboMethod
+from stages.inversion.stage import InvertImages, rule_of
+from stages.models.unet import LatentDiffusion, read_geometry
+
+METHODS: tuple[InversionMethod, ...] = (
+    DdimMethod(),
+    FixedPointMethod(name="fixed-point-3", iterations=3),
+    FixedPointMethod(name="anderson-1e-3", iterations=9, acceleration="anderson", tolerance=1e-3),
+    LboMethod(name="lbo"),
+    LboMethod(name="lbo-1e-4", tolerance=1e-4),
+)
+
+
+class Lockstep(InversionProblem):
+    """A batch that shares one timestep: rows that are done with it wait for the others."""
+
+    def step(self) -> torch.Tensor:
+        loaded_B = self.active_B
+        self.active_B = loaded_B & (self.k_B == self.k_B[loaded_B].min())
+        waiting_B = loaded_B & ~self.active_B
+        finished_B = super().step()
+        self.active_B = self.active_B | waiting_B
+        return finished_B
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--alone", type=int, default=12, help="pictures of the turn one at a time")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = str(micro.MODELS / "stable-diffusion")
+    model, geometry = LatentDiffusion.load(path), read_geometry(path)
+    photographs = photograph_rows(4)
+    rows = world_rows(options.pictures - len(photographs)) + photographs
+    order = np.random.default_rng(0).permutation(len(rows))
+    stage = InvertImages.from_loaded(model, geometry, METHODS, steps=options.steps, slots=options.slots)
+    ready = list(stage._prepared(METHODS[0], [rows[i] for i in order], {}))
+    looked_at = {row["id"] for row in ready[:16]}
+    found: dict[str, Any] = {}
+    for method in METHODS:
+
+        def problem(
+            slots: int, kind: type[InversionProblem] = InversionProblem, method: InversionMethod = method
+        ) -> InversionProblem:
+            return kind(
+                stage.predict, stage.schedule, rule_of(method), slots=slots, latent_shape=geometry.latent_shape,
+                device=stage.device,
+            )  # fmt: skip
+
+        def static(
+            some: Iterable[Row], occupancy: Occupancy, kind: type[InversionProblem] = InversionProblem,
+            make: Any = problem,
+        ) -> Iterator[Row]:  # fmt: skip
+            held = make(options.slots, kind)
+            for batch in batches(some, options.slots):
+                yield from solve(held, batch, occupancy=occupancy)
+
+        ways: dict[str, tuple[list[Row], Callable[[list[Row], Occupancy], Iterable[Row]]]] = {
+            "one at a time": (ready[: options.alone], lambda s, o, make=problem: solve(make(1), s, occupancy=o)),
+            "lockstep": (ready, partial(static, kind=Lockstep)),
+            "static": (ready, static),
+            "engine": (ready, lambda s, o, make=problem: solve(make(options.slots), s, occupancy=o)),
+        }
+        found[method.label] = {}
+        seeds: dict[str, dict[str, torch.Tensor]] = {}
+        for name, (some, way) in ways.items():
+            occupancy = Occupancy()
+            began = time.process_time()
+            done = list(way(some, occupancy))
+            seconds = (time.process_time() - began) / len(some)
+            seeds[name] = {row["id"]: row["seed"] for row in done}
+            judged = [row for row in done if row["id"] in looked_at]
+            truth_BCHW = torch.stack([row["z"] for row in judged])
+            mse = float((stage._regenerated(method, judged) - truth_BCHW).square().mean())
+            found[method.label][name] = {
+                "cpu_seconds_an_image": seconds, "images_a_second": 1 / seconds, "pictures": len(some),
+                "occupancy": occupancy.share, "passes": float(np.mean([row["forwards"] for row in done])),
+                "latent_mse": mse,
+            }  # fmt: skip
+        own = found[method.label]
+        for name in ("one at a time", "lockstep", "static"):
+            own[name]["engine_is_faster_by"] = own[name]["cpu_seconds_an_image"] / own["engine"]["cpu_seconds_an_image"]
+            shared = seeds[name].keys() & seeds["engine"].keys()
+            own[name]["largest_difference_of_seeds"] = max(
+                float((seeds[name][i] - seeds["engine"][i]).abs().max()) for i in shared
+            )
+        print(method.label, json.dumps(own), flush=True)
+    note = {"machine": machine(), "steps": options.steps, "slots": options.slots, "methods": found}
+    (RESULTS / "inversion_speed.json").write_text(json.dumps(note, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""The command ``latentmill``: a plain Typer app over `jobs.run` and `pipeline.output.dataset`.
+
+Nothing heavy is imported before a command runs, so that ``--help`` and shell completion answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.schema import registry
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jobs.run import JobResult
+
+EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="latentmill",
+    help="Invert whole datasets through frozen generative models. A job file in, a sharded Parquet dataset out.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="A stopped or killed run goes on where it was when the same command is started again.",
+)
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")]
+
+
+def _job_files(incomplete: str) -> list[str]:
+    """Shell completion: YAML files and folders."""
+    folder = Path(incomplete).parent
+    found = [path for path in folder.glob("*") if path.suffix in (".yaml", ".yml") or path.is_dir()]
+    return [str(path) for path in found if str(path).startswith(incomplete)]
+
+
+@app.command()
+def run_job(
+    job: Annotated[
+        Path, typer.Argument(metavar="JOB.yaml", help="The job file.", autocompletion=_job_files, show_default=False)
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder of the dataset; replaces the job's `output`.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Replace one setting; may be repeated.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray: auto, host:port or ray://host:port. Without it, one starts for this run."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="With --dry-run: time a sample, and estimate time and cost.")
+    ] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Rows that --calibrate times.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Run a job, or resume it: [bold]latentmill run-job JOB.yaml --output OUT[/bold].
+
+    Exit code 0 means that every planned row is committed and published; 1 that it is not; 2 that the job cannot be
+    used as it is; 130 that it was interrupted, and goes on when started again.
+    """
+    from dataclasses import asdict
+
+    from jobs import run as runner
+    from jobs.commands import planned, progress
+    from jobs.schema import reading as jobfile
+
+    if calibrate and not dry_run:
+        _stop("--calibrate belongs to --dry-run")
+    with errors():
+        described = jobfile.load(job, settings or ())
+        if dry_run:
+            target = output or described.output or "out"
+            rows = sample if calibrate else 0
+            plans = list(runner.plan_job(described, target, address=address, limit=limit, calibrate_rows=rows))
+            typer.echo(json.dumps([dry.to_json() for dry in plans])) if as_json else planned.show(plans)
+            return
+        with progress.shown() as callback:
+            result = runner.run_job(described, output=output, address=address, limit=limit, progress=callback)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+    else:
+        _print_result(result, described.job)
+    if result.state == "interrupted":
+        _err().print(f"Stopped. To go on: [bold]latentmill {_again()}[/bold]", soft_wrap=True)
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if result.state != "complete":
+        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+@app.command()
+def status(
+    out: Out,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """How far a run is; works from any shell that can read the folder."""
+    from dataclasses import asdict
+
+    from jobs.commands.progress import duration, line
+    from jobs.run import chain_steps
+    from pipeline.output.dataset import Output, OutputError
+
+    with errors():
+        steps = chain_steps(out) or [{"name": "", "output": out}]
+        found: dict[str, Any] = {}
+        for step in steps:
+            try:
+                found[step["name"]] = Output.open(step["output"]).status()
+            except OutputError:
+                if len(steps) == 1:
+                    raise
+                found[step["name"]] = None
+    if as_json:
+        plain = {name: None if state is None else asdict(state) for name, state in found.items()}
+        typer.echo(json.dumps(plain if len(steps) > 1 else next(iter(plain.values()))))
+        return
+    for name, state in found.items():
+        prefix = f"{name}: " if name else ""
+        if state is None:
+            typer.echo(f"{prefix}not started")
+            continue
+        told = line(state.progress)
+        typer.echo(prefix + (told if told.startswith(state.state) else f"{state.state}: {told}"))
+        if state.holder:
+            holder = state.holder
+            typer.echo(f"  held by {holder.get('host')} (pid {holder.get('pid')})")
+        for reason, count in list(state.errors.items())[:5]:
+            typer.echo(f"  {count:,} x {_printable(reason)}")
+        if state.progress.seconds_left and state.state == "running":
+            typer.echo(f"  about {duration(state.progress.seconds_left)} left")
+
+
+@app.command()
+def verify(
+    out: Out,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    checksums: Annotated[bool, typer.Option(help="Also compare every file's digest with its record.")] = True,
+) -> None:
+    """Read the whole output: every planned id exactly once, in files that match their records?
+
+    Exit code 0 means yes.
+    """
+    from dataclasses import asdict
+
+    from jobs.run import chain_steps
+    from pipeline.output import dataset as outputs
+
+    with errors():
+        steps = chain_steps(out) or [{"name": "", "output": out}]
+        reports = {step["name"]: outputs.verify(step["output"], checksums=checksums) for step in steps}
+    if as_json:
+        plain = {name: asdict(report) for name, report in reports.items()}
+        everything = {"ok": all(report.ok for report in reports.values()), "steps": plain}
+        typer.echo(json.dumps(everything if len(steps) > 1 else next(iter(plain.values()))))
+    else:
+        for name, report in reports.items():
+            prefix = f"{name}: " if name else ""
+            verdict = "ok" if report.ok else "NOT OK"
+            typer.echo(
+                f"{prefix}{verdict}: {report.planned:,} rows planned, {report.found:,} found "
+                f"({report.rows_ok:,} ok, {report.rows_failed:,} failed)"
+            )
+            for problem in report.problems:
+                typer.echo(f"  {_printable(problem)}")
+            for name in report.foreign:
+                typer.echo(f"  foreign file: {_printable(name)}")
+    if not all(report.ok for report in reports.values()):
+        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+@app.command()
+def report(out: Out) -> None:
+    """Write OUT/report.html again: one page that works offline."""
+    from jobs.page.report import write_chain_report, write_report
+    from jobs.run import chain_steps
+
+    with errors():
+        steps = chain_steps(out)
+        typer.echo(write_chain_report(out) if steps else write_report(out))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of job files; editors complete and check from it."""
+    from jobs.schema.json_schema import job_schema
+
+    typer.echo(json.dumps(job_schema(), indent=2))
+
+
+for _module in registry.modules():
+    if hasattr(_module, "commands"):
+        _module.commands(app)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """What a user can mend is told in a sentence; anything else is a bug and keeps its traceback."""
+    if not os.environ.get("LATENTMILL_TRACEBACK"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop("interrupted", EXIT_INTERRUPTED)
+    except ModuleNotFoundError as error:
+        extra = {"faiss": "cpu (or gpu)", "s3fs": "s3", "gcsfs": "gcs"}.get(error.name or "")
+        if extra is None:
+            raise
+        _stop(f"{error.name} is not installed: pip install 'latentmill[{extra.split()[0]}]'")
+    except (ValueError, OSError) as error:
+        if os.environ.get("LATENTMILL_TRACEBACK"):
+            raise
+        _stop("\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])]))
+    except RuntimeError as error:
+        if type(error).__name__ not in ("RunError", "OutputLocked") or os.environ.get("LATENTMILL_TRACEBACK"):
+            raise
+        _stop("\n".join([str(error), *getattr(error, "__notes__", [])]), EXIT_INCOMPLETE)
+    except Exception as error:
+        from pipeline.storage import of_a_client
+
+        if not of_a_client(error) or os.environ.get("LATENTMILL_TRACEBACK"):
+            raise
+        _stop(f"{type(error).__name__}: {error}")
+
+
+def _stop(message: str, code: int = EXIT_USAGE) -> None:
+    from rich.text import Text
+
+    _err().print(Text.assemble(("error: ", "bold red"), _printable(message)), soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _err() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def _printable(text: str) -> str:
+    """Rows are untrusted: no control characters reach the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+def _again() -> str:
+    import shlex
+
+    return " ".join(shlex.quote(argument) for argument in sys.argv[1:])
+
+
+def _print_result(result: JobResult, kind: str) -> None:
+    from jobs.commands.progress import duration
+
+    style = {"complete": "green", "interrupted": "yellow"}.get(result.state, "red")
+    console = _err()
+    console.print(
+        f"[bold {style}]{result.state}[/]  {result.planned:,} rows: {result.ok:,} ok, {result.failed:,} failed"
+        f"  ({duration(result.seconds)}, {kind})",
+        soft_wrap=True,
+    )
+    if result.reason:
+        console.print(f"  {_printable(result.reason)}", markup=False, soft_wrap=True)
+    for reason, count in list(result.errors.items())[:5]:
+        console.print(f"  {count:,} x {_printable(reason)}", markup=False, soft_wrap=True)
+    if result.report:
+        typer.echo(f"report: {result.report}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="latentmill")

@@ -1,0 +1,99 @@
+"""What ``--dry-run`` shows: the plan of each step, and with ``--calibrate`` what it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from jobs.commands.progress import duration
+
+if TYPE_CHECKING:
+    from jobs.run import DryRun
+    from pipeline.run.driver import Plan
+
+
+def show(plans: Sequence[DryRun]) -> None:
+    """Print a block for each step."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    for dry in plans:
+        table = Table(title=f"{dry.name} -> {dry.output}", title_justify="left", show_header=False, box=None)
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        for name, text in facts(dry):
+            table.add_row(name, Text(text))
+        Console().print(table)
+
+
+def facts(dry: DryRun) -> Iterator[tuple[str, str]]:
+    """Name and text of each line."""
+    if dry.plan is None:
+        yield "plan", dry.why
+    else:
+        yield from _planned(dry, dry.plan)
+    yield "workers", _workers(dry)
+    if dry.calibration is None or dry.seconds is None or dry.workers is None or dry.worker_hours is None:
+        return
+    timed = dry.calibration
+    yield "sample", f"{count(timed.rows, 'row')} in {duration(timed.seconds)}, {timed.failed} failed"
+    yield "a row", f"{short(timed.seconds_per_row)}, {size(timed.bytes_per_row)}"
+    fits = "" if timed.fits >= dry.workers else f" ({timed.fits} fit at present)"
+    hours = f"{dry.worker_hours:.2g} worker-hours"
+    yield "time", f"about {duration(dry.seconds)} on {count(dry.workers, 'worker')}{fits}, {hours}"
+    yield "cost", "set resources.price_per_worker_hour" if dry.cost is None else f"about {price(dry.cost)}"
+
+
+def _planned(dry: DryRun, plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "rows", f"{plan.rows:,}"
+    yield "shards", f"{plan.shards:,} of {dry.job.shard_rows:,} rows"
+    bulk = f"{count(plan.files, 'file')}, {size(plan.input_bytes)}, " if plan.input_bytes else ""
+    yield "input", f"{bulk}{plan.format}"
+    yield "columns", ", ".join(plan.columns)
+    for role, model in plan.models.items():
+        yield f"model: {role}", str(model.get("path", ""))
+    if dry.calibration is None:
+        yield "output", f"about {size(plan.estimated_bytes)}, going by the columns' types"
+    else:
+        yield "output", f"about {size(dry.calibration.bytes_per_row * plan.rows)}, going by the sample"
+    yield "fingerprint", plan.fingerprint
+
+
+def _workers(dry: DryRun) -> str:
+    pool = dry.job.resources
+    least, most = pool.workers.min, pool.workers.max
+    bounds = f"{least}" if least == most else f"{least} to {most or 'as many as fit'}"
+    each = [f"{pool.cpus:g} CPU", f"{pool.gpus:g} GPU" if pool.gpus else "", size(pool.memory) if pool.memory else ""]
+    idle = ""
+    if dry.plan is not None and dry.plan.shards < (most or least):
+        idle = f"; {count(dry.plan.shards, 'shard')} keep{'s' * (dry.plan.shards == 1)} no more than that busy"
+        idle += ": lower shard_rows"
+    return f"{bounds}, each {', '.join(filter(None, each))}{idle}"
+
+
+def count(number: int, thing: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def short(seconds: float) -> str:
+    """A time that may be far below a second: ``83 us``, ``5.9 ms``, else as `duration`."""
+    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
+        if seconds < limit:
+            return f"{seconds * factor:.3g} {unit}"
+    return duration(seconds)
+
+
+def price(amount: float) -> str:
+    """Two digits after the point, or two that count if it is less than one."""
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
+
+
+def size(amount: float) -> str:
+    """``3.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"

@@ -1,0 +1,111 @@
+"""Progress for people: one live line on a terminal, a plain line every 30 seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from pipeline.run.progress import Progress
+
+PLAIN_INTERVAL = 30.0
+_BAR = 20
+
+
+def duration(seconds: float) -> str:
+    """``4.2 s``, ``3 min 05 s``, ``2 h 10 min``, ``3 d 04 h``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"
+
+
+def rate(rows_per_second: float) -> str:
+    """Rows a second, or a minute where they are slow."""
+    if rows_per_second >= 1 or rows_per_second == 0:
+        return f"{rows_per_second:,.0f} rows/s" if rows_per_second >= 10 else f"{rows_per_second:.1f} rows/s"
+    return f"{rows_per_second * 60:.1f} rows/min"
+
+
+def line(snapshot: Progress) -> str:
+    """A snapshot in words."""
+    if snapshot.phase in ("planning", "starting") and not snapshot.rows:
+        return f"{snapshot.phase} ..."
+    settled = snapshot.rows_ok + snapshot.rows_failed + snapshot.rows_active
+    share = settled / snapshot.rows if snapshot.rows else 1.0
+    at_work = snapshot.phase in ("starting", "running")
+    parts = [
+        snapshot.phase,
+        f"{share:4.0%}  {settled:,}/{snapshot.rows:,} rows",
+        f"{snapshot.rows_failed:,} failed" if snapshot.rows_failed else "",
+        rate(snapshot.rows_per_second) if snapshot.rows_per_second else "",
+        f"{duration(snapshot.seconds_left)} left" if snapshot.seconds_left and snapshot.phase == "running" else "",
+        f"{snapshot.shards_done:,}/{snapshot.shards:,} shards",
+        f"{snapshot.workers}/{snapshot.workers_wanted or snapshot.workers} workers" if at_work else "",
+        duration(snapshot.seconds),
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def bar(snapshot: Progress) -> str:
+    """Committed rows as full blocks, rows under way as light ones."""
+    rows = max(1, snapshot.rows)
+    full = round(_BAR * (snapshot.rows_ok + snapshot.rows_failed) / rows)
+    light = min(_BAR - full, round(_BAR * snapshot.rows_active / rows))
+    return "█" * full + "▒" * light + "·" * (_BAR - full - light)
+
+
+@contextmanager
+def shown(stream: TextIO | None = None, interval: float = PLAIN_INTERVAL) -> Iterator[Callable[[Progress], None]]:
+    """A progress callback that writes to `stream` (standard error), and tidies the terminal at the end."""
+    stream = stream or sys.stderr
+    if stream.isatty():
+        with _live(stream) as callback:
+            yield callback
+    else:
+        yield _plain(stream, interval)
+
+
+def _plain(stream: TextIO, interval: float) -> Callable[[Progress], None]:
+    last_time, last_phase = float("-inf"), ""
+
+    def write(snapshot: Progress) -> None:
+        nonlocal last_time, last_phase
+        now = time.monotonic()
+        if snapshot.message:
+            print(snapshot.message, file=stream, flush=True)
+        elif snapshot.phase != last_phase or now - last_time >= interval:
+            last_time, last_phase = now, snapshot.phase
+            print(line(snapshot), file=stream, flush=True)
+
+    return write
+
+
+@contextmanager
+def _live(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(file=stream)
+    with Live(console=console, transient=True, refresh_per_second=4) as live:
+
+        def write(snapshot: Progress) -> None:
+            if snapshot.message:
+                console.print(Text(snapshot.message, style="dim"))
+                if snapshot.phase == "planning":
+                    return
+            text = Text(no_wrap=True, overflow="ellipsis")
+            text.append(bar(snapshot), style="cyan")
+            text.append("  " + line(snapshot))
+            live.update(text)
+
+        yield write

@@ -1,0 +1,136 @@
+"""``chain``: jobs one after another, each reading what one before it wrote.
+
+A step is the content of a job file plus a ``name``. It writes to ``OUT/<name>`` unless it says otherwise.
+``${name}`` in any string of a later step stands for that folder, and a step without ``input`` reads the step before
+it. Each step resumes by itself, so the chain does: finished steps are recognised by their fingerprints and skipped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, create_model, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from jobs.schema import registry
+from jobs.schema.base import Job, Resources
+
+if TYPE_CHECKING:
+    from jobs.run import JobResult, Session
+
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+StepName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+@cache
+def step_model(kind: str) -> type[Job]:
+    """A kind's model with the field ``name``."""
+    base = registry.find(kind)
+    return create_model(f"{base.__name__}Step", __base__=base, __module__=__name__, name=(StepName, ...))
+
+
+def step_kinds() -> list[str]:
+    """The kinds a step can have: all but ``chain`` itself."""
+    return [kind for kind in registry.kinds() if kind != "chain"]
+
+
+def _problem(message: str, value: Any, *where: str | int) -> InitErrorDetails:
+    error = PydanticCustomError("chain", "{message}", {"message": message})
+    return InitErrorDetails(type=error, loc=where, input=value)
+
+
+def _parse_step(raw: Any) -> Any:
+    if isinstance(raw, Job):
+        return raw
+    kind = raw.get("job") if isinstance(raw, Mapping) else None
+    if kind not in step_kinds():
+        message = registry.unknown_kind(kind, step_kinds())
+        raise ValidationError.from_exception_data("Step", [_problem(message, kind, "job")])
+    return step_model(kind).model_validate(raw)
+
+
+def _strings(value: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(inner, (*where, key))
+    elif isinstance(value, Sequence):
+        for index, inner in enumerate(value):
+            yield from _strings(inner, (*where, index))
+
+
+def substitute(value: Any, outputs: Mapping[str, str]) -> Any:
+    """The value with every ``${name}`` in its strings replaced by the output folder of that step."""
+    if isinstance(value, str):
+        return _REFERENCE.sub(lambda match: outputs[match[1].strip()], value)
+    if isinstance(value, Mapping):
+        return {key: substitute(inner, outputs) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [substitute(inner, outputs) for inner in value]
+    return value
+
+
+class Chain(Job):
+    job: Literal["chain"] = "chain"
+    steps: tuple[Annotated[SerializeAsAny[Job], BeforeValidator(_parse_step)], ...] = Field(min_length=1)
+    """The jobs, in order. Each has the keys of its own kind, and ``name``."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of the steps that give none."""
+    resources: Resources | None = None
+    """Resources of the steps that give none."""
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _complete(cls, steps: Any) -> Any:
+        """Fill in names and inputs, and check that references point back to steps that exist."""
+        if not isinstance(steps, (list, tuple)):
+            return steps
+        complete: list[Any] = []
+        names: list[str] = []
+        problems: list[InitErrorDetails] = []
+        for index, step in enumerate(steps):
+            if not isinstance(step, Mapping):
+                complete.append(step)
+                continue
+            step = {"name": step.get("job"), **step}
+            if names and "input" not in step and _reads_rows(step.get("job")):
+                step["input"] = f"${{{names[-1]}}}"
+            for where, text in _strings(step):
+                for name in _REFERENCE.findall(text):
+                    if name.strip() not in names:
+                        known = f"Steps before it: {', '.join(names)}." if names else "No step comes before it."
+                        problems.append(_problem(f"${{{name}}} names no earlier step. {known}", text, index, *where))
+            if step["name"] in names:
+                message = f"two steps are called {step['name']!r}; give each its own name"
+                problems.append(_problem(message, step["name"], index, "name"))
+            names.append(str(step["name"]))
+            complete.append(step)
+        if problems:
+            raise ValidationError.from_exception_data("Chain", problems)
+        return complete
+
+    def named_steps(self, output: str) -> Iterator[tuple[str, Job]]:
+        """Each step with its references resolved and its output folder set, below `output`."""
+        outputs: dict[str, str] = {}
+        for step in self.steps:
+            raw = step.model_dump(mode="json", exclude_unset=True)
+            name = raw["name"]
+            inherited = {"seed": self.seed, "resources": self.resources and self.resources.model_dump(mode="json")}
+            for key, value in inherited.items():
+                if value is not None and key in type(step).model_fields:
+                    raw.setdefault(key, value)
+            raw = substitute({**raw, "job": step.job}, outputs)
+            raw.setdefault("output", f"{output.rstrip('/')}/{name}")
+            outputs[name] = raw["output"]
+            yield name, step_model(step.job).model_validate(raw)
+
+    def execute(self, session: Session) -> JobResult:
+        return session.run_chain(self)
+
+
+def _reads_rows(kind: Any) -> bool:
+    return kind in step_kinds() and "input" in registry.find(kind).model_fields

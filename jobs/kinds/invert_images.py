@@ -1,0 +1,184 @@
+"""Job ``invert-images``: pictures to the noise latents that regenerate them, by one or several methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+import micro
+from jobs.schema.base import JobBase, ModelName
+from jobs.schema.methods import distinct, listed
+from pipeline.contract import StageSpec
+from stages.inversion.settings import AnyInversionMethod, LboMethod
+
+if TYPE_CHECKING:
+    from jobs.page.html import Html
+    from jobs.page.report import Panel
+    from jobs.page.view import View
+    from pipeline.input.source import Source
+
+EXTRA_STATE = ("belm", "edict", "null-text")
+GRID_PICTURES = 12
+MEASURES = (
+    "psnr", "ssim", "psnr_decoded", "latent_mse", "floor_psnr", "forwards", "backwards", "residual_max", "seed_std",
+    "seed_kurtosis", "seed_autocorrelation",
+)  # fmt: skip
+
+
+class InvertImages(JobBase):
+    """Pictures inverted through a frozen Stable Diffusion model (DDIM inversion, fixed points, LBO, ILB, ...): one
+    row for each picture and method. The latent regenerates its picture in plain diffusers.
+
+    The input has a column ``image``, and ``prompt`` where captions are to be used (map yours with ``columns``).
+    """
+
+    job: Literal["invert-images"] = "invert-images"
+    model: ModelName = str(micro.MODELS / "stable-diffusion")
+    """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Of the weight files, for instance ``fp16``."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the networks; latents stay float32."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
+    methods: Annotated[tuple[AnyInversionMethod, ...], BeforeValidator(listed), AfterValidator(distinct)] = Field(
+        default=(LboMethod(),), min_length=1
+    )
+    """How pictures are inverted; a plain string stands for ``{method: ...}``. Each makes one row a picture."""
+    steps: int = Field(50, ge=1)
+    """Sampling steps; the picture is regenerated with as many."""
+    guidance: float = Field(1.0, ge=1)
+    """Guidance scale of inversion and regeneration alike. Above 1 every evaluation is two U-Net passes, and harder."""
+    prompt: str | None = None
+    """One prompt for every picture ("" for none). Left out: the row's own, empty where it has none."""
+    inverter: str | None = None
+    """Output of a ``train-inverter`` job on the same model: what it reads out of each picture stands in for a caption,
+    and is stored as ``text_latent``. Not together with `prompt`."""
+    negative: str | None = None
+    """Negative prompt, under guidance."""
+    size: int | None = Field(None, ge=8)
+    """Side of the pictures in pixels; the model's own when left out."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """Pictures of another shape: the middle square, white borders, or both sides resized."""
+    reconstruct: bool = True
+    """Regenerate each picture and measure it (`steps` more passes a row)."""
+    pictures: bool = True
+    """Keep the fitted picture and its reconstruction beside the latents."""
+    edit_guidance: float | None = Field(None, ge=1)
+    """Also regenerate under the input's column ``edit_prompt`` with this guidance, as ``edited``."""
+    lpips: bool = False
+    """Measure LPIPS too; needs torchvision and its weights, and is null without."""
+    store: Literal["float32", "float16"] = "float32"
+    """dtype of stored latents. What is measured is regenerated from the stored numbers."""
+    slots: int = Field(16, ge=1)
+    """Rows at once."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> InvertImages:
+        if self.inverter is not None and self.prompt is not None:
+            raise ValueError("inverter: it takes the place of captions; leave out `prompt`")
+        return self
+
+    def source(self) -> Source:
+        from dataclasses import replace
+
+        return replace(self.input.source(), variants={"method": tuple(method.label for method in self.methods)})
+
+    def stage(self) -> StageSpec:
+        names = (
+            "model", "revision", "variant", "dtype", "device", "steps", "guidance", "prompt", "negative", "size", "fit",
+            "reconstruct", "pictures", "edit_guidance", "inverter", "lpips", "store", "slots",
+        )  # fmt: skip
+        methods = [method.model_dump(mode="json") for method in self.methods]
+        return StageSpec(
+            "stages.inversion.stage:InvertImages", {"methods": methods} | {name: getattr(self, name) for name in names}
+        )
+
+    def card(self) -> str:
+        from jobs.kinds.regeneration import lines, numbers
+        from stages.models.unet import read_geometry
+
+        geometry = read_geometry(self.model, revision=self.revision, size=self.size)
+        said = 'row["prompt"]'
+        if self.inverter is not None:
+            said = f'prompt_embeds=torch.tensor(row["text_latent"]).reshape(1, {numbers(geometry.text_shape)})'
+            if geometry.kind == "sdxl":
+                said += ', pooled_prompt_embeds=torch.tensor([row["pooled"]])'
+        return _CARD.format(
+            lines=lines(
+                self.model, geometry, steps=self.steps, guidance=self.guidance, negative=self.negative, said=said
+            )
+        )
+
+    def panels(self) -> list[Panel]:
+        from jobs.page.report import Panel
+
+        note = "Means over the pictures. PSNR in dB: against the picture, and against what its latent decodes to."
+        return [
+            Panel("Methods of inversion", _draw_methods, note),
+            Panel("Picture by method", _draw_grid, "Regenerated from the stored latent; PSNR beneath."),
+        ]
+
+
+_CARD = """## From a row back to its picture
+
+Any row of a method without extra state regenerates its picture in plain diffusers:
+
+{lines}
+
+"""
+
+
+def _draw_methods(view: View) -> Html:
+    """A row a method; those that store more than a seed stand apart."""
+    from jobs.page.html import escape, table, tag
+
+    config = {m.get("name") or m["method"]: m for m in view.config.get("methods", ())}
+    columns = [name for name in MEASURES if name in view.columns]
+    rows = view.rows(["method", *columns], 20_000)
+    seed_only: list[list[Any]] = []
+    extra: list[list[Any]] = []
+    for label, method in config.items():
+        own = [row for row in rows if row["method"] == label]
+        means: list[Any] = [label, len(own)]
+        for name in columns:
+            values = [row[name] for row in own if row[name] is not None]
+            means.append(f"{sum(values) / len(values):.4g}" if values else "")
+        (extra if method["method"] in EXTRA_STATE or method.get("replay") else seed_only).append(means)
+    header = ["method", "rows", *(name.replace("_", " ") for name in columns)]
+    numeric = range(1, len(header))
+    parts = [table(header, seed_only, numeric)] if seed_only else []
+    if extra:
+        parts += [tag("p", "With extra state beside the seed:", class_="quiet"), table(header, extra, numeric)]
+    return escape(parts)
+
+
+def _draw_grid(view: View) -> Html:
+    from jobs.page.html import Html, picture, table, tag
+
+    if "reconstruction" not in view.columns:
+        return Html()
+    labels = [m.get("name") or m["method"] for m in view.config.get("methods", ())]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    wanted = ["id", "method", "picture", "reconstruction", "psnr", "floor_psnr"]
+    for row in view.rows(wanted, GRID_PICTURES * max(1, len(labels))):
+        found.setdefault(str(row["id"]).removesuffix(f"/{row['method']}"), {})[row["method"]] = row
+    body = []
+    for name, own in list(found.items())[:GRID_PICTURES]:
+        first = next(iter(own.values()))
+        cells: list[Any] = [
+            tag("figure", picture(first["picture"], 128, name), tag("figcaption", f"floor {first['floor_psnr']:.1f}"))
+        ]
+        for label in labels:
+            drawn = own.get(label)
+            shown = None
+            if drawn is not None and drawn["psnr"] is not None:
+                shown = tag(
+                    "figure", picture(drawn["reconstruction"], 128, label), tag("figcaption", f"{drawn['psnr']:.1f}")
+                )
+            cells.append(shown)
+        body.append(cells)
+    return table(["picture", *labels], body)

@@ -1,0 +1,231 @@
+"""Job ``invert-prompts``: prompts to image embeddings by one or several methods, and from there to pictures and scores.
+
+The output has one row for each (prompt, method): compare methods with ``GROUP BY method``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+import micro
+from jobs.schema.base import JobBase, ModelName, Settings
+from jobs.schema.methods import distinct, listed
+from pipeline.contract import StageSpec
+from stages.ovi.settings import AnyRecipe
+
+if TYPE_CHECKING:
+    import typer
+
+    import pipeline.run.driver
+    from jobs.page.html import Html
+    from jobs.page.report import Panel
+    from jobs.page.view import View
+    from pipeline.input.source import Source
+
+SUMMARY_FILE = "methods.json"
+MEASURES = ("text_cosine", "norm", "mahalanobis", "nearest_cosine", "clip_score", "bound", "success", "steps", "passes")
+"""Columns whose means stand in the table of methods, where the dataset has them."""
+GRID_PROMPTS = 16
+
+
+class Decode(Settings):
+    """Pictures by Kandinsky 2.2's decoder."""
+
+    model: ModelName = str(micro.MODELS / "decoder")
+    """Folder or hub id of the decoder pipeline."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    steps: int = Field(50, ge=1)
+    """Denoising steps."""
+    guidance: float = Field(4.0, ge=0)
+    """Guidance scale."""
+    size: int | None = Field(None, ge=8)
+    """Side of the pictures in pixels. Left out: the model's own."""
+    batch: int = Field(16, ge=1)
+    """Pictures at once."""
+
+
+class InvertPrompts(JobBase):
+    """Prompts inverted to CLIP image embeddings (optimisation-based visual inversion and its rivals), one row for each
+    prompt and method; with a decoder also to pictures.
+    """
+
+    job: Literal["invert-prompts"] = "invert-prompts"
+    model: ModelName = str(micro.MODELS / "prior")
+    """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    methods: Annotated[tuple[AnyRecipe, ...], BeforeValidator(listed), AfterValidator(distinct)] = Field(min_length=1)
+    """How the prompts are inverted; a plain string stands for ``{method: ...}``. Each makes one row a prompt."""
+    reference: str | None = None
+    """Output of a ``reference`` job made with the same image encoder: real image embeddings for retrieval, for the
+    constraints, and for measuring."""
+    decode: Decode | None = None
+    """Make pictures. Left out: embeddings only, which a later job can decode."""
+    score: tuple[Literal["clip", "oracle", "frechet"], ...] = ()
+    """``clip``: CLIP score of the pictures; ``oracle``: what the miniature world's judge finds (needs the columns of
+    its prompt sets); ``frechet``: Frechet distance in CLIP space to the reference."""
+    oracle: ModelName | None = None
+    """Folder of the oracle. Left out: the shipped one."""
+    store_tokens: bool = False
+    """Keep OVI's tokens, so that a later job can start from them (``warm_start``)."""
+    draws: int = Field(1, ge=1)
+    """Rows a prompt and method, each with its own first tokens and decoder noise (T2I-CompBench++ takes 10)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> InvertPrompts:
+        if self.decode is None and {"clip", "oracle"} & set(self.score):
+            raise ValueError("score: `clip` and `oracle` judge pictures; add a `decode` block")
+        if self.reference is None and "frechet" in self.score:
+            raise ValueError("score: `frechet` compares with the reference; add `reference`")
+        return self
+
+    def source(self) -> Source:
+        from dataclasses import replace
+
+        variants: dict[str, tuple[str, ...]] = {}
+        if self.draws > 1:
+            variants["draw"] = tuple(str(draw) for draw in range(self.draws))
+        variants["method"] = tuple(recipe.label for recipe in self.methods)
+        return replace(self.input.source(), variants=variants)
+
+    def stage(self) -> StageSpec:
+        return StageSpec(
+            "stages.ovi.stage:InvertPrompts",
+            {
+                "model": self.model,
+                "methods": [recipe.model_dump(mode="json") for recipe in self.methods],
+                "revision": self.revision,
+                "reference": self.reference,
+                "decoder": self.decode.model_dump(mode="json") if self.decode else None,
+                "scores": list(self.score),
+                "oracle": self.oracle,
+                "store_tokens": self.store_tokens,
+                "seed": self.seed,
+            },
+        )
+
+    def finish(self, finished: pipeline.run.driver.Finished) -> None:
+        summary = summarise(finished.tables(), finished.summaries(), self.reference)
+        with finished.output.open_file(SUMMARY_FILE, "wb") as file:
+            file.write(json.dumps(summary, indent=2).encode())
+
+    def panels(self) -> list[Panel]:
+        from jobs.page.report import Panel
+
+        note = "One row a method: means over its prompts; seconds are those of one worker."
+        return [Panel("Methods", _draw_methods, note), Panel("Prompt by method", _draw_grid)]
+
+
+def summarise(
+    tables: Iterable[Any], summaries: Iterable[Mapping[str, Any]], reference: str | None
+) -> dict[str, dict[str, float | None]]:
+    """Method -> rows, failed, means of its measures, seconds a prompt, slot occupancy, Frechet distances.
+
+    Args:
+        tables: Committed tables.
+        summaries: What `stages.ovi.stage.InvertPrompts.take_summary` left.
+        reference: The job's reference, for the Frechet distances.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+
+    from index import gaussian
+    from stages.ovi.scoring import frechet
+    from stages.ovi.stage import TOTALS
+
+    found: dict[str, dict[str, float | None]] = {}
+    sums: dict[tuple[str, str], list[float]] = {}
+    for table in tables:
+        for label in pc.unique(table.column("method").drop_null()).to_pylist():
+            part = table.filter(pc.equal(table.column("method"), label))
+            found.setdefault(label, {})
+            for name in MEASURES:
+                if name in part.column_names:
+                    values = part.column(name).drop_null().cast("float64").to_numpy()
+                    held = sums.setdefault((label, name), [0.0, 0.0])
+                    held[0] += float(values.sum())
+                    held[1] += len(values)
+    totals: dict[str, Any] = {}
+    moments: dict[str, Any] = {}
+    for summary in summaries:
+        groups: dict[str, dict[str, Any]] = {}
+        for key, array in summary.items():
+            kind, _, rest = key.partition(".")
+            if kind == "totals":
+                totals[rest] = totals.get(rest, 0) + np.asarray(array)
+            else:
+                name, _, field = rest.rpartition(".")
+                groups.setdefault(name, {})[field] = array
+        for name, arrays in groups.items():
+            part = gaussian.Moments.from_arrays(arrays)
+            moments[name] = gaussian.merge([moments[name], part]) if name in moments else part
+    for (label, name), (total, count) in sums.items():
+        found[label][name] = total / count if count else None
+    for label, values in totals.items():
+        spent = dict(zip(TOTALS, values.tolist(), strict=True))
+        rows = spent["rows"]
+        found.setdefault(label, {}).update(
+            rows=rows,
+            failed=spent["failed"],
+            seconds_per_prompt=spent["seconds"] / rows if rows else None,
+            decode_seconds_per_prompt=spent["decode_seconds"] / rows if rows and spent["decode_seconds"] else None,
+            occupancy=spent["busy_slot_steps"] / spent["slot_steps"] if spent["slot_steps"] else None,
+        )
+    if moments and reference is not None:
+        from index.reference import Reference
+
+        target = Reference.open(reference).gaussian
+        for name, statistics in moments.items():
+            kind, _, label = name.partition(".")
+            found.setdefault(label, {})[f"frechet_{kind}"] = frechet(statistics, target)
+    return found
+
+
+def _draw_methods(view: View) -> Html:
+    from jobs.page.html import Html, table
+
+    try:
+        with view.output.open_file(SUMMARY_FILE) as file:
+            summary: dict[str, dict[str, float | None]] = json.loads(file.read())
+    except FileNotFoundError:
+        return Html()
+    names = list(dict.fromkeys(name for found in summary.values() for name in found))
+    rows = [[label, *(_figure(found.get(name)) for name in names)] for label, found in summary.items()]
+    return table(["method", *(name.replace("_", " ") for name in names)], rows, numeric=range(1, len(names) + 1))
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+
+
+def _draw_grid(view: View) -> Html:
+    """One line a prompt, one column a method."""
+    from jobs.page.html import Html, picture, table
+
+    if view.columns.get("image") != "image":
+        return Html()
+    labels = [method.get("name") or method["method"] for method in view.config.get("methods", [])]
+    cells: dict[str, dict[str, Any]] = {}
+    prompts: dict[str, str] = {}
+    for row in view.rows(["id", "prompt", "method", "image"], limit=GRID_PROMPTS * len(labels), spread=False):
+        key = row["id"].removesuffix(f"/{row['method']}")
+        prompts[key] = row["prompt"]
+        cells.setdefault(key, {})[row["method"]] = row["image"]
+    full = sorted(cells, key=lambda key: -len(cells[key]))[:GRID_PROMPTS]
+    lines = [
+        [prompts[key], *(picture(cells[key].get(label), 96, f"{label}: {prompts[key]}") for label in labels)]
+        for key in full
+    ]
+    return table(["prompt", *labels], lines)
+
+
+def commands(app: typer.Typer) -> None:
+    """Adds ``latentmill compbench``."""
+    from jobs.commands.compbench import compbench
+
+    app.command()(compbench)

@@ -1,0 +1,290 @@
+"""Job ``reference``: pictures, or embeddings made elsewhere -> embeddings, their statistics, and an index to search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import ByteSize, Field, model_validator
+
+from jobs.schema.base import JobBase, ModelName, Settings
+from pipeline.contract import StageSpec
+
+if TYPE_CHECKING:
+    import pipeline.run.driver
+    from index.reference import Origin, Shard
+    from jobs.page.html import Html
+    from jobs.page.report import Panel
+    from jobs.page.view import View
+    from pipeline.output.dataset import Output
+    from pipeline.storage import Folder
+
+
+class IndexSettings(Settings):
+    """How the nearest-neighbour index is built."""
+
+    factory: str | None = None
+    """A FAISS factory string, for instance ``IVF4096,SQ8``. Left out: chosen by rows, width and `memory`."""
+    memory: ByteSize = ByteSize(4 << 30)
+    """What the index may take in memory. One that is larger keeps its lists on disk, mapped into memory."""
+    recall: float = Field(0.95, gt=0, le=1)
+    """Recall@10 against exact search that decides how many lists a search looks into."""
+    part_rows: int = Field(1 << 17, ge=1)
+    """Rows of a partial index, at least; what is lost when building is killed."""
+
+
+class Reference(JobBase):
+    """Embeds pictures with a CLIP-family image encoder, and makes of the embeddings what searching and inverting need:
+    Gaussian statistics and a nearest-neighbour index.
+
+    The output is the dataset of embeddings, with the folder ``reference`` beside its files.
+    """
+
+    job: Literal["reference"] = "reference"
+    encoder: ModelName | None = None
+    """Folder or hub id of a CLIP, OpenCLIP (converted) or SigLIP model, or of a pipeline with an image encoder."""
+    revision: str | None = None
+    """Of the encoder on the hub: branch, tag or commit."""
+    text_encoder: ModelName | None = None
+    """Folder or hub id of the text encoder that `latentmill search` uses. Left out: the one beside the encoder."""
+    given: Literal["pictures", "embeddings"] = "pictures"
+    """What the input's rows hold: pictures in ``image``, or finished embeddings in ``embedding``."""
+    dim: int | None = Field(None, ge=1)
+    """Width of given embeddings. Left out: the encoder's."""
+    dtype: Literal["float16", "float32"] = "float32"
+    """How embeddings are stored."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What the encoder computes in; ``float16`` on a GPU."""
+    batch_size: int | None = Field(None, ge=1)
+    """Pictures a batch. Left out: found from the device's memory."""
+    threads: int = Field(2, ge=1)
+    """Threads a worker that prepare pictures for the encoder."""
+    shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf"
+    """Of the covariance, towards a multiple of the identity: a fixed share in [0, 1], or Ledoit and Wolf's estimate."""
+    index: IndexSettings = IndexSettings()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Reference:
+        if self.encoder is None and (self.given == "pictures" or self.dim is None):
+            needed = "set `encoder`" if self.given == "pictures" else "set `encoder`, or `dim`"
+            raise ValueError(f"{needed}: the folder or hub id of the image encoder")
+        if self.dim is not None and self.given == "pictures":
+            raise ValueError("`dim` belongs to `given: embeddings`; pictures get the encoder's width")
+        if not isinstance(self.shrinkage, str) and not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"shrinkage ({self.shrinkage}) must lie between 0 and 1")
+        return self
+
+    def stage(self) -> StageSpec:
+        common = {"encoder": self.encoder, "revision": self.revision, "dtype": self.dtype}
+        if self.given == "pictures":
+            own = {"precision": self.precision, "batch_size": self.batch_size, "threads": self.threads}
+            return StageSpec("stages.embed:Embed", {**common, **own})
+        return StageSpec("stages.embed:Adopt", {**common, "dim": self._width()})
+
+    def _width(self) -> int:
+        from stages.models.clip import embedding_width
+
+        if self.encoder is None:
+            assert self.dim is not None
+            return self.dim
+        return self.dim or embedding_width(self.encoder, self.revision)
+
+    def finish(self, finished: pipeline.run.driver.Finished) -> None:
+        """Merge the shards' statistics, and build the index: both go on where an earlier call was killed."""
+        from index import gaussian, neighbours, reference
+
+        output = finished.output
+        plan = neighbours.Plan(
+            factory=self.index.factory, memory=int(self.index.memory), recall=self.index.recall,
+            part_rows=self.index.part_rows,
+        )  # fmt: skip
+        remote = not output.folder.local
+        target = Path(output.folder.path(reference.FOLDER))
+        folder = reference.local_copy(output.path) / "building" if remote else target
+        moments = (gaussian.Moments.from_arrays(arrays) for arrays in finished.summaries())
+        reference.build(folder, self._origin(output), plan, lambda: shards_of(finished), lambda: moments)
+        if remote:
+            _upload(folder, output.folder, reference.FOLDER)
+
+    def _origin(self, output: Output) -> Origin:
+        from index.reference import Origin
+        from stages.models import clip
+
+        records = list(output.records())
+        digest = hashlib.blake2b("".join(record.checksum for record in records).encode(), digest_size=16)
+        text = self.text_encoder or self.encoder
+
+        def identity(path: str, role: clip.Role, revision: str | None) -> dict[str, str]:
+            known = clip.identity(path, role, revision)
+            folder = Path(path).expanduser()  # found again from any working directory
+            return {**known, "path": str(folder.absolute())} if folder.is_dir() else known
+
+        revision = None if self.text_encoder else self.revision
+        speaks = text is not None and (self.text_encoder is not None or clip.has_text_encoder(text, revision))
+        return Origin(
+            source=digest.hexdigest(),
+            shard_rows=[record.rows_ok for record in records],
+            dim=self._width(),
+            dtype=self.dtype,
+            encoder=identity(self.encoder, "image", self.revision) if self.encoder else None,
+            text_encoder=identity(text, "text", revision) if text and speaks else None,
+            shrinkage=self.shrinkage,
+        )
+
+    def card(self) -> str:
+        return (
+            "## Search it\n\n```sh\nlatentmill search OUT \"a red star\" --page found.html\n```\n\n"
+            "```python\nfrom index.reference import Reference\n\nreference = Reference.open(\"OUT\")\n"
+            "found = reference.neighbours(embeddings, k=10)  # cosines, ids, vectors\n```\n"
+        )  # fmt: skip
+
+    def panels(self) -> list[Panel]:
+        from jobs.page.report import Panel
+
+        return [
+            Panel("Reference", _facts, "What searching and inverting against this dataset rest on."),
+            Panel("Norms", _norms, "Cosines ignore the norm of an embedding; decoders do not."),
+            Panel("Spread", _spread, "Share of the embeddings' variance along each of their principal axes."),
+            Panel("Neighbours", _examples, "Some pictures, one a line, each followed by the nearest others."),
+        ]
+
+
+def shards_of(finished: pipeline.run.driver.Finished) -> Iterator[Shard]:
+    """The embedded rows of each committed shard, in order."""
+    import numpy as np
+
+    from index.reference import Shard
+
+    tables = finished.tables(["id", "status", "embedding"])
+    for record, table in zip(finished.output.records(), tables, strict=True):
+        rows_N = np.flatnonzero(table["status"].to_numpy(zero_copy_only=False) == "ok")
+        good = table.take(rows_N).combine_chunks()
+        column = good["embedding"]
+        width = column.type.list_size
+        flat = np.concatenate([np.asarray(chunk.flatten()) for chunk in column.chunks] or [np.empty(0, np.float32)])
+        yield Shard(record.shard, good["id"].to_pylist(), rows_N, flat.reshape(-1, width))
+
+
+def _upload(folder: Path, target: Folder, below: str) -> None:
+    files = sorted(folder.iterdir(), key=lambda file: file.name == "reference.json")  # which says that all is there
+    for file in files:
+        upload = target.begin(f"{below}/{file.name}")
+        with file.open("rb") as source:
+            while block := source.read(8 << 20):
+                upload.write(block)
+        upload.close()
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def _facts(view: View) -> Html:
+    from jobs.page.html import Html, table
+
+    try:
+        opened = _open(view)
+    except FileNotFoundError:
+        return Html("")
+    facts, made = opened.facts, opened.index.facts
+    encoder = facts["encoder"]["path"] if facts["encoder"] else "not named"
+    recall = ", ".join(f"@{k} {value:.3f}" for k, value in made["recall"].items())
+    rate = made["queries_per_second"]
+    rows = [
+        ["rows", f"{opened.rows:,}"],
+        ["width, type", f"{opened.dim}, {facts['dtype']}"],
+        ["image encoder", encoder],
+        ["text encoder", facts["text_encoder"]["path"] if facts["text_encoder"] else "none: search by picture only"],
+        ["mean norm", f"{opened.mean_norm:.4f}"],
+        ["shrinkage", f"{opened.gaussian.shrinkage:.5f}"],
+        ["index", f"{made['factory']}, {made['index_bytes'] / 1e6:,.1f} MB"],
+        ["lists looked into", made["nprobe"] or "all"],
+        ["measured recall", f"{recall} ({made['queries']:,} rows against exact search, own match left out)"],
+        ["queries a second", f"{rate:,.0f} on the machine that built it" if rate else "not measured"],
+    ]
+    return table(["", ""], rows)
+
+
+def _norms(view: View) -> Html:
+    from jobs.page import charts
+
+    return charts.histogram(view.values("norm"), "norm of the embedding")
+
+
+def _spread(view: View) -> Html:
+    import numpy as np
+    import torch
+
+    from jobs.page.html import Html, table
+
+    try:
+        opened = _open(view)
+    except FileNotFoundError:
+        return Html("")
+    variance_E = torch.linalg.eigvalsh(opened.gaussian.covariance_EE).flip(0).clamp_min(0).numpy()
+    share_E = np.cumsum(variance_E) / variance_E.sum()
+    rows = [[f"{p:.0%} of the variance", f"{int(np.searchsorted(share_E, p)) + 1} axes"] for p in (0.5, 0.9, 0.99)]
+    effective = float(variance_E.sum() ** 2 / (variance_E**2).sum())
+    return table(["", ""], [*rows, ["effective dimension (participation ratio)", f"{effective:.1f} of {opened.dim}"]])
+
+
+def _examples(view: View) -> Html:
+    import numpy as np
+    import torch
+
+    from jobs.commands.search import hits
+    from jobs.page.html import Exhibit, Html, escape, gallery
+
+    try:
+        opened = _open(view)
+    except FileNotFoundError:
+        return Html("")
+    chosen = np.linspace(0, opened.rows - 1, 4).round().astype(int)
+    z_BE = torch.from_numpy(opened.index.gather(chosen))
+    found = opened.neighbours(z_BE, min(6, opened.rows))
+    groups = []
+    for b in range(len(chosen)):
+        rows = hits(view.output, opened, found.positions_BK[b], found.cos_BK[b].tolist())
+        groups.append([Exhibit(row.picture, row.id, f"cosine {row.cosine:.3f}") for row in rows])
+    if all(exhibit.image is None for group in groups for exhibit in group):
+        return Html("")
+    return escape(gallery(group, 96) for group in groups)
+
+
+def _open(view: View) -> Any:
+    from index.reference import Reference as Opened
+
+    return Opened.open(view.output.path)
+
+
+# --- command ---------------------------------------------------------------------------------------------------------
+
+
+def commands(app: typer.Typer) -> None:
+    """Add ``latentmill search``."""
+
+    @app.command()
+    def search(
+        reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="Output of a `reference` job.")],
+        query: Annotated[str, typer.Argument(metavar="QUERY", help="Some text, or the path of a picture.")],
+        k: Annotated[int, typer.Option("-k", min=1, help="How many rows to show.")] = 10,
+        page: Annotated[Path | None, typer.Option(help="Also write an HTML page with the pictures.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    ) -> None:
+        """The rows of a reference nearest to a text or a picture."""
+        from jobs.commands.cli import errors
+        from jobs.commands.search import find, print_table, write_page
+
+        with errors():
+            found = find(reference, query, k)
+            if page is not None:
+                write_page(page, reference, query, found)
+        if as_json:
+            typer.echo(json.dumps([{"id": h.id, "cosine": h.cosine, **h.columns} for h in found], default=str))
+        else:
+            print_table(query, found)
+            if page is not None:
+                typer.echo(f"page: {page}")

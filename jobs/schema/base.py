@@ -1,0 +1,190 @@
+"""What every job file has in common, and what a job has to offer to be run.
+
+A job is a pydantic model: its fields are the keys of the job file, its methods say which stage maps the rows,
+what happens when all shards are committed, and what the report shows. Nothing here imports Ray, torch or datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, model_validator
+
+from pipeline.input.source import Format, Source
+
+if TYPE_CHECKING:
+    import pipeline.run.driver
+    from jobs.page.report import Panel
+    from jobs.run import JobResult, Session
+    from pipeline.contract import StageSpec
+
+
+class Settings(BaseModel):
+    """Base of every block of a job file: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True,
+        serialize_by_alias=True,
+    )  # fmt: skip
+
+
+def _shipped(name: str) -> str:
+    """The folder of a shipped model that is given as ``micro:NAME``; any other name as it is."""
+    import micro
+
+    prefix, _, model = name.partition(":")
+    if prefix != "micro":
+        return name
+    if model not in SHIPPED:
+        raise ValueError(f"no shipped model is called {model!r}. Shipped: {', '.join(SHIPPED)}")
+    return str(micro.MODELS / model)
+
+
+SHIPPED = ("prior", "decoder", "stable-diffusion", "oracle")
+ModelName = Annotated[str, AfterValidator(_shipped)]
+"""Folder or hub id of a model, or ``micro:NAME`` for a shipped one, which is found from any working directory."""
+
+
+class Input(Settings):
+    """Where the rows come from. A plain path, or a list of paths, stands for ``{path: ...}``."""
+
+    path: tuple[str, ...] = Field(min_length=1)
+    """Files, folders or globs; local, or any fsspec address such as ``s3://bucket/*.parquet``; or the output of another
+    job. ``micro-world://train?rows=1000&seed=0`` generates pictures of the miniature world."""
+    format: Format | None = None
+    """How to read them. Left out: found from the names and, for a folder, from what is in it."""
+    columns: dict[str, str] = {}
+    """Name that the job uses -> name in the input, for instance ``{prompt: caption}``."""
+    id: str | None = None
+    """The input's column with a unique id for each row. Left out: ids come from file and row number."""
+    images: tuple[str, ...] = ()
+    """Columns that hold pictures as encoded bytes or as paths, where the input does not say so itself."""
+    storage_options: dict[str, Any] = {}
+    """For fsspec: endpoint, keys, ... Never written to the output."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """A picture with more pixels fails its row before it is decoded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, (str, list, tuple)):
+            value = {"path": value}
+        if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+            value = {**value, "path": (value["path"],)}
+        return value
+
+    def source(self) -> Source:
+        """The same as the plain description that the pipeline reads."""
+        return Source(**{name: getattr(self, name) for name in type(self).model_fields})
+
+
+class Workers(Settings):
+    """Bounds of the pool of workers. A plain number stands for ``{min: n, max: n}``."""
+
+    min: int = Field(1, ge=1)
+    max: int | None = Field(1, ge=1)
+    """None (``null``): as many as the cluster holds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Workers:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
+class Resources(Settings):
+    """What one worker gets, and how many workers there are."""
+
+    workers: Workers = Workers(min=1, max=1)
+    """Size of the pool: a number, or ``{min: 1, max: 8}`` to let it grow with the cluster."""
+    cpus: float = Field(1, gt=0)
+    """CPUs a worker."""
+    gpus: float = Field(0, ge=0)
+    """GPUs a worker; a fraction shares one GPU between workers."""
+    memory: ByteSize | None = None
+    """Memory a worker reserves, for instance ``8GB``."""
+    decode_threads: int = Field(2, ge=1)
+    """Threads a worker that read and decode beside the device."""
+    encode_threads: int = Field(2, ge=1)
+    """Threads a worker that encode pictures of the output."""
+    price_per_worker_hour: float | None = Field(None, ge=0)
+    """What one worker costs an hour, in any currency; ``--dry-run --calibrate`` multiplies with it."""
+
+    def pool(self) -> pipeline.run.driver.Resources:
+        """The same as the plain description that the pipeline takes."""
+        from pipeline.run.driver import Resources as Pool
+
+        return Pool(
+            min_workers=self.workers.min,
+            max_workers=self.workers.max,
+            cpus=self.cpus,
+            gpus=self.gpus,
+            memory=None if self.memory is None else int(self.memory),
+            decode_threads=self.decode_threads,
+            encode_threads=self.encode_threads,
+        )
+
+
+class Job(Settings):
+    """Anything that a job file can describe. ``chain`` derives from it directly, row jobs from `JobBase`."""
+
+    job: str
+    output: str | None = None
+    """Folder, local or fsspec address, that the dataset is written to. ``--output`` sets it too."""
+    storage_options: dict[str, Any] = {}
+    """For fsspec, when the output is remote: endpoint, keys, ... Never written to the output."""
+
+    def execute(self, session: Session) -> JobResult:
+        """Run the job to its end; called by `jobs.run.run_job`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it runs")
+
+
+class JobBase(Job):
+    """A job that maps the rows of one dataset through a stage into another dataset.
+
+    A job module subclasses it, adds its own fields, narrows ``job`` to a `Literal`, and implements `stage`.
+    """
+
+    input: Input
+    seed: int = Field(0, ge=0)
+    """Everything random about a row is drawn from (seed, id)."""
+    shard_rows: int = Field(1000, ge=1)
+    """Rows a shard: what one worker takes at a time, and what is lost when it dies."""
+    keep: tuple[str, ...] = ()
+    """Input columns that are copied to the output."""
+    resources: Resources = Resources()
+    max_failed_fraction: float = Field(0.1, ge=0, le=1)
+    """The job stops when more than this share of the rows has failed."""
+
+    def source(self) -> Source:
+        """What the pipeline reads: the input, unless the job makes several rows of one (``variants``)."""
+        return self.input.source()
+
+    def stage(self) -> StageSpec:
+        """The stage that maps the rows: an import path and JSON-able parameters. Loads no weights."""
+        raise NotImplementedError(f"{type(self).__name__} does not name a stage")
+
+    def finish(self, finished: pipeline.run.driver.Finished) -> None:
+        """Called once when all shards are committed, before the dataset is published: build what spans shards."""
+
+    def card(self) -> str:
+        """More for the dataset card, in Markdown: how to use what this job wrote."""
+        return ""
+
+    def panels(self) -> list[Panel]:
+        """The job's own panels of the report page, below the general ones."""
+        return []
+
+    def own_settings(self) -> dict[str, Any]:
+        """The job's own fields: with stage, source, seed, shard_rows and keep they decide what is written."""
+        common = set(JobBase.model_fields) - {"job"} | {"name"}
+        return self.model_dump(mode="json", exclude=common)
+
+    def execute(self, session: Session) -> JobResult:
+        return session.run_rows(self)

@@ -1,1 +1,0 @@
-"""How rows are read: a module for each kind of file. The table is `pipeline.read.FORMATS`."""

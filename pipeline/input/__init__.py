@@ -1,0 +1,1 @@
+"""What a run reads: a source, its files, rows of any format, their pictures."""

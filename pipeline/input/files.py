@@ -1,0 +1,232 @@
+"""From a `Source` to the list of files it stands for, in a fixed order, with names that do not change between runs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import fsspec
+
+from pipeline.input.source import FORMATS, Format, Source, SourceError
+from pipeline.storage import patiently
+
+SUFFIXES = {
+    "parquet": (".parquet", ".pq"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv", ".tsv"),
+    "text": (".txt",),
+    "images": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"),
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "datasets": (".arrow",),
+    "npy": (".npy",),
+    "concepts": ("concept.yaml",),
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+GENERATED = "micro-world://"
+OWN = "_latentmill"
+"""Folder of a run's bookkeeping inside its output folder; `pipeline.output.dataset` fills it."""
+SAMPLED_NAMES = 1000
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of an input.
+
+    Attributes:
+        name: Path below the common folder of the input; part of derived ids.
+        path: Full path or address.
+        size: Bytes.
+        version: Modification time, or an object store's ETag: changes when the content does.
+    """
+
+    name: str
+    path: str
+    size: int
+    version: str
+
+
+def format_of(name: str) -> str | None:
+    """The format a file name stands for, or None."""
+    name = name.lower()
+    for format, suffixes in SUFFIXES.items():
+        if name.endswith(suffixes):
+            return format
+        if format in ("jsonl", "csv", "text") and name.endswith(tuple(s + c for s in suffixes for c in COMPRESSED)):
+            return format
+    return None
+
+
+def version_of(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "created"):
+        if info.get(key):
+            return str(info[key]).strip('"')
+    return ""
+
+
+def _walk(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """Files below a folder in a fixed order, one directory listing in memory at a time; hidden ones left out."""
+    infos = sorted(patiently(lambda: fs.ls(folder, detail=True)), key=lambda info: info["name"])
+    for info in infos:
+        base = info["name"].rstrip("/").rpartition("/")[2]
+        if base.startswith((".", "_")) or info["name"].rstrip("/") == folder.rstrip("/"):
+            continue
+        if info["type"] == "directory":
+            yield from _walk(fs, info["name"])
+        else:
+            yield info
+
+
+def _is_pattern(path: str) -> bool:
+    return any(sign in path for sign in "*?[")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One entry of ``Source.path``: its filesystem, the folder that names are relative to, what kind of thing it is."""
+
+    fs: Any
+    path: str
+    root: str
+    kind: str  # file, folder, pattern
+
+    def infos(self) -> Iterator[dict[str, Any]]:
+        if self.kind == "file":
+            yield patiently(lambda: self.fs.info(self.path))
+        elif self.kind == "folder":
+            yield from _walk(self.fs, self.path)
+        else:
+            found = patiently(lambda: self.fs.glob(self.path, detail=True))
+            yield from (found[name] for name in sorted(found) if found[name]["type"] != "directory")
+
+
+def _place(entry: str, source: Source) -> _Place:
+    try:
+        fs, path = fsspec.url_to_fs(entry, **source.storage_options)
+    except (ImportError, ValueError) as error:
+        raise SourceError(f"{entry}: {error}") from None
+    path = path.rstrip("/") or "/"
+    try:
+        if patiently(lambda: fs.isfile(path)):
+            return _Place(fs, path, path.rpartition("/")[0], "file")
+        if patiently(lambda: fs.isdir(path)):
+            return _Place(fs, path, path, "folder")
+    except PermissionError as error:
+        raise SourceError(f"{entry}: no permission to read it ({error})") from None
+    if not _is_pattern(path):
+        raise SourceError(f"{entry}: there is no such file or folder")
+    parts = path.split("/")
+    root = "/".join(parts[: next(i for i, part in enumerate(parts) if _is_pattern(part))])
+    return _Place(fs, path, root, "pattern")
+
+
+def _own_output(place: _Place) -> bool:
+    return place.kind == "folder" and patiently(partial(place.fs.exists, f"{place.path}/{OWN}/plan.json"))
+
+
+def _saved_dataset(place: _Place) -> bool:
+    marks = ("state.json", "dataset_dict.json")
+    return place.kind == "folder" and any(patiently(partial(place.fs.exists, f"{place.path}/{mark}")) for mark in marks)
+
+
+def resolve(source: Source) -> Source:
+    """Settle the format, and what a finished run's output folder stands for.
+
+    Raises:
+        SourceError: The format cannot be told, or an entry does not exist.
+    """
+    if source.format is not None and source.format not in FORMATS:
+        raise SourceError(f"unknown input format {source.format!r}; known: {', '.join(FORMATS)}")
+    if not source.path:
+        raise SourceError("the input names no path")
+    if any(entry.startswith(GENERATED) for entry in source.path):
+        if source.format not in (None, "micro-world") or not all(e.startswith(GENERATED) for e in source.path):
+            raise SourceError(f"{GENERATED} cannot be mixed with other inputs or formats")
+        return replace(source, format="micro-world")
+    paths, formats = [], Counter[str]()
+    ids = source.id
+    for entry in source.path:
+        place = _place(entry, source)
+        if source.format in (None, "parquet") and _own_output(place):
+            if not patiently(partial(place.fs.exists, f"{place.path}/_SUCCESS")):
+                raise SourceError(f"{entry}: this run is not complete; run its job again, then read it")
+            paths.append(f"{entry.rstrip('/')}/data/part-*.parquet")
+            formats["parquet"] += SAMPLED_NAMES
+            ids = ids or "id"
+            continue
+        paths.append(entry)
+        if source.format is not None:
+            continue
+        if _saved_dataset(place):
+            formats["datasets"] += SAMPLED_NAMES
+            continue
+        count = -1
+        for count, info in enumerate(place.infos()):
+            found = format_of(info["name"])
+            if found is not None:
+                formats[found] += 1
+            elif place.kind == "file":
+                known = ", ".join(FORMATS)
+                raise SourceError(f"{entry}: the name does not tell the format; set format to one of {known}")
+            if count >= SAMPLED_NAMES:
+                break
+        if count < 0:
+            nothing = "matches no file" if place.kind == "pattern" else "holds no file"
+            raise SourceError(f"{entry}: {nothing}; check the path")
+    format = source.format
+    if format is None:
+        if not formats:
+            raise SourceError(f"{', '.join(source.path)}: no file of a known format; set format, or check the path")
+        if len(formats) > 1:
+            mixed = " and ".join(sorted(formats))
+            raise SourceError(f"{', '.join(source.path)}: holds {mixed}; set format, or name the files with a glob")
+        format = cast(Format, next(iter(formats)))
+    return replace(source, path=tuple(paths), format=format, id=ids)
+
+
+def list_files(source: Source) -> Iterator[InputFile]:
+    """The files of a resolved source, in the order of its entries and sorted within each.
+
+    One directory's listing is held in memory at a time (a glob's matches are held together).
+
+    Raises:
+        SourceError: An entry matches nothing.
+    """
+    if source.format == "micro-world":
+        yield from (InputFile(entry.removeprefix(GENERATED), entry, 0, "") for entry in source.path)
+        return
+    places = [_place(entry, source) for entry in source.path]
+    roots = [place.root for place in places]
+    common = os.path.commonpath(roots) if len({root.startswith("/") for root in roots}) == 1 else ""
+    assert source.format is not None
+    for entry, place in zip(source.path, places, strict=True):
+        found = False
+        for info in place.infos():
+            path = info["name"]
+            base = path.rpartition("/")[2]
+            if (
+                place.kind == "folder"
+                and not base.lower().endswith(SUFFIXES[source.format])
+                and (format_of(base) != source.format)
+            ):
+                continue
+            if source.format == "datasets" and (base.startswith("cache-") or base.startswith("tmp")):
+                continue
+            found = True
+            name = path[len(common) :].lstrip("/") if path.startswith(common) else path
+            address = place.fs.unstrip_protocol(path) if _remote(place.fs) else path
+            yield InputFile(printable(name), address, int(info["size"] or 0), version_of(info))
+        if not found:
+            raise SourceError(f"{entry}: no {source.format} file there")
+
+
+def printable(name: str) -> str:
+    """A file name as valid Unicode: bytes that are no UTF-8 become ``\\xNN``."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _remote(fs: Any) -> bool:
+    return "file" not in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)

@@ -1,0 +1,1 @@
+"""How rows are read: a module for each kind of file. The table is `pipeline.input.read.FORMATS`."""

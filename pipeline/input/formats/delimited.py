@@ -1,0 +1,110 @@
+"""CSV and TSV with a header; the delimiter is found from it. All columns are text."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.input.files import InputFile
+from pipeline.input.formats.text import check_encoding, read_lines
+from pipeline.input.rows import Begins, FileScan, Format, Raw, Span, Wanted, own_id, picked
+from pipeline.input.source import Source, SourceError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+csv.field_size_limit(1 << 27)
+
+
+class _Counted:
+    """Lines of a CSV file as text, counting the bytes handed out so far."""
+
+    def __init__(self, lines: Iterator[bytes], position: int) -> None:
+        self._lines, self.position = lines, position
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        if not self.position and line.startswith(b"\xef\xbb\xbf"):
+            self.position, line = 3, line[3:]
+        self.position += len(line)
+        return line.decode(errors="surrogateescape")
+
+
+def _csv_header(source: Source, path: str) -> tuple[list[str], str, int]:
+    """Column names, the delimiter, and the byte after the header."""
+    lines = read_lines(source, path, 0)
+    counted = _Counted(lines, 0)
+    try:
+        first = next(counted)
+    except StopIteration:
+        return [], ",", 0
+    counts = {sign: first.count(sign) for sign in ",;\t"}
+    delimiter = max(counts, key=lambda sign: counts[sign]) if any(counts.values()) else ","
+    counted = _Counted(read_lines(source, path, 0), 0)
+    names = next(csv.reader(counted, delimiter=delimiter))
+    return names, delimiter, counted.position
+
+
+def _csv_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+    _, delimiter, start = _csv_header(source, file.path)
+    digest, offsets, rows = hashlib.blake2b(digest_size=16), {}, 0
+
+    def hashed() -> Iterator[bytes]:
+        for count, line in enumerate(read_lines(source, file.path, 0)):
+            if not count:
+                check_encoding(file, line[:2])
+            digest.update(line)
+            yield line
+
+    counted = _Counted(hashed(), 0)
+    before = 0
+    try:
+        for cells in csv.reader(counted, delimiter=delimiter):
+            if before >= start and cells:
+                if begins(rows):
+                    offsets[rows] = before
+                rows += 1
+            before = counted.position
+    except csv.Error as error:
+        raise SourceError(f"{file.path}, after row {rows}: {error}; is a quote left open?") from None
+    return FileScan(rows, digest.hexdigest(), offsets)
+
+
+def _csv_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
+    names, delimiter, start = _csv_header(source, span.path)
+    counted = _Counted(read_lines(source, span.path, span.offset or start), span.offset or start)
+    cells_of = (cells for cells in csv.reader(counted, delimiter=delimiter) if cells)
+    for row, cells in enumerate(span.of(cells_of), span.start):
+        problem = None
+        if len(cells) != len(names):
+            problem = f"row {row} of {span.name} has {len(cells)} cells, the header has {len(names)}"
+        elif not all(cell.isprintable() or _valid(cell) for cell in cells):
+            problem = f"row {row} of {span.name} is not UTF-8"
+        values = dict(zip(names, cells, strict=False))
+        if problem is None:
+            yield Raw(own_id(source, values, span, row), picked(values, wanted))
+        else:
+            yield Raw(own_id(source, values, span, row), {}, problem)
+
+
+def _valid(text: str) -> bool:
+    """Whether text decoded with surrogate escapes was UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _csv_schema(source: Source, file: InputFile) -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.string()) for name in _csv_header(source, file.path)[0]])
+
+
+CSV = Format(_csv_scan, _csv_rows, _csv_schema)

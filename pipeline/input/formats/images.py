@@ -1,0 +1,47 @@
+"""Folders of pictures: a row a file, with the caption from a ``.txt`` beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from pipeline.input.files import InputFile
+from pipeline.input.rows import (
+    Begins,
+    Encoded,
+    FileScan,
+    Format,
+    Raw,
+    Span,
+    Wanted,
+    file_digest,
+    fixed,
+    open_input,
+    picked,
+)
+from pipeline.input.source import Source
+
+
+def _images_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+    return FileScan(1, file_digest(file), keys=(file.name,))
+
+
+def _images_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
+    values: dict[str, Any] = {"image": Encoded(None, span.path), "path": span.name}
+    if wanted is None or "text" in wanted.values():
+        values["text"] = _sidecar(source, span.path)
+    yield Raw(span.name, picked(values, wanted))
+
+
+def _sidecar(source: Source, path: str) -> str | None:
+    """The caption in ``picture.txt`` beside ``picture.jpg``, if there is one."""
+    stem = path[: -len(PurePosixPath(path).suffix)]
+    try:
+        with open_input(stem + ".txt", source) as handle:
+            return handle.read().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+IMAGES = Format(_images_scan, _images_rows, fixed(image="image", path="string", text="string"))

@@ -1,0 +1,99 @@
+"""A row a line: plain text, and JSONL."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import partial
+
+from pipeline.input.files import InputFile
+from pipeline.input.rows import (
+    Begins,
+    FileScan,
+    Format,
+    Raw,
+    Span,
+    Wanted,
+    derived_id,
+    fixed,
+    open_input,
+    own_id,
+    picked,
+    untold,
+)  # fmt: skip
+from pipeline.input.source import Source, SourceError
+
+
+def check_encoding(file: InputFile, first: bytes) -> None:
+    """Refuse UTF-16 by its first bytes: its lines do not end where ours do."""
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise SourceError(f"{file.path}: is UTF-16; convert it to UTF-8 first")
+
+
+def read_lines(source: Source, path: str, offset: int) -> Iterator[bytes]:
+    """Lines with their ends, from a byte on that begins one."""
+    with open_input(path, source) as handle:
+        if offset:
+            handle.seek(offset)
+        yield from handle
+
+
+def _scan(source: Source, file: InputFile, begins: Begins, blank: bool) -> FileScan:
+    digest, offsets, rows, position = hashlib.blake2b(digest_size=16), {}, 0, 0
+    for line in read_lines(source, file.path, 0):
+        if not position:
+            check_encoding(file, line[:2])
+        digest.update(line)
+        if blank or line.strip():
+            if begins(rows):
+                offsets[rows] = position
+            rows += 1
+        position += len(line)
+    return FileScan(rows, digest.hexdigest(), offsets)
+
+
+def _text(line: bytes, first: bool) -> str:
+    if first and line.startswith(b"\xef\xbb\xbf"):
+        line = line[3:]
+    return line.rstrip(b"\n").removesuffix(b"\r").decode()
+
+
+def _text_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
+    names = ["text"] if wanted is None else [name for name, column in wanted.items() if column == "text"]
+    prefix = span.name + "#"
+    for row, line in enumerate(span.of(read_lines(source, span.path, span.offset)), span.start):
+        try:
+            text = _text(line, row == 0)
+        except UnicodeDecodeError as error:
+            yield Raw(prefix + str(row), {}, f"line {row + 1} of {span.name} is not UTF-8: {error.reason}")
+            continue
+        yield Raw(prefix + str(row), dict.fromkeys(names, text))
+
+
+def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
+    lines = (line for line in read_lines(source, span.path, span.offset) if line.strip())
+    for row, line in enumerate(span.of(lines), span.start):
+        try:
+            values = json.loads(_text(line, row == 0))
+        except (ValueError, RecursionError) as error:
+            problem = f"row {row} of {span.name} is not JSON: {error}"
+        else:
+            problem = "" if isinstance(values, dict) else f"row {row} of {span.name} is no JSON object"
+        if not problem:
+            yield Raw(own_id(source, values, span, row), picked(values, wanted))
+        elif source.id is None:
+            yield Raw(derived_id(span.name, row), {}, problem)
+        else:
+            raise SourceError(f"{problem}, so its id {source.id!r} cannot be read; mend or remove the line")
+
+
+def _jsonl_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+    first = next((line for line in read_lines(source, file.path, 0) if line.strip()), b"")
+    if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        raise SourceError(f"{file.path}: is a JSON array; write one JSON object a line (JSONL) instead")
+    return _scan(source, file, begins, blank=False)
+
+
+TEXT = Format(partial(_scan, blank=True), _text_rows, fixed(text="string"))
+JSONL = Format(_jsonl_scan, _jsonl_rows, untold)

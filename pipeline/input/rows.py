@@ -1,0 +1,160 @@
+"""What reading hands on: rows before their pictures are decoded, spans of files, and what a `Format` has to offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import fsspec
+
+from pipeline.input.source import Source, SourceError
+from pipeline.storage import patiently
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.input.files import InputFile
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A picture as it was found: bytes, or where to get them."""
+
+    data: bytes | None = None
+    path: str | None = None
+
+
+@dataclass(slots=True)
+class Raw:
+    """A row before its pictures are decoded."""
+
+    id: str
+    values: dict[str, Any]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows ``start`` to ``stop`` of one file.
+
+    Attributes:
+        offset: The byte where row ``start - ahead`` begins, for formats that cannot be entered anywhere.
+        ahead: Rows that such a format has to pass over before ``start``, as cheaply as it can.
+    """
+
+    name: str
+    path: str
+    start: int
+    stop: int
+    offset: int = 0
+    ahead: int = 0
+
+    def part(self, skip: int, count: int) -> Span:
+        """``count`` of its rows (or as many as there are), after the first ``skip``."""
+        start = self.start + skip
+        return replace(self, start=start, stop=min(self.stop, start + count), ahead=self.ahead + skip)
+
+    def of(self, items: Iterable[T]) -> Iterator[T]:
+        """Its own among all that is found from ``offset`` on."""
+        return islice(items, self.ahead, self.ahead + self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class FileScan:
+    """What a scan found: number of rows, a digest of what they are, byte offsets of the rows that begin shards.
+
+    ``keys``: the rows' natural keys where the format has them (ids derive from them and have to be checked).
+    """
+
+    rows: int
+    digest: str
+    offsets: Mapping[int, int] = field(default_factory=dict)
+    keys: tuple[str, ...] | None = None
+
+
+Wanted = Mapping[str, str] | None
+"""Name in the row -> name in the input; None: everything."""
+Begins = Callable[[int], bool]
+"""Whether a shard begins at this row of the file."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format is read.
+
+    Attributes:
+        scan: How many rows a file has, and where.
+        rows: A span of them.
+        schema: The columns with their types, where the files tell.
+    """
+
+    scan: Callable[[Source, InputFile, Begins], FileScan]
+    rows: Callable[[Source, Span, Wanted], Iterator[Raw]]
+    schema: Callable[[Source, InputFile], pa.Schema | None]
+
+
+def open_input(path: str, source: Source) -> IO[bytes]:
+    """Open an input file for reading, decompressed if its name says that it is compressed."""
+    if "://" not in path and not path.endswith((".gz", ".bz2", ".xz", ".zst")):
+        return open(path, "rb")
+    return patiently(lambda: fsspec.open(path, "rb", compression="infer", **source.storage_options).open())
+
+
+def file_digest(file: InputFile) -> str:
+    """What stands for a file's content where reading it all would take too long: size, and time or ETag."""
+    return f"{file.size}:{file.version}"
+
+
+def derived_id(span_name: str, row: int) -> str:
+    """The id of a row that has none of its own."""
+    return f"{span_name}#{row}"
+
+
+def picked(values: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """The wanted values under the names that the stage knows."""
+    return dict(values) if wanted is None else {name: values.get(column) for name, column in wanted.items()}
+
+
+def own_id(source: Source, values: Mapping[str, Any], span: Span, row: int) -> str:
+    """A row's id: from the user's column, else derived.
+
+    Raises:
+        SourceError: The column is empty in this row.
+    """
+    if source.id is None:
+        return derived_id(span.name, row)
+    value = values.get(source.id)
+    if value is None or value == "":
+        raise SourceError(f"{span.name}, row {row}: the id column {source.id!r} is empty; every row needs an id")
+    return str(value)
+
+
+def as_encoded(value: Any) -> Encoded:
+    """A picture in any of the forms that inputs have it in: bytes, a path, a struct of both, nothing."""
+    if value is None or isinstance(value, Encoded):
+        return value or Encoded()
+    if isinstance(value, Mapping):
+        return Encoded(value.get("bytes"), value.get("path"))
+    if isinstance(value, str):
+        return Encoded(None, value)
+    return Encoded(bytes(value))
+
+
+def fixed(**columns: str) -> Callable[[Source, InputFile], pa.Schema]:
+    """The schema of a format whose columns are always the same; name -> ``string`` or ``image``."""
+
+    def schema(source: Source, file: InputFile) -> pa.Schema:
+        import pyarrow as pa
+
+        types = {"string": pa.string(), "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())])}
+        return pa.schema([(name, types[kind]) for name, kind in columns.items()])
+
+    return schema
+
+
+def untold(source: Source, file: InputFile) -> None:
+    """The files do not say: types come from a sample of rows."""

@@ -1,0 +1,67 @@
+"""What a run reads: a plain description of an input, and the files it stands for.
+
+A `Source` is JSON-able, so that it can be written into the plan and sent to a worker. Reading itself is in
+`pipeline.input.read`, decoding of pictures in `pipeline.input.pictures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+Format = Literal[
+    "parquet", "jsonl", "csv", "text", "images", "webdataset", "datasets", "npy", "concepts", "micro-world"
+]  # fmt: skip
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+class SourceError(ValueError):
+    """The input cannot be read as described; the message names the file or column and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        path: Files, folders or globs (``**`` too), local or any fsspec address. ``micro-world://heldout?rows=64&seed=0``
+            generates rows ``image``, ``caption``, ``scene`` (JSON) from `micro.world` (``train`` or ``heldout``).
+            The output folder of a finished run stands for its ``data/part-*.parquet``.
+        format: How to read the files. None: found from the names and, for a folder, from what is in it.
+        columns: Name in a row -> name in the input. Empty: all columns under their own names. Otherwise only these
+            (and those in a run's ``keep``) are read. Fixed names by format: text ``text``; images ``image``,
+            ``path``, and ``text`` from a ``.txt`` beside the picture; webdataset the members' extensions (``jpg``,
+            ``json`` ...), with ``image`` for whichever picture member there is, ``text`` for ``txt``, and a JSON
+            member's keys; npy ``embedding``.
+        id: The input's column with a unique id for each row. None: ``<file>#<row number>``, with the file's path below
+            the common folder of the input (images: the path itself; webdataset: ``<file>/<key>``; a finished run's
+            output: its ids).
+        images: Names in a row (after mapping) that hold pictures as encoded bytes, or as paths relative to the row's
+            file. Columns that say so themselves (``struct<bytes, path>``, image folders, tar members) need no naming.
+        storage_options: For fsspec: endpoint, keys ... Never written to the output and no part of any fingerprint.
+        max_pixels: A picture with more pixels fails its row before it is decoded.
+        variants: Column -> values: every row of the input stands for one row a value, which the column holds and the id
+            ends in (``<id>/<value>``). Rows of the input stay together; a run's ``limit`` counts the rows made so.
+    """
+
+    path: tuple[str, ...]
+    format: Format | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    id: str | None = None
+    images: tuple[str, ...] = ()
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    max_pixels: int = 100_000_000
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the storage options, which may hold secrets."""
+        plain = asdict(self)
+        del plain["storage_options"]
+        return plain
+
+    @staticmethod
+    def from_json(plain: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None) -> Source:
+        lists = {key: tuple(plain[key]) for key in ("path", "images")}
+        variants = {name: tuple(values) for name, values in plain.get("variants", {}).items()}
+        return Source(**{**plain, **lists, "variants": variants}, storage_options=dict(storage_options or {}))

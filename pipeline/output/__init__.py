@@ -1,0 +1,1 @@
+"""What a run writes: columns, Parquet, commits, the published dataset."""

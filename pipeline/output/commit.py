@@ -1,0 +1,157 @@
+"""The commit protocol: an attempt's file first, checked and durable, then the record that makes it the shard.
+
+Steps, each a function so that a reader (or a fault test) can stop between any two: `Attempt` writes
+``attempts/<shard>.<token>.parquet`` and syncs it; `check_attempt` reads the footer back; `write_summary` leaves what
+the stage wants kept; `write_record` creates ``records/<shard>.json`` unless there is one. Whoever dies before the last
+step has changed nothing; whoever comes second finds the record, and its own attempt is swept.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.input.files import OWN
+from pipeline.output import parquet
+from pipeline.storage import Folder
+
+ATTEMPTS, RECORDS, SUMMARIES = f"{OWN}/attempts", f"{OWN}/records", f"{OWN}/summaries"
+NAMED_ERRORS = 20
+
+
+class CommitError(OSError):
+    """What was written is not what reads back."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A shard's commit record. The shard exists exactly when this does and the file matches it.
+
+    Attributes:
+        shard: Number of the shard.
+        attempt: Token of the attempt that won.
+        file: Name of the winning attempt's file.
+        size: Its bytes.
+        checksum: Its BLAKE2b digest, hex.
+        rows_ok, rows_failed: Rows in it by status.
+        started, seconds: When work on it began (Unix time), and how long it took.
+        worker: Host and process that did it.
+        measures: Numeric stage column -> ``{"n", "sum", "min", "max"}`` over rows with status ok.
+        errors: The commonest reasons of failed rows (digits folded) -> count; at most 20.
+        summary: Names of the stage's summary files (npz), in row order; empty without.
+    """
+
+    shard: int
+    attempt: str
+    file: str
+    size: int
+    checksum: str
+    rows_ok: int
+    rows_failed: int
+    started: float
+    seconds: float
+    worker: str
+    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+    summary: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.rows_ok + self.rows_failed
+
+    @staticmethod
+    def from_json(data: bytes) -> Record:
+        plain = json.loads(data)
+        return Record(**{**plain, "summary": tuple(plain["summary"])})
+
+
+def record_name(shard: int) -> str:
+    return f"{RECORDS}/{shard:06d}.json"
+
+
+class Attempt:
+    """A Parquet file being written. It counts for nothing before a record names it."""
+
+    def __init__(self, folder: Folder, name: str, schema: pa.Schema) -> None:
+        self._upload = folder.begin(f"{ATTEMPTS}/{name}")
+        self._folder, self.name, self.rows = folder, name, 0
+        self._writer = pq.ParquetWriter(
+            self._upload,
+            schema,
+            compression="zstd",
+            use_dictionary=False,  # doubles the time to write floats
+            write_statistics=[f.name for f in schema if not pa.types.is_nested(f.type)],
+        )
+
+    def add(self, rows: pa.Table) -> None:
+        self._writer.write_table(rows, row_group_size=max(1, rows.num_rows))
+        self.rows += rows.num_rows
+
+    def close(self) -> tuple[int, str]:
+        """Write the footer and make the file durable: (bytes, checksum)."""
+        self._writer.close()
+        self._upload.close()
+        return self._upload.size, self._upload.checksum
+
+    def abandon(self) -> None:
+        """Give up, and leave nothing behind if that can be helped."""
+        self._upload.abandon()
+        self._folder.remove(f"{ATTEMPTS}/{self.name}")
+
+
+def check_attempt(folder: Folder, name: str, size: int, rows: int) -> None:
+    """Read the footer back.
+
+    Raises:
+        CommitError: The file's size or row count is not what was written.
+    """
+    found = folder.size(f"{ATTEMPTS}/{name}")
+    if found != size:
+        raise CommitError(f"{ATTEMPTS}/{name}: {found} bytes on disk, {size} were written")
+    try:
+        with parquet.opened(folder, f"{ATTEMPTS}/{name}") as file:
+            stored = file.metadata.num_rows
+    except pa.ArrowInvalid as error:
+        raise CommitError(f"{ATTEMPTS}/{name}: cannot be read back ({error})") from None
+    if stored != rows:
+        raise CommitError(f"{ATTEMPTS}/{name}: {stored} rows on disk, {rows} were written")
+
+
+def write_summary(folder: Folder, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Leave a stage's summary of a shard beside its record."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    folder.write(f"{SUMMARIES}/{name}", buffer.getvalue())
+
+
+def read_summary(folder: Folder, name: str) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(folder.read(f"{SUMMARIES}/{name}")), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def write_record(folder: Folder, record: Record) -> Record:
+    """Commit: the record appears as a whole, and only if the shard has none.
+
+    Returns:
+        The record that stands: this one, or the one of an attempt that was faster.
+    """
+    data = json.dumps(asdict(record)).encode()
+    if folder.create(record_name(record.shard), data):
+        return record
+    return Record.from_json(folder.read(record_name(record.shard)))
+
+
+def fold_errors(errors: Mapping[str, int]) -> dict[str, int]:
+    """Reasons with their numbers folded to ``#``, so that equal kinds count together; the commonest."""
+    folded: Counter[str] = Counter()
+    for reason, count in errors.items():
+        folded[re.sub(r"\d+", "#", reason)[:200]] += count
+    return dict(folded.most_common(NAMED_ERRORS))

@@ -1,0 +1,98 @@
+"""What readers of an output see: ``data/part-*.parquet``, the dataset card, ``_SUCCESS``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pipeline.output.commit import ATTEMPTS, Record
+from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, OutputError, Tally
+from pipeline.output.schema import decode_schema
+
+CARD = "README.md"
+
+
+def set_aside(output: Output) -> list[str]:
+    """Move files in ``data/`` that are not this run's out of readers' way.
+
+    Returns:
+        Their names.
+    """
+    strangers = [name for name in output.folder.listing("data") if not output.is_published(name)]
+    for name in strangers:
+        output.folder.move(f"data/{name}", f"{SET_ASIDE}/{name}")
+    return strangers
+
+
+def publish(output: Output, tally: Tally, title: str, description: str) -> None:
+    """Give the committed files their final names, then the card, then ``_SUCCESS``. Safe to repeat.
+
+    Raises:
+        OutputError: A committed file is gone.
+    """
+    listed, shards = output.listings(), 0
+    for record in output.records():
+        _publish_part(output, record, listed)
+        shards += 1
+    if shards != int(output.plan["shards"]):
+        raise OutputError(f"{output.path}: {shards} of {output.plan['shards']} shards have a record; run the job again")
+    output.folder.write(CARD, card(output, tally, title, description).encode())
+    summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed, "shards": tally.shards,
+               "fingerprint": output.plan["fingerprint"]}  # fmt: skip
+    output.folder.write(SUCCESS, (json.dumps(summary) + "\n").encode())
+
+
+def _publish_part(output: Output, record: Record, listed: dict[str, dict[str, int]]) -> None:
+    part = output.part(record.shard)
+    base = part.rpartition("/")[2]
+    if listed["data"].get(base) == record.size and record.file not in listed[ATTEMPTS]:
+        return
+    if listed[ATTEMPTS].get(record.file) != record.size:
+        raise OutputError(f"{output.path}: the file of shard {record.shard} is gone or cut; run the job again")
+    if base in listed["data"]:
+        output.folder.move(part, f"{SET_ASIDE}/{base}")
+    output.folder.move(f"{ATTEMPTS}/{record.file}", part)
+
+
+def card(output: Output, tally: Tally, title: str, description: str) -> str:
+    """The dataset card: what `datasets` reads (YAML), then columns, counts, measures and models for people.
+
+    The configuration's description names the content: `datasets` keys its cache by the folder's last name and this
+    block alone, and would else hand out another dataset that was once loaded from a folder of the same name.
+    """
+    schema, plan = decode_schema(output.plan["schema"]), output.plan
+    content = hashlib.blake2b("".join(record.checksum for record in output.records()).encode(), digest_size=8)
+    front = ["---", "configs:", "- config_name: default", f"  description: content {content.hexdigest()}",
+             "  data_files:", "  - split: train", "    path: data/part-*.parquet", "tags:", "- latentmill",
+             "---"]  # fmt: skip
+    docs = {column["name"]: column for column in plan["stage_columns"]}
+    rows = [f"| `{f.name}` | {_kind(f.type, docs.get(f.name))} | {docs.get(f.name, {}).get('doc', '')} |"
+            for f in schema]  # fmt: skip
+    measures = [f"| `{name}` | {m['n']} | {m['mean']:.4g} | {m['min']:.4g} | {m['max']:.4g} |"
+                for name, m in tally.measures.items()]  # fmt: skip
+    models = [f"| {role} | `{model.get('path', '')}` | {model.get('revision', '') or '-'} |"
+              for role, model in plan["models"].items()]  # fmt: skip
+    errors = [f"- {count} x {reason}" for reason, count in tally.errors.items()]
+    parts = [
+        "\n".join(front), f"# {title}", description.strip(),
+        f"## Rows\n\n{plan['rows']} rows in {plan['shards']} files: {tally.ok} processed, {tally.failed} failed "
+        "(`status` and `error` say which and why; their outputs are null).",
+        "\n".join(errors),
+        "## Load\n\n```python\nfrom datasets import load_dataset\n\n"
+        f'dataset = load_dataset("{output.path}", split="train")\n```',
+        "## Columns\n\n| column | type | meaning |\n|---|---|---|\n" + "\n".join(rows),
+        "## Measures\n\n| column | rows | mean | least | greatest |\n|---|---|---|---|---|\n" + "\n".join(measures)
+        if measures else "",
+        "## Models\n\n| role | model | revision |\n|---|---|---|\n" + "\n".join(models) if models else "",
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _kind(arrow: Any, column: dict[str, Any] | None) -> str:
+    if column is not None and column["kind"] == "tensor":
+        shape = " x ".join(str(extent) for extent in column["shape"])
+        return f"{column['dtype']}, {shape} (flattened)"
+    if column is not None and column["kind"] == "image":
+        return "picture"
+    return "picture" if str(arrow).startswith("struct<bytes") else str(arrow)

@@ -1,0 +1,264 @@
+"""The output's columns in Arrow, and how rows become tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.contract import Column
+from pipeline.input.rows import Encoded, Raw
+
+SCHEMA_VERSION = 1
+"""Counts up when the layout of the output changes; part of every run fingerprint."""
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+"""What `datasets` stores an Image feature as: these names, in this order."""
+
+_PLAIN = {
+    "string": pa.string(),
+    "json": pa.string(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "image": IMAGE,
+}
+RESERVED = ("id", "status", "error")
+
+
+class CellError(ValueError):
+    """A value does not fit its column; the row becomes a failed one."""
+
+
+def column_field(column: Column) -> pa.Field:
+    """The Arrow field of a stage's column."""
+    note = {"doc": column.doc} if column.doc else {}
+    if column.kind != "tensor":
+        return pa.field(column.name, _PLAIN[column.kind], metadata=note or None)
+    size = math.prod(column.shape)
+    value = pa.float16() if column.dtype == "float16" else pa.float32()
+    note |= {"shape": json.dumps(list(column.shape)), "dtype": column.dtype}
+    return pa.field(column.name, pa.list_(value, size), metadata=note)
+
+
+def kept_field(name: str, found: pa.Field | None, sample: Sequence[Any]) -> pa.Field:
+    """The field of an input column that is copied to the output.
+
+    Args:
+        found: The input's own field, where the format has types.
+        sample: Values from the first rows, where it has none: text, numbers and truth values keep their type,
+            anything else (and any mixture) is stored as JSON.
+    """
+    if found is not None:
+        kind = found.type
+        if isinstance(kind, pa.BaseExtensionType):
+            shape = getattr(kind, "shape", None)
+            note = {"shape": json.dumps(list(shape))} if shape else None
+            return pa.field(name, kind.storage_type, metadata=note)
+        note = {k: v for k, v in (found.metadata or {}).items() if k in (b"shape", b"dtype", b"doc")}
+        return pa.field(name, kind, metadata=note or None)
+    values = [value for value in sample if value is not None]
+    if any(isinstance(value, Encoded) for value in values):
+        return pa.field(name, IMAGE)
+    if values and all(isinstance(value, np.ndarray) for value in values) and len({v.shape for v in values}) == 1:
+        first = values[0]
+        note = {"shape": json.dumps(list(first.shape)), "dtype": str(first.dtype)}
+        return pa.field(name, pa.list_(pa.from_numpy_dtype(first.dtype), first.size), metadata=note)
+    kinds = {type(value) for value in values}
+    if kinds == {bool}:
+        return pa.field(name, pa.bool_())
+    if kinds == {int} and all(-(2**63) <= value < 2**63 for value in values):
+        return pa.field(name, pa.int64())
+    if kinds and kinds <= {int, float}:
+        return pa.field(name, pa.float64())
+    if kinds <= {str}:
+        return pa.field(name, pa.string())
+    if kinds == {bytes}:
+        return pa.field(name, pa.binary())
+    return pa.field(name, pa.string(), metadata={"json": "true"})
+
+
+def output_schema(kept: Sequence[pa.Field], columns: Sequence[Column], metadata: Mapping[str, str]) -> pa.Schema:
+    """id, kept columns, the stage's columns, status, error; with the metadata that makes `datasets` decode pictures.
+
+    Args:
+        metadata: File-level key-value metadata.
+
+    Raises:
+        ValueError: Two columns have the same name.
+    """
+    fields = [
+        pa.field("id", pa.string(), nullable=False),
+        *kept,
+        *map(column_field, columns),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+    names = [field.name for field in fields]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two output columns are called {twice[0]!r}; rename the kept one with the input's columns")
+    features = {field.name: {"_type": "Image"} for field in fields if field.type == IMAGE}
+    noted = {"huggingface": json.dumps({"info": {"features": features}})} if features else {}
+    return pa.schema(fields, metadata={**metadata, **noted})
+
+
+def picture_columns(schema: pa.Schema) -> frozenset[str]:
+    return frozenset(field.name for field in schema if field.type == IMAGE)
+
+
+def kept_value(value: Any, field: pa.Field) -> Any:
+    """A kept column's value in the form that `cells` takes."""
+    if value is not None and (field.metadata or {}).get(b"json"):
+        return json.dumps(value, default=str)
+    return value
+
+
+def cell(value: Any, field: pa.Field) -> Any:
+    """Check one value against its column, and bring it into the form that `column_array` takes.
+
+    Raises:
+        CellError: It does not fit.
+    """
+    kind = field.type
+    if value is None:
+        return None
+    if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
+        if hasattr(value, "detach"):
+            value = value.detach().cpu().numpy()
+        array = np.asarray(value)
+        if array.size != kind.list_size:
+            raise CellError(f"column {field.name!r}: {array.size} values, expected {kind.list_size}")
+        with np.errstate(over="ignore"):
+            stored = array.reshape(-1).astype(kind.value_type.to_pandas_dtype(), copy=False)
+        if not np.isfinite(stored).all() and np.isfinite(array).all():
+            raise CellError(f"column {field.name!r}: overflows {kind.value_type}")
+        return stored
+    if kind == IMAGE:
+        if isinstance(value, (bytes, bytearray)):
+            return {"bytes": bytes(value), "path": None}
+        if isinstance(value, Encoded):
+            return {"bytes": value.data, "path": None}
+        raise CellError(f"column {field.name!r}: expected a picture, got {type(value).__name__}")
+    if pa.types.is_string(kind) and not isinstance(value, str):
+        return json.dumps(value, default=str)
+    return value
+
+
+def column_array(values: list[Any], field: pa.Field) -> pa.Array:
+    """Checked cells as an Arrow array."""
+    kind = field.type
+    if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
+        missing = np.fromiter((value is None for value in values), bool, len(values))
+        blank = np.zeros(kind.list_size, kind.value_type.to_pandas_dtype())
+        flat = np.concatenate([blank if value is None else value for value in values]) if values else blank[:0]
+        mask = pa.array(missing) if missing.any() else None
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind, mask=mask)
+    return pa.array([value.tolist() if isinstance(value, np.ndarray) else value for value in values], type=kind)
+
+
+def _fails(value: Any, field: pa.Field) -> str | None:
+    try:
+        column_array([cell(value, field)], field)
+    except (CellError, pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        return str(error) if isinstance(error, CellError) else f"column {field.name!r}: {error}"
+    return None
+
+
+def table(rows: list[dict[str, Any]], schema: pa.Schema, kept: frozenset[str] = frozenset()) -> pa.Table:
+    """Finished rows as a table. A row with a value that does not fit becomes a failed row with null outputs.
+
+    Args:
+        rows: Each with ``id``, ``status``, ``error``, and what it has of the other columns.
+        kept: Columns copied from the input; a failed row keeps those of them that fit.
+    """
+    try:
+        return _table(rows, schema)
+    except (CellError, pa.ArrowException, ValueError, TypeError, OverflowError):
+        return _table([_mended(row, schema, kept) for row in rows], schema)
+
+
+def _mended(row: dict[str, Any], schema: pa.Schema, kept: frozenset[str]) -> dict[str, Any]:
+    row = {**row, "id": _valid_text(row["id"]), "error": _valid_text(row["error"]) if row.get("error") else None}
+    problems = {field.name: problem for field in schema if (problem := _fails(row.get(field.name), field)) is not None}
+    if not problems:
+        return row
+    fitting = {name: value for name, value in row.items() if name in kept and name not in problems}
+    return {**fitting, "id": row["id"], "status": "failed", "error": _valid_text(next(iter(problems.values())))}
+
+
+def _valid_text(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    arrays = []
+    for field in schema:
+        name, kind = field.name, field.type
+        if pa.types.is_string(kind) or pa.types.is_fixed_size_list(kind) or kind == IMAGE:
+            arrays.append(column_array([cell(row.get(name), field) for row in rows], field))
+        else:
+            arrays.append(column_array([row.get(name) for row in rows], field))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def measures(rows: pa.Table, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Count, sum, least and greatest finite value of numeric columns over rows with status ok."""
+    ok = np.asarray(rows["status"].to_pylist()) == "ok"
+    found = {}
+    for name in names:
+        values = pc.cast(rows[name], pa.float64(), safe=False).to_numpy()[ok]
+        values = values[np.isfinite(values)]
+        if values.size:
+            found[name] = {"n": values.size, "sum": float(values.sum()), "min": float(values.min()),
+                           "max": float(values.max())}  # fmt: skip
+    return found
+
+
+def merge_measures(into: dict[str, dict[str, float]], more: Mapping[str, Mapping[str, float]]) -> None:
+    """Add one shard's measures to the running ones."""
+    for name, part in more.items():
+        total = into.setdefault(name, {"n": 0, "sum": 0.0, "min": math.inf, "max": -math.inf})
+        total["n"] += part["n"]
+        total["sum"] += part["sum"]
+        total["min"] = min(total["min"], part["min"])
+        total["max"] = max(total["max"], part["max"])
+
+
+def means(total: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Merged measures as count, mean, min, max."""
+    return {
+        name: {"n": m["n"], "mean": m["sum"] / m["n"], "min": m["min"], "max": m["max"]} for name, m in total.items()
+    }
+
+
+def encode_schema(schema: pa.Schema) -> str:
+    import base64
+
+    return base64.b64encode(schema.serialize().to_pybytes()).decode()
+
+
+def decode_schema(text: str) -> pa.Schema:
+    import base64
+
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+
+
+def sample_bytes(raws: Sequence[Raw], name: str) -> float:
+    """Mean size of a column's values in a sample, for estimates."""
+    sizes = []
+    for raw in raws:
+        value = raw.values.get(name)
+        if isinstance(value, np.ndarray):
+            sizes.append(value.nbytes)
+        elif isinstance(value, Encoded):
+            sizes.append(len(value.data or b""))
+        else:
+            sizes.append(len(str(value)))
+    return sum(sizes) / len(sizes) if sizes else 0.0

@@ -1,0 +1,1 @@
+"""How a run goes: the plan, the workers, the driver."""

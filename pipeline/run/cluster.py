@@ -1,0 +1,361 @@
+"""The only module that knows Ray: a pool of actors, each with one `Worker`, and what becomes of them.
+
+Plain actors, not Ray Data: a block that always kills its actor is retried for ever there, and who died on which rows
+is exactly what a run has to know. Descriptors go out, records come back; no row passes through the driver.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pipeline.output.commit import Record
+    from pipeline.run.driver import Resources
+    from pipeline.run.worker import Piece, Task, WorkerJob
+
+OBJECT_STORE_BYTES = 200 * 2**20
+"""Of a Ray that we start: nothing but descriptors and records passes through it."""
+
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30), "MALLOC_TOP_PAD_": str(2**28)}
+"""glibc keeps freed memory instead of handing it back to the kernel. On a CPU a network's activations are megabytes
+that come and go in every layer; fetching them anew each time costs page faults (docs/runtime.md has the figures)."""
+
+
+class ClusterError(RuntimeError):
+    """There is no Ray to work on; the message says what was tried."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task.
+
+    Attributes:
+        kind: ``done``; ``retry``: storage failed, nothing is committed; ``died``: the worker, or its device; ``fatal``.
+        result: The record or piece of a task that is done.
+        reason: Why it is not done.
+    """
+
+    kind: Literal["done", "retry", "died", "fatal"]
+    result: Record | Piece | None = None
+    reason: str = ""
+
+
+class _Actor:
+    """Runs in a worker process. It never raises: what went wrong is an answer."""
+
+    def __init__(self, job: WorkerJob) -> None:
+        self.problem: str | None = None
+        try:
+            from pipeline.run.worker import Worker
+
+            self.worker = Worker(job)
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {error}"
+
+    def ready(self) -> str | None:
+        return self.problem
+
+    def process(self, task: Task) -> Outcome:
+        from pipeline.input.source import SourceError
+        from pipeline.run.worker import ContractError, Poisoned
+
+        try:
+            return Outcome("done", self.worker.process(task))
+        except Poisoned as error:
+            return Outcome("died", reason=str(error))
+        except (ContractError, SourceError) as error:
+            return Outcome("fatal", reason=str(error))
+        except OSError as error:
+            return Outcome("retry", reason=f"{type(error).__name__}: {error}")
+        except Exception as error:
+            return Outcome("fatal", reason=f"{type(error).__name__}: {error}")
+
+    def calibrate(self, task: Task) -> tuple[float, int, float, int, int]:
+        """(seconds to build the stage, rows, seconds, bytes, failed)."""
+        return (self.worker.build_seconds, *self.worker.calibrate(task))
+
+    def done(self) -> int:
+        return self.worker.done
+
+
+def _allocator() -> dict[str, str]:
+    """`ALLOCATOR`, but for what the user has set."""
+    return {name: os.environ.get(name, value) for name, value in ALLOCATOR.items()}
+
+
+def _import_paths() -> str:
+    """Where this process imports from, for the workers of a Ray that we start: tests and notebooks work uninstalled."""
+    own = [path or os.getcwd() for path in sys.path]
+    return os.pathsep.join(path for path in own if os.path.isdir(path) and "site-packages" not in path)
+
+
+@contextmanager
+def _held_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until Ray has started or stopped: caught halfway it crashes the process. Twice insists."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = False
+
+    def press(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def connected(address: str | None, cpus: float) -> Iterator[bool]:
+    """A connection to Ray: the one at ``address``, the one this process has, or one that starts and stops here.
+
+    Yields:
+        Whether it was started here.
+
+    Raises:
+        ClusterError
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # workers run at the priority that the user started us with
+    import ray
+
+    if ray.is_initialized():
+        yield False
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        options |= {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, int(cpus) + 1),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "runtime_env": {"env_vars": {"PYTHONPATH": _import_paths()} | _allocator()},
+        }
+    else:
+        options["address"] = address
+    try:
+        try:
+            with _held_interrupt():
+                ray.init(**options)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            where = "a local Ray could not be started" if address is None else f"no Ray lets us in at {address!r}"
+            advice = "; if it asks for a token (Ray 2.60's default), set RAY_AUTH_MODE=token" if address else ""
+            raise ClusterError(f"{where}: {reason}{advice}") from None
+        yield address is None
+    finally:
+        with _held_interrupt():
+            ray.shutdown()
+
+
+class _Member:
+    """One worker of the pool, as the driver sees it."""
+
+    def __init__(self, actor: Any, created: float) -> None:
+        self.actor, self.created = actor, created
+        self.starting: Any = actor.ready.remote()
+        self.task: Task | None = None
+        self.running: Any = None
+        self.asked: Any = None
+        self.active = 0
+
+
+class Pool:
+    """Workers that build the stage once and then take tasks. Not thread-safe; used from the driver's thread.
+
+    Attributes:
+        build_failures: Workers in a row that could not build their stage; `build_problem` says why.
+        lost: What happened to workers since it was last read.
+    """
+
+    def __init__(self, job: WorkerJob, resources: Resources) -> None:
+        import ray
+
+        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_restarts": 0}
+        if resources.memory is not None:
+            options["memory"] = resources.memory
+        groups = {"watch": 1}
+        self._ray = ray
+        remote: Any = ray.remote
+        self._make = remote(concurrency_groups=groups, **options)(_Actor).remote
+        self._job = ray.put(job)
+        self._resources = resources
+        self._members: list[_Member] = []
+        self.build_failures, self.build_problem = 0, ""
+        self.lost: list[str] = []
+
+    def room(self) -> int:
+        """How many workers there may be: what was asked for, else what fits at present."""
+        return self.fits() if self._resources.max_workers is None else max(1, self._resources.max_workers)
+
+    def fits(self) -> int:
+        """How many workers the cluster holds at present, at least one."""
+        total = self._ray.cluster_resources()
+        asked = {"CPU": self._resources.cpus, "GPU": self._resources.gpus, "memory": self._resources.memory or 0}
+        held = [int(total.get(name, 0) / amount) for name, amount in asked.items() if amount]
+        return max(1, min(held, default=1))
+
+    def grow(self, size: int) -> None:
+        """Start workers until there are ``size`` of them, ready or not."""
+        while len(self._members) < size:
+            self._members.append(_Member(self._make(self._job), time.monotonic()))
+
+    @property
+    def size(self) -> int:
+        return len(self._members)
+
+    @property
+    def ready(self) -> int:
+        return sum(member.starting is None for member in self._members)
+
+    @property
+    def busy(self) -> int:
+        return sum(member.task is not None for member in self._members)
+
+    @property
+    def idle(self) -> int:
+        return self.ready - self.busy
+
+    @property
+    def active_rows(self) -> int:
+        """Rows through the stage in tasks that are not finished, as last heard."""
+        return sum(member.active for member in self._members if member.task is not None)
+
+    def available(self) -> str:
+        """What the cluster has, for a message."""
+        total = self._ray.cluster_resources()
+        return ", ".join(f"{total.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+    def give(self, task: Task) -> None:
+        """Hand a task to an idle worker."""
+        member = next(m for m in self._members if m.starting is None and m.task is None)
+        member.task, member.active = task, 0
+        member.running = member.actor.process.remote(task)
+
+    def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
+        """Tasks that have ended, one way or another; returns at once when there is one, else after ``seconds``."""
+        waiting = [ref for m in self._members for ref in (m.starting, m.running) if ref is not None]
+        if not waiting:
+            time.sleep(seconds)
+            return []
+        self._ray.wait(waiting, num_returns=1, timeout=seconds)
+        ready = set(self._ray.wait(waiting, num_returns=len(waiting), timeout=0)[0])
+        ended: list[tuple[Task, Outcome]] = []
+        for member in list(self._members):
+            if member.starting in ready and member.starting is not None:
+                self._started(member)
+            elif member.running in ready and member.running is not None:
+                ended.append(self._ended(member))
+        return ended
+
+    def ask(self) -> None:
+        """Hear from busy workers how far they are, without waiting for the answer."""
+        for member in self._members:
+            if member.task is None or member.starting is not None:
+                continue
+            if member.asked is None:
+                member.asked = member.actor.done.options(concurrency_group="watch").remote()
+            elif self._ray.wait([member.asked], timeout=0)[0]:
+                with suppress(Exception):  # a worker that died is noticed by its task
+                    member.active = self._ray.get(member.asked)
+                member.asked = None
+
+    def _started(self, member: _Member) -> None:
+        try:
+            problem = self._ray.get(member.starting)
+        except Exception as error:
+            problem = f"the worker died while it started ({_first_line(error)})"
+        member.starting = None
+        if problem is None:
+            self.build_failures = 0
+            return
+        self.build_failures, self.build_problem = self.build_failures + 1, problem
+        self.lost.append(f"a worker could not build the stage: {problem}")
+        self._drop(member)
+
+    def _ended(self, member: _Member) -> tuple[Task, Outcome]:
+        task, running = member.task, member.running
+        assert task is not None
+        member.task, member.running, member.asked, member.active = None, None, None, 0
+        try:
+            outcome: Outcome = self._ray.get(running)
+        except self._ray.exceptions.RayActorError:
+            outcome = Outcome("died", reason="the worker process died")
+        except Exception as error:
+            outcome = Outcome("died", reason=_first_line(error))
+        if outcome.kind == "died":
+            self._drop(member)
+        return task, outcome
+
+    def _drop(self, member: _Member) -> None:
+        self._members.remove(member)
+        with suppress(Exception):
+            self._ray.kill(member.actor, no_restart=True)
+
+    def close(self) -> None:
+        for member in list(self._members):
+            self._drop(member)
+
+    def calibrate(self, task: Task) -> tuple[float, int, float, int, int]:
+        """Time a task on one worker.
+
+        Raises:
+            ClusterError: The stage cannot be built, or its worker died.
+        """
+        self.grow(1)
+        member = self._members[0]
+        try:
+            problem = self._ray.get(member.starting)
+            if problem is None:
+                measured: tuple[float, int, float, int, int] = self._ray.get(member.actor.calibrate.remote(task))
+                return measured
+        except Exception as error:
+            problem = _first_line(error)
+        raise ClusterError(f"the sample could not be timed: {problem}")
+
+
+class Meters:
+    """Counts for Prometheus, through Ray's metrics agent."""
+
+    def __init__(self, output: str) -> None:
+        from ray.util import metrics
+
+        tags = {"output": output}
+        self._rows = metrics.Counter("latentmill_rows", "Rows in committed shards", tag_keys=("output", "status"))
+        self._shards = metrics.Counter("latentmill_shards", "Committed shards", tag_keys=("output",))
+        self._deaths = metrics.Counter("latentmill_worker_deaths", "Workers that died", tag_keys=("output",))
+        self._workers = metrics.Gauge("latentmill_workers", "Workers that are ready", tag_keys=("output",))
+        self._tags = tags
+
+    def committed(self, ok: int, failed: int) -> None:
+        for status, count in (("ok", ok), ("failed", failed)):
+            if count:
+                self._rows.inc(count, {**self._tags, "status": status})
+        self._shards.inc(1, self._tags)
+
+    def died(self) -> None:
+        self._deaths.inc(1, self._tags)
+
+    def workers(self, count: int) -> None:
+        self._workers.set(count, self._tags)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]

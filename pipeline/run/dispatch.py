@@ -1,0 +1,227 @@
+"""The driver's loop: hands shards to workers, retries, splits a shard that kills its workers, counts, and reports.
+
+A shard that has killed two workers is cut in halves; a half that kills one is cut again, until the row that kills is
+alone. A row that kills two workers becomes an error row; the pieces are then put together into the shard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from pipeline.output.commit import Record
+from pipeline.output.dataset import Output, Tally
+from pipeline.output.lock import Lock
+from pipeline.run.cluster import Meters, Outcome, Pool
+from pipeline.run.plan import Shard
+from pipeline.run.progress import Phase, Progress
+from pipeline.run.worker import Piece, Task
+
+WHOLE_DEATHS = 2
+"""Workers that a whole shard, and a single row, may kill."""
+STORAGE_TRIES = 4
+BUILD_TRIES = 4
+PATIENCE_S = 900.0
+"""How long a run waits for its first worker before it gives up: time for a cluster to start a node."""
+TICK_S = 0.5
+SAVE_S = 5.0
+SPEED_WINDOW_S = 60.0
+RETRY_WAIT_S = 1.0
+
+
+class Stopped(RuntimeError):
+    """The run cannot go on; the message says why."""
+
+
+@dataclass
+class _Split:
+    """A shard that is being done in pieces."""
+
+    shard: Shard
+    missing: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+
+
+class Reporter:
+    """Turns counts into `Progress` snapshots, for the caller and for the output folder."""
+
+    def __init__(self, output: Output | None, tell: Callable[[Progress], None] | None, wanted: int | None) -> None:
+        self.output, self._tell, self._wanted = output, tell, wanted or 0
+        self._begun = time.monotonic()
+        self._saved = self._shown = 0.0
+        self._history: deque[tuple[float, int]] = deque()
+        self._last = Progress("planning")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    def phase(self, phase: Phase, tally: Tally | None = None, message: str | None = None) -> None:
+        self._emit(self._snapshot(phase, tally, 0, 0, message), True)
+
+    def running(self, tally: Tally, active: int, workers: int, wanted: int, message: str | None = None) -> None:
+        now = time.monotonic()
+        if message is None and now - self._shown < TICK_S:
+            return
+        self._wanted = wanted
+        self._emit(self._snapshot("running", tally, active, workers, message), False)
+
+    def _snapshot(self, phase: Phase, tally: Tally | None, active: int, workers: int, message: str | None) -> Progress:
+        last, now = self._last, time.monotonic()
+        if tally is None:
+            return replace(last, phase=phase, seconds=self.seconds, message=message)
+        plan = self.output.plan if self.output is not None else {}
+        done = tally.ok + tally.failed + active
+        self._history.append((now, done))
+        while self._history[0][0] < now - SPEED_WINDOW_S:
+            self._history.popleft()
+        then, before = self._history[0]
+        speed = max(0.0, (done - before) / (now - then)) if now > then else 0.0
+        rows = int(plan.get("rows", 0))
+        return Progress(
+            phase=phase, rows=rows, rows_ok=tally.ok, rows_failed=tally.failed, rows_active=active,
+            shards=int(plan.get("shards", 0)), shards_done=tally.shards, workers=workers, workers_wanted=self._wanted,
+            seconds=self.seconds, rows_per_second=speed, seconds_left=(rows - done) / speed if speed else None,
+            message=message,
+        )  # fmt: skip
+
+    def _emit(self, progress: Progress, save: bool) -> None:
+        now = time.monotonic()
+        self._last, self._shown = replace(progress, message=None), now
+        if self._tell is not None:
+            self._tell(progress)
+        if self.output is not None and (save or now - self._saved > SAVE_S):
+            self._saved = now
+            self.output.save_progress(replace(progress, message=None))
+
+
+class Dispatcher:
+    """Runs all uncommitted shards through a pool.
+
+    Raises (from `run`):
+        Stopped: No worker can be had, a worker broke the stage's contract, storage keeps failing, too many failed rows,
+            or another run took the folder.
+    """
+
+    def __init__(
+        self, pool: Pool, shards: Iterator[Shard], tally: Tally, lock: Lock, reporter: Reporter, meters: Meters,
+        max_failed: float, left: int, min_workers: int,
+    ) -> None:  # fmt: skip
+        self._pool, self._shards, self._tally, self._lock = pool, shards, tally, lock
+        self._reporter, self._meters, self._max_failed, self._left = reporter, meters, max_failed, left
+        self._min_workers = min_workers
+        self._waiting: deque[Task] = deque()
+        self._later: list[tuple[float, Task]] = []
+        self._deaths: Counter[tuple[int, int, int]] = Counter()
+        self._tries: Counter[tuple[int, int, int]] = Counter()
+        self._splits: dict[int, _Split] = {}
+
+    def run(self) -> None:
+        """Until every shard is committed."""
+        begun = told = time.monotonic()
+        while self._left:
+            self._pool.grow(min(self._pool.room(), self._left + sum(s.missing for s in self._splits.values())))
+            self._hand_out()
+            for task, outcome in self._pool.wait(TICK_S):
+                self._settle(task, outcome)
+            self._pool.ask()
+            now = time.monotonic()
+            for message in self._pool.lost:
+                self._say(message)
+            self._pool.lost.clear()
+            self._check(now - begun)
+            if self._pool.ready < self._min_workers and now - told > 30:
+                told = now
+                self._say(f"waiting for workers: {self._pool.ready} of at least {self._min_workers} are ready; "
+                          f"the cluster has {self._pool.available()}")  # fmt: skip
+            self._meters.workers(self._pool.ready)
+            self._reporter.running(self._tally, self._pool.active_rows, self._pool.ready, self._pool.size)
+
+    def _say(self, message: str) -> None:
+        self._reporter.running(self._tally, self._pool.active_rows, self._pool.ready, self._pool.size, message)
+
+    def _check(self, seconds: float) -> None:
+        if self._lock.lost:
+            raise Stopped("another run has taken this output folder; this one has stopped")
+        if self._pool.build_failures >= BUILD_TRIES:
+            raise Stopped(f"the stage cannot be built: {self._pool.build_problem}")
+        if not self._pool.ready and not self._tally.shards and seconds > PATIENCE_S and not self._pool.build_failures:
+            raise Stopped(
+                f"no worker could be had in {PATIENCE_S:.0f} s; the cluster has {self._pool.available()}: ask for less "
+                "in `resources`, or add nodes"
+            )
+        if self._tally.failed > self._max_failed:
+            raise Stopped(
+                f"{self._tally.failed} rows failed, max_failed_fraction allows {self._max_failed:.0f}; the `error` "
+                "column of the committed rows, or raise max_failed_fraction"
+            )
+
+    def _hand_out(self) -> None:
+        now = time.monotonic()
+        due = [task for when, task in self._later if when <= now]
+        self._later = [(when, task) for when, task in self._later if when > now]
+        self._waiting.extend(due)
+        for _ in range(self._pool.idle):
+            if not self._waiting:
+                shard = next(self._shards, None)
+                if shard is None:
+                    return
+                self._waiting.append(Task(shard.index, shard.spans, 0, shard.rows))
+            self._pool.give(self._waiting.popleft())
+
+    def _settle(self, task: Task, outcome: Outcome) -> None:
+        key = (task.shard, task.start, task.stop)
+        if outcome.kind == "done":
+            if isinstance(outcome.result, Record):
+                self._committed(outcome.result)
+            elif outcome.result is not None:
+                self._piece(task, outcome.result)
+        elif outcome.kind == "fatal":
+            raise Stopped(f"shard {task.shard}: {outcome.reason}")
+        elif outcome.kind == "retry":
+            self._tries[key] += 1
+            if self._tries[key] >= STORAGE_TRIES:
+                raise Stopped(f"shard {task.shard} could not be written: {outcome.reason}")
+            self._say(f"shard {task.shard} could not be written ({outcome.reason}); it will be tried again")
+            self._later.append((time.monotonic() + RETRY_WAIT_S * 2 ** self._tries[key], task))
+        else:
+            self._meters.died()
+            self._died(task, outcome.reason)
+
+    def _committed(self, record: Record) -> None:
+        self._splits.pop(record.shard, None)
+        self._tally.add(record)
+        self._left -= 1
+        self._meters.committed(record.rows_ok, record.rows_failed)
+
+    def _died(self, task: Task, reason: str) -> None:
+        key = (task.shard, task.start, task.stop)
+        self._deaths[key] += 1
+        rows = f"rows {task.start} to {task.stop - 1} of shard {task.shard}"
+        single = task.stop - task.start == 1
+        if task.pieces or task.condemned or self._deaths[key] < (WHOLE_DEATHS if task.whole or single else 1):
+            if self._deaths[key] > STORAGE_TRIES:
+                raise Stopped(f"shard {task.shard} kills every worker, whatever is done with it: {reason}")
+            self._say(f"a worker died on {rows} ({reason}); they will be tried again")
+            self._waiting.append(task)
+        elif single:
+            self._say(f"{rows}: this row kills its worker; it becomes an error row")
+            why = f"this row killed {self._deaths[key]} workers ({reason}); it was not tried again"
+            self._waiting.append(replace(task, whole=task.whole, condemned=why))
+        else:
+            self._say(f"{rows} killed their worker again; they are tried in halves")
+            split = self._splits.setdefault(task.shard, _Split(Shard(task.shard, task.spans)))
+            middle = (task.start + task.stop) // 2
+            halves = [(task.start, middle), (middle, task.stop)]
+            split.missing += 2 if task.whole else 1
+            self._waiting.extend(Task(task.shard, task.spans, a, b, whole=False) for a, b in halves)
+
+    def _piece(self, task: Task, piece: Piece) -> None:
+        split = self._splits[task.shard]
+        split.pieces.append(piece)
+        split.missing -= 1
+        if not split.missing:
+            rows = max(p.stop for p in split.pieces)
+            self._waiting.append(Task(task.shard, task.spans, 0, rows, pieces=tuple(split.pieces)))

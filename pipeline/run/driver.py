@@ -1,0 +1,342 @@
+"""Run a stage over a source on Ray, commit what comes out exactly once, and publish it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.contract import Column
+from pipeline.input.files import OWN
+from pipeline.input.read import wanted_columns
+from pipeline.input.source import Source
+from pipeline.output.commit import record_name
+from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, OutputError, Tally, load_plan, own_folder, sweep
+from pipeline.output.lock import Lock
+from pipeline.output.publish import publish, set_aside
+from pipeline.output.schema import encode_schema
+from pipeline.run.dispatch import Dispatcher, Reporter, Stopped
+from pipeline.run.plan import (
+    Draft,
+    Plan,
+    PlanError,
+    PlanMismatch,
+    RunSpec,
+    Survey,
+    check_input,
+    differences,
+    draft,
+    make_plan,
+    read_shards,
+    survey_input,
+    write_plan,
+)  # fmt: skip
+from pipeline.run.progress import Progress
+from pipeline.run.worker import Task, WorkerJob
+from pipeline.storage import Folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+__all__ = [
+    "Calibration", "Finished", "Plan", "PlanError", "PlanMismatch", "Progress", "Resources", "RunError", "RunResult",
+    "RunSpec", "calibrate", "make_plan", "run",
+]  # fmt: skip
+
+
+ROUNDS = 3
+"""How often committed shards whose files have vanished in the meantime are done again."""
+
+
+class RunError(RuntimeError):
+    """The run cannot start or go on; the message says why and what to do (no Ray, no workers ...)."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a worker gets, and how many workers there may be. No part of the fingerprint.
+
+    Attributes:
+        min_workers: The run starts work as soon as one worker is ready, and says so while fewer than this are.
+        max_workers: Upper bound of the pool; None: as many as the cluster holds.
+        cpus, gpus, memory: Reserved with Ray for each worker (memory in bytes).
+        decode_threads: Threads that read and decode beside the device.
+        encode_threads: Threads that encode pictures of the output.
+    """
+
+    min_workers: int = 1
+    max_workers: int | None = 1
+    cpus: float = 1
+    gpus: float = 0
+    memory: int | None = None
+    decode_threads: int = 2
+    encode_threads: int = 2
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. Exit code 0 belongs to ``state == "complete"`` only.
+
+    Attributes:
+        output: The output folder.
+        state: ``complete``: every planned row is committed and published. ``interrupted``: Ctrl-C; run again to resume.
+            ``failed``: too many failed rows, or shards that could not be committed.
+        reason: Why it did not complete; None if it did.
+        planned, ok, failed: Rows.
+        shards: Planned shards; resumed: those that an earlier run had committed.
+        seconds: Of this run.
+        measures: Numeric stage column -> ``{"n", "mean", "min", "max"}``.
+        errors: Commonest reasons of failed rows -> count.
+    """
+
+    output: str
+    state: Literal["complete", "interrupted", "failed"]
+    reason: str | None
+    planned: int
+    ok: int
+    failed: int
+    shards: int
+    resumed: int
+    seconds: float
+    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Handed to ``finish`` when all shards are committed, before the dataset is published.
+
+    ``output.open_file(name, "wb")`` writes a further file into the output folder (never below ``data/``).
+    """
+
+    output: Output
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The committed shards' tables in shard order, one at a time."""
+        return self.output.tables(columns)
+
+    def summaries(self) -> Iterator[dict[str, np.ndarray]]:
+        """What the stage's ``take_summary()`` returned, in shard order (a split shard gives several)."""
+        return self.output.summaries()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A timed sample.
+
+    Attributes:
+        rows: Rows in the sample.
+        build_seconds: To construct the stage.
+        seconds: For the sample, after one warm-up row.
+        seconds_per_row: On one worker.
+        bytes_per_row: Of the encoded output.
+        failed: Rows of the sample that failed.
+        fits: Workers that the cluster holds at present.
+    """
+
+    rows: int
+    build_seconds: float
+    seconds: float
+    seconds_per_row: float
+    bytes_per_row: float
+    failed: int
+    fits: int
+
+
+def run(
+    spec: RunSpec,
+    *,
+    resources: Resources = Resources(),
+    max_failed_fraction: float = 0.1,
+    address: str | None = None,
+    finish: Callable[[Finished], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    title: str = "latentmill output",
+    description: str = "",
+) -> RunResult:
+    """Plan or resume, dispatch, commit, finish, publish.
+
+    Args:
+        spec: What to compute, and where it goes.
+        address: A running Ray (``auto``, ``host:port``, ``ray://...``). None: the Ray this process is already
+            connected to, else a local one that starts and stops with this call.
+        max_failed_fraction: The run stops as soon as more than this share of all planned rows has failed.
+        finish: Called once when all shards are committed, before publication. May be called again if it raises.
+        progress: Called from this thread only.
+        title, description: For the dataset card (Markdown).
+
+    Raises:
+        SourceError, PlanError, PlanMismatch: Before anything is written.
+        OutputError: The folder holds something else.
+        OutputLocked: Another run holds the folder.
+        RunError: No Ray, no worker could be had, or the stage cannot be constructed.
+    """
+    reporter = Reporter(None, progress, resources.max_workers)
+    reporter.phase("planning")
+    drafted = draft(spec)
+    folder = Folder.at(spec.output, spec.storage_options)
+    planned = _check_folder(spec, drafted, folder)
+    lock = Lock(folder)
+    try:
+        if not planned and not _check_folder(spec, drafted, folder):  # again: another run may have just ended here
+            write_plan(spec, drafted, own_folder(folder), time.time())
+        output = Output.open(spec.output, spec.storage_options)
+        reporter.output = output
+        return _resumed(
+            spec, output, lock, reporter, resources, max_failed_fraction, address, finish, title, description
+        )
+    finally:
+        lock.release()
+
+
+def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
+    """True if the folder holds this very run, False if it is free; anything else is refused."""
+    plan = load_plan(folder)
+    if plan is None:
+        stranger = next((name for name in folder.names() if name != OWN), None)
+        if stranger is not None:
+            raise OutputError(
+                f"{spec.output} is not empty and holds no run (there is {stranger!r}); name another output folder"
+            )
+        return False
+    found = differences(plan["fields"], json.loads(json.dumps(dict(drafted.fields))))
+    found = found or check_input(drafted.source, own_folder(folder), spec.limit)
+    if found:
+        raise PlanMismatch(spec.output, found)
+    return True
+
+
+def _resumed(
+    spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
+    address: str | None, finish: Callable[[Finished], None] | None, title: str, description: str,
+) -> RunResult:  # fmt: skip
+    """Under the lock: what is left is computed; then finish and publish, unless that is done too."""
+    tally, done = _survey(output, reporter)
+    resumed, planned = tally.shards, int(output.plan["shards"])
+    complete = output.folder.exists(SUCCESS)
+    if complete and resumed < planned:
+        output.folder.remove(SUCCESS)
+    state: Literal["complete", "interrupted", "failed"] = "complete"
+    reason = None
+    try:
+        for _ in range(ROUNDS):
+            if tally.shards == planned:
+                break
+            reporter.phase("starting", tally)
+            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done)
+            tally, done = _survey(output, reporter)  # what was committed may be gone again
+        if tally.shards < planned:
+            raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
+        if resumed < planned or not complete:
+            reporter.phase("finishing", tally)
+            if finish is not None:
+                finish(Finished(output))
+            reporter.phase("publishing", tally)
+            publish(output, tally, title, description)
+            sweep(output, output.records())
+    except Stopped as stopped:
+        state, reason = "failed", str(stopped)
+    except KeyboardInterrupt:
+        state, reason = "interrupted", "stopped by the user; run the same command again to resume"
+    reporter.phase(state, tally)
+    return RunResult(
+        output=spec.output, state=state, reason=reason, planned=int(output.plan["rows"]), ok=tally.ok,
+        failed=tally.failed, shards=int(output.plan["shards"]), resumed=resumed, seconds=reporter.seconds,
+        measures=tally.measures, errors=tally.errors,
+    )  # fmt: skip
+
+
+def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
+    """What earlier runs committed. A record whose file is gone or cut is withdrawn; losers and strangers go."""
+    for name in set_aside(output):
+        reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
+    tally, done, listed = Tally(), set[int](), output.listings()
+    for record in output.records():
+        if output.locate(record, listed) is None:
+            output.folder.remove(record_name(record.shard))
+            reporter.phase("planning", message=f"the file of shard {record.shard} is gone or cut; it is done again")
+            continue
+        tally.add(record)
+        done.add(record.shard)
+    sweep(output, output.records())
+    return tally, done
+
+
+def _compute(
+    spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
+    address: str | None, tally: Tally, done: set[int],
+) -> None:  # fmt: skip
+    """Dispatch the shards that are not done; ``tally`` follows."""
+    from pipeline.run.cluster import ClusterError, Meters, Pool, connected
+
+    left = int(output.plan["shards"]) - len(done)
+    todo = (shard for shard in read_shards(output.own) if shard.index not in done)
+    try:
+        with connected(address, resources.cpus):
+            pool = Pool(_worker_job(spec, output, resources), resources)
+            try:
+                limit = max_failed_fraction * int(output.plan["rows"])
+                meters = Meters(output.path)
+                Dispatcher(
+                    pool, todo, tally, lock, reporter, meters, limit, left, resources.min_workers
+                ).run()  # fmt: skip
+            finally:
+                pool.close()
+    except ClusterError as error:
+        raise RunError(str(error)) from None
+
+
+def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJob:
+    plan = output.plan
+    source = Source.from_json(plan["source"], spec.source.storage_options)
+    return WorkerJob(
+        stage=spec.stage,
+        source=source,
+        wanted=wanted_columns(source, spec.keep),
+        kept=tuple(plan["keep"]),
+        schema=plan["schema"],
+        columns=tuple(Column(**{**column, "shape": tuple(column["shape"])}) for column in plan["stage_columns"]),
+        output=output.folder.root if output.folder.local else spec.output,
+        storage_options=spec.storage_options,
+        decode_threads=resources.decode_threads,
+        encode_threads=resources.encode_threads,
+    )
+
+
+def calibrate(
+    spec: RunSpec, *, rows: int = 64, resources: Resources = Resources(), address: str | None = None
+) -> Calibration:
+    """Time the first ``rows`` rows through the stage on one worker; writes nothing to the output folder.
+
+    Where a row of the input stands for several (``Source.variants``), the sample holds all of each.
+
+    Raises:
+        RunError: No Ray, or the stage cannot be built.
+    """
+    from pipeline.run.cluster import ClusterError, Pool, connected
+
+    every = prod(len(values) for values in spec.source.variants.values())
+    rows = -(-rows // every) * every
+    drafted = draft(replace(spec, limit=rows))
+    shard = next(survey_input(drafted.source, rows, rows, Survey(), lambda file, scan: None))
+    job = WorkerJob(
+        stage=spec.stage, source=drafted.source, wanted=drafted.wanted, kept=drafted.kept,
+        schema=encode_schema(drafted.schema), columns=drafted.info.columns, output=spec.output,
+        storage_options=spec.storage_options, decode_threads=resources.decode_threads,
+        encode_threads=resources.encode_threads,
+    )  # fmt: skip
+    try:
+        with connected(address, resources.cpus):
+            pool = Pool(job, resources)
+            try:
+                build, count, seconds, size, bad = pool.calibrate(Task(0, shard.spans, 0, shard.rows))
+                fits = pool.fits()
+            finally:
+                pool.close()
+    except ClusterError as error:
+        raise RunError(str(error)) from None
+    return Calibration(count, build, seconds, seconds / count, size / count, bad, fits)

@@ -1,0 +1,1 @@
+"""A few pictures to word embeddings."""

@@ -1,0 +1,117 @@
+"""Algebraically exact inversion with extra state: two latents are stored instead of one. A class of its own in every
+table.
+
+All rows stand at the same step: nothing iterates, so no row ever waits for another.
+
+Legend: B rows; `z_BCHW` latents; a pair is two of them; `k` counts steps from the picture up.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stages.models.schedule import Schedule
+from stages.models.unet import Condition, Predict
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _noise(predict: Predict, schedule: Schedule, k: int, z_BCHW: torch.Tensor, condition: Condition) -> torch.Tensor:
+    t_B = schedule.t_S[k].expand(len(z_BCHW))
+    return schedule.epsilon(k, z_BCHW, predict(z_BCHW, t_B, condition))
+
+
+def _require_signal(schedule: Schedule, method: str) -> None:
+    if float(schedule.signal_S[-1]) <= 0:
+        raise ValueError(f"{method} divides by the signal at the last time, which is zero in this model's schedule")
+
+
+@torch.no_grad()
+def belm_invert(predict: Predict, schedule: Schedule, z_BCHW: torch.Tensor, condition: Condition) -> Pair:
+    """O-BELM (Wang et al., 2024): the two-step explicit scheme solved for its oldest term.
+
+    In x = z / signal and s = noise / signal, with h_i = s_i - s_(i-1), sampling is
+    x_(i-1) = (h_i / h_(i+1))^2 x_(i+1) + (1 - (h_i / h_(i+1))^2) x_i - h_i (h_i + h_(i+1)) / h_(i+1) eps_i,
+    which is linear in x_(i+1). The first step up is DDIM inversion.
+
+    Returns:
+        (z_T, z_(T-1)): both are needed to come back.
+    """
+    _require_signal(schedule, "belm")
+    signal, noise = _levels(schedule)
+    older = z_BCHW / signal[0]
+    step = schedule.at(torch.zeros(len(z_BCHW), dtype=torch.int64, device=z_BCHW.device))
+    newer = step.explicit(z_BCHW, predict(z_BCHW, step.t_B, condition)) / signal[1]
+    for i in range(1, len(schedule)):
+        ratio, span = _belm_numbers(signal, noise, i)
+        eps = _noise(predict, schedule, i - 1, newer * signal[i], condition)
+        older, newer = newer, (older - (1 - ratio) * newer + span * eps) / ratio
+    return newer * signal[-1], older * signal[-2]
+
+
+@torch.no_grad()
+def belm_generate(predict: Predict, schedule: Schedule, pair: Pair, condition: Condition) -> torch.Tensor:
+    """The way back down from (z_T, z_(T-1))."""
+    signal, noise = _levels(schedule)
+    older, newer = pair[0] / signal[-1], pair[1] / signal[-2]
+    for i in range(len(schedule) - 1, 0, -1):
+        ratio, span = _belm_numbers(signal, noise, i)
+        eps = _noise(predict, schedule, i - 1, newer * signal[i], condition)
+        older, newer = newer, ratio * older + (1 - ratio) * newer - span * eps
+    return newer * signal[0]
+
+
+def _levels(schedule: Schedule) -> tuple[list[float], list[float]]:
+    """Signal and noise at the S + 1 points of the path, the picture's first."""
+    signal = [float(schedule.signal_prev_S[0]), *schedule.signal_S.tolist()]
+    noise = [float(schedule.noise_prev_S[0]), *schedule.noise_S.tolist()]
+    return signal, noise
+
+
+def _belm_numbers(signal: list[float], noise: list[float], i: int) -> tuple[float, float]:
+    s = [n / a for n, a in zip(noise[i - 1 : i + 2], signal[i - 1 : i + 2], strict=True)]
+    h, h_next = s[1] - s[0], s[2] - s[1]
+    return (h / h_next) ** 2, h * (h + h_next) / h_next
+
+
+@torch.no_grad()
+def edict_invert(
+    predict: Predict, schedule: Schedule, z_BCHW: torch.Tensor, condition: Condition, mixing: float = 0.93
+) -> Pair:
+    """EDICT (Wallace et al., 2023): two coupled latents x, y, each stepped with the noise at the other one, then mixed.
+
+    Inversion undoes the sampling equations one by one. Both start at z_0; p = 0.93 is the paper's mixing weight.
+
+    Returns:
+        (x_T, y_T).
+    """
+    _require_signal(schedule, "edict")
+    x, y = z_BCHW, z_BCHW
+    for k in range(len(schedule)):
+        phi, psi = _edict_numbers(schedule, k)
+        y = (y - (1 - mixing) * x) / mixing
+        x = (x - (1 - mixing) * y) / mixing
+        y = (y - psi * _noise(predict, schedule, k, x, condition)) / phi
+        x = (x - psi * _noise(predict, schedule, k, y, condition)) / phi
+    return x, y
+
+
+@torch.no_grad()
+def edict_generate(
+    predict: Predict, schedule: Schedule, pair: Pair, condition: Condition, mixing: float = 0.93
+) -> torch.Tensor:
+    """The way back down from (x_T, y_T); the result is x_0."""
+    x, y = pair
+    for k in range(len(schedule) - 1, -1, -1):
+        phi, psi = _edict_numbers(schedule, k)
+        x = phi * x + psi * _noise(predict, schedule, k, y, condition)
+        y = phi * y + psi * _noise(predict, schedule, k, x, condition)
+        x = mixing * x + (1 - mixing) * y
+        y = mixing * y + (1 - mixing) * x
+    return x
+
+
+def _edict_numbers(schedule: Schedule, k: int) -> tuple[float, float]:
+    """phi and psi of the step in terms of noise, whatever the network predicts."""
+    phi = float(schedule.signal_prev_S[k] / schedule.signal_S[k])
+    return phi, float(schedule.noise_prev_S[k]) - phi * float(schedule.noise_S[k])

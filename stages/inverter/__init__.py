@@ -1,0 +1,1 @@
+"""Pictures to text latents by a trained network."""

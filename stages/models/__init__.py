@@ -1,0 +1,1 @@
+"""Frozen models as plain functions of tensors."""

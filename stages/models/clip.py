@@ -1,0 +1,235 @@
+"""CLIP-family encoders of transformers by folder or hub id: CLIP, OpenCLIP (converted), SigLIP, Kandinsky 2.2's prior.
+
+Legend: B rows, E embedding width. Embeddings are the raw projected vectors, not normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from stages.models.fingerprint import describe_model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Role = Literal["image", "text"]
+_PARTS = {"image": ("image_encoder", "image_processor"), "text": ("text_encoder", "tokenizer")}
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded; the message names it and says what is expected."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an encoder's weights and its processor lie: subfolders of a pipeline, or none of a plain model."""
+
+    path: str
+    revision: str | None
+    model: str = ""
+    processor: str = ""
+
+    def options(self, subfolder: str) -> dict[str, Any]:
+        return {"revision": self.revision, **({"subfolder": subfolder} if subfolder else {})}
+
+
+@lru_cache(maxsize=32)
+def locate(path: str, role: Role, revision: str | None = None) -> Place:
+    """Find an encoder in a diffusers pipeline (``image_encoder``, ``text_encoder``) or in a model of transformers.
+
+    Raises:
+        ModelError: There is neither, or the pipeline has no such part.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        parts = DiffusionPipeline.load_config(path, revision=revision)
+    except (OSError, ValueError):
+        return Place(path, revision)
+    encoder, processor = _PARTS[role]
+    if encoder not in parts:
+        raise ModelError(f"{path}: this pipeline has no {encoder}; name a prior pipeline, or a CLIP model")
+    return Place(path, revision, encoder, processor)
+
+
+def _config(place: Place) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(place.path, **place.options(place.model))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{place.path}: no encoder can be loaded from here: {reason}") from None
+
+
+def _tower_config(place: Place, role: Role) -> Any:
+    """The configuration of one tower.
+
+    A whole CLIP model names the width of its embeddings at the top; models converted from OpenCLIP repeat another one,
+    the default, in the towers.
+    """
+    config = _config(place)
+    tower = getattr(config, f"{'vision' if role == 'image' else 'text'}_config", None)
+    if tower is None:
+        return config
+    if getattr(config, "projection_dim", None):
+        tower.projection_dim = config.projection_dim
+    return tower
+
+
+def embedding_width(path: str, revision: str | None = None) -> int:
+    """E, read from the configuration alone."""
+    config = _config(locate(path, "image", revision))
+    vision = getattr(config, "vision_config", config)
+    if "siglip" in config.model_type:
+        return int(vision.hidden_size)
+    return int(getattr(config, "projection_dim", None) or vision.projection_dim)
+
+
+def vision_width(path: str, revision: str | None = None) -> int:
+    """D, the image encoder's own width, read from the configuration alone."""
+    config = _config(locate(path, "image", revision))
+    return int(getattr(config, "vision_config", config).hidden_size)
+
+
+def identity(path: str, role: Role, revision: str | None = None) -> dict[str, str]:
+    """Path, revision and fingerprint of an encoder, for `StageInfo.models`; loads no weights.
+
+    Raises:
+        ModelError: There is no such encoder.
+    """
+    try:
+        return {**describe_model(path, revision, locate(path, role, revision).model), "path": path}
+    except FileNotFoundError as error:
+        raise ModelError(str(error)) from None
+
+
+def has_text_encoder(path: str, revision: str | None = None) -> bool:
+    """Whether prompts can be encoded by what lies there: a pipeline's text encoder, or a model with a text tower."""
+    try:
+        place = locate(path, "text", revision)
+        kind = _config(place)
+    except ModelError:
+        return False
+    return hasattr(kind, "text_config") or kind.model_type.endswith("text_model")
+
+
+def _load(loader: Any, place: Place, subfolder: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(place.path, **place.options(subfolder), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{place.path}/{subfolder}: cannot be loaded: {reason}") from None
+
+
+def _load_weights(loader: Any, place: Place, **options: Any) -> Any:
+    """A network. That the folder holds the other tower's weights too goes unmentioned; that it lacks some does not.
+
+    Raises:
+        ModelError: It cannot be loaded, or weights are missing, which would be drawn at random.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, found = _load(loader, place, place.model, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(before)
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"{place.path}/{place.model}: {len(missing)} weights are missing, among them {missing[0]}")
+    return model
+
+
+class TextEncoder:
+    """Prompts to text embeddings.
+
+    Args:
+        path: Folder or hub id of a prior pipeline or of a CLIP-family model.
+        dtype: Weights' type; float32 on a CPU.
+    """
+
+    def __init__(
+        self, path: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection, SiglipModel
+
+        place = locate(path, "text", revision)
+        self._siglip = "siglip" in _config(place).model_type
+        if self._siglip:
+            model = _load_weights(SiglipModel, place, dtype=dtype)
+        else:
+            config = _tower_config(place, "text")
+            model = _load_weights(CLIPTextModelWithProjection, place, dtype=dtype, config=config)
+        self.model = (model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
+        self.tokenizer = _load(AutoTokenizer, place, place.processor)
+        self.device = device
+        positions = getattr(self.model.config, "max_position_embeddings", 77)
+        self.length = min(positions, self.tokenizer.model_max_length)
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether the encoder reads only the beginning of the prompt."""
+        return len(self.tokenizer(prompt).input_ids) > self.length
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], batch: int = 256) -> torch.Tensor:
+        """t_BE, float32 on the CPU. Prompts longer than the encoder's context are cut, as its pipelines cut them."""
+        out = []
+        for start in range(0, len(prompts), batch):
+            part = self.tokenizer(
+                list(prompts[start : start + batch]), padding="max_length", truncation=True, max_length=self.length,
+                return_tensors="pt",
+            ).to(self.device)  # fmt: skip
+            if self._siglip:  # trained without a mask
+                out.append(self.model(input_ids=part.input_ids).pooler_output)
+            else:
+                out.append(self.model(input_ids=part.input_ids, attention_mask=part.attention_mask).text_embeds)
+        return torch.cat(out).float().cpu().clone()
+
+
+class ImageEncoder:
+    """Pictures to image embeddings; `model` is what OVI enters behind the patch embedding.
+
+    Args:
+        path: Folder or hub id of a prior pipeline or of a CLIP-family model.
+    """
+
+    def __init__(
+        self, path: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, SiglipVisionModel
+
+        place = locate(path, "image", revision)
+        self._siglip = "siglip" in _config(place).model_type
+        loader = SiglipVisionModel if self._siglip else CLIPVisionModelWithProjection
+        model = _load_weights(loader, place, dtype=dtype, config=_tower_config(place, "image"))
+        self.model = model.to(device).eval().requires_grad_(False)
+        # Pillow's arithmetic, whether or not torchvision is installed: embeddings must not depend on that.
+        self.processor = _load(AutoImageProcessor, place, place.processor, backend="pil")
+        self.device, self.dtype = device, dtype
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[Image], batch: int = 64) -> torch.Tensor:
+        """z_BE, float32 on the CPU."""
+        out = []
+        for start in range(0, len(pictures), batch):
+            pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt").pixel_values
+            out.append(self.embed(pixels.to(self.device)))
+        return torch.cat(out).float().cpu().clone()
+
+    def embed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """z_BE of prepared pixel values, in the model's type and on its device."""
+        seen = self.model(pixel_values=pixels_BCHW.to(self.dtype))
+        return seen.pooler_output if self._siglip else seen.image_embeds
+
+    @torch.inference_mode()
+    def of_black(self) -> torch.Tensor:
+        """Embedding (E,) of the all-zero input, Kandinsky 2.2's negative condition."""
+        size = self.model.config.image_size
+        pixels = torch.zeros(1, 3, size, size, device=self.device)
+        return self.embed(pixels)[0].float().cpu().clone()

@@ -1,0 +1,182 @@
+"""How a prompt becomes an image embedding: the settings of every method. Plain models; nothing heavy is imported.
+
+Each method's own text says which of it is published and which is ours. `stages.ovi.priors` does what is described here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Recipe(BaseModel):
+    """Base of all method settings: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True
+    )
+
+    name: str = ""
+    """What rows of this method are called in the column ``method``. Left out: the method's own name."""
+    rescale: bool = False
+    """Scale the embedding to the mean norm of the reference's images. The decoder is sensitive to the norm; the cosine
+    leaves it free."""
+
+    @property
+    def label(self) -> str:
+        method: str = getattr(self, "method", "")
+        return self.name or method
+
+
+class Stop(BaseModel):
+    """When a row stops before its last step. Nothing set: never."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    watch: Literal["loss", "cosine", "mahalanobis"] = "cosine"
+    """What is looked at: the loss, the cosine to the text embedding, or the squared Mahalanobis distance over its mean
+    (which sees the drift towards the text embedding: it rises when the embedding leaves the images)."""
+    target: float | None = None
+    """Stop once the cosine is at or above it (``watch: cosine``), or the loss or distance at or below it."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many steps in a row without progress."""
+    relative: float = Field(0.0, ge=0)
+    """The gain that counts as progress, as a share of the value."""
+    minimum: int = Field(0, ge=0)
+    """Steps before a row may stop."""
+    best: bool = False
+    """Return the embedding at the best watched value instead of the last one."""
+
+
+class Constraint(BaseModel):
+    """What keeps an embedding among those of real images: OVI's constraints. Their formulas and weights are ours."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    mahalanobis: float = Field(0.0, ge=0)
+    """Weight of the squared Mahalanobis distance to the reference's images, over its mean."""
+    neighbours: float = Field(0.0, ge=0)
+    """Weight of one minus the mean cosine to the k nearest images of the reference."""
+    k: int = Field(8, ge=1)
+    """Neighbours."""
+    interval: int = Field(0, ge=0)
+    """Steps between two searches for the neighbours, each with the embedding as it is; 0 searches once, with the text
+    embedding, and is clearly the better one on the miniature world (docs/ovi.md)."""
+
+
+EARLY = Stop(watch="cosine", relative=0.02, patience=3, minimum=5)
+"""Stop when three steps in a row have not brought the cosine 2 % of its distance to 1 nearer (ours). On the miniature
+world this ends near the step of greatest fidelity, where the steep rise turns into the slow drift towards the text's
+embedding, and needs neither a true picture nor a calibration (docs/ovi.md)."""
+
+
+class TextEmbedding(Recipe):
+    """The text embedding, used as if it were an image's. The baseline that scores surprisingly high in the paper."""
+
+    method: Literal["text-embedding"] = "text-embedding"
+
+
+class Retrieval(Recipe):
+    """The mean of the k nearest image embeddings of the reference, by cosine to the text."""
+
+    method: Literal["retrieval"] = "retrieval"
+    k: int = Field(1, ge=1)
+    """Images whose mean is taken; 1 is the nearest image itself."""
+
+
+class TrainedPrior(Recipe):
+    """A trained diffusion prior (Kandinsky 2.2's pipeline), or an ECLIPSE-style prior that needs one pass."""
+
+    method: Literal["trained-prior"] = "trained-prior"
+    model: str | None = None
+    """Prior pipeline, folder or hub id. Left out: the job's ``model``."""
+    prior: str | None = None
+    """Another `PriorTransformer` for that pipeline, folder or hub id. One without a time embedding
+    (``additional_embeddings: 3``, as ECLIPSE's) is run in one pass, without guidance and without un-whitening."""
+    steps: int = Field(25, ge=2)
+    """Denoising steps."""
+    guidance: float = Field(4.0, ge=0)
+    """Guidance scale."""
+    batch: int = Field(32, ge=1)
+    """Rows at once."""
+
+
+class Direct(Recipe):
+    """OVI's objective minimised over the embedding itself, without the encoder (ours): seconds for 100,000 prompts."""
+
+    method: Literal["direct"] = "direct"
+    constraint: Constraint = Constraint(mahalanobis=1.0)
+    """Without a constraint the text embedding itself is the minimum."""
+    steps: int = Field(200, ge=1)
+    """Most steps a row makes."""
+    lr: float = Field(5e-2, gt=0)
+    """AdamW's rate, in units of the whitened embedding."""
+    stop: Stop = Stop(watch="loss", relative=1e-4, patience=5)
+    """When a row stops earlier."""
+    slots: int = Field(256, ge=1)
+    """Rows at once."""
+
+
+class OVI(Recipe):
+    """Optimisation-based visual inversion (Dell'Erba and Bagdanov): visual tokens optimised through the encoder."""
+
+    method: Literal["ovi"] = "ovi"
+    recipe: Literal["published", "early"] = "early"
+    """``published``: the base algorithm as in Cross the Gap, 1000 AdamW steps at 2e-2 and no stopping; ``early``: the
+    same steps, stopped before the embedding drifts to the text's (ours)."""
+    tokens: int = Field(4, ge=1)
+    """Pseudo-tokens P. Published: B/32 1, CLIP L/14 4, OpenCLIP L/14 2, SigLIP B/16 4; none for bigG."""
+    compact: bool = False
+    """Run the encoder on the P tokens alone instead of stretching them to all patches (ours; N / P times less work)."""
+    constraint: Constraint = Constraint()
+    """What keeps the embedding among the images."""
+    steps: int | None = Field(None, ge=1)
+    """Most steps a row makes. Left out: 1000 as published, else 60."""
+    lr: float = Field(2e-2, gt=0)
+    """AdamW's rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decay."""
+    init_std: float = Field(0.02, ge=0)
+    """Standard deviation of the first tokens."""
+    stop: Stop | None = None
+    """When a row stops earlier. Left out: ``early`` stops when the cosine's rise turns into drift (less than 2 % of the
+    remaining distance a step, three steps in a row); with a constraint, which rises slowly and doesn't drift, with
+    ``{}``, and as published, all steps are made."""
+    warm_start: str | None = None
+    """Output of an earlier job with ``store_tokens: true`` and as many tokens: a row starts from the tokens of the
+    prompt there that is nearest to it."""
+    slots: int = Field(32, ge=1)
+    """Rows at once."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast of the encoder; the tokens stay float32."""
+    accelerate: Literal["none", "compile", "graph"] = "none"
+    """``compile``: torch.compile for the encoder; ``graph``: the whole step as a CUDA graph (needs a GPU)."""
+
+    @property
+    def stopping(self) -> Stop:
+        drifts = self.recipe == "early" and not (self.constraint.mahalanobis or self.constraint.neighbours)
+        return self.stop or (EARLY if drifts else Stop())
+
+    @property
+    def limit(self) -> int:
+        return self.steps or (1000 if self.recipe == "published" else 60)
+
+    @model_validator(mode="after")
+    def _published_is_published(self) -> OVI:
+        if self.recipe == "published":
+            fixed = {"steps": 1000, "lr": 2e-2, "weight_decay": 0.01, "init_std": 0.02}
+            other = [key for key, value in fixed.items() if getattr(self, key) not in (None, value)]
+            if self.stopping != Stop():
+                other.append("stop")
+            if other:
+                raise ValueError(
+                    f"`recipe: published` fixes {', '.join(other)}: leave them out, or use `recipe: early`"
+                )
+        return self
+
+
+AnyRecipe = Annotated[
+    TextEmbedding | Retrieval | TrainedPrior | Direct | OVI,
+    Field(discriminator="method"),
+]

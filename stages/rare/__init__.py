@@ -1,0 +1,1 @@
+"""New pictures of what models rarely draw."""

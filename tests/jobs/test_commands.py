@@ -1,0 +1,216 @@
+"""Commands end to end: exit codes, plans, interruption, progress; no traceback for what a user can mend."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.commands import planned, progress
+from jobs.commands.cli import EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_USAGE, app
+from jobs.schema.base import JobBase
+from pipeline.run.progress import Progress
+from tests.support import ROOT
+
+runner = CliRunner()
+
+
+def job_file(folder: Path, text: str = "", rows: int = 6) -> Path:
+    lines = [json.dumps({"text": "please fail" if n == 2 else f"row {n}"}) for n in range(rows)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    path = folder / "job.yaml"
+    resources = "" if "resources" in text else "resources: {cpus: 0.5}\n"
+    common = f"job: toy\ninput: {folder / 'rows.jsonl'}\nshard_rows: 3\nmax_failed_fraction: 1\n"
+    path.write_text(common + text + resources)
+    return path
+
+
+def test_every_command_has_help() -> None:
+    listing = runner.invoke(app, ["--help"]).output
+    for command in ("run-job", "status", "verify", "report", "schema"):
+        assert command in listing
+        assert runner.invoke(app, [command, "--help"]).exit_code == 0
+    assert "--install-completion" in listing
+
+
+def test_the_app_runs_under_the_typer_command_and_as_a_module() -> None:
+    for start in (["-m", "jobs"], ["-m", "typer", "jobs.commands.cli", "run"]):
+        done = subprocess.run(
+            [sys.executable, *start, "run-job", "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == EXIT_USAGE
+        assert "nowhere.yaml: no such job file" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("run-job jo", "job.yaml"), ("ver", "verify"), ("run-job --ou", "--output"), ("run-job a --dry", "--dry-run")],
+)
+def test_the_shell_completes(tmp_path: Path, typed: str, offered: str) -> None:
+    (tmp_path / "job.yaml").write_text("job: reference\n")
+    words = f"latentmill {typed}"
+    asked = {"_LATENTMILL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", "from jobs.cli import main; main()"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **asked}, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == [offered], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "where should the dataset go?"),
+        (["-o", "{out}", "--set", "input=nowhere/*.jsonl"], "nowhere/*.jsonl: matches no file"),
+        (["-o", "{out}", "--set", "keep=[txet]"], "txet"),
+        (["-o", "{out}", "--calibrate"], "--calibrate belongs to --dry-run"),
+        (["-o", "{out}", "--set", "seed"], "write it as key=value"),
+    ],
+)
+def test_unusable_requests(tmp_path: Path, toy_job: type[JobBase], arguments: list[str], said: str) -> None:
+    given = [argument.format(out=tmp_path / "out") for argument in arguments]
+    done = runner.invoke(app, ["run-job", str(job_file(tmp_path)), *given])
+    assert done.exit_code == EXIT_USAGE
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "report"])
+def test_a_folder_without_a_run(tmp_path: Path, command: str) -> None:
+    done = runner.invoke(app, [command, str(tmp_path)])
+    assert done.exit_code == EXIT_USAGE
+    assert "there is no run in this folder" in done.stderr
+
+
+def test_a_plan_for_people(tmp_path: Path, toy_job: type[JobBase]) -> None:
+    done = runner.invoke(app, ["run-job", str(job_file(tmp_path)), "-o", str(tmp_path / "out"), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    words = done.output.split()
+    assert words[words.index("rows") + 1] == "6"
+    assert "2 of 3 rows" in done.output
+    assert "changed, length, vector, grey" in " ".join(words)
+
+
+def test_calibration_gives_time_and_cost(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
+    path = job_file(tmp_path, "resources: {workers: 2, price_per_worker_hour: 3600, cpus: 0.5}\n", rows=60)
+    arguments = ["run-job", str(path), "-o", str(tmp_path / "out"), "--dry-run", "--calibrate", "--sample", "8"]
+    (plan,) = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
+    timed = plan["calibration"]
+    assert timed["rows"] == 8
+    expected = timed["build_seconds"] + 60 * timed["seconds_per_row"] / 2
+    assert plan["seconds"] == pytest.approx(expected)
+    assert plan["cost"] == pytest.approx(2 * expected)  # two workers at one a second
+    shown = runner.invoke(app, arguments).output
+    assert "on 2 workers" in shown
+    assert "worker-hours" in shown
+    assert "cost" in shown
+    assert "going by the sample" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_when_workers_will_idle(tmp_path: Path, toy_job: type[JobBase]) -> None:
+    path = str(job_file(tmp_path, "resources: {workers: {min: 1, max: 4}, cpus: 0.5}\n"))
+    arguments = ["run-job", path, "-o", str(tmp_path / "out"), "--dry-run"]
+    shown = " ".join(runner.invoke(app, arguments).output.split())
+    assert "1 to 4, each 0.5 CPU; 2 shards keep no more than that busy: lower shard_rows" in shown
+    assert "busy" not in runner.invoke(app, [*arguments, "--set", "shard_rows=1"]).output
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(8.3e-5, "83 us"), (0.00594, "5.94 ms"), (5.86, "5.9 s")])
+def test_a_row_s_time_has_its_unit(seconds: float, said: str) -> None:
+    assert planned.short(seconds) == said
+
+
+def test_run_again_change_and_report(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
+    out = str(tmp_path / "out")
+    arguments = ["run-job", str(job_file(tmp_path)), "-o", out]
+    result = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
+    assert (result["state"], result["planned"], result["ok"], result["failed"]) == ("complete", 6, 5, 1)
+    again = runner.invoke(app, arguments)  # nothing is left to do
+    assert again.exit_code == 0
+    assert "report: " in again.stdout
+    assert "1 x refused: please fail" in runner.invoke(app, ["status", out]).output
+    assert runner.invoke(app, ["report", out]).output.strip() == f"{out}/report.html"
+    changed = runner.invoke(app, [*arguments, "--set", "mode=lower"])
+    assert changed.exit_code == EXIT_USAGE
+    assert "mode: was 'upper', is 'lower'" in changed.stderr
+    next((tmp_path / "out/data").glob("*.parquet")).write_bytes(b"gone")
+    broken = runner.invoke(app, ["verify", out])
+    assert broken.exit_code == EXIT_INCOMPLETE
+    assert broken.output.startswith("NOT OK")
+
+
+def test_too_many_failed_rows_end_with_1(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
+    arguments = ["run-job", str(job_file(tmp_path)), "-o", str(tmp_path / "out")]
+    done = runner.invoke(app, [*arguments, "--set", "max_failed_fraction=0.01"])
+    assert done.exit_code == EXIT_INCOMPLETE
+    assert "failed" in done.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, toy_job: type[JobBase], local_ray: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt comes when the first shard would be handed out; the second run finishes the job."""
+    from pipeline.run import dispatch
+
+    arguments = ["run-job", str(job_file(tmp_path)), "-o", str(tmp_path / "out")]
+
+    def interrupt(self: dispatch.Dispatcher) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch.Dispatcher, "run", interrupt)
+        patch.setattr(sys, "argv", ["latentmill", *arguments])
+        done = runner.invoke(app, arguments)
+    assert done.exit_code == EXIT_INTERRUPTED
+    assert f"To go on: latentmill run-job {arguments[1]}" in done.stderr
+    assert runner.invoke(app, arguments).exit_code == 0
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
+    path = job_file(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "fail \x1b[31m red"}) + "\n" + json.dumps({"text": "ok"}))
+    done = runner.invoke(app, ["run-job", str(path), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0
+    assert "\x1b[31m red" not in done.output
+    assert "\\x1b" in done.output
+
+
+def test_plain_progress_is_a_line_at_each_phase_and_each_event() -> None:
+    stream = io.StringIO()
+    with progress.shown(stream, interval=1000) as write:
+        write(Progress("running", rows=10, rows_ok=5, shards=2, shards_done=1, workers=1, workers_wanted=2))
+        write(Progress("running", rows=10, rows_ok=6, shards=2, shards_done=1, workers=1, workers_wanted=2))
+        write(Progress("running", rows=10, message="a worker died"))
+        write(Progress("complete", rows=10, rows_ok=9, rows_failed=1, shards=2, shards_done=2))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0].split() == ["running", "50%", "5/10", "rows", "1/2", "shards", "1/2", "workers", "0.0", "s"]
+    assert lines[1] == "a worker died"
+    assert lines[2].startswith("complete  100%  10/10 rows  1 failed")
+
+
+def test_the_live_line_is_one_line() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with progress.shown(stream) as write:
+        for done in range(10):
+            write(Progress("running", rows=10, rows_ok=done, shards=1, rows_per_second=3.0, seconds_left=2.0))
+    assert stream.getvalue().count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(4.21, "4.2 s"), (59, "59 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (273600, "3 d 04 h")],
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert progress.duration(seconds) == said

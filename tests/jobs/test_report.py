@@ -1,0 +1,26 @@
+"""The report page: rows are untrusted."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.page.html import escape, table, tag
+
+
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=y>', "</td><b>'&"])
+def test_text_never_becomes_markup(text: str) -> None:
+    for made in (escape(text), table(["prompt"], [[text]]), tag("p", text, title=text)):
+        assert text not in made
+        assert "<script" not in made
+        assert "<img" not in made
+        assert "<b>" not in made
+
+
+def test_markup_is_escaped_once() -> None:
+    assert tag("p", tag("b", "a & b")) == "<p><b>a &amp; b</b></p>"
+
+
+def test_control_characters_and_direction_overrides_are_shown_as_marks() -> None:
+    made = escape("a\x00b\u202ec\x1bd")
+    assert not {"\x00", "\u202e", "\x1b"} & set(made)
+    assert made.startswith("a␀b")

@@ -1,0 +1,53 @@
+"""The plan: shards from a stream, a fingerprint that moves with everything that changes the bytes, clear refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.input.source import SourceError
+from pipeline.run.plan import PlanError, draft, make_plan, read_shards, write_plan
+from pipeline.storage import Folder
+from tests.support.faulty import spec_for
+
+LINES = [f"line {i}" for i in range(25)]
+
+
+def test_shards_cover_every_row_once_and_come_back_from_disk(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, LINES, shard_rows=10)
+    plan = make_plan(spec)
+    assert (plan.rows, plan.shards, plan.files, plan.format) == (25, 3, 1, "text")
+    assert plan.columns == ("id", "text", "length", "vector", "upper", "status", "error")
+    assert not (tmp_path / "out").exists()
+    folder = Folder.at(str(tmp_path / "own"))
+    stored = write_plan(spec, draft(spec), folder, 0.0)
+    assert stored["fingerprint"] == plan.fingerprint
+    spans = [(s.start, s.stop) for shard in read_shards(folder) for s in shard.spans]
+    assert spans == [(0, 10), (10, 20), (20, 25)]
+
+
+def test_fingerprint_moves_with_what_changes_the_bytes_only(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, LINES)
+    first = make_plan(spec).fingerprint
+    same = [replace(spec, output=str(tmp_path / "elsewhere")), replace(spec, storage_options={"auto_mkdir": True})]
+    assert {make_plan(other).fingerprint for other in same} == {first}
+    changed = [
+        replace(spec, seed=1), replace(spec, config={"a": 1}), replace(spec, shard_rows=3), replace(spec, limit=9),
+        replace(spec, stage=replace(spec.stage, params={**spec.stage.params, "delay": 0.5})), replace(spec, keep=()),
+    ]  # fmt: skip
+    found = {make_plan(other).fingerprint for other in changed}
+    assert len(found) == len(changed)
+    assert first not in found
+
+
+def test_columns_that_are_missing_or_clash_are_named(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, LINES)
+    with pytest.raises(SourceError, match="did you mean 'text'"):
+        make_plan(replace(spec, source=replace(spec.source, columns={"text": "txet"}), keep=()))
+    clash = replace(spec.source, columns={"text": "text", "upper": "text"})
+    with pytest.raises(PlanError, match="two output columns are called 'upper'"):
+        make_plan(replace(spec, source=clash, keep=("upper",)))
+    with pytest.raises(PlanError, match="shard_rows"):
+        make_plan(replace(spec, shard_rows=0))

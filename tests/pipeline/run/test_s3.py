@@ -1,0 +1,52 @@
+"""The same run against an S3 server that answers with errors and drops connections now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.storage import Folder
+from tests.support.weather import SHARDS, check_lock, check_run, check_shards, weather_before
+
+pytest.importorskip("s3fs")
+moto = pytest.importorskip("moto.server")
+
+
+@pytest.fixture
+def store() -> Iterator[tuple[dict[str, Any], Any]]:
+    """fsspec options for a bucket behind the weather, and the proxy."""
+    import boto3
+
+    real = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    real.start()
+    port = real.get_host_and_port()[1]
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="bucket")
+    with weather_before(port) as proxy:
+        address = f"http://127.0.0.1:{proxy.server_port}"
+        client = {"region_name": "us-east-1"}
+        yield {"key": "test", "secret": "test", "endpoint_url": address, "client_kwargs": client}, proxy
+    real.stop()
+
+
+@pytest.mark.fault
+def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any]) -> None:
+    import s3fs
+
+    options, proxy = store
+    fs = s3fs.S3FileSystem(**options)
+    check_run(tmp_path, "s3", fs, options, proxy)
+    assert "secret" not in fs.cat_file("bucket/out/_latentmill/plan.json").decode()
+
+
+def test_lock_on_a_store(store: tuple[dict[str, Any], Any]) -> None:
+    check_lock(Folder.at("s3://bucket/locked", store[0]))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("shards", SHARDS)
+def test_any_number_of_shards(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any], shards: int) -> None:
+    check_shards(tmp_path, "s3", store[0], shards)

@@ -1,0 +1,214 @@
+"""The job invert-images: its stage on every kind of row, and the documented way from a row back to its picture."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stages.inversion.metrics import fit_picture, seed_statistics, to_picture
+from stages.inversion.stage import InvertImages
+from tests.support import tiny_stable_diffusion
+
+METHODS = [
+    {"method": "ddim"},
+    {"method": "lbo", "tolerance": 1e-5, "passes": 40},
+    {"method": "lbo", "name": "boosted", "ilb": {"steps": 8, "warmup": 1}},
+    {"method": "lbo", "name": "joint", "ilb": {"form": "joint", "steps": 4, "every": 2}},
+    {"method": "lbo", "name": "replay", "replay": True, "passes": 1},
+    {"method": "belm"},
+    {"method": "edict"},
+    {"method": "null-text", "iterations": 2},
+]
+LABELS = [method.get("name", method["method"]) for method in METHODS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_stable_diffusion.build(tmp_path_factory.mktemp("model"))
+
+
+def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def test_every_method_gives_every_row_once_with_declared_columns(folder) -> None:
+    options = {"steps": 3, "slots": 2, "edit_guidance": 2.0}
+    stage = InvertImages(folder, METHODS, device="cpu", **options)
+    columns = {column.name: column for column in InvertImages.describe(folder, METHODS, **options).columns}
+    rows = [
+        {
+            "id": f"{i}/{label}",
+            "image": picture(i, (20, 16)),
+            "prompt": "red star",
+            "edit_prompt": "blue star",
+            "method": label,
+        }
+        for i in range(3)
+        for label in LABELS
+    ]
+    rows.append({"id": "none/ddim", "image": None, "prompt": "red star", "method": "ddim"})
+    rows.append({"id": "other", "image": picture(9), "method": "unheard-of"})
+    done = {row["id"]: row for row in stage(rows)}
+    assert set(done) == {row["id"] for row in rows}
+    assert "no picture" in done.pop("none/ddim")["error"]
+    assert "unheard-of" in done.pop("other")["error"]
+    for name, row in done.items():
+        assert row["status"] == "ok", (name, row["error"])
+        made = set(row) - {"id", "image", "edit_prompt", "status", "error"}
+        assert made <= set(columns), made - set(columns)
+        for key in made:
+            if columns[key].kind == "tensor" and row[key] is not None:
+                assert np.shape(row[key]) == columns[key].shape, key
+        assert row["edited"].size == row["picture"].size == (16, 16)
+    mean = {
+        label: np.mean([row["psnr_decoded"] for row in done.values() if row["method"] == label]) for label in LABELS
+    }
+    assert mean["lbo"] > mean["ddim"]
+    assert mean["replay"] > 60
+    assert mean["edict"] > 40
+    boosted = [row for row in done.values() if row["method"] == "boosted"]
+    assert all(row["psnr"] > row["floor_psnr"] for row in boosted)
+
+
+def test_guidance_tightens_lbo_s_tolerance_unless_one_is_given(folder) -> None:
+    """Generation under guidance magnifies what inversion leaves over."""
+    row = {"id": "a", "image": picture(0), "prompt": "red star"}
+
+    def residual(guidance: float, **method: float) -> float:
+        stage = InvertImages(
+            folder, [{"method": "lbo", "passes": 60, **method}], device="cpu", steps=10, guidance=guidance
+        )
+        (done,) = stage([row])
+        return float(np.median(done["residual"]))  # a random network's step may have no solution
+
+    assert residual(1.5) <= 1e-5
+    assert 1e-5 < residual(1.0) <= 1e-3
+    assert 1e-5 < residual(1.5, tolerance=1e-2) <= 1e-2
+
+
+def test_captions_rows_and_fixed(folder) -> None:
+    given = [{"id": "a", "image": picture(1), "prompt": "red star"}]
+    own = next(iter(InvertImages(folder, [{"method": "ddim"}], device="cpu", steps=2, slots=1)(given)))
+    fixed = next(iter(InvertImages(folder, [{"method": "ddim"}], device="cpu", steps=2, slots=1, prompt="")(given)))
+    assert (own["prompt"], fixed["prompt"]) == ("red star", "")
+    assert np.abs(own["latent"] - fixed["latent"]).max() > 1e-4
+
+
+def test_an_inverter_takes_the_place_of_captions(folder, tmp_path: Path) -> None:
+    """The stored text latent is what `InvertText` reads, and the documented lines regenerate the picture under it."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    from jobs.kinds.invert_images import InvertImages as Job
+    from stages.inverter.model import InverterShape, InvertText, TextInverter
+
+    torch.manual_seed(0)
+    shape = InverterShape((4, 8, 8), (16, 32), patch=4, width=32, layers=2, heads=4)
+    TextInverter(shape).save(str(tmp_path))
+    rows = [{"id": "a", "image": picture(1), "method": "ddim", "prompt": "red star"}]
+    options = {"steps": 3, "device": "cpu", "inverter": str(tmp_path)}
+    (row,) = InvertImages(folder, [{"method": "ddim"}], **options)(rows)
+    columns = {column.name: column for column in InvertImages.describe(folder, [{"method": "ddim"}], **options).columns}
+    assert columns["text_latent"].shape == np.shape(row["text_latent"]) == (16, 32)
+    (read,) = InvertText(str(tmp_path), folder, device="cpu")(rows)
+    np.testing.assert_allclose(row["text_latent"].astype(np.float32), read["text_latent"], rtol=1e-3, atol=1e-3)
+    (captioned,) = InvertImages(folder, [{"method": "ddim"}], steps=3, device="cpu")(rows)
+    assert np.abs(captioned["latent"] - row["latent"]).max() > 1e-4
+
+    card = Job(input="x", model=folder, inverter=str(tmp_path), steps=3, methods=["ddim"]).card()
+    (call,) = re.findall(r"picture = (pipe\(.*\))\.images", card)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    latents = torch.tensor(row["latent"]).reshape(1, 4, 8, 8)
+    named = {"num_inference_steps": 3, "guidance_scale": 1.0, "latents": latents}
+    stored = {**row, "text_latent": row["text_latent"].astype(np.float32).tolist()}
+    again = eval(call, {"torch": torch, "row": stored, "pipe": pipe, "options": named}).images[0]
+    assert np.abs(np.asarray(again).astype(int) - np.asarray(row["reconstruction"]).astype(int)).max() <= 2
+    with pytest.raises(ValueError, match="leave out `prompt`"):
+        Job(input="x", model=folder, inverter=str(tmp_path), prompt="a")
+
+
+def test_fitting_rules() -> None:
+    wide = Image.new("RGB", (40, 20), (255, 0, 0))
+    assert fit_picture(wide, 10, "crop").shape == (3, 10, 10)
+    assert bool((fit_picture(wide, 10, "crop")[0] == 1).all())
+    padded = fit_picture(wide, 10, "pad")
+    assert bool((padded[:, 0] == 1).all())
+    assert float(padded[1, 5, 5]) == -1
+    same = picture(2)
+    assert np.array_equal(np.asarray(to_picture(fit_picture(same, 16))), np.asarray(same))
+
+
+def test_seed_statistics_against_scipy() -> None:
+    from scipy.stats import kurtosis
+
+    z = torch.randn((2, 4, 32, 32), generator=torch.Generator().manual_seed(0))
+    z[1] = z[1].cumsum(-1)
+    found = seed_statistics(z)
+    flat = z.flatten(1).double().numpy()
+    np.testing.assert_allclose(found["seed_kurtosis"], kurtosis(flat, axis=1), atol=1e-9)
+    np.testing.assert_allclose(found["seed_std"], flat.std(1), rtol=1e-9)
+    assert abs(found["seed_autocorrelation"][0]) < 0.05 < found["seed_autocorrelation"][1]
+
+
+def test_job_file_errors_name_the_key() -> None:
+    from pydantic import ValidationError
+
+    from jobs.kinds.invert_images import InvertImages as Job
+
+    with pytest.raises(ValidationError, match="two are called 'lbo'"):
+        Job(input="x", methods=["lbo", "lbo"])
+    with pytest.raises(ValidationError, match="needs `passes` of at least 2"):
+        Job(input="x", methods=[{"method": "lbo", "bias": "output", "passes": 1}])
+    with pytest.raises(ValidationError, match="guidance"):
+        Job(input="x", guidance=0.5)
+
+
+def test_a_finished_dataset_regenerates_by_the_documented_lines(tmp_path: Path, local_ray, monkeypatch) -> None:
+    from jobs.run import run_job
+    from micro import world
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        Image.fromarray(world.picture(i, "heldout")).save(pictures / f"{i}.png")
+    out = tmp_path / "out"
+    result = run_job(
+        {
+            "job": "invert-images",
+            "input": str(pictures),
+            "output": str(out),
+            "model": "micro:stable-diffusion",
+            "steps": 10,
+            "device": "cpu",
+            "prompt": "red star",
+            "methods": ["lbo"],
+            "slots": 2,
+            "shard_rows": 2,
+            "max_failed_fraction": 0.0,
+        }
+    )
+    assert (result.state, result.ok) == ("complete", 3)
+    card = (out / "README.md").read_text()
+    (lines,) = re.findall(r"plain diffusers:\n\n```python\n(.*?)```", card, re.DOTALL)
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 11
+    monkeypatch.chdir(tmp_path)
+    import pyarrow.parquet as pq
+
+    stored = [row for part in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(part).to_pylist()]
+    assert all(row["status"] == "ok" for row in stored)
+    for index, row in enumerate(stored):
+        exec(lines.replace('"OUT"', repr(str(out))).replace('"train")[0]', f'"train")[{index}]'), {})
+        again = np.asarray(Image.open("again.png")).astype(int)
+        kept = np.asarray(Image.open(io.BytesIO(row["reconstruction"]["bytes"]))).astype(int)
+        assert np.abs(again - kept).max() <= 2
+        assert row["psnr_decoded"] > 50
+    report = (out / "report.html").read_text()
+    assert "Picture by method" in report
+    assert "Methods of inversion" in report

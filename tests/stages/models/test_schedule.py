@@ -1,0 +1,69 @@
+"""Schedule coefficients against diffusers' own schedulers, step by step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.models.schedule import ddim_schedule, flow_schedule, make_schedule
+
+SD = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False,
+    "steps_offset": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [4, 50])
+def test_down_and_up_are_diffusers_steps(prediction: str, spacing: str, steps: int) -> None:
+    from diffusers import DDIMInverseScheduler, DDIMScheduler
+
+    config = {**SD, "prediction_type": prediction, "timestep_spacing": spacing}
+    down = DDIMScheduler.from_config({**config, "clip_sample": False})
+    up = DDIMInverseScheduler.from_config({**config, "clip_sample": False})
+    down.set_timesteps(steps)
+    up.set_timesteps(steps)
+    schedule = ddim_schedule(config, steps)
+    generator = torch.Generator().manual_seed(0)
+    assert schedule.t_S.tolist() == down.timesteps.tolist()[::-1]
+    for k in range(steps):
+        z, m = torch.randn((2, 1, 4, 4, 4), generator=generator)
+        step = schedule.at(torch.tensor([k]))
+        t = int(schedule.t_S[k])
+        torch.testing.assert_close(step.down(z, m), down.step(m, t, z).prev_sample, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(step.explicit(z, m), up.step(m, t, z).prev_sample, rtol=2e-4, atol=2e-5)
+        back = step.up(step.down(z, m), m)
+        torch.testing.assert_close(back, z, rtol=1e-4, atol=1e-4)
+
+
+def test_zero_signal_is_finite_for_v_and_refused_for_epsilon() -> None:
+    config = {**SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    schedule = ddim_schedule({**config, "prediction_type": "v_prediction"}, 10)
+    assert float(schedule.signal_S[-1]) == 0
+    assert schedule.weight_S.isfinite().all()
+    with pytest.raises(ValueError, match="zero signal"):
+        ddim_schedule(config, 10)
+
+
+def test_flow_steps_are_diffusers_euler_steps() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(6)
+    schedule = make_schedule(config, 6)
+    generator = torch.Generator().manual_seed(0)
+    for k in range(5, -1, -1):
+        z, v = torch.randn((2, 1, 4, 4, 4), generator=generator)
+        down = schedule.at(torch.tensor([k])).down(z, v)
+        torch.testing.assert_close(down, scheduler.step(v, schedule.t_S[k], z).prev_sample, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="fixed shift"):
+        flow_schedule({"use_dynamic_shifting": True}, 6)
+
+
+def test_steps_out_of_range() -> None:
+    with pytest.raises(ValueError, match="between 1 and 1000"):
+        ddim_schedule(SD, 0)
+    with pytest.raises(ValueError, match="between 1 and 1000"):
+        ddim_schedule(SD, 1001)

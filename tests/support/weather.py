@@ -1,0 +1,150 @@
+"""Bad weather between a run and an object store, and what has to hold in it whatever the store."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.input.source import Source
+from pipeline.output.dataset import Output, verify
+from pipeline.output.lock import Lock, OutputLocked
+from pipeline.run.driver import Resources, run
+from pipeline.storage import Folder
+from tests.support.faulty import data, run_plain, spec_for
+
+
+class Weather(BaseHTTPRequestHandler):
+    """Passes requests on; every so often answers 500, or hangs up, before or after the server has acted.
+
+    The server has `behind` (the real server's port), `requests`, `stormy` and `guard`: see `weather_before`.
+    """
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the client's acknowledgement of its headers
+    server: Any
+
+    def refusal(self, body: bytes) -> int | None:
+        """A status that is answered in the real server's place."""
+        return None
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.server.guard:
+            self.server.requests += 1
+            turn = self.server.requests % 17 if self.server.stormy else 0
+        if turn == 5:
+            self.send_error(500, "InternalError")
+            return
+        if turn == 9:
+            self.close_connection = True
+            self.connection.close()
+            return
+        if (refused := self.refusal(body)) is not None:
+            self.send_error(refused)
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
+        headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}
+        upstream.request(self.command, self.path, body, headers)
+        answer = upstream.getresponse()
+        content = answer.read()
+        if turn == 13:  # it is done, and nobody hears of it
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.send_response(answer.status)
+        for key, value in answer.getheaders():
+            if key.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                self.send_header(key, value)
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def weather_before(port: int, handler: type[Weather] = Weather) -> Iterator[Any]:
+    """A proxy before the server at a port of this machine; bad once its `stormy` is set, counts its `requests`."""
+    proxy: Any = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    proxy.behind, proxy.requests, proxy.stormy, proxy.guard = port, 0, False, threading.Lock()
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+def check_run(tmp_path: Path, scheme: str, fs: Any, options: dict[str, Any], proxy: Any) -> None:
+    """A run in a storm writes into the bucket what it writes to a disk, leaves nothing else, and repairs a loss.
+
+    Args:
+        scheme: ``s3`` or ``gs``.
+        fs: The bucket's filesystem; `options` are its.
+        proxy: What `weather_before` gave.
+    """
+    plain = spec_for(tmp_path, [f"line {i}" for i in range(40)])
+    expected = data(run_plain(plain).path)
+    fs.pipe_file("bucket/in/in.txt", Path(plain.source.path[0]).read_bytes())
+    source = Source((f"{scheme}://bucket/in/*.txt",), columns={"text": "text"}, storage_options=options)
+    spec = replace(plain, source=source, output=f"{scheme}://bucket/out", storage_options=options)
+    proxy.stormy = True
+    result = run(spec, resources=Resources(max_workers=2, cpus=0.5))
+    assert (result.state, result.ok) == ("complete", 40)
+    assert proxy.requests > 60
+    report = verify(spec.output, options, input_options=options)
+    assert report.ok, report.problems
+    assert pa.concat_tables(Output.open(spec.output, options).tables()).combine_chunks().equals(expected)
+    proxy.stormy = False
+    fs.invalidate_cache()
+    assert not [name for name in fs.find("bucket/out") if "/attempts/" in name or name.endswith("lock.json")]
+    fs.rm_file("bucket/out/data/part-00002-of-00004.parquet")
+    assert not verify(spec.output, options).ok
+    again = run(spec, resources=Resources(cpus=0.5))
+    assert (again.state, again.resumed) == ("complete", 3)
+    assert verify(spec.output, options).ok
+
+
+SHARDS = (1, 16, 17, 45, 300)
+"""Counts of shards around the number of records that are read at once, and well beyond it."""
+
+
+def check_shards(tmp_path: Path, scheme: str, options: dict[str, Any], shards: int) -> None:
+    """A run of so many shards completes on a store at its first start, and starting it again finds all of it done.
+
+    Every record is seen by whoever reads them; and a survey of a whole dataset takes nothing of it away.
+    """
+    spec = spec_for(tmp_path, [f"line {i}" for i in range(shards)], shard_rows=1)
+    spec = replace(spec, output=f"{scheme}://bucket/out-{shards}", storage_options=options)
+    for resumed in (0, shards):
+        result = run(spec, resources=Resources(max_workers=2, cpus=0.5))
+        assert (result.state, result.ok, result.resumed) == ("complete", shards, resumed), result.reason
+        output = Output.open(spec.output, options)
+        assert [record.shard for record in output.records()] == list(range(shards))
+        assert pa.concat_tables(output.tables(["text"]))["text"].to_pylist() == [f"line {i}" for i in range(shards)]
+        assert output.folder.exists("_SUCCESS")
+    report = verify(spec.output, options)
+    assert (report.ok, report.found) == (True, shards), report.problems
+
+
+def check_lock(folder: Folder) -> None:
+    """One run at a time holds a folder."""
+    lock = Lock(folder)
+    with pytest.raises(OutputLocked):
+        Lock(folder)
+    lock.release()
+    Lock(folder).release()
