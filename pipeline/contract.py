@@ -1,4 +1,4 @@
-"""What a run is: which rows it reads, which stage maps them, which columns come out.
+"""The contract between a stage and the runtime: rows in, rows out, columns and models declared beforehand.
 
 Everything here is plain, picklable and JSON-serialisable, so that it can be hashed into the run
 fingerprint, written into the plan, and sent to an actor. Nothing here imports Ray or torch.
@@ -10,7 +10,9 @@ import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
 
 Row = dict[str, Any]
 """One row. Always has ``id`` (str). Rows that leave a stage also have ``status`` and ``error``."""
@@ -49,6 +51,24 @@ class StageInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+class Settings(BaseModel):
+    """Base of what a stage is told, and of every block of a job file: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True,
+        serialize_by_alias=True,
+    )  # fmt: skip
+
+    def part(self, kind: type[S]) -> S:
+        """The settings of another kind whose fields are all among one's own: a job that *is* a stage's settings hands
+        that part on to the stage.
+        """
+        return kind.model_validate({name: getattr(self, name) for name in kind.model_fields})
+
+
+S = TypeVar("S", bound=Settings)
+
+
 @runtime_checkable
 class Stage(Protocol):
     """Maps rows to rows: in any order, exactly one out for each one in, the id kept.
@@ -62,18 +82,26 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class StageSpec:
-    """How to build a stage: an import path ``package.module:Class`` and JSON-able keyword arguments.
+    """How to build a stage: an import path ``package.module:Class`` and the JSON form of its settings.
 
-    The class must offer ``describe(**params) -> StageInfo`` as a static or class method, cheap and
-    without loading weights. It may offer ``take_summary() -> dict[str, numpy.ndarray]``, called after
-    each shard: it returns, and resets, what the stage wants kept beside the shard's commit record.
-    It may offer ``shrink() -> bool``, called after an out-of-memory error: it halves its slots (its batch) and
-    returns True, or False when it cannot get smaller; the rows that were inside are then given to it again.
-    After any exception the stage is called anew, so a call must not depend on how the last one ended.
+    The class names the class of its settings in its attribute ``Settings``, is built as ``Class(settings)`` and offers
+    ``describe(settings) -> StageInfo`` as a static or class method, cheap and without loading weights. A class without
+    the attribute takes ``params`` as keyword arguments in both places.
+
+    It may offer ``take_summary() -> dict[str, numpy.ndarray]``, called after each shard: it returns, and resets, what
+    the stage wants kept beside the shard's commit record. It may offer ``shrink() -> bool``, called after an
+    out-of-memory error: it halves its slots (its batch) and returns True, or False when it cannot get smaller; the
+    rows that were inside are then given to it again. After any exception the stage is called anew, so a call must not
+    depend on how the last one ended.
     """
 
     target: str
     params: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(target: str, settings: Settings) -> StageSpec:
+        """The stage at an import path under these settings."""
+        return StageSpec(target, settings.model_dump(mode="json"))
 
     def load_class(self) -> Any:
         module, _, name = self.target.partition(":")
@@ -81,10 +109,14 @@ class StageSpec:
 
     def build(self) -> Stage:
         """Construct the stage (loads models; done once an actor)."""
-        return self.load_class()(**self.params)
+        return self._called(self.load_class())
 
     def describe(self) -> StageInfo:
-        return self.load_class().describe(**self.params)
+        return self._called(self.load_class().describe)
+
+    def _called(self, function: Any) -> Any:
+        kind = getattr(self.load_class(), "Settings", None)
+        return function(**self.params) if kind is None else function(kind(**self.params))
 
 
 def ok(row: Row, **outputs: Any) -> Row:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.ovi.setting import FIGURES, RESULTS, World, asked, cosine, interval, machine, open_world, rows_of
 from pipeline.contract import Row
-from stages.engine.solver import StoppingRule
+from stages.engine.stopping import StoppingRule
 from stages.ovi.priors import ReferenceSearch
 from stages.ovi.problem import Inversion, Settings, Space, VisionTower
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 import micro
-from jobs.schema.base import JobBase, ModelName
+from jobs.schema.base import JobBase
 from jobs.schema.methods import distinct, listed
 from pipeline.contract import StageSpec
 from stages.inversion.settings import AnyInversionMethod, LboMethod
+from stages.models.names import ModelName
 
 if TYPE_CHECKING:
     from jobs.page.html import Html

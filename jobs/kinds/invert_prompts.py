@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 import micro
-from jobs.schema.base import JobBase, ModelName, Settings
+from jobs.schema.base import JobBase
 from jobs.schema.methods import distinct, listed
-from pipeline.contract import StageSpec
+from pipeline.contract import Settings, StageSpec
+from stages.models.names import ModelName
 from stages.ovi.settings import AnyRecipe
 
 if TYPE_CHECKING:

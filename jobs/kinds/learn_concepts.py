@@ -10,9 +10,10 @@ import typer
 from pydantic import Field, model_validator
 
 import micro
-from jobs.schema.base import JobBase, ModelName, Settings
+from jobs.schema.base import JobBase
 from jobs.schema.concept_input import absolute, concept_source, folder_of
-from pipeline.contract import StageSpec
+from pipeline.contract import Settings, StageSpec
+from stages.models.names import ModelName
 
 if TYPE_CHECKING:
     import pipeline.run.driver

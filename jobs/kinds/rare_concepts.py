@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 import micro
-from jobs.schema.base import JobBase, ModelName
+from jobs.schema.base import JobBase
 from jobs.schema.concept_input import concept_source, folder_of
 from jobs.schema.methods import distinct, listed
 from pipeline.contract import StageSpec
 from stages.inversion.settings import AnyInversionMethod, BelmMethod, EdictMethod, LboMethod, NullTextMethod
+from stages.models.names import ModelName
 from stages.rare.settings import AnySeedMethod
 
 if TYPE_CHECKING:

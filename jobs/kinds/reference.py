@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ByteSize, Field, model_validator
 
-from jobs.schema.base import JobBase, ModelName, Settings
-from pipeline.contract import StageSpec
+from jobs.schema.base import JobBase
+from pipeline.contract import Settings, StageSpec
+from stages.models.names import ModelName
 
 if TYPE_CHECKING:
     import pipeline.run.driver

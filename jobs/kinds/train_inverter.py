@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 import micro
-from jobs.schema.base import JobBase, ModelName, Settings
-from pipeline.contract import StageSpec
+from jobs.schema.base import JobBase
+from pipeline.contract import Settings, StageSpec
+from stages.models.names import ModelName
 
 if TYPE_CHECKING:
     import pipeline.run.driver

@@ -7,10 +7,11 @@ what happens when all shards are committed, and what the report shows. Nothing h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
+from pipeline.contract import Settings
 from pipeline.input.source import Format, Source
 
 if TYPE_CHECKING:
@@ -18,32 +19,6 @@ if TYPE_CHECKING:
     from jobs.page.report import Panel
     from jobs.run import JobResult, Session
     from pipeline.contract import StageSpec
-
-
-class Settings(BaseModel):
-    """Base of every block of a job file: unknown keys are errors, values never change after validation."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True,
-        serialize_by_alias=True,
-    )  # fmt: skip
-
-
-def _shipped(name: str) -> str:
-    """The folder of a shipped model that is given as ``micro:NAME``; any other name as it is."""
-    import micro
-
-    prefix, _, model = name.partition(":")
-    if prefix != "micro":
-        return name
-    if model not in SHIPPED:
-        raise ValueError(f"no shipped model is called {model!r}. Shipped: {', '.join(SHIPPED)}")
-    return str(micro.MODELS / model)
-
-
-SHIPPED = ("prior", "decoder", "stable-diffusion", "oracle")
-ModelName = Annotated[str, AfterValidator(_shipped)]
-"""Folder or hub id of a model, or ``micro:NAME`` for a shipped one, which is found from any working directory."""
 
 
 class Input(Settings):

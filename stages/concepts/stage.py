@@ -25,9 +25,11 @@ from pipeline.contract import Column, Row, StageInfo, failed, ok
 from stages.concepts.losses import context_loss
 from stages.concepts.samples import generate, sheet
 from stages.concepts.table import Concept, ConceptError, Templates, open_picture, read_concept
+from stages.engine.adamw import RowAdamW
 from stages.engine.checkpoint import read_checkpoint, write_checkpoint
 from stages.engine.randomness import row_generator, row_seed
-from stages.engine.solver import REASONS, RUNNING, Occupancy, RowAdamW, StoppingRule, solve
+from stages.engine.solver import Occupancy, solve
+from stages.engine.stopping import REASONS, RUNNING, StoppingRule
 from stages.inverter.model import TextInverter, warm_start
 from stages.models.denoising_loss import DenoisingLoss, encode_pictures
 from stages.models.fingerprint import describe_stable_diffusion

@@ -17,7 +17,8 @@ from typing import Literal, Protocol
 import torch
 
 from pipeline.contract import Row, failed
-from stages.engine.solver import StoppingRule, per_row, slot_mask
+from stages.engine.slots import per_row, slot_mask
+from stages.engine.stopping import StoppingRule
 from stages.models.schedule import Schedule, Step
 from stages.models.unet import Condition, Predict
 

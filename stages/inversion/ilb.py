@@ -19,7 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from pipeline.contract import Row
-from stages.engine.solver import RowAdamW, StoppingRule, per_row, solve
+from stages.engine.adamw import RowAdamW
+from stages.engine.slots import per_row
+from stages.engine.solver import solve
+from stages.engine.stopping import StoppingRule
 
 
 def cosine_rate(rate: float, steps: int, warmup: int) -> Callable[[torch.Tensor], torch.Tensor]:

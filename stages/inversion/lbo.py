@@ -23,7 +23,8 @@ from typing import Literal
 
 import torch
 
-from stages.engine.solver import RowAdamW, per_row
+from stages.engine.adamw import RowAdamW
+from stages.engine.slots import per_row
 from stages.inversion.engine import Anderson, Look
 from stages.models.schedule import Schedule, Step
 from stages.models.unet import Condition, Predict

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stages.engine.solver import RowAdamW
+from stages.engine.adamw import RowAdamW
 from stages.models.schedule import Schedule
 from stages.models.unet import Condition, Predict
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from pipeline.contract import Row, batches, failed, ok
 from stages.engine.randomness import row_generator, row_normal
-from stages.engine.solver import Occupancy, StoppingRule, solve
+from stages.engine.solver import Occupancy, solve
+from stages.engine.stopping import StoppingRule
 from stages.ovi.problem import ExactSearch, Inversion, Search, Settings, Space, VisionTower, Whitening
 from stages.ovi.settings import OVI, Direct, Recipe, Retrieval, Stop, TextEmbedding, TrainedPrior
 

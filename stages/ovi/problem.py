@@ -19,8 +19,11 @@ import torch
 from torch import nn
 
 from pipeline.contract import Row, failed, ok
+from stages.engine.adamw import RowAdamW
 from stages.engine.randomness import row_normal
-from stages.engine.solver import REASONS, RowAdamW, StoppingRule, capture, per_row, slot_mask
+from stages.engine.slots import per_row, slot_mask
+from stages.engine.solver import capture
+from stages.engine.stopping import REASONS, StoppingRule
 
 Accelerate = Literal["none", "compile", "graph"]
 Watch = Literal["loss", "cosine", "mahalanobis"]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.engine.solver import RowAdamW
+from stages.engine.adamw import RowAdamW
 from stages.models.schedule import Schedule
 from stages.models.unet import Condition, Predict
 

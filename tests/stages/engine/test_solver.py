@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from pipeline.contract import failed, ok
+from stages.engine.adamw import RowAdamW
 from stages.engine.randomness import row_generator, row_normal, row_seed
-from stages.engine.solver import REASONS, Occupancy, RowAdamW, StoppingRule, capture, per_row, slot_mask, solve
+from stages.engine.slots import per_row, slot_mask
+from stages.engine.solver import Occupancy, capture, solve
+from stages.engine.stopping import REASONS, StoppingRule
 
 D = 5
 

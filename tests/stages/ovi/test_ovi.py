@@ -9,7 +9,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipVisionConfig, SiglipVisionModel
 
 from stages.engine.randomness import row_normal
-from stages.engine.solver import Occupancy, StoppingRule, solve
+from stages.engine.solver import Occupancy, solve
+from stages.engine.stopping import StoppingRule
 from stages.ovi.problem import (
     PUBLISHED,
     ExactSearch,

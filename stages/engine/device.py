@@ -1,0 +1,12 @@
+"""Which device a stage works on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def chosen_device(device: str | None) -> str:
+    """The device by its name; ``auto`` or None takes the GPU where there is one."""
+    if device in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(device)
