@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 import micro
 from jobs.schema.base import JobBase
-from jobs.schema.methods import distinct, listed
 from pipeline.contract import StageSpec
+from stages.engine.methods import Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
 from stages.models.names import ModelName
 
@@ -45,9 +45,7 @@ class InvertImages(JobBase):
     """Of the networks; latents stay float32."""
     device: str = "auto"
     """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
-    methods: Annotated[tuple[AnyInversionMethod, ...], BeforeValidator(listed), AfterValidator(distinct)] = Field(
-        default=(LboMethod(),), min_length=1
-    )
+    methods: Methods[AnyInversionMethod] = (LboMethod(),)
     """How pictures are inverted; a plain string stands for ``{method: ...}``. Each makes one row a picture."""
     steps: int = Field(50, ge=1)
     """Sampling steps; the picture is regenerated with as many."""

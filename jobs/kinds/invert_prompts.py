@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 import micro
 from jobs.schema.base import JobBase
-from jobs.schema.methods import distinct, listed
 from pipeline.contract import Settings, StageSpec
+from stages.engine.methods import Methods
 from stages.models.names import ModelName
 from stages.ovi.settings import AnyRecipe
 
@@ -60,7 +60,7 @@ class InvertPrompts(JobBase):
     """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    methods: Annotated[tuple[AnyRecipe, ...], BeforeValidator(listed), AfterValidator(distinct)] = Field(min_length=1)
+    methods: Methods[AnyRecipe]
     """How the prompts are inverted; a plain string stands for ``{method: ...}``. Each makes one row a prompt."""
     reference: str | None = None
     """Output of a ``reference`` job made with the same image encoder: real image embeddings for retrieval, for the

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 import micro
 from jobs.schema.base import JobBase
 from jobs.schema.concept_input import concept_source, folder_of
-from jobs.schema.methods import distinct, listed
 from pipeline.contract import StageSpec
+from stages.engine.methods import Methods
 from stages.inversion.settings import AnyInversionMethod, BelmMethod, EdictMethod, LboMethod, NullTextMethod
 from stages.models.names import ModelName
 from stages.rare.settings import AnySeedMethod
@@ -48,9 +48,7 @@ class RareConcepts(JobBase):
     """Of the networks; latents stay float32."""
     device: str = "auto"
     """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
-    methods: Annotated[tuple[AnySeedMethod, ...], BeforeValidator(listed), AfterValidator(distinct)] = Field(
-        min_length=1
-    )
+    methods: Methods[AnySeedMethod]
     """How new seeds are made; a plain string stands for ``{method: ...}``. Each makes `count` rows a concept."""
     count: int = Field(10, ge=1)
     """Pictures that are kept of each concept and method."""

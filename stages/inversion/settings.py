@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipeline.contract import Settings
+from stages.engine.methods import Method
 
 
-class Boost(BaseModel):
+class Boost(Settings):
     """ILB: move the image latent so that it decodes to the picture, then invert that. The form is ours."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     form: Literal["decoder", "joint"] = "decoder"
     """``decoder``: fit the latent to the picture through the decoder. ``joint``: fit what comes back from inversion and
@@ -29,22 +30,11 @@ class Boost(BaseModel):
     """Updates between two round trips (``joint``)."""
 
 
-class InversionMethod(BaseModel):
-    """Base of all method settings: unknown keys are errors, values never change."""
+class InversionMethod(Method):
+    """What every method of inversion may be told."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True
-    )
-
-    name: str = ""
-    """What rows of this method are called in the column ``method``. Left out: the method's own name."""
     ilb: Boost | None = None
     """Boost the image latent first. Left out: the encoder's latent is inverted."""
-
-    @property
-    def label(self) -> str:
-        method: str = getattr(self, "method", "")
-        return self.name or method
 
 
 class DdimMethod(InversionMethod):

@@ -7,32 +7,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipeline.contract import Settings
+from stages.engine.methods import Method
 
 
-class Recipe(BaseModel):
-    """Base of all method settings: unknown keys are errors, values never change."""
+class Recipe(Method):
+    """What every method may be told."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True
-    )
-
-    name: str = ""
-    """What rows of this method are called in the column ``method``. Left out: the method's own name."""
     rescale: bool = False
     """Scale the embedding to the mean norm of the reference's images. The decoder is sensitive to the norm; the cosine
     leaves it free."""
 
-    @property
-    def label(self) -> str:
-        method: str = getattr(self, "method", "")
-        return self.name or method
 
-
-class Stop(BaseModel):
+class Stop(Settings):
     """When a row stops before its last step. Nothing set: never."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     watch: Literal["loss", "cosine", "mahalanobis"] = "cosine"
     """What is looked at: the loss, the cosine to the text embedding, or the squared Mahalanobis distance over its mean
@@ -49,10 +39,8 @@ class Stop(BaseModel):
     """Return the embedding at the best watched value instead of the last one."""
 
 
-class Constraint(BaseModel):
+class Constraint(Settings):
     """What keeps an embedding among those of real images: OVI's constraints. Their formulas and weights are ours."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     mahalanobis: float = Field(0.0, ge=0)
     """Weight of the squared Mahalanobis distance to the reference's images, over its mean."""

@@ -8,32 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from stages.engine.methods import Method
 
 
-class SeedMethod(BaseModel):
-    """Base of all method settings: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True
-    )
-
-    name: str = ""
-    """What rows of this method are called in the column ``method``. Left out: the method's own name."""
-
-    @property
-    def label(self) -> str:
-        method: str = getattr(self, "method", "")
-        return self.name or method
-
-
-class RandomMethod(SeedMethod):
+class RandomMethod(Method):
     """Plain Gaussian seeds: what the model draws of the prompt alone. The baseline; needs no pictures."""
 
     method: Literal["random"] = "random"
 
 
-class SlerpMethod(SeedMethod):
+class SlerpMethod(Method):
     """Spherical interpolation between two of the concept's seeds, drawn at random."""
 
     method: Literal["slerp"] = "slerp"
@@ -41,14 +27,14 @@ class SlerpMethod(SeedMethod):
     """Positions are drawn from (margin, 1 - margin): at an end the picture is one of the concept's own again."""
 
 
-class LinearMethod(SeedMethod):
+class LinearMethod(Method):
     """Linear combinations of all the concept's seeds, weights uniform on the simplex, made Gaussian again in closed
     form (COG)."""
 
     method: Literal["linear"] = "linear"
 
 
-class NaoMethod(SeedMethod):
+class NaoMethod(Method):
     """Points on norm-aware paths from the concept's norm-aware centroid to its seeds (NAO)."""
 
     method: Literal["nao"] = "nao"
@@ -61,7 +47,7 @@ class NaoMethod(SeedMethod):
     shorter or longer than a Gaussian one a path swings about the shell."""
 
 
-class SeedSelectMethod(SeedMethod):
+class SeedSelectMethod(Method):
     """Seeds optimised through the whole sampler until their picture is near the concept's pictures (SeedSelect)."""
 
     method: Literal["seed-select"] = "seed-select"

@@ -23,6 +23,7 @@ from torch import nn
 from pipeline.contract import Column, Row, StageInfo, failed, ok
 from stages.concepts.samples import sheet
 from stages.concepts.table import ConceptError
+from stages.engine.methods import Method
 from stages.engine.randomness import row_generator
 from stages.inversion.engine import generate
 from stages.inversion.metrics import fit_picture, seed_statistics, to_picture
@@ -41,7 +42,6 @@ from stages.rare.settings import (
     LinearMethod,
     NaoMethod,
     RandomMethod,
-    SeedMethod,
     SeedSelectMethod,
     SlerpMethod,
 )
@@ -63,7 +63,7 @@ SCORE_COLUMNS: Mapping[str, tuple[Column, ...]] = {
 THUMBNAIL = 128
 
 
-def parse(methods: Sequence[Mapping[str, Any]]) -> tuple[SeedMethod, ...]:
+def parse(methods: Sequence[Mapping[str, Any]]) -> tuple[Method, ...]:
     """Method settings from their JSON form."""
     from pydantic import TypeAdapter
 
@@ -264,7 +264,7 @@ class RareConcepts:
         found = invert(own, self.inversion, root=self.root, fit=self.fit)
         return found | (self.dataset.find(rest, self.geometry.latent_shape, self.most) if rest else {})
 
-    def _lacks(self, concept: References, method: SeedMethod) -> str | None:
+    def _lacks(self, concept: References, method: Method) -> str | None:
         """Why a method cannot serve a concept."""
         start = method.start if isinstance(method, SeedSelectMethod) else getattr(method, "method", "")
         if start != "random" and len(concept.ids) < 2:
@@ -400,7 +400,7 @@ class RareConcepts:
 
 
 def grow_seeds(
-    method: SeedMethod, seed_KCHW: torch.Tensor, generators: Sequence[torch.Generator]
+    method: Method, seed_KCHW: torch.Tensor, generators: Sequence[torch.Generator]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New seeds (B, C, H, W) by one method, and what each reference counted for in each (B, K); both on the CPU.
 
@@ -439,12 +439,12 @@ def grow_seeds(
     return z_BN.view(count, *shape).cpu(), weight_BK
 
 
-def _start_of(method: SeedMethod) -> SeedMethod:
+def _start_of(method: Method) -> Method:
     """The method that draws a method's seeds: itself, or where `seed-select` starts."""
     return parse([{"method": method.start}])[0] if isinstance(method, SeedSelectMethod) else method
 
 
-def _uses_centre(scores: Sequence[Scored], methods: Sequence[SeedMethod]) -> bool:
+def _uses_centre(scores: Sequence[Scored], methods: Sequence[Method]) -> bool:
     """Whether the CLIP direction of a concept's pictures is needed."""
     return "image" in scores or any(isinstance(one, SeedSelectMethod) for one in methods)
 
@@ -461,7 +461,7 @@ def _value(scored: Row, name: str) -> float:
     return float(scored["clip_score" if name == "text" else "clip_image"])
 
 
-def _parents(method: SeedMethod, concept: References, weight_K: torch.Tensor) -> str:
+def _parents(method: Method, concept: References, weight_K: torch.Tensor) -> str:
     """The pictures that a seed comes from, with their weights: all of them where their centroid is in it."""
     through_centroid = isinstance(method, NaoMethod | SeedSelectMethod)
     return json.dumps([
