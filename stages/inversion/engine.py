@@ -516,10 +516,10 @@ class Newton:
 
     def loss(self, x_BCHW: torch.Tensor, m_BCHW: torch.Tensor, prev_BCHW: torch.Tensor, step: Step) -> torch.Tensor:
         mismatch_B = (step.up(prev_BCHW, m_BCHW) - x_BCHW).flatten(1).abs().sum(1)
-        offset = (x_BCHW - step.signal / step.signal_prev * prev_BCHW).flatten(1)
+        offset = (x_BCHW - step.alpha / step.alpha_prev * prev_BCHW).flatten(1)
         # Not a norm at zero distance, where a norm has no gradient.
         distance_B = (offset.square().sum(1) + 1e-12).sqrt()
-        return mismatch_B + self.prior / (1 - step.signal.flatten() ** 2) * distance_B
+        return mismatch_B + self.prior / (1 - step.alpha.flatten() ** 2) * distance_B
 
     def update(self, look: Look) -> tuple[torch.Tensor, torch.Tensor]:
         g_BCHW = look.step.up(look.prev_BCHW, look.m_BCHW)

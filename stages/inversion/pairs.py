@@ -21,8 +21,8 @@ def _noise(predict: Predict, schedule: Schedule, k: int, z_BCHW: torch.Tensor, c
     return schedule.epsilon(k, z_BCHW, predict(z_BCHW, t_B, condition))
 
 
-def _require_signal(schedule: Schedule, method: str) -> None:
-    if float(schedule.signal_S[-1]) <= 0:
+def _require_alpha(schedule: Schedule, method: str) -> None:
+    if float(schedule.alpha_S[-1]) <= 0:
         raise ValueError(f"{method} divides by the signal at the last time, which is zero in this model's schedule")
 
 
@@ -30,46 +30,46 @@ def _require_signal(schedule: Schedule, method: str) -> None:
 def belm_invert(predict: Predict, schedule: Schedule, z_BCHW: torch.Tensor, condition: Condition) -> Pair:
     """O-BELM (Wang et al., 2024): the two-step explicit scheme solved for its oldest term.
 
-    In x = z / signal and s = noise / signal, with h_i = s_i - s_(i-1), sampling is
+    In x = z / alpha and s = sigma / alpha, with h_i = s_i - s_(i-1), sampling is
     x_(i-1) = (h_i / h_(i+1))^2 x_(i+1) + (1 - (h_i / h_(i+1))^2) x_i - h_i (h_i + h_(i+1)) / h_(i+1) eps_i,
     which is linear in x_(i+1). The first step up is DDIM inversion.
 
     Returns:
         (z_T, z_(T-1)): both are needed to come back.
     """
-    _require_signal(schedule, "belm")
-    signal, noise = _levels(schedule)
-    older = z_BCHW / signal[0]
+    _require_alpha(schedule, "belm")
+    alpha, sigma = _levels(schedule)
+    older = z_BCHW / alpha[0]
     step = schedule.at(torch.zeros(len(z_BCHW), dtype=torch.int64, device=z_BCHW.device))
-    newer = step.explicit(z_BCHW, predict(z_BCHW, step.t_B, condition)) / signal[1]
+    newer = step.explicit(z_BCHW, predict(z_BCHW, step.t_B, condition)) / alpha[1]
     for i in range(1, len(schedule)):
-        ratio, span = _belm_numbers(signal, noise, i)
-        eps = _noise(predict, schedule, i - 1, newer * signal[i], condition)
+        ratio, span = _belm_numbers(alpha, sigma, i)
+        eps = _noise(predict, schedule, i - 1, newer * alpha[i], condition)
         older, newer = newer, (older - (1 - ratio) * newer + span * eps) / ratio
-    return newer * signal[-1], older * signal[-2]
+    return newer * alpha[-1], older * alpha[-2]
 
 
 @torch.no_grad()
 def belm_generate(predict: Predict, schedule: Schedule, pair: Pair, condition: Condition) -> torch.Tensor:
     """The way back down from (z_T, z_(T-1))."""
-    signal, noise = _levels(schedule)
-    older, newer = pair[0] / signal[-1], pair[1] / signal[-2]
+    alpha, sigma = _levels(schedule)
+    older, newer = pair[0] / alpha[-1], pair[1] / alpha[-2]
     for i in range(len(schedule) - 1, 0, -1):
-        ratio, span = _belm_numbers(signal, noise, i)
-        eps = _noise(predict, schedule, i - 1, newer * signal[i], condition)
+        ratio, span = _belm_numbers(alpha, sigma, i)
+        eps = _noise(predict, schedule, i - 1, newer * alpha[i], condition)
         older, newer = newer, ratio * older + (1 - ratio) * newer - span * eps
-    return newer * signal[0]
+    return newer * alpha[0]
 
 
 def _levels(schedule: Schedule) -> tuple[list[float], list[float]]:
-    """Signal and noise at the S + 1 points of the path, the picture's first."""
-    signal = [float(schedule.signal_prev_S[0]), *schedule.signal_S.tolist()]
-    noise = [float(schedule.noise_prev_S[0]), *schedule.noise_S.tolist()]
-    return signal, noise
+    """alpha and sigma at the S + 1 points of the path, the picture's first."""
+    alpha = [float(schedule.alpha_prev_S[0]), *schedule.alpha_S.tolist()]
+    sigma = [float(schedule.sigma_prev_S[0]), *schedule.sigma_S.tolist()]
+    return alpha, sigma
 
 
-def _belm_numbers(signal: list[float], noise: list[float], i: int) -> tuple[float, float]:
-    s = [n / a for n, a in zip(noise[i - 1 : i + 2], signal[i - 1 : i + 2], strict=True)]
+def _belm_numbers(alpha: list[float], sigma: list[float], i: int) -> tuple[float, float]:
+    s = [n / a for n, a in zip(sigma[i - 1 : i + 2], alpha[i - 1 : i + 2], strict=True)]
     h, h_next = s[1] - s[0], s[2] - s[1]
     return (h / h_next) ** 2, h * (h + h_next) / h_next
 
@@ -85,7 +85,7 @@ def edict_invert(
     Returns:
         (x_T, y_T).
     """
-    _require_signal(schedule, "edict")
+    _require_alpha(schedule, "edict")
     x, y = z_BCHW, z_BCHW
     for k in range(len(schedule)):
         phi, psi = _edict_numbers(schedule, k)
@@ -113,5 +113,5 @@ def edict_generate(
 
 def _edict_numbers(schedule: Schedule, k: int) -> tuple[float, float]:
     """phi and psi of the step in terms of noise, whatever the network predicts."""
-    phi = float(schedule.signal_prev_S[k] / schedule.signal_S[k])
-    return phi, float(schedule.noise_prev_S[k]) - phi * float(schedule.noise_S[k])
+    phi = float(schedule.alpha_prev_S[k] / schedule.alpha_S[k])
+    return phi, float(schedule.sigma_prev_S[k]) - phi * float(schedule.sigma_S[k])

@@ -172,10 +172,6 @@ class TextEncoder:
         positions = getattr(self.model.config, "max_position_embeddings", 77)
         self.length = min(positions, self.tokenizer.model_max_length)
 
-    def is_cut(self, prompt: str) -> bool:
-        """Whether the encoder reads only the beginning of the prompt."""
-        return len(self.tokenizer(prompt).input_ids) > self.length
-
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], batch: int = 256) -> torch.Tensor:
         """t_BE, float32 on the CPU. Prompts longer than the encoder's context are cut, as its pipelines cut them."""
@@ -228,8 +224,9 @@ class ImageEncoder:
         return seen.pooler_output if self._siglip else seen.image_embeds
 
     @torch.inference_mode()
-    def of_black(self) -> torch.Tensor:
-        """Embedding (E,) of the all-zero input, Kandinsky 2.2's negative condition."""
+    def zero_embedding(self) -> torch.Tensor:
+        """Embedding (E,) of pixel values that are all zero once normalised (mean grey): Kandinsky 2.2's negative
+        condition, `get_zero_embed` in diffusers."""
         size = self.model.config.image_size
         pixels = torch.zeros(1, 3, size, size, device=self.device)
         return self.embed(pixels)[0].float().cpu().clone()

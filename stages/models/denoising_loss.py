@@ -36,11 +36,11 @@ class DenoisingLoss:
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"the model predicts {self.prediction!r}; epsilon and v_prediction are supported")
         self.model, self.size = model, size
-        self.alphas = model.pipeline.scheduler.alphas_cumprod.double().to(model.device)
+        self.abar_T = model.pipeline.scheduler.alphas_cumprod.double().to(model.device)
 
     @property
     def timesteps(self) -> int:
-        return len(self.alphas)
+        return len(self.abar_T)
 
     def __call__(
         self,
@@ -51,10 +51,10 @@ class DenoisingLoss:
         pooled_BP: torch.Tensor | None,
     ) -> torch.Tensor:
         """loss_B, the mean over a row's latent numbers, float32. `pooled_BP` is SDXL's second condition."""
-        alpha_B = self.alphas[t_B].view(-1, 1, 1, 1)
-        signal, scale = alpha_B.sqrt().to(z_BCHW.dtype), (1 - alpha_B).sqrt().to(z_BCHW.dtype)
-        noisy = signal * z_BCHW + scale * noise_BCHW
-        target = noise_BCHW if self.prediction == "epsilon" else signal * noise_BCHW - scale * z_BCHW
+        abar_B = self.abar_T[t_B].view(-1, 1, 1, 1)
+        alpha, sigma = abar_B.sqrt().to(z_BCHW.dtype), (1 - abar_B).sqrt().to(z_BCHW.dtype)
+        noisy = alpha * z_BCHW + sigma * noise_BCHW
+        target = noise_BCHW if self.prediction == "epsilon" else alpha * noise_BCHW - sigma * z_BCHW
         condition: Condition = {"text_BLE": text_BTK}
         if self.model.kind == "sdxl":
             if pooled_BP is None:

@@ -28,8 +28,8 @@ class Step:
     weight: torch.Tensor
     back_scale: torch.Tensor
     back_weight: torch.Tensor
-    signal: torch.Tensor
-    signal_prev: torch.Tensor
+    alpha: torch.Tensor
+    alpha_prev: torch.Tensor
 
     def down(self, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
         """The sampling step D_t: from z to z_prev, m evaluated at z."""
@@ -53,8 +53,7 @@ class Schedule:
         t_S: What the network is told as the time.
         scale_S, weight_S: z_prev = scale z + weight m(z, t).
         back_scale_S, back_weight_S: The explicit inverse, z = back_scale z_prev + back_weight m(z_prev, t).
-        signal_S, noise_S, signal_prev_S, noise_prev_S: z at noise level t is signal x_0 + noise eps; the same of
-            z_prev.
+        alpha_S, sigma_S, alpha_prev_S, sigma_prev_S: z at noise level t is alpha x_0 + sigma eps; the same of z_prev.
     """
 
     prediction: str
@@ -63,10 +62,10 @@ class Schedule:
     weight_S: torch.Tensor
     back_scale_S: torch.Tensor
     back_weight_S: torch.Tensor
-    signal_S: torch.Tensor
-    noise_S: torch.Tensor
-    signal_prev_S: torch.Tensor
-    noise_prev_S: torch.Tensor
+    alpha_S: torch.Tensor
+    sigma_S: torch.Tensor
+    alpha_prev_S: torch.Tensor
+    sigma_prev_S: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.t_S)
@@ -89,20 +88,20 @@ class Schedule:
             column(self.weight_S),
             column(self.back_scale_S),
             column(self.back_weight_S),
-            column(self.signal_S),
-            column(self.signal_prev_S),
+            column(self.alpha_S),
+            column(self.alpha_prev_S),
         )
 
     def epsilon(self, k: int, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
         """The noise that the output m at z stands for, at step k."""
-        signal, noise = float(self.signal_S[k]), float(self.noise_S[k])
+        alpha, sigma = float(self.alpha_S[k]), float(self.sigma_S[k])
         if self.prediction == "epsilon":
             return m_BCHW
         if self.prediction == "v_prediction":
-            return signal * m_BCHW + noise * z_BCHW
+            return alpha * m_BCHW + sigma * z_BCHW
         if self.prediction == "sample":
-            return (z_BCHW - signal * m_BCHW) / noise
-        return z_BCHW + signal * m_BCHW
+            return (z_BCHW - alpha * m_BCHW) / sigma
+        return z_BCHW + alpha * m_BCHW
 
 
 def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
@@ -136,19 +135,19 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     abar_prev_S = torch.where(
         prev_S >= 0, scheduler.alphas_cumprod.double()[prev_S.clamp(min=0)], scheduler.final_alpha_cumprod.double()
     )
-    signal_S, noise_S = abar_S.sqrt(), (1 - abar_S).sqrt()
-    signal_prev_S, noise_prev_S = abar_prev_S.sqrt(), (1 - abar_prev_S).sqrt()
+    alpha_S, sigma_S = abar_S.sqrt(), (1 - abar_S).sqrt()
+    alpha_prev_S, sigma_prev_S = abar_prev_S.sqrt(), (1 - abar_prev_S).sqrt()
     prediction = scheduler.config.prediction_type
     if prediction == "epsilon":
-        scale_S, weight_S = signal_prev_S / signal_S, noise_prev_S - signal_prev_S * noise_S / signal_S
+        scale_S, weight_S = alpha_prev_S / alpha_S, sigma_prev_S - alpha_prev_S * sigma_S / alpha_S
         back_scale_S, back_weight_S = 1 / scale_S, -weight_S / scale_S
     elif prediction == "v_prediction":
-        scale_S = signal_prev_S * signal_S + noise_prev_S * noise_S
-        weight_S = noise_prev_S * signal_S - signal_prev_S * noise_S
+        scale_S = alpha_prev_S * alpha_S + sigma_prev_S * sigma_S
+        weight_S = sigma_prev_S * alpha_S - alpha_prev_S * sigma_S
         back_scale_S, back_weight_S = scale_S, -weight_S
     elif prediction == "sample":
-        scale_S, weight_S = noise_prev_S / noise_S, signal_prev_S - signal_S * noise_prev_S / noise_S
-        back_scale_S, back_weight_S = noise_S / noise_prev_S, signal_S - signal_prev_S * noise_S / noise_prev_S
+        scale_S, weight_S = sigma_prev_S / sigma_S, alpha_prev_S - alpha_S * sigma_prev_S / sigma_S
+        back_scale_S, back_weight_S = sigma_S / sigma_prev_S, alpha_S - alpha_prev_S * sigma_S / sigma_prev_S
     else:
         raise ValueError(f"prediction_type {prediction!r} is not one of epsilon, v_prediction, sample")
     if not bool(torch.stack([scale_S, weight_S, back_scale_S, back_weight_S]).isfinite().all()):
@@ -157,7 +156,7 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
             "use fewer steps or another timestep_spacing"
         )
     return Schedule(
-        prediction, t_S, scale_S, weight_S, back_scale_S, back_weight_S, signal_S, noise_S, signal_prev_S, noise_prev_S
+        prediction, t_S, scale_S, weight_S, back_scale_S, back_weight_S, alpha_S, sigma_S, alpha_prev_S, sigma_prev_S
     )
 
 

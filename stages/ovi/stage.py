@@ -91,7 +91,7 @@ class InvertPrompts:
         if decoder is not None:
             options = {key: value for key, value in decoder.items() if key not in ("model", "revision")}
             self.decoder = decode.Decoder(
-                decoder["model"], self.images.of_black(), decode.Sampling(**options), seed=seed,
+                decoder["model"], self.images.zero_embedding(), decode.Sampling(**options), seed=seed,
                 revision=decoder.get("revision"), device=self.device,
             )  # fmt: skip
         self.oracle = None

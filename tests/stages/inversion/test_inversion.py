@@ -58,7 +58,7 @@ def climb(model, work, i, solve_step):
     own = {name: value[i : i + 1] for name, value in condition.items()}
     z = z[i : i + 1]
     for k in range(STEPS):
-        a, b = float(schedule.signal_S[k]), float(schedule.signal_prev_S[k])
+        a, b = float(schedule.alpha_S[k]), float(schedule.alpha_prev_S[k])
         phi = b / a
         psi = (1 - b * b) ** 0.5 - phi * (1 - a * a) ** 0.5
         t = schedule.t_S[k : k + 1]
@@ -223,8 +223,8 @@ def test_belm_is_its_formula_and_comes_back(model, work) -> None:
     again = exact_pair.belm_generate(model.forward, schedule, pair, condition)
     torch.testing.assert_close(again, z, rtol=1e-2, atol=1e-2)
     # One sampling step in the paper's own variables, from the last pair.
-    a = [float(schedule.signal_prev_S[0]), *schedule.signal_S.tolist()]
-    s = [float(schedule.noise_prev_S[0]) / a[0], *(schedule.noise_S / schedule.signal_S).tolist()]
+    a = [float(schedule.alpha_prev_S[0]), *schedule.alpha_S.tolist()]
+    s = [float(schedule.sigma_prev_S[0]) / a[0], *(schedule.sigma_S / schedule.alpha_S).tolist()]
     n = STEPS - 1
     h, h_next = s[n] - s[n - 1], s[n + 1] - s[n]
     with torch.no_grad():
@@ -244,8 +244,8 @@ def test_belm_is_its_formula_and_comes_back(model, work) -> None:
 def _belm_path(model, work):
     """O-BELM inversion as a plain loop over alpha-scaled latents, all points kept."""
     z, condition, schedule = work
-    a = [float(schedule.signal_prev_S[0]), *schedule.signal_S.tolist()]
-    s = [float(schedule.noise_prev_S[0]) / a[0], *(schedule.noise_S / schedule.signal_S).tolist()]
+    a = [float(schedule.alpha_prev_S[0]), *schedule.alpha_S.tolist()]
+    s = [float(schedule.sigma_prev_S[0]) / a[0], *(schedule.sigma_S / schedule.alpha_S).tolist()]
     with torch.no_grad():
         first = a[1] * (z / a[0] + (s[1] - s[0]) * model.forward(z, schedule.t_S[0].expand(3), condition))
         path = [z, first]
@@ -263,8 +263,8 @@ def test_edict_is_undone_by_its_sampler(model, work) -> None:
     assert (x - y).abs().max() > 1e-6
     # The published sampling equations, written out.
     for k in range(STEPS - 1, -1, -1):
-        phi = float(schedule.signal_prev_S[k] / schedule.signal_S[k])
-        psi = float(schedule.noise_prev_S[k]) - phi * float(schedule.noise_S[k])
+        phi = float(schedule.alpha_prev_S[k] / schedule.alpha_S[k])
+        psi = float(schedule.sigma_prev_S[k]) - phi * float(schedule.sigma_S[k])
         t = schedule.t_S[k].expand(3)
         with torch.no_grad():
             x_mid = phi * x + psi * model.forward(y, t, condition)

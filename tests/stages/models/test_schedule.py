@@ -40,7 +40,7 @@ def test_down_and_up_are_diffusers_steps(prediction: str, spacing: str, steps: i
 def test_zero_signal_is_finite_for_v_and_refused_for_epsilon() -> None:
     config = {**SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     schedule = ddim_schedule({**config, "prediction_type": "v_prediction"}, 10)
-    assert float(schedule.signal_S[-1]) == 0
+    assert float(schedule.alpha_S[-1]) == 0
     assert schedule.weight_S.isfinite().all()
     with pytest.raises(ValueError, match="zero signal"):
         ddim_schedule(config, 10)

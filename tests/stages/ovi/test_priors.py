@@ -62,7 +62,7 @@ def test_image_encoder_is_the_pipelines(prior):
 
     pipe = KandinskyV22PriorPipeline.from_pretrained(prior)
     encoder = clip.ImageEncoder(prior)
-    assert torch.allclose(encoder.of_black(), pipe.get_zero_embed()[0], atol=1e-5)
+    assert torch.allclose(encoder.zero_embedding(), pipe.get_zero_embed()[0], atol=1e-5)
     assert clip.embedding_width(prior) == WIDTH
     assert clip.vision_width(prior) == 32
 
