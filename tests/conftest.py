@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs.kinds.chain import step_model
 from jobs.schema import registry
+from jobs.schema.steps import step_model
 from tests.support.toy_job import Toy
 
 pytest.register_assert_rewrite("tests.support.weather")  # its checks are asserted in several files

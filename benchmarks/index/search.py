@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from index.reference import Reference
-from jobs.commands.search import hits
+from jobs.page.hits import hits
 from micro import world
 from micro.oracle import Oracle, score
 from pipeline.output.dataset import Output

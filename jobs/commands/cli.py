@@ -1,4 +1,4 @@
-"""The command ``latentmill``: a plain Typer app over `jobs.run` and `pipeline.output.dataset`.
+"""The command ``latentmill``: a plain Typer app over `jobs.run`, `jobs.report` and `pipeline.output.dataset`.
 
 Nothing heavy is imported before a command runs, so that ``--help`` and shell completion answer at once.
 """
@@ -6,24 +6,17 @@ Nothing heavy is imported before a command runs, so that ``--help`` and shell co
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.schema import registry
+from jobs.commands import compbench, search, try_concept
+from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from jobs.run import JobResult
-
-EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="latentmill",
@@ -75,28 +68,29 @@ def run_job(
     """
     from dataclasses import asdict
 
+    from jobs import dry_run as planner
     from jobs import run as runner
-    from jobs.commands import planned, progress
-    from jobs.schema import reading as jobfile
+    from jobs.commands import plan_table, progress_line
+    from jobs.schema import reading
 
     if calibrate and not dry_run:
-        _stop("--calibrate belongs to --dry-run")
+        stop("--calibrate belongs to --dry-run")
     with errors():
-        described = jobfile.load(job, settings or ())
+        described = reading.load(job, settings or ())
         if dry_run:
             target = output or described.output or "out"
             rows = sample if calibrate else 0
-            plans = list(runner.plan_job(described, target, address=address, limit=limit, calibrate_rows=rows))
-            typer.echo(json.dumps([dry.to_json() for dry in plans])) if as_json else planned.show(plans)
+            plans = list(planner.plan_job(described, target, address=address, limit=limit, calibrate_rows=rows))
+            typer.echo(json.dumps([dry.to_json() for dry in plans])) if as_json else plan_table.show(plans)
             return
-        with progress.shown() as callback:
+        with progress_line.shown() as callback:
             result = runner.run_job(described, output=output, address=address, limit=limit, progress=callback)
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     else:
         _print_result(result, described.job)
     if result.state == "interrupted":
-        _err().print(f"Stopped. To go on: [bold]latentmill {_again()}[/bold]", soft_wrap=True)
+        stderr().print(f"Stopped. To go on: [bold]latentmill {_again()}[/bold]", soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED)
     if result.state != "complete":
         raise typer.Exit(EXIT_INCOMPLETE)
@@ -110,12 +104,13 @@ def status(
     """How far a run is; works from any shell that can read the folder."""
     from dataclasses import asdict
 
-    from jobs.commands.progress import duration, line
-    from jobs.run import chain_steps
+    from jobs.commands.progress_line import line
+    from jobs.kinds.chain import read_listing
+    from jobs.page.amounts import duration
     from pipeline.output.dataset import Output, OutputError
 
     with errors():
-        steps = chain_steps(out) or [{"name": "", "output": out}]
+        steps = read_listing(out) or [{"name": "", "output": out}]
         found: dict[str, Any] = {}
         for step in steps:
             try:
@@ -139,7 +134,7 @@ def status(
             holder = state.holder
             typer.echo(f"  held by {holder.get('host')} (pid {holder.get('pid')})")
         for reason, count in list(state.errors.items())[:5]:
-            typer.echo(f"  {count:,} x {_printable(reason)}")
+            typer.echo(f"  {count:,} x {printable(reason)}")
         if state.progress.seconds_left and state.state == "running":
             typer.echo(f"  about {duration(state.progress.seconds_left)} left")
 
@@ -156,11 +151,11 @@ def verify(
     """
     from dataclasses import asdict
 
-    from jobs.run import chain_steps
+    from jobs.kinds.chain import read_listing
     from pipeline.output import dataset as outputs
 
     with errors():
-        steps = chain_steps(out) or [{"name": "", "output": out}]
+        steps = read_listing(out) or [{"name": "", "output": out}]
         reports = {step["name"]: outputs.verify(step["output"], checksums=checksums) for step in steps}
     if as_json:
         plain = {name: asdict(report) for name, report in reports.items()}
@@ -175,9 +170,9 @@ def verify(
                 f"({report.rows_ok:,} ok, {report.rows_failed:,} failed)"
             )
             for problem in report.problems:
-                typer.echo(f"  {_printable(problem)}")
+                typer.echo(f"  {printable(problem)}")
             for name in report.foreign:
-                typer.echo(f"  foreign file: {_printable(name)}")
+                typer.echo(f"  foreign file: {printable(name)}")
     if not all(report.ok for report in reports.values()):
         raise typer.Exit(EXIT_INCOMPLETE)
 
@@ -185,12 +180,10 @@ def verify(
 @app.command()
 def report(out: Out) -> None:
     """Write OUT/report.html again: one page that works offline."""
-    from jobs.page.report import write_chain_report, write_report
-    from jobs.run import chain_steps
+    from jobs.report import write_report
 
     with errors():
-        steps = chain_steps(out)
-        typer.echo(write_chain_report(out) if steps else write_report(out))
+        typer.echo(write_report(out))
 
 
 @app.command()
@@ -201,57 +194,8 @@ def schema() -> None:
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
-for _module in registry.modules():
-    if hasattr(_module, "commands"):
-        _module.commands(app)
-
-
-@contextmanager
-def errors() -> Iterator[None]:
-    """What a user can mend is told in a sentence; anything else is a bug and keeps its traceback."""
-    if not os.environ.get("LATENTMILL_TRACEBACK"):
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
-    try:
-        yield
-    except KeyboardInterrupt:
-        _stop("interrupted", EXIT_INTERRUPTED)
-    except ModuleNotFoundError as error:
-        extra = {"faiss": "cpu (or gpu)", "s3fs": "s3", "gcsfs": "gcs"}.get(error.name or "")
-        if extra is None:
-            raise
-        _stop(f"{error.name} is not installed: pip install 'latentmill[{extra.split()[0]}]'")
-    except (ValueError, OSError) as error:
-        if os.environ.get("LATENTMILL_TRACEBACK"):
-            raise
-        _stop("\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])]))
-    except RuntimeError as error:
-        if type(error).__name__ not in ("RunError", "OutputLocked") or os.environ.get("LATENTMILL_TRACEBACK"):
-            raise
-        _stop("\n".join([str(error), *getattr(error, "__notes__", [])]), EXIT_INCOMPLETE)
-    except Exception as error:
-        from pipeline.storage import of_a_client
-
-        if not of_a_client(error) or os.environ.get("LATENTMILL_TRACEBACK"):
-            raise
-        _stop(f"{type(error).__name__}: {error}")
-
-
-def _stop(message: str, code: int = EXIT_USAGE) -> None:
-    from rich.text import Text
-
-    _err().print(Text.assemble(("error: ", "bold red"), _printable(message)), soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def _err() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
-
-
-def _printable(text: str) -> str:
-    """Rows are untrusted: no control characters reach the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+for _command in (search.search, compbench.compbench, try_concept.try_concept):
+    app.command()(_command)
 
 
 def _again() -> str:
@@ -261,19 +205,19 @@ def _again() -> str:
 
 
 def _print_result(result: JobResult, kind: str) -> None:
-    from jobs.commands.progress import duration
+    from jobs.page.amounts import duration
 
     style = {"complete": "green", "interrupted": "yellow"}.get(result.state, "red")
-    console = _err()
+    console = stderr()
     console.print(
         f"[bold {style}]{result.state}[/]  {result.planned:,} rows: {result.ok:,} ok, {result.failed:,} failed"
         f"  ({duration(result.seconds)}, {kind})",
         soft_wrap=True,
     )
     if result.reason:
-        console.print(f"  {_printable(result.reason)}", markup=False, soft_wrap=True)
+        console.print(f"  {printable(result.reason)}", markup=False, soft_wrap=True)
     for reason, count in list(result.errors.items())[:5]:
-        console.print(f"  {count:,} x {_printable(reason)}", markup=False, soft_wrap=True)
+        console.print(f"  {count:,} x {printable(reason)}", markup=False, soft_wrap=True)
     if result.report:
         typer.echo(f"report: {result.report}")
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.commands.errors import errors
+
 DEFAULT_JOB = Path(__file__).parents[1] / "examples" / "compbench-micro.yaml"
 SCORES = ("bound", "success", "clip_score")
 LIMIT_OF_INTERVAL = 1.959964
@@ -36,8 +38,6 @@ def compbench(
     draws: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt; replaces the job file's draws.")] = None,
 ) -> None:
     """Invert, decode and judge a T2I-CompBench++ prompt set by every method, and print the table."""
-    from jobs.commands.cli import errors
-
     with errors():
         typer.echo(run(output, job, prompts, reference, _names(methods), _names(categories), limit, seed, draws))
 

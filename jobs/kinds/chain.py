@@ -7,34 +7,23 @@ it. Each step resumes by itself, so the chain does: finished steps are recognise
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, create_model, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from jobs.schema import registry
 from jobs.schema.base import Job, Resources
+from jobs.schema.steps import step_kinds, step_model
+from pipeline.storage import Folder
 
-if TYPE_CHECKING:
-    from jobs.run import JobResult, Session
+CHAIN_FILE = "chain.json"
+"""What a chain leaves in its own folder: where its steps write."""
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
-StepName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-
-
-@cache
-def step_model(kind: str) -> type[Job]:
-    """A kind's model with the field ``name``."""
-    base = registry.find(kind)
-    return create_model(f"{base.__name__}Step", __base__=base, __module__=__name__, name=(StepName, ...))
-
-
-def step_kinds() -> list[str]:
-    """The kinds a step can have: all but ``chain`` itself."""
-    return [kind for kind in registry.kinds() if kind != "chain"]
 
 
 def _problem(message: str, value: Any, *where: str | int) -> InitErrorDetails:
@@ -128,9 +117,21 @@ class Chain(Job):
             outputs[name] = raw["output"]
             yield name, step_model(step.job).model_validate(raw)
 
-    def execute(self, session: Session) -> JobResult:
-        return session.run_chain(self)
-
 
 def _reads_rows(kind: Any) -> bool:
     return kind in step_kinds() and "input" in registry.find(kind).model_fields
+
+
+def write_listing(output: str, steps: Sequence[tuple[str, Job]], storage_options: Mapping[str, Any]) -> None:
+    """Leave in the chain's folder which steps it has, and where they write."""
+    listing = {"steps": [{"name": name, "job": step.job, "output": step.output} for name, step in steps]}
+    Folder.at(output, storage_options).write(CHAIN_FILE, json.dumps(listing, indent=2).encode())
+
+
+def read_listing(output: str, storage_options: Mapping[str, Any] | None = None) -> list[dict[str, str]] | None:
+    """``name``, ``job`` and ``output`` of a chain's steps; None where the folder holds no chain."""
+    folder = Folder.at(output, storage_options)
+    if not folder.exists(CHAIN_FILE):
+        return None
+    steps: list[dict[str, str]] = json.loads(folder.read(CHAIN_FILE))["steps"]
+    return steps

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 import micro
 from jobs.schema.base import JobBase
+from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.engine.methods import Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
@@ -15,7 +16,6 @@ from stages.models.names import ModelName
 
 if TYPE_CHECKING:
     from jobs.page.html import Html
-    from jobs.page.report import Panel
     from jobs.page.view import View
     from pipeline.input.source import Source
 
@@ -113,8 +113,6 @@ class InvertImages(JobBase):
         )
 
     def panels(self) -> list[Panel]:
-        from jobs.page.report import Panel
-
         note = "Means over the pictures. PSNR in dB: against the picture, and against what its latent decodes to."
         return [
             Panel("Methods of inversion", _draw_methods, note),

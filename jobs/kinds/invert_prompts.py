@@ -13,17 +13,15 @@ from pydantic import Field, model_validator
 
 import micro
 from jobs.schema.base import JobBase
+from jobs.schema.panel import Panel
 from pipeline.contract import Settings, StageSpec
 from stages.engine.methods import Methods
 from stages.models.names import ModelName
 from stages.ovi.settings import AnyRecipe
 
 if TYPE_CHECKING:
-    import typer
-
     import pipeline.run.driver
     from jobs.page.html import Html
-    from jobs.page.report import Panel
     from jobs.page.view import View
     from pipeline.input.source import Source
 
@@ -116,8 +114,6 @@ class InvertPrompts(JobBase):
             file.write(json.dumps(summary, indent=2).encode())
 
     def panels(self) -> list[Panel]:
-        from jobs.page.report import Panel
-
         note = "One row a method: means over its prompts; seconds are those of one worker."
         return [Panel("Methods", _draw_methods, note), Panel("Prompt by method", _draw_grid)]
 
@@ -223,10 +219,3 @@ def _draw_grid(view: View) -> Html:
         for key in full
     ]
     return table(["prompt", *labels], lines)
-
-
-def commands(app: typer.Typer) -> None:
-    """Adds ``latentmill compbench``."""
-    from jobs.commands.compbench import compbench
-
-    app.command()(compbench)

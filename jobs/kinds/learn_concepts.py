@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
 from pydantic import Field, model_validator
 
 import micro
 from jobs.schema.base import JobBase
 from jobs.schema.concept_input import absolute, concept_source, folder_of
+from jobs.schema.panel import Panel
 from pipeline.contract import Settings, StageSpec
 from stages.models.names import ModelName
 
 if TYPE_CHECKING:
     import pipeline.run.driver
-    from jobs.page.report import Panel
     from jobs.page.view import View
-    from jobs.run import JobResult, Session
     from pipeline.input.source import Source
 
 COLUMNS = ("id", "status", "name", "tokens", "embeddings")
@@ -152,13 +150,10 @@ class LearnConcepts(JobBase):
             },
         )
 
-    def execute(self, session: Session) -> JobResult:
-        return session.run_rows(self.model_copy(update={"output": session.output}))
-
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Write a file a word, and drop the checkpoints: the words are committed."""
         widths = json.loads(self.stage().describe().metadata["encoder_widths"])
-        rows = list(_rows(finished.tables(list(COLUMNS))))
+        rows = list(ok_rows(finished.tables(list(COLUMNS))))
         for row, folder in zip(rows, folders(rows), strict=True):
             for token, parts in vectors(row, widths):
                 for number, part in enumerate(parts):
@@ -171,8 +166,6 @@ class LearnConcepts(JobBase):
         return _CARD
 
     def panels(self) -> list[Panel]:
-        from jobs.page.report import Panel
-
         return [
             Panel(
                 "Learned concepts", draw_concepts, "Training pictures, then the concept on subjects it has not seen."
@@ -203,7 +196,8 @@ second (`text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2`). `latent
 """
 
 
-def _rows(tables: Iterator[Any]) -> Iterator[dict[str, Any]]:
+def ok_rows(tables: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    """The learned concepts of committed tables."""
     for table in tables:
         yield from (row for row in table.to_pylist() if row["status"] == "ok")
 
@@ -294,101 +288,3 @@ def draw_curves(view: View) -> Any:
         charts.lines(dict(list(norms.items())[:8]), "Norm of the concept's words", "steps"),
     ]
     return tag("div", [tag("div", chart, class_="cell wide") for chart in drawn], class_="charts")
-
-
-# --- command
-
-
-def commands(app: typer.Typer) -> None:
-    """Add ``latentmill try-concept``."""
-    app.command()(try_concept)
-
-
-def try_concept(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a learn-concepts run.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The concept's name.")],
-    prompt: Annotated[str, typer.Argument(help='For instance "photo of a heart that is <cpt-1>".')],
-    sheet: Annotated[str, typer.Option("--sheet", "-o", help="Picture to write.")] = "sheet.png",
-    without: Annotated[
-        str | None, typer.Option(help="Prompt without the concept; left out: yours without its words.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
-    guidance: Annotated[float, typer.Option(min=1, help="Guidance scale.")] = 7.5,
-    seed: Annotated[int, typer.Option(min=0, help="The same noise is used with and without.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Model to draw with; left out: the one it was learned on.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes the GPU where there is one.")] = "auto",
-) -> None:
-    """Draw a sheet: above without a learned concept, below with it, from the same noise."""
-    from jobs.commands.cli import errors
-    from pipeline.output.dataset import Output
-
-    with errors():
-        opened = Output.open(out)
-        rows = list(_rows(opened.tables(list(COLUMNS))))
-        plain, path = draw_sheet(
-            rows, opened.plan["config"], name, prompt, sheet=sheet, without=without, count=count, steps=steps,
-            guidance=guidance, seed=seed, model=model, device=device,
-        )  # fmt: skip
-    typer.echo(f"{path}: above {plain!r}, below {prompt!r}")
-
-
-def draw_sheet(
-    rows: list[dict[str, Any]],
-    config: Mapping[str, Any],
-    name: str,
-    prompt: str,
-    *,
-    sheet: str,
-    without: str | None,
-    count: int,
-    steps: int,
-    guidance: float,
-    seed: int,
-    model: str | None,
-    device: str,
-) -> tuple[str, str]:
-    """Draw and save the sheet of `try_concept`; returns the prompt without the concept and the file's name.
-
-    Raises:
-        ValueError: No such concept, or the prompt does not use its words.
-    """
-    import numpy as np
-    import torch
-
-    from stages.concepts.samples import concept_tokens, generate, load_learned, without_concept
-    from stages.concepts.samples import sheet as page
-    from stages.models.unet import LatentDiffusion, read_geometry
-
-    row = load_learned(rows, name)
-    words = json.loads(row["tokens"])
-    text = concept_tokens(prompt, row["name"], words)
-    plain = without or without_concept(text)
-    path = model or config["model"]
-    revision = None if model else config.get("revision")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = read_geometry(path, revision=revision, size=config.get("size")).size
-    loaded = LatentDiffusion.load(
-        path, revision=revision, variant=config.get("variant"), dtype=config.get("dtype", "float32"), device=device
-    )
-    table = np.asarray(row["embeddings"], dtype=np.float32)
-    table = table.reshape(-1, sum(e.width for e in _encoders(loaded)))[: len(words)]
-    pictures = generate(
-        loaded,
-        [plain] * count + [text] * count,
-        words,
-        torch.from_numpy(table),
-        seeds=[seed + number for number in range(count)] * 2,
-        steps=steps,
-        guidance=guidance,
-        size=size,
-    )
-    page(pictures, columns=count).save(sheet)
-    return plain, sheet
-
-
-def _encoders(model: Any) -> tuple[Any, ...]:
-    from stages.models.words import encoders_of
-
-    return encoders_of(model.pipeline)

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 import micro
 from jobs.schema.base import JobBase
 from jobs.schema.concept_input import concept_source, folder_of
+from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.engine.methods import Methods
 from stages.inversion.settings import AnyInversionMethod, BelmMethod, EdictMethod, LboMethod, NullTextMethod
@@ -17,7 +18,6 @@ from stages.rare.settings import AnySeedMethod
 
 if TYPE_CHECKING:
     from jobs.page.html import Html
-    from jobs.page.report import Panel
     from jobs.page.view import View
     from pipeline.input.source import Source
 
@@ -136,8 +136,6 @@ class RareConcepts(JobBase):
         return _CARD.format(lines=shown, score=self.score[0])
 
     def panels(self) -> list[Panel]:
-        from jobs.page.report import Panel
-
         note = "Means over the pictures that were kept."
         return [
             Panel("Methods of new seeds", _draw_methods, note),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
 from pydantic import ByteSize, Field, model_validator
 
 from jobs.schema.base import JobBase
+from jobs.schema.panel import Panel
 from pipeline.contract import Settings, StageSpec
 from stages.models.names import ModelName
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     import pipeline.run.driver
     from index.reference import Origin, Shard
     from jobs.page.html import Html
-    from jobs.page.report import Panel
     from jobs.page.view import View
     from pipeline.output.dataset import Output
     from pipeline.storage import Folder
@@ -144,8 +142,6 @@ class Reference(JobBase):
         )  # fmt: skip
 
     def panels(self) -> list[Panel]:
-        from jobs.page.report import Panel
-
         return [
             Panel("Reference", _facts, "What searching and inverting against this dataset rest on."),
             Panel("Norms", _norms, "Cosines ignore the norm of an embedding; decoders do not."),
@@ -236,7 +232,7 @@ def _examples(view: View) -> Html:
     import numpy as np
     import torch
 
-    from jobs.commands.search import hits
+    from jobs.page.hits import hits
     from jobs.page.html import Exhibit, Html, escape, gallery
 
     try:
@@ -259,33 +255,3 @@ def _open(view: View) -> Any:
     from index.reference import Reference as Opened
 
     return Opened.open(view.output.path)
-
-
-# --- command ---------------------------------------------------------------------------------------------------------
-
-
-def commands(app: typer.Typer) -> None:
-    """Add ``latentmill search``."""
-
-    @app.command()
-    def search(
-        reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="Output of a `reference` job.")],
-        query: Annotated[str, typer.Argument(metavar="QUERY", help="Some text, or the path of a picture.")],
-        k: Annotated[int, typer.Option("-k", min=1, help="How many rows to show.")] = 10,
-        page: Annotated[Path | None, typer.Option(help="Also write an HTML page with the pictures.")] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    ) -> None:
-        """The rows of a reference nearest to a text or a picture."""
-        from jobs.commands.cli import errors
-        from jobs.commands.search import find, print_table, write_page
-
-        with errors():
-            found = find(reference, query, k)
-            if page is not None:
-                write_page(page, reference, query, found)
-        if as_json:
-            typer.echo(json.dumps([{"id": h.id, "cosine": h.cosine, **h.columns} for h in found], default=str))
-        else:
-            print_table(query, found)
-            if page is not None:
-                typer.echo(f"page: {page}")

@@ -9,14 +9,13 @@ from pydantic import Field
 
 import micro
 from jobs.schema.base import JobBase
+from jobs.schema.panel import Panel
 from pipeline.contract import Settings, StageSpec
 from stages.models.names import ModelName
 
 if TYPE_CHECKING:
     import pipeline.run.driver
-    from jobs.page.report import Panel
     from jobs.page.view import View
-    from jobs.run import JobResult, Session
 
 CHECKPOINT = "_checkpoints/inverter.safetensors"
 MEASURES = "inverter/measures.json"
@@ -101,9 +100,6 @@ class TrainInverter(ModelJob):
         params = self.model_params() | {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
         return StageSpec("stages.inverter.model:DrawPairs", params)
 
-    def execute(self, session: Session) -> JobResult:
-        return session.run_rows(self.model_copy(update={"output": session.output}))
-
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Train the inverter on what the workers drew."""
         import tempfile
@@ -143,8 +139,6 @@ class TrainInverter(ModelJob):
         return _CARD
 
     def panels(self) -> list[Panel]:
-        from jobs.page.report import Panel
-
         return [
             Panel("Inverter", draw_training, "Error in units of the text latents' variance: 1 for the mean latent.")
         ]

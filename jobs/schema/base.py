@@ -1,7 +1,8 @@
 """What every job file has in common, and what a job has to offer to be run.
 
 A job is a pydantic model: its fields are the keys of the job file, its methods say which stage maps the rows,
-what happens when all shards are committed, and what the report shows. Nothing here imports Ray, torch or datasets.
+what happens when all shards are committed, and what the report shows. It knows no runner: `jobs.run` goes by whether
+it is a chain or maps rows. Nothing here imports Ray, torch or datasets.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ByteSize, Field, model_validator
 
+from jobs.schema.panel import Panel
 from pipeline.contract import Settings
 from pipeline.input.source import Format, Source
 
 if TYPE_CHECKING:
     import pipeline.run.driver
-    from jobs.page.report import Panel
-    from jobs.run import JobResult, Session
     from pipeline.contract import StageSpec
 
 
@@ -115,10 +115,6 @@ class Job(Settings):
     storage_options: dict[str, Any] = {}
     """For fsspec, when the output is remote: endpoint, keys, ... Never written to the output."""
 
-    def execute(self, session: Session) -> JobResult:
-        """Run the job to its end; called by `jobs.run.run_job`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it runs")
-
 
 class JobBase(Job):
     """A job that maps the rows of one dataset through a stage into another dataset.
@@ -160,6 +156,3 @@ class JobBase(Job):
         """The job's own fields: with stage, source, seed, shard_rows and keep they decide what is written."""
         common = set(JobBase.model_fields) - {"job"} | {"name"}
         return self.model_dump(mode="json", exclude=common)
-
-    def execute(self, session: Session) -> JobResult:
-        return session.run_rows(self)

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from jobs.kinds.chain import Chain, step_kinds, step_model
 from jobs.schema import registry
+from jobs.schema.steps import step_kinds, step_model
 
 
 def job_schema() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def job_schema() -> dict[str, Any]:
         definition.setdefault("required", []).insert(0, "job")  # the key chooses among the kinds
         if model in steps.values():
             definition["required"] = [name for name in definition["required"] if name not in ("input", "name")]
-    chain = definitions[names[(Chain, "validation")]["$ref"].rpartition("/")[2]]
+    chain = definitions[names[(jobs["chain"], "validation")]["$ref"].rpartition("/")[2]]
     chain["properties"]["steps"]["items"] = {"oneOf": [names[(model, "validation")] for model in steps.values()]}
     _allow_short_forms(definitions)
     return {

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from jobs.schema import registry
 from jobs.schema.base import Job
+from jobs.schema.steps import step_kinds, step_model
 
 Where = tuple[str | int, ...]
 _NOTHING = object()
@@ -212,8 +213,6 @@ def _blocks(model: type[BaseModel], data: Any, where: Where) -> Iterator[type[Ba
     key, rest = where[0], where[1:]
     inner = data.get(key) if isinstance(data, Mapping) else None
     if key == "steps" and rest and isinstance(inner, (list, tuple)) and isinstance(rest[0], int):
-        from jobs.kinds.chain import step_kinds, step_model
-
         step = inner[rest[0]]
         if isinstance(step, Mapping) and step.get("job") in step_kinds():
             yield from _blocks(step_model(step["job"]), step, rest[1:])

@@ -9,7 +9,6 @@ import importlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 from jobs.schema.base import Job
@@ -43,12 +42,6 @@ def find(kind: str) -> type[Job]:
     module, _, name = KINDS[kind].partition(":")
     job: type[Job] = getattr(importlib.import_module(module), name)
     return job
-
-
-def modules() -> list[ModuleType]:
-    """The modules of all kinds; those with a function ``commands(app)`` add their own commands to the CLI."""
-    names = dict.fromkeys(KINDS[kind].partition(":")[0] for kind in kinds())
-    return [importlib.import_module(name) for name in names]
 
 
 def nearest(word: Any, allowed: Iterable[str]) -> str:

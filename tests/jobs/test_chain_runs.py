@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from jobs.commands.cli import app
 from jobs.kinds.chain import Chain
 from jobs.run import run_job
-from jobs.schema import reading as jobfile
+from jobs.schema import reading
 from jobs.schema.base import JobBase
 from jobs.schema.reading import JobFileError
 from pipeline.run.progress import Progress
@@ -35,7 +35,7 @@ def test_references_resolve_to_the_folders_of_their_steps(toy_job: type[JobBase]
         {"job": "toy", "name": "three", "input": "${one}", "keep": ["${two}/x"], "output": "elsewhere"},
         {"job": "toy", "name": "four", "input": {"path": ["${three}"], "columns": {"text": "changed"}}},
     ]
-    chain = jobfile.load({"job": "chain", "steps": steps, "seed": 5, "resources": {"workers": 3}})
+    chain = reading.load({"job": "chain", "steps": steps, "seed": 5, "resources": {"workers": 3}})
     assert isinstance(chain, Chain)
     named = dict(chain.named_steps("OUT/"))
     assert [step.output for step in named.values()] == ["OUT/one", "OUT/two", "elsewhere", "OUT/four"]
@@ -48,7 +48,7 @@ def test_references_resolve_to_the_folders_of_their_steps(toy_job: type[JobBase]
 
 def test_a_step_alone_and_in_a_chain_have_the_same_settings(toy_job: type[JobBase]) -> None:
     """The name of a step is no setting of its job: renaming must not refuse to resume."""
-    chain = jobfile.load({"job": "chain", "steps": [{"job": "toy", "name": "one", "input": "a", "mode": "lower"}]})
+    chain = reading.load({"job": "chain", "steps": [{"job": "toy", "name": "one", "input": "a", "mode": "lower"}]})
     assert isinstance(chain, Chain)
     (_, step), *_ = chain.named_steps("OUT")
     assert isinstance(step, JobBase)
@@ -74,7 +74,7 @@ def test_a_step_alone_and_in_a_chain_have_the_same_settings(toy_job: type[JobBas
 )
 def test_mistakes(toy_job: type[JobBase], steps: list[Any], said: str) -> None:
     with pytest.raises(JobFileError) as caught:
-        jobfile.load({"job": "chain", "steps": steps})
+        reading.load({"job": "chain", "steps": steps})
     assert said in str(caught.value)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from jobs.page import charts
 from jobs.schema.base import JobBase
+from jobs.schema.panel import Panel
 from pipeline.contract import Column, Row, StageInfo, StageSpec, failed, ok
-
-if TYPE_CHECKING:
-    from jobs.page.report import Panel
 
 
 class Toy(JobBase):
@@ -26,8 +24,6 @@ class Toy(JobBase):
         return StageSpec("tests.support.toy_job:Letters", {"mode": self.mode, "factor": self.factor})
 
     def panels(self) -> list[Panel]:
-        from jobs.page.report import Panel
-
         return [Panel("Lengths", lambda view: charts.histogram(view.values("length"), "length of the text"))]
 
 

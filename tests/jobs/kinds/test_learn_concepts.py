@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
+from jobs.commands.try_concept import draw_sheet
 from jobs.kinds import learn_concepts
 from jobs.kinds.learn_concepts import LearnConcepts
 from jobs.kinds.train_inverter import InvertText, TrainInverter, draw_training
@@ -186,15 +187,15 @@ def test_a_sheet_with_and_without(folder, tree, tmp_path):
     path = str(tmp_path / "sheet.png")
     config = finished.plan["config"]
     prompt = "photo of a heart that is <cpt-1> in <cpt-2>"
-    plain, _ = learn_concepts.draw_sheet(rows, config, "frozen-in-ice", prompt, sheet=path, **options)
+    plain, _ = draw_sheet(rows, config, "frozen-in-ice", prompt, sheet=path, **options)
     assert plain == "photo of a heart"
     page = np.array(Image.open(path), dtype=int)
     assert page.shape == (16 * 2 + 4, 16 * 3 + 8, 3)
     assert np.abs(page[:16] - page[-16:]).max() > 0  # the concept changes the picture
     with pytest.raises(ValueError, match="no concept 'melted' was learned there; it holds frozen-in-ice, two-subjects"):
-        learn_concepts.draw_sheet(rows, config, "melted", "a <cpt-1>", sheet=path, **options)
+        draw_sheet(rows, config, "melted", "a <cpt-1>", sheet=path, **options)
     with pytest.raises(ValueError, match="names <frozen-in-ice-7>"):
-        learn_concepts.draw_sheet(rows, config, "frozen-in-ice", "a <cpt-7>", sheet=path, **options)
+        draw_sheet(rows, config, "frozen-in-ice", "a <cpt-7>", sheet=path, **options)
 
 
 def test_prompts_with_short_names():

@@ -102,7 +102,7 @@ def test_the_command_line_tells_of_a_refusal_in_a_sentence(
 def test_only_a_client_s_own_exceptions_lose_their_traceback(error: str) -> None:
     import typer
 
-    from jobs.commands.cli import errors
+    from jobs.commands.errors import errors
 
     module, _, name = error.rpartition(".")
     raised = getattr(importlib.import_module(module), name)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from jobs.kinds.chain import Chain
-from jobs.schema import reading as jobfile
+from jobs.schema import reading
 from jobs.schema.base import JobBase
 from jobs.schema.reading import JobFileError
 
 
 def chain(*steps: dict[str, Any], **keys: Any) -> Chain:
-    job = jobfile.load({"job": "chain", "steps": list(steps), **keys})
+    job = reading.load({"job": "chain", "steps": list(steps), **keys})
     assert isinstance(job, Chain)
     return job
 

@@ -1,10 +1,10 @@
-"""The report page: rows are untrusted."""
+"""Building blocks of the page: rows are untrusted."""
 
 from __future__ import annotations
 
 import pytest
 
-from jobs.page.html import escape, table, tag
+from jobs.page.html import Exhibit, escape, gallery, picture, shorten, table, tag, words
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=y>', "</td><b>'&"])
@@ -24,3 +24,16 @@ def test_control_characters_and_direction_overrides_are_shown_as_marks() -> None
     made = escape("a\x00b\u202ec\x1bd")
     assert not {"\x00", "\u202e", "\x1b"} & set(made)
     assert made.startswith("a␀b")
+
+
+def test_pictures_that_are_none_leave_a_mark() -> None:
+    made = gallery([Exhibit(b"junk", "a"), Exhibit(None, "b")])
+    assert made.count("no picture") == 2
+    from PIL import Image
+
+    assert picture(Image.new("RGB", (2000, 1000))).startswith('<img src="data:image/jpeg;base64,')
+
+
+def test_long_texts_say_how_long_they_are() -> None:
+    assert shorten("x" * 500, 100) == "x" * 100 + " … (500 characters)"
+    assert words("short") == "<bdi>short</bdi>"

@@ -1,8 +1,7 @@
-"""Commands end to end: exit codes, plans, interruption, progress; no traceback for what a user can mend."""
+"""``run-job`` and its neighbours end to end: exit codes, plans, interruption; no traceback for what a user can mend."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.commands import planned, progress
-from jobs.commands.cli import EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_USAGE, app
+from jobs.commands.cli import app
+from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_USAGE
 from jobs.schema.base import JobBase
-from pipeline.run.progress import Progress
 from tests.support import ROOT
 
 runner = CliRunner()
@@ -122,11 +120,6 @@ def test_a_plan_says_when_workers_will_idle(tmp_path: Path, toy_job: type[JobBas
     assert "busy" not in runner.invoke(app, [*arguments, "--set", "shard_rows=1"]).output
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(8.3e-5, "83 us"), (0.00594, "5.94 ms"), (5.86, "5.9 s")])
-def test_a_row_s_time_has_its_unit(seconds: float, said: str) -> None:
-    assert planned.short(seconds) == said
-
-
 def test_run_again_change_and_report(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
     out = str(tmp_path / "out")
     arguments = ["run-job", str(job_file(tmp_path)), "-o", out]
@@ -180,37 +173,3 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, toy_job: t
     assert done.exit_code == 0
     assert "\x1b[31m red" not in done.output
     assert "\\x1b" in done.output
-
-
-def test_plain_progress_is_a_line_at_each_phase_and_each_event() -> None:
-    stream = io.StringIO()
-    with progress.shown(stream, interval=1000) as write:
-        write(Progress("running", rows=10, rows_ok=5, shards=2, shards_done=1, workers=1, workers_wanted=2))
-        write(Progress("running", rows=10, rows_ok=6, shards=2, shards_done=1, workers=1, workers_wanted=2))
-        write(Progress("running", rows=10, message="a worker died"))
-        write(Progress("complete", rows=10, rows_ok=9, rows_failed=1, shards=2, shards_done=2))
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 3
-    assert lines[0].split() == ["running", "50%", "5/10", "rows", "1/2", "shards", "1/2", "workers", "0.0", "s"]
-    assert lines[1] == "a worker died"
-    assert lines[2].startswith("complete  100%  10/10 rows  1 failed")
-
-
-def test_the_live_line_is_one_line() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    with progress.shown(stream) as write:
-        for done in range(10):
-            write(Progress("running", rows=10, rows_ok=done, shards=1, rows_per_second=3.0, seconds_left=2.0))
-    assert stream.getvalue().count("\n") <= 1
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(4.21, "4.2 s"), (59, "59 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (273600, "3 d 04 h")],
-)
-def test_durations(seconds: float, said: str) -> None:
-    assert progress.duration(seconds) == said

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import micro
 from jobs.commands.cli import app
 from jobs.kinds.reference import Reference
-from jobs.schema import reading as jobfile
+from jobs.schema import reading
 from jobs.schema.base import JobBase
 from jobs.schema.reading import JobFileError
 from tests.support import ROOT
@@ -83,8 +83,8 @@ def test_a_folder_without_a_run_is_a_usage_error(tmp_path: Path) -> None:
 def test_shipped_models_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     raw = {"job": "reference", "input": "x", "encoder": "micro:prior"}
-    job = jobfile.load(raw)
+    job = reading.load(raw)
     assert isinstance(job, Reference)
     assert job.encoder == str(micro.MODELS / "prior")
     with pytest.raises(JobFileError, match="stable-diffusion"):
-        jobfile.load({**raw, "encoder": "micro:priors"})
+        reading.load({**raw, "encoder": "micro:priors"})

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jobs.commands.progress import duration
+from jobs.page.amounts import count, duration, price, short, size
 
 if TYPE_CHECKING:
-    from jobs.run import DryRun
+    from jobs.dry_run import DryRun
     from pipeline.run.driver import Plan
 
 
@@ -70,30 +70,3 @@ def _workers(dry: DryRun) -> str:
         idle = f"; {count(dry.plan.shards, 'shard')} keep{'s' * (dry.plan.shards == 1)} no more than that busy"
         idle += ": lower shard_rows"
     return f"{bounds}, each {', '.join(filter(None, each))}{idle}"
-
-
-def count(number: int, thing: str) -> str:
-    """``1 row``, ``1,200 rows``."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def short(seconds: float) -> str:
-    """A time that may be far below a second: ``83 us``, ``5.9 ms``, else as `duration`."""
-    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
-        if seconds < limit:
-            return f"{seconds * factor:.3g} {unit}"
-    return duration(seconds)
-
-
-def price(amount: float) -> str:
-    """Two digits after the point, or two that count if it is less than one."""
-    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
-
-
-def size(amount: float) -> str:
-    """``3.2 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"

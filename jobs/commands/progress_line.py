@@ -8,31 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from jobs.page.amounts import duration, rate
 from pipeline.run.progress import Progress
 
 PLAIN_INTERVAL = 30.0
 _BAR = 20
-
-
-def duration(seconds: float) -> str:
-    """``4.2 s``, ``3 min 05 s``, ``2 h 10 min``, ``3 d 04 h``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours:02d} h"
-
-
-def rate(rows_per_second: float) -> str:
-    """Rows a second, or a minute where they are slow."""
-    if rows_per_second >= 1 or rows_per_second == 0:
-        return f"{rows_per_second:,.0f} rows/s" if rows_per_second >= 10 else f"{rows_per_second:.1f} rows/s"
-    return f"{rows_per_second * 60:.1f} rows/min"
 
 
 def line(snapshot: Progress) -> str:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
-import re
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from jobs.page import charts
-from jobs.page.html import Exhibit, Html, gallery, picture, shorten, words
-from jobs.page.report import Panel, render, throughput, write_report
+from jobs.page.html import Html
+from jobs.page.report import render
 from jobs.page.view import View
+from jobs.report import write_report
 from jobs.run import run_job
-from pipeline.output.commit import Record
+from jobs.schema.panel import Panel
 from pipeline.output.dataset import Output
+from tests.support.html_page import Page
 from tests.support.toy_job import Toy
 
 ATTACKS = [
@@ -30,29 +27,6 @@ ATTACKS = [
     "東京の夜、ערב טוב, Ωmega 🦔",
     "",
 ]
-
-
-class Page(html.parser.HTMLParser):
-    """Elements, attributes and texts as a browser would see them."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br", "hr"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -153,63 +127,3 @@ def test_the_view_reads_what_is_there(output: str) -> None:
     ]
     assert len(view.rows(["id", "text"], limit=5)) == 5
     assert len(view.failures(limit=3)) == 3
-
-
-def record(shard: int, started: float, seconds: float, rows: int = 10, worker: str = "host:1") -> Record:
-    given: dict[str, Any] = {"shard": shard, "attempt": "a", "file": f"{shard}", "size": 1, "checksum": ""}
-    return Record(**given, rows_ok=rows, rows_failed=0, started=started, seconds=seconds, worker=worker)
-
-
-def test_throughput_keeps_the_rows_and_leaves_pauses_out() -> None:
-    records = [record(0, 100.0, 10.0), record(1, 105.0, 10.0), record(2, 5000.0, 5.0, rows=50)]
-    times, rates, pauses = throughput(records, bins=40)
-    width = times[1] - times[0]
-    assert pauses == 1
-    assert times[-1] + width / 2 == pytest.approx(20.0)  # 15 s and 5 s at work
-    assert sum(rates) * width == pytest.approx(70.0)
-    assert rates[0] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(10.0)
-    assert throughput([]) == ([], [], 0)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-3, 7.2), (1e-9, 3e-9), (0, 123456), (5, 5), (0.98, 1.01), (float("nan"), 1)]
-)
-def test_ticks_are_round_and_inside(low: float, high: float) -> None:
-    found = charts.ticks(low, high)
-    assert 1 <= len(found) <= 8
-    if high > low:
-        assert all(low - 1e-12 <= tick <= high * (1 + 1e-9) for tick in found)
-        digits = {f"{tick:.6e}".partition("e")[0].rstrip("0").rstrip(".") for tick in found}
-        assert max(map(len, digits)) <= 5
-
-
-@pytest.mark.parametrize(
-    "values", [[], [float("nan")] * 3, [1.0], [2, 2, 2], [0, 1, 1, 2], np.random.default_rng(0).normal(size=5000)]
-)
-def test_a_histogram_draws_every_finite_value(values: Any) -> None:
-    made = charts.histogram(values, "a <title>")
-    Page(made)
-    counts = [int(count.replace(",", "")) for count in re.findall(r": ([\d,]+)</title>", made)]
-    assert sum(counts) == int(np.isfinite(np.asarray(values, dtype=float)).sum())
-    assert "a &lt;title&gt;" in made
-
-
-def test_lines_break_where_values_are_missing() -> None:
-    made = charts.lines({"a": ([0, 1, 2, 3], [1.0, float("nan"), 2.0, 3.0])}, "t")
-    assert made.count("<polyline") == 2
-    assert "nan" not in made
-    assert charts.lines({}, "t").count("no values") == 1
-
-
-def test_pictures_that_are_none_leave_a_mark() -> None:
-    made = gallery([Exhibit(b"junk", "a"), Exhibit(None, "b")])
-    assert made.count("no picture") == 2
-    from PIL import Image
-
-    assert picture(Image.new("RGB", (2000, 1000))).startswith('<img src="data:image/jpeg;base64,')
-
-
-def test_long_texts_say_how_long_they_are() -> None:
-    assert shorten("x" * 500, 100) == "x" * 100 + " … (500 characters)"
-    assert words("short") == "<bdi>short</bdi>"

@@ -1,0 +1,66 @@
+"""How commands end when they cannot do what they were asked: one sentence, and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """What a user can mend is told in a sentence; anything else is a bug and keeps its traceback."""
+    if not os.environ.get("LATENTMILL_TRACEBACK"):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop("interrupted", EXIT_INTERRUPTED)
+    except ModuleNotFoundError as error:
+        extra = {"faiss": "cpu (or gpu)", "s3fs": "s3", "gcsfs": "gcs"}.get(error.name or "")
+        if extra is None:
+            raise
+        stop(f"{error.name} is not installed: pip install 'latentmill[{extra.split()[0]}]'")
+    except (ValueError, OSError) as error:
+        if os.environ.get("LATENTMILL_TRACEBACK"):
+            raise
+        stop("\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])]))
+    except RuntimeError as error:
+        if type(error).__name__ not in ("RunError", "OutputLocked") or os.environ.get("LATENTMILL_TRACEBACK"):
+            raise
+        stop("\n".join([str(error), *getattr(error, "__notes__", [])]), EXIT_INCOMPLETE)
+    except Exception as error:
+        from pipeline.storage import of_a_client
+
+        if not of_a_client(error) or os.environ.get("LATENTMILL_TRACEBACK"):
+            raise
+        stop(f"{type(error).__name__}: {error}")
+
+
+def stop(message: str, code: int = EXIT_USAGE) -> NoReturn:
+    """Tell the user and leave."""
+    from rich.text import Text
+
+    stderr().print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def stderr() -> Console:
+    """Where people are told things; standard output is for results."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Rows are untrusted: no control characters reach the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)

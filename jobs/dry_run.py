@@ -1,0 +1,106 @@
+"""What a job would do: its plan, and with a timed sample how long it would take and what it would cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.kinds.chain import Chain
+from jobs.run import run_spec
+from jobs.schema.base import Job, JobBase
+from jobs.schema.reading import JobFileError
+from pipeline.storage import Folder
+
+if TYPE_CHECKING:
+    from pipeline.run.driver import Calibration, Plan
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a job would do. `plan` is None for a step whose input does not exist yet; `why` says so."""
+
+    name: str
+    job: JobBase
+    output: str
+    plan: Plan | None
+    why: str = ""
+    calibration: Calibration | None = None
+
+    @property
+    def workers(self) -> int | None:
+        """Workers that have something to do: the largest pool that was asked for (or fits), or one a shard."""
+        if self.plan is None or self.calibration is None:
+            return None
+        return min(self.job.resources.workers.max or self.calibration.fits, max(1, self.plan.shards))
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of the whole job on so many workers."""
+        if self.plan is None or self.calibration is None or self.workers is None:
+            return None
+        return self.calibration.build_seconds + self.plan.rows * self.calibration.seconds_per_row / self.workers
+
+    @property
+    def worker_hours(self) -> float | None:
+        return None if self.seconds is None or self.workers is None else self.seconds * self.workers / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for ``--json``."""
+        return {
+            "name": self.name,
+            "job": self.job.job,
+            "output": self.output,
+            "plan": self.plan and asdict(self.plan),
+            "why": self.why,
+            "resources": self.job.resources.model_dump(mode="json"),
+            "calibration": self.calibration and asdict(self.calibration),
+            "workers": self.workers,
+            "seconds": self.seconds,
+            "worker_hours": self.worker_hours,
+            "cost": self.cost,
+        }
+
+    @property
+    def cost(self) -> float | None:
+        """In the currency of ``resources.price_per_worker_hour``; None without a price or a calibration."""
+        price, hours = self.job.resources.price_per_worker_hour, self.worker_hours
+        return None if price is None or hours is None else price * hours
+
+
+def plan_job(
+    job: Job, output: str, *, address: str | None = None, limit: int | None = None, calibrate_rows: int = 0
+) -> Iterator[DryRun]:
+    """Plan a job, or each step of a chain, without writing anything.
+
+    Args:
+        calibrate_rows: Time so many rows on one worker; 0 for none.
+    """
+    from pipeline.input.source import SourceError
+    from pipeline.run.driver import calibrate, make_plan
+
+    steps = list(job.named_steps(output)) if isinstance(job, Chain) else [(job.job, job)]
+    for number, (name, step) in enumerate(steps):
+        if not isinstance(step, JobBase):
+            continue
+        target = step.output or output
+        earlier = [str(before.output) for _, before in steps[:number]]
+        missing = (path for path in earlier if not Folder.at(path).exists("_SUCCESS"))
+        pending = next((path for path in missing if _mentions(step, path)), None)
+        if pending:
+            yield DryRun(name, step, target, None, f"reads {pending}, which is not there yet")
+            continue
+        try:
+            spec = run_spec(step.model_copy(update={"output": target}), target, limit)
+            plan = make_plan(spec)
+        except SourceError as error:
+            raise JobFileError(f"{name}: {error}") from error
+        timing = None
+        if calibrate_rows:
+            timing = calibrate(spec, rows=calibrate_rows, resources=step.resources.pool(), address=address)
+        yield DryRun(name, step, target, plan, "", timing)
+
+
+def _mentions(job: Job, path: str) -> bool:
+    return path in json.dumps(job.model_dump(mode="json", exclude={"output"}))

@@ -1,0 +1,55 @@
+"""Amounts in words: times, rates, counts, sizes, prices."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """``4.2 s``, ``3 min 05 s``, ``2 h 10 min``, ``3 d 04 h``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"
+
+
+def short(seconds: float) -> str:
+    """A time that may be far below a second: ``83 us``, ``5.9 ms``, else as `duration`."""
+    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
+        if seconds < limit:
+            return f"{seconds * factor:.3g} {unit}"
+    return duration(seconds)
+
+
+def rate(rows_per_second: float) -> str:
+    """Rows a second, or a minute where they are slow."""
+    if rows_per_second >= 1 or rows_per_second == 0:
+        return f"{rows_per_second:,.0f} rows/s" if rows_per_second >= 10 else f"{rows_per_second:.1f} rows/s"
+    return f"{rows_per_second * 60:.1f} rows/min"
+
+
+def count(number: int, thing: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def size(amount: float, digits: str = ".1f") -> str:
+    """``3.2 MB``.
+
+    Args:
+        digits: Format of the figure; whole bytes and terabytes have one of their own.
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:{digits}} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def price(amount: float) -> str:
+    """Two digits after the point, or two that count if it is less than one."""
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"

@@ -1,0 +1,54 @@
+"""The JSON schema takes what validation takes, and says what each key means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from jobs.schema import reading
+from jobs.schema.base import JobBase
+from jobs.schema.json_schema import job_schema
+from jobs.schema.reading import JobFileError
+
+
+def test_the_schema_accepts_what_validation_accepts(tmp_path: Path, toy_job: type[JobBase]) -> None:
+    schema = json.loads(json.dumps(job_schema()))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    check = jsonschema.Draft202012Validator(schema)
+    good = [
+        {"job": "toy", "input": "a"},
+        {"job": "toy", "input": ["a", "b"], "resources": {"workers": 2, "memory": "8GB"}},
+        {"job": "toy", "input": {"path": "a", "format": "csv"}, "resources": {"workers": {"min": 1, "max": None}}},
+        {"job": "chain", "steps": [{"job": "toy", "name": "one", "input": "a"}, {"job": "toy"}]},
+    ]
+    bad = [
+        {"input": "a"},
+        {"job": "toy"},
+        {"job": "toi", "input": "a"},
+        {"job": "toy", "input": "a", "sead": 1},
+        {"job": "toy", "input": {"path": "a", "format": "parkett"}},
+        {"job": "chain", "steps": []},
+        {"job": "chain", "steps": [{"job": "chain", "steps": []}]},
+    ]
+    for data in good:
+        check.validate(data)
+        reading.load(data, ["steps.toy.name=two"] if data["job"] == "chain" else [])
+    for data in bad:
+        assert not check.is_valid(data), data
+        with pytest.raises(JobFileError):
+            reading.load(data)
+
+
+def test_every_field_of_every_kind_is_described() -> None:
+    """Editors show these texts; a key without one is a riddle."""
+    schema = job_schema()
+    silent = [
+        f"{name}.{key}"
+        for name, definition in schema["$defs"].items()
+        for key, entry in {**definition, **definition.get("anyOf", [{}])[-1]}.get("properties", {}).items()
+        if key not in ("job", "method", "name", "min", "max") and "description" not in entry and "$ref" not in entry
+    ]
+    assert silent == []
