@@ -148,7 +148,7 @@ def _run_rows(job: JobBase, output: str, given: _Circumstances) -> JobResult:
         seconds=ended.seconds,
         measures=ended.measures,
         errors=ended.errors,
-        report=write_report(ended.output, job),
+        report=write_report(ended.output, job, job.storage_options),
     )
 
 
@@ -182,7 +182,7 @@ def _run_chain(chain: Chain, output: str, given: _Circumstances) -> JobResult:
         resumed=sum(result.resumed for result in done.values()),
         seconds=time.monotonic() - started,
         measures=last.measures,
-        report=write_report(output),
+        report=write_report(output, storage_options=chain.storage_options),
         steps=done,
     )
 
