@@ -36,7 +36,7 @@ from stages.inverter.model import (
     train_inverter,
     warm_start,
 )
-from stages.models.denoising_loss import encode_pictures
+from stages.models.pictures import encode_pictures
 from stages.models.schedule import ddim_schedule
 from stages.models.unet import LatentDiffusion
 
@@ -169,7 +169,7 @@ def main() -> None:
             for at in range(0, len(z), 100)
             for p in model.pipeline.image_processor.postprocess(model.decode(z[at : at + 100]), output_type="pil")
         ]
-    encoded = encode_pictures(model, pictures, SIZE)
+    encoded = encode_pictures(model, pictures)
     drawn = time.process_time()
     share = options.held_out / options.prompts
     settings = InverterTraining(steps=options.steps, batch=32, lr=1e-3, noise_rows=2, held_out=share)

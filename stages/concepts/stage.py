@@ -31,8 +31,9 @@ from stages.engine.randomness import row_generator, row_seed
 from stages.engine.solver import Occupancy, solve
 from stages.engine.stopping import REASONS, RUNNING, StoppingRule
 from stages.inverter.model import TextInverter, warm_start
-from stages.models.denoising_loss import DenoisingLoss, encode_pictures
+from stages.models.denoising_loss import DenoisingLoss
 from stages.models.fingerprint import describe_stable_diffusion
+from stages.models.pictures import encode_pictures
 from stages.models.unet import LatentDiffusion, read_geometry
 from stages.models.words import Encoder, UnknownWord, encode, encoders_of, phrase_vectors, tokenize, word_vectors
 
@@ -153,7 +154,7 @@ def prepare(
         raise ConceptError(f"concept {concept.name}: {error}") from None
     return Prepared(
         concept=concept,
-        z_ICHW=encode_pictures(model, pictures, size),
+        z_ICHW=encode_pictures(model, pictures),
         with_I=torch.tensor([shown for shown, _, _ in examples]),
         ids_EIT=tuple(torch.stack([ids for ids, _ in of_one]).to(model.device) for of_one in prompts),
         which_EIT=tuple(torch.stack([which for _, which in of_one]).to(model.device) for of_one in prompts),
@@ -250,7 +251,7 @@ class LegoProblem:
     ) -> None:
         self.model, self.settings, self.seed, self.max_words = model, settings, seed, max_words
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
-        self.loss = DenoisingLoss(model, size)
+        self.loss = DenoisingLoss(model)
         self.encoders: tuple[Encoder, ...] = encoders_of(model.pipeline)
         side = size // model.pipeline.vae_scale_factor
         self.latent_shape = (int(model.unet.config["in_channels"]), side, side)
@@ -604,7 +605,9 @@ class LearnConcepts:
         self.samples = None if samples is None else Samples(**samples)
         self.seed = seed
         self.size, self.root = read_geometry(model, revision=revision, size=size).size, root
-        self.model = LatentDiffusion.load(model, revision=revision, variant=variant, dtype=dtype, device=device)
+        self.model = LatentDiffusion.load(
+            model, revision=revision, variant=variant, dtype=dtype, device=device, size=size
+        )
         self.problem = LegoProblem(
             self.model,
             self.settings,

@@ -19,8 +19,8 @@ import torch
 from pipeline.contract import Row, failed
 from stages.engine.slots import per_row, slot_mask
 from stages.engine.stopping import StoppingRule
+from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
-from stages.models.unet import Condition, Predict
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ import torch
 from stages.engine.adamw import RowAdamW
 from stages.engine.slots import per_row
 from stages.inversion.engine import Anderson, Look
+from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
-from stages.models.unet import Condition, Predict
 
 Update = Literal["safeguarded", "anderson", "gauss-newton", "adam", "jacobian-free"]
 WarmStart = Literal["none", "last", "linear"]

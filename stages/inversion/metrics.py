@@ -1,4 +1,4 @@
-"""Pictures in and out of a latent model, and how close two of them are.
+"""How close two pictures are, and how Gaussian a latent is.
 
 Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents.
 """
@@ -6,45 +6,12 @@ Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Fit = Literal["crop", "pad", "stretch"]
-
-
-def fit_picture(picture: Image, size: int, fit: Fit = "crop") -> torch.Tensor:
-    """A picture as a square (3, size, size) tensor in [-1, 1].
-
-    crop: the largest square in the middle, then resized. pad: resized until the longer side fits, the rest white, the
-    picture in the middle. stretch: both sides resized. Resizing is Lanczos; a picture of the right size is left as it
-    is.
-    """
-    from PIL import Image as pil
-    from PIL import ImageOps
-
-    picture = picture.convert("RGB")
-    if picture.size != (size, size):
-        if fit == "crop":
-            picture = ImageOps.fit(picture, (size, size), pil.Resampling.LANCZOS)
-        elif fit == "pad":
-            picture = ImageOps.pad(picture, (size, size), pil.Resampling.LANCZOS, color=(255, 255, 255))
-        else:
-            picture = picture.resize((size, size), pil.Resampling.LANCZOS)
-    values = np.asarray(picture, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
-
-
-def to_picture(x_CHW: torch.Tensor) -> Image:
-    """The 8-bit picture of a tensor in [-1, 1]; what lies outside is clipped. Rounds as diffusers' pipelines do."""
-    from PIL import Image as pil
-
-    values = (x_CHW.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
-    return pil.fromarray((values * 255).round().astype(np.uint8))
+    pass
 
 
 def measure_pictures(seen_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> dict[str, list[float]]:

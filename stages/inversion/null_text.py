@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from stages.engine.adamw import RowAdamW
+from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule
-from stages.models.unet import Condition, Predict
 
 
 @dataclass(frozen=True)

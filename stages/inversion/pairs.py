@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule
-from stages.models.unet import Condition, Predict
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -20,7 +20,7 @@ from stages.inversion import pairs as exact_pair
 from stages.inversion.engine import Ddim, Exact, FixedPoint, InversionProblem, Newton, ReNoise, Rule, generate
 from stages.inversion.ilb import BoostProblem, boost_decoder, boost_joint
 from stages.inversion.lbo import LatentBias, replay_bias
-from stages.inversion.metrics import fit_picture, measure_pictures, seed_statistics, to_picture
+from stages.inversion.metrics import measure_pictures, seed_statistics
 from stages.inversion.settings import (
     AnyInversionMethod,
     BelmMethod,
@@ -36,11 +36,12 @@ from stages.inversion.settings import (
     RenoiseMethod,
 )
 from stages.inverter.model import InvertText, TextInverter
+from stages.models.pictures import fit_picture, to_picture
 from stages.models.schedule import Schedule, make_schedule
 from stages.models.unet import Condition, Geometry, LatentDiffusion, read_geometry
 
 if TYPE_CHECKING:
-    from stages.inversion.metrics import Fit
+    from stages.models.pictures import Fit
 
 SEED_STATISTICS = ("seed_mean", "seed_std", "seed_kurtosis", "seed_autocorrelation")
 RuleMaker = Callable[[int, tuple[int, int, int], torch.device], Rule]
@@ -101,7 +102,7 @@ class InvertImages:
         prompt: One prompt for all rows; None: the row's own, empty where it has none.
         negative: Negative prompt under guidance.
         size: Side of the pictures; None: the model's own.
-        fit: What is done with a picture of another shape (`stages.inversion.metrics.fit_picture`).
+        fit: What is done with a picture of another shape (`stages.models.pictures.fit_picture`).
         reconstruct: Regenerate every picture and measure it.
         pictures: Keep the fitted picture and its reconstruction.
         edit_guidance: Regenerate under the row's `edit_prompt` with this guidance; None: no edits.

@@ -23,8 +23,9 @@ from torch import nn
 from pipeline.contract import Column, Row, StageInfo, batches, failed, ok
 from stages.engine.checkpoint import read_checkpoint, write_checkpoint
 from stages.engine.randomness import row_generator, row_seed
-from stages.models.denoising_loss import DenoisingLoss, encode_pictures
+from stages.models.denoising_loss import DenoisingLoss
 from stages.models.fingerprint import describe_stable_diffusion
+from stages.models.pictures import encode_pictures
 from stages.models.unet import LatentDiffusion, read_geometry
 from stages.models.words import Encoder, encode
 
@@ -218,7 +219,7 @@ def train_inverter(
     inverter = TextInverter(shape).to(device)
     trained, held = split(len(pairs.prompts), settings.held_out, seed)
     _standardise(inverter, model, pairs, trained, size, seed)
-    loss_of = DenoisingLoss(model, size)
+    loss_of = DenoisingLoss(model)
     optimiser = torch.optim.AdamW(inverter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     warm = max(1, settings.steps // 20)
 
@@ -419,7 +420,7 @@ class DrawPairs:
     ) -> None:
         self.size = read_geometry(model, revision=revision, size=size).size
         self.model = LatentDiffusion.load(
-            model, revision=revision, variant=variant, dtype=dtype, device=_device(device)
+            model, revision=revision, variant=variant, dtype=dtype, device=_device(device), size=size
         )
         self.steps, self.guidance, self.batch, self.seed = steps, guidance, batch, seed
 
@@ -466,7 +467,7 @@ class DrawPairs:
             output_type="latent",
         ).images
         pictures = self.model.pipeline.image_processor.postprocess(self.model.decode(latents), output_type="pil")
-        encoded = encode_pictures(self.model, pictures, self.size).cpu().numpy()
+        encoded = encode_pictures(self.model, pictures).cpu().numpy()
         for row, picture, latent in zip(rows, pictures, encoded, strict=True):
             yield ok(row, image=picture, latent=latent)
 
@@ -496,7 +497,7 @@ class InvertText:
     ) -> None:
         self.size = read_geometry(model, revision=revision, size=size).size
         self.model = LatentDiffusion.load(
-            model, revision=revision, variant=variant, dtype=dtype, device=_device(device)
+            model, revision=revision, variant=variant, dtype=dtype, device=_device(device), size=size
         )
         self.inverter = TextInverter.load(inverter, self.model.device)
         self.batch, self.image = batch, image
@@ -536,7 +537,7 @@ class InvertText:
             if not good:
                 continue
             with torch.no_grad():
-                z = encode_pictures(self.model, [row[self.image].convert("RGB") for row in good], self.size)
+                z = encode_pictures(self.model, [row[self.image] for row in good])
                 text, pooled = self.inverter(z)
             for number, row in enumerate(good):
                 extra = {} if pooled is None else {"pooled": pooled[number].cpu().numpy()}

@@ -12,11 +12,16 @@ Legend: S steps, index 0 next to the picture, S - 1 at the noise; B rows, each a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from stages.models.settings import FLOW_SCHEDULERS, VP_SCHEDULERS
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,66 @@ class Schedule:
         return z_BCHW + alpha * m_BCHW
 
 
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A scheduler's configuration with parameters, and perhaps its class (``class``), replaced.
+
+    Raises:
+        ValueError: The scheduler has no such parameter, or is none whose noise levels are understood here.
+    """
+    import diffusers
+
+    given = dict(changes or {})
+    name = given.pop("class", config.get("_class_name"))
+    made = {**config, **given, **({} if name is None else {"_class_name": name})}
+    check(made)
+    if given:
+        known = inspect.signature(getattr(diffusers, name or "DDIMScheduler")).parameters
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"scheduler: {name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
+    return made
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse a scheduler whose configuration says something else than a chain of betas or a flow.
+
+    Raises:
+        ValueError: It would be read as a schedule that it is not.
+    """
+    name = config.get("_class_name")
+    if name in FLOW_SCHEDULERS:
+        return
+    if name is not None and name not in VP_SCHEDULERS:
+        raise ValueError(
+            f"the model's scheduler is {name}, whose noise levels are not understood here; if it was trained with one "
+            f"of {', '.join(VP_SCHEDULERS + FLOW_SCHEDULERS)}, say so with scheduler: {{class: ...}}"
+        )
+    if config.get("trained_betas") is not None:
+        return
+    missing = [key for key in ("beta_start", "beta_end", "beta_schedule") if config.get(key) is None]
+    if missing:
+        raise ValueError(f"the scheduler's configuration has no {missing[0]}: its noise levels cannot be told from it")
+    if config["beta_schedule"] not in BETA_SCHEDULES:
+        raise ValueError(
+            f"the scheduler's beta_schedule {config['beta_schedule']!r} is none of {', '.join(BETA_SCHEDULES)}"
+        )
+
+
+def noise_levels(config: Mapping[str, Any]) -> torch.Tensor:
+    """abar_T, float64: z at training time t is sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+
+    Raises:
+        ValueError: The scheduler is none of a variance-preserving chain.
+    """
+    import diffusers
+
+    check(config)
+    name = config.get("_class_name", "DDIMScheduler")
+    if name in FLOW_SCHEDULERS:
+        raise ValueError(f"the model's scheduler is {name}: a flow has no noise-prediction loss")
+    abar_T: torch.Tensor = getattr(diffusers, name).from_config(dict(config)).alphas_cumprod
+    return abar_T.double()
+
+
 def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     """DDIM (Song et al., 2021, equation 12, eta = 0) as diffusers' `DDIMScheduler` runs it, without clipping.
 
@@ -117,10 +182,11 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
         steps: Sampling steps S.
 
     Raises:
-        ValueError: A prediction type or a number of steps that cannot be run.
+        ValueError: Noise levels, a prediction type or a number of steps that cannot be run.
     """
     from diffusers import DDIMScheduler
 
+    check(config)
     scheduler = DDIMScheduler.from_config({**config, "clip_sample": False, "thresholding": False})
     train_steps = scheduler.config.num_train_timesteps
     if not 1 <= steps <= train_steps:
@@ -197,5 +263,5 @@ def make_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     """The deterministic sampler that belongs to a scheduler's configuration: flow matching by its class name, else
     DDIM.
     """
-    build = flow_schedule if "FlowMatch" in str(config.get("_class_name", "")) else ddim_schedule
+    build = flow_schedule if config.get("_class_name") in FLOW_SCHEDULERS else ddim_schedule
     return build(config, steps)

@@ -1,217 +1,195 @@
-"""Stable Diffusion 1.x, 2.x and SDXL as plain functions of tensors: encode, decode, condition, predict.
+"""Stable Diffusion 1.x, 2.x and XL as plain functions of tensors: the family of latent models with a U-Net.
 
-A model is a folder in diffusers' layout or a hub id. What comes out behaves exactly as the diffusers pipeline of that
-folder, so that latents found here regenerate their picture there.
+A model is a folder in diffusers' layout or a hub id. With the settings' scheduler run by DDIM, what comes out behaves
+exactly as the diffusers pipeline of that folder, so that latents found here regenerate their picture there.
 
-Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the U-Net sees them (scaled); `m_BCHW` the network's
-output; L text tokens, E their width. A condition is a dict of tensors whose first dimension is B.
+Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the U-Net sees them (scaled); `m_BCHW` the U-Net's
+output; L text tokens, E their width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
-Condition = dict[str, torch.Tensor]
-"""`text_BLE`; with guidance also `null_text_BLE`; for SDXL also `pooled_BE`, `null_pooled_BE` and `time_ids_B6`."""
-
-Predict = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
-"""m_BCHW = predict(z_BCHW, t_B, condition): rows may stand at different times."""
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a model folder's configuration says before any weight is loaded.
-
-    Attributes:
-        kind: "sd" or "sdxl".
-        size: Side of a picture in pixels.
-        latent_shape: (C, H, W) of its latents.
-        scaling_factor: Latents are the posterior's mean times this.
-        scheduler: The scheduler's configuration.
-        text_shape: (L, E) of a text condition.
-    """
-
-    kind: str
-    size: int
-    latent_shape: tuple[int, int, int]
-    scaling_factor: float
-    scheduler: Mapping[str, Any]
-    text_shape: tuple[int, int]
+from stages.engine.device import chosen_device
+from stages.models.latent import DTYPES, Condition, Geometry, Place, Predict, Usage
+from stages.models.memory import peak_bytes
+from stages.models.schedule import Schedule, changed, make_schedule
+from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings
+from stages.models.words import Encoder
 
 
-def read_geometry(path: str, *, revision: str | None = None, size: int | None = None) -> Geometry:
-    """Read a model's configuration; loads no weights.
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x: one CLIP text encoder. A `stages.models.latent.LatentModel`.
+
+    The VAE runs in float32 where it overflows in float16 (`force_upcast`, as SDXL's).
 
     Args:
-        path: A diffusers folder, or a hub id.
-        size: Side of the pictures to invert; the model's own when None.
-
-    Raises:
-        ValueError: Not a Stable Diffusion model, or a size that its autoencoder cannot divide.
-    """
-    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig
-
-    try:
-        index = DiffusionPipeline.load_config(path, revision=revision)
-        unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
-        vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
-        scheduler = DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
-        text = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder", revision=revision or "main")
-    except OSError as error:
-        raise ValueError(
-            f"model {path!r} is no diffusers folder or hub id with a U-Net, a VAE and a scheduler: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    pipeline = str(index.get("_class_name"))
-    if not pipeline.startswith("StableDiffusion"):
-        raise ValueError(f"model {path!r} is a {pipeline}; inversion knows Stable Diffusion 1.x, 2.x and SDXL")
-    if unet.get("time_cond_proj_dim") is not None:
-        raise ValueError(f"model {path!r} takes the guidance scale as an input (latent consistency): not supported")
-    if unet["in_channels"] != vae["latent_channels"]:
-        raise ValueError(f"model {path!r} takes {unet['in_channels']} channels (an inpainting model): not supported")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    size = size or int(unet["sample_size"]) * factor
-    down = 2 ** (len(unet["block_out_channels"]) - 1)
-    if size % (factor * down):
-        raise ValueError(f"size {size} is no multiple of {factor * down}, which model {path!r} needs")
-    return Geometry(
-        kind="sdxl" if unet.get("addition_embed_type") == "text_time" else "sd",
-        size=size,
-        latent_shape=(int(vae["latent_channels"]), size // factor, size // factor),
-        scaling_factor=float(vae.get("scaling_factor", 0.18215)),
-        scheduler=scheduler,
-        text_shape=(int(text.max_position_embeddings), int(unet["cross_attention_dim"])),
-    )
-
-
-class LatentDiffusion:
-    """A frozen text-to-image latent diffusion model.
-
-    Latents stay float32 whatever the network's dtype: rounding them to half precision at each of 50 steps would cost
-    more than any method of inversion gains. The VAE runs in float32 when it overflows in float16 (`force_upcast`, as
-    SDXL's).
-
-    Args:
-        pipeline: A loaded `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+        pipeline: Its pipeline of diffusers, loaded on the device.
+        geometry: From its configuration.
     """
 
-    def __init__(self, pipeline: Any, *, dtype: str = "float32", device: str | torch.device = "cpu") -> None:
-        self.pipeline = pipeline
-        self.device = torch.device(device)
-        self.dtype = DTYPES[dtype]
-        self.kind = "sdxl" if pipeline.unet.config.addition_embed_type == "text_time" else "sd"
-        self.unet: Any = self._freeze(pipeline.unet, self.dtype)
-        upcast = self.dtype == torch.float16 and pipeline.vae.config.force_upcast
-        self.vae_dtype = torch.float32 if upcast else self.dtype
-        self.vae: Any = self._freeze(pipeline.vae, self.vae_dtype)
-        self._freeze(pipeline.text_encoder, self.dtype)
-        if self.kind == "sdxl":
-            self._freeze(pipeline.text_encoder_2, self.dtype)
+    index = "StableDiffusion"
+    """How the class of its pipelines begins."""
+    encoders: tuple[str, ...] = ("text_encoder",)
+    left_out: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    """Not loaded: it judges pictures, it makes none."""
 
-    def _freeze(self, module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-        return module.to(self.device, dtype).eval().requires_grad_(False)
+    def __init__(self, pipeline: Any, geometry: Geometry) -> None:
+        self.pipeline, self.geometry = pipeline, geometry
+        for part in geometry.parts:
+            getattr(pipeline, part).eval().requires_grad_(False)
+        self.unet, self.vae = pipeline.unet, pipeline.vae
+        self.device: torch.device = self.unet.device
+        self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
+
+    @property
+    def kind(self) -> str:
+        return self.geometry.kind
+
+    # --- from a folder
 
     @classmethod
-    def load(
-        cls,
-        path: str,
-        *,
-        revision: str | None = None,
-        variant: str | None = None,
-        dtype: str = "float32",
-        device: str | torch.device = "cpu",
-    ) -> LatentDiffusion:
-        """Load a diffusers folder or hub id. The safety checker is left out: it judges pictures, it makes none."""
-        from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    def read_geometry(cls, settings: LatentModelSettings) -> Geometry:
+        """Read the configuration; loads no weights.
 
-        index = DiffusionPipeline.load_config(path, revision=revision)
-        is_sdxl = str(index["_class_name"]).startswith("StableDiffusionXL")
-        # Loaded in float32 and cast afterwards: half-precision loading would round a VAE that has to run in float32.
-        options: dict[str, Any] = {"revision": revision, "variant": variant, "torch_dtype": torch.float32}
-        if is_sdxl:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(path, add_watermarker=False, **options)
-        else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                path, safety_checker=None, requires_safety_checker=False, **options
-            )
-        pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, dtype=dtype, device=device)
-
-    @torch.no_grad()
-    def condition(
-        self, prompts: Sequence[str], *, size: int, guided: bool = False, negative: str | None = None
-    ) -> Condition:
-        """The text condition of each prompt, as the pipeline would make it.
-
-        Args:
-            prompts: One prompt a row; "" is the model's empty prompt.
-            size: Side of the pictures in pixels (SDXL is told it).
-            guided: Also give the negative condition, which guidance above 1 needs.
-            negative: The negative prompt; the model's empty one when None.
+        Raises:
+            ValueError: Not such a model, or one that cannot be inverted, or a size that its autoencoder cannot divide.
         """
-        negatives = None if negative is None else [negative] * len(prompts)
-        made = self.pipeline.encode_prompt(
-            prompt=list(prompts),
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negatives,
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextConfig
+
+        path, revision = settings.model, settings.revision
+        try:
+            unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+            vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
+            scheduler = DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
+            texts = [
+                CLIPTextConfig.from_pretrained(path, subfolder=part, revision=revision or "main")
+                for part in cls.encoders
+            ]
+        except OSError as error:
+            raise ValueError(
+                f"model {path!r} is no diffusers folder or hub id with a U-Net, a VAE and a scheduler: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        if unet.get("time_cond_proj_dim") is not None:
+            raise ValueError(f"model {path!r} takes the guidance scale as an input (latent consistency): not supported")
+        if unet["in_channels"] != vae["latent_channels"]:
+            raise ValueError(
+                f"model {path!r} takes {unet['in_channels']} channels (an inpainting model): not supported"
+            )
+        if settings.vae is not None:
+            _check_vae(settings.vae, vae, path)
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        size = settings.size or int(unet["sample_size"]) * factor
+        down = 2 ** (len(unet["block_out_channels"]) - 1)
+        if size % (factor * down):
+            raise ValueError(f"size {size} is no multiple of {factor * down}, which model {path!r} needs")
+        effective = changed(scheduler, settings.scheduler)
+        if effective.get("_class_name") in FLOW_SCHEDULERS:
+            raise ValueError(f"model {path!r} has a U-Net, which a {effective['_class_name']} does not run")
+        text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))
+        return Geometry(
+            size=size,
+            latent_shape=(int(vae["latent_channels"]), size // factor, size // factor),
+            scaling_factor=float(vae.get("scaling_factor", 0.18215)),
+            scheduler=effective,
+            text_shape=text_shape,
+            word_widths=tuple(int(text.hidden_size) for text in texts),
+            parts=_parts(settings, cls.encoders),
+            usage=_usage(settings, cls.text_latent(text_shape)),
         )
-        condition = {"text_BLE": made[0]}
-        if guided:
-            condition["null_text_BLE"] = made[1]
-        if self.kind == "sdxl":
-            condition["pooled_BE"] = made[2]
-            if guided:
-                condition["null_pooled_BE"] = made[3]
-            ids = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=self.device)
-            condition["time_ids_B6"] = ids.repeat(len(prompts), 1)
-        return condition
+
+    @classmethod
+    def load(cls, settings: LatentModelSettings, geometry: Geometry) -> StableDiffusion:
+        """Read the weights, each part in the type that it runs in, onto the device."""
+        import diffusers
+
+        dtype = DTYPES[settings.dtype]
+        kind: Any = getattr(diffusers, f"{cls.index}Pipeline")
+        pipeline = kind.from_pretrained(
+            settings.model, revision=settings.revision, variant=settings.variant, dtype=dtype, **cls.left_out,
+            **_other_vae(settings, dtype),
+        )  # fmt: skip
+        if settings.scheduler is not None:
+            sampler: Any = getattr(diffusers, geometry.scheduler["_class_name"])
+            pipeline.scheduler = sampler.from_config(dict(geometry.scheduler))
+        pipeline.set_progress_bar_config(disable=True)
+        for part in geometry.parts:
+            getattr(pipeline, part).to(chosen_device(settings.device))
+        return cls(pipeline, geometry)
+
+    @staticmethod
+    def text_latent(shape: tuple[int, int]) -> str:
+        """The pipeline's arguments that stand for a prompt, for `Usage`."""
+        return f'prompt_embeds=torch.tensor(row["text_latent"]).reshape(1, {shape[0]}, {shape[1]})'
+
+    # --- pictures
 
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """Latents (float32) of pictures in [-1, 1]: the mean of the VAE's posterior, scaled."""
-        mean_BCHW = self.vae.encode(x_BCHW.to(self.device, self.vae_dtype)).latent_dist.mean.float()
+        mean_BCHW = self.vae.encode(x_BCHW.to(self.device, self.dtypes["vae"])).latent_dist.mean.float()
         config = self.vae.config
         if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
             mean_BCHW = (mean_BCHW - self._channels(config.latents_mean)) / self._channels(config.latents_std)
         return mean_BCHW * config.scaling_factor
 
     def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
-        """Pictures (float32, about [-1, 1], not clamped) of latents."""
         config = self.vae.config
         z_BCHW = z_BCHW.float() / config.scaling_factor
         if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
             z_BCHW = z_BCHW * self._channels(config.latents_std) + self._channels(config.latents_mean)
-        return self.vae.decode(z_BCHW.to(self.vae_dtype)).sample.float()
+        return self.vae.decode(z_BCHW.to(self.dtypes["vae"])).sample.float()
 
     def _channels(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, device=self.device, dtype=torch.float32).view(1, -1, 1, 1)
+
+    # --- prompts
+
+    @property
+    def text_encoders(self) -> tuple[Encoder, ...]:
+        return (Encoder(self.pipeline.tokenizer, self.pipeline.text_encoder),)
+
+    @torch.no_grad()
+    def condition(
+        self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None, size: int | None = None
+    ) -> Condition:
+        text_BLE, null_BLE, *_ = self._encode_prompts(prompts, guided, negative)
+        return {"text_BLE": text_BLE, **({"null_text_BLE": null_BLE} if guided else {})}
+
+    def _encode_prompts(self, prompts: Sequence[str], guided: bool, negative: str | None) -> Any:
+        return self.pipeline.encode_prompt(
+            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=guided,
+            negative_prompt=None if negative is None else [negative] * len(prompts),
+        )  # fmt: skip
+
+    def text_condition(self, text_BLE: torch.Tensor, pooled_BE: torch.Tensor | None = None) -> Condition:
+        return {"text_BLE": text_BLE}
+
+    # --- the U-Net
+
+    def _added(self, condition: Condition, prefix: str) -> dict[str, torch.Tensor] | None:
+        """What the U-Net is told beside the text."""
+        return None
 
     def forward(
         self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, *, null: bool = False
     ) -> torch.Tensor:
         """One U-Net call without guidance, on the prompt or (`null`) on the negative condition; output in float32."""
-        prefix = "null_" if null else ""
-        extra = None
-        if self.kind == "sdxl":
-            extra = {"text_embeds": condition[f"{prefix}pooled_BE"], "time_ids": condition["time_ids_B6"]}
+        prefix, dtype = "null_" if null else "", self.dtypes["unet"]
         return self.unet(
-            z_BCHW.to(self.dtype),
+            z_BCHW.to(dtype),
             t_B,
-            encoder_hidden_states=condition[f"{prefix}text_BLE"].to(self.dtype),
-            added_cond_kwargs=extra,
+            encoder_hidden_states=condition[f"{prefix}text_BLE"].to(dtype),
+            added_cond_kwargs=self._added(condition, prefix),
             return_dict=False,
         )[0].float()
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        """The network's output under classifier-free guidance; one U-Net call on 2B rows when guidance is above 1."""
+        """The U-Net's output under classifier-free guidance; one call on 2B rows when guidance is above 1."""
         if guidance <= 1:
             return self.forward
 
@@ -225,3 +203,184 @@ class LatentDiffusion:
             return null_BCHW + guidance * (text_BCHW - null_BCHW)
 
         return predict
+
+    def schedule(self, steps: int) -> Schedule:
+        return make_schedule(self.geometry.scheduler, steps).to(self.device)
+
+    @torch.no_grad()
+    def draw(
+        self, condition: Condition, *, steps: int, guidance: float, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        names = {"text_BLE": "prompt_embeds", "pooled_BE": "pooled_prompt_embeds"}
+        names |= {f"null_{key}": f"negative_{name}" for key, name in names.items()}
+        given = {names[key]: value for key, value in condition.items() if key in names}
+        latents: torch.Tensor = self.pipeline(
+            **given, num_inference_steps=steps, guidance_scale=guidance, height=self.geometry.size,
+            width=self.geometry.size, generator=list(generators), output_type="latent",
+        ).images  # fmt: skip
+        return latents
+
+    # --- memory
+
+    def activation_bytes(self, call: Literal["predict", "encode", "decode"], *, gradient: bool = False) -> int:
+        """See `stages.models.latent.LatentModel`. Counted on the meta device by `stages.models.memory.peak_bytes`."""
+        C, H, W = self.geometry.latent_shape
+        if call == "predict":
+            z = torch.empty(1, C, H, W, dtype=self.dtypes["unet"], device="meta")
+            t = torch.ones(1, dtype=torch.int64, device="meta")
+            told = {key: value.to("meta") for key, value in self.condition([""]).items()}
+            text, added = told["text_BLE"].to(z.dtype), self._added(told, "")
+            return peak_bytes(
+                self.unet, lambda net: net(z, t, text, added_cond_kwargs=added).sample, z, gradient=gradient
+            )
+        side = self.geometry.size
+        shape = (1, 3, side, side) if call == "encode" else (1, C, H, W)
+        x = torch.empty(shape, dtype=self.dtypes["vae"], device="meta")
+        if call == "encode":
+            return peak_bytes(self.vae, lambda net: net.encode(x).latent_dist.mean, x, gradient=gradient)
+        return peak_bytes(self.vae, lambda net: net.decode(x).sample, x, gradient=gradient)
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL: two text encoders side by side, and a U-Net that is also told the second one's pooled output and the
+    picture's size (`pooled_BE`, `time_ids_B6`; Podell et al., 2023, section 2.2)."""
+
+    index = "StableDiffusionXL"
+    encoders = ("text_encoder", "text_encoder_2")
+    left_out = {"add_watermarker": False}
+
+    @staticmethod
+    def text_latent(shape: tuple[int, int]) -> str:
+        return f'{StableDiffusion.text_latent(shape)}, pooled_prompt_embeds=torch.tensor([row["pooled"]])'
+
+    @property
+    def text_encoders(self) -> tuple[Encoder, ...]:
+        pipeline = self.pipeline
+        return (
+            Encoder(pipeline.tokenizer, pipeline.text_encoder, penultimate=True),
+            Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, penultimate=True),
+        )
+
+    @torch.no_grad()
+    def condition(
+        self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None, size: int | None = None
+    ) -> Condition:
+        text_BLE, null_BLE, pooled_BE, null_pooled_BE = self._encode_prompts(prompts, guided, negative)
+        nulls = {"null_text_BLE": null_BLE, "null_pooled_BE": null_pooled_BE} if guided else {}
+        made = {**self.text_condition(text_BLE, pooled_BE), **nulls}
+        if size is not None:
+            sizes = made["time_ids_B6"].new_tensor([size, size, 0, 0, size, size])
+            made["time_ids_B6"] = sizes.repeat(len(text_BLE), 1)
+        return made
+
+    def text_condition(self, text_BLE: torch.Tensor, pooled_BE: torch.Tensor | None = None) -> Condition:
+        if pooled_BE is None:
+            raise ValueError("this U-Net needs a pooled text embedding, and the text encoder has none")
+        size = self.geometry.size
+        # height and width of the original, left and top of the crop, height and width that are asked for
+        sizes = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtypes["unet"], device=text_BLE.device)
+        return {"text_BLE": text_BLE, "pooled_BE": pooled_BE, "time_ids_B6": sizes.repeat(len(text_BLE), 1)}
+
+    def _added(self, condition: Condition, prefix: str) -> dict[str, torch.Tensor]:
+        return {"text_embeds": condition[f"{prefix}pooled_BE"], "time_ids": condition["time_ids_B6"]}
+
+
+LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None,
+                "latents_std": None}  # fmt: skip
+"""What two autoencoders must have in common to serve one U-Net, with `AutoencoderKL`'s defaults."""
+
+
+def _config_of_vae(path: str) -> tuple[dict[str, Any], str]:
+    """An autoencoder's configuration, and where it lies: on top (""), or in a pipeline's folder ``vae``."""
+    from diffusers import AutoencoderKL
+
+    for folder in ("", "vae"):
+        try:
+            return AutoencoderKL.load_config(path, subfolder=folder or None), folder
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+    raise ValueError(f"vae {path!r} is no folder or hub id of an autoencoder: {reason}")
+
+
+def _check_vae(path: str, own: Mapping[str, Any], model: str) -> None:
+    other, _ = _config_of_vae(path)
+    if str(other.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"vae {path!r} is a {other['_class_name']}; {model!r} has an AutoencoderKL")
+    if len(other["block_out_channels"]) != len(own["block_out_channels"]):
+        raise ValueError(f"vae {path!r} scales pictures down by another factor than the one of {model!r}")
+    for key, default in LATENT_SPACE.items():
+        ours, theirs = own.get(key, default), other.get(key, default)
+        if ours != theirs:
+            raise ValueError(
+                f"vae {path!r} has another latent space than {model!r}: its {key} is {theirs}, the model's is {ours}"
+            )
+
+
+def _parts(settings: LatentModelSettings, encoders: Sequence[str]) -> dict[str, Place]:
+    parts = {part: Place(settings.model, settings.revision, part) for part in ("unet", "vae", *encoders)}
+    if settings.vae is not None:
+        parts["vae"] = Place(settings.vae, None, _config_of_vae(settings.vae)[1])
+    return parts
+
+
+def _other_vae(settings: LatentModelSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """The autoencoder as the pipeline's argument, where it is not simply the pipeline's own in its type.
+
+    One that has to run in float32 beside half-precision networks is read from its full-precision file if there is one,
+    whatever variant the other parts come in: rounded weights would bound every picture's PSNR.
+    """
+    from diffusers import AutoencoderKL
+
+    if settings.vae is None:
+        path, options = settings.model, {"subfolder": "vae", "revision": settings.revision}
+        config = AutoencoderKL.load_config(path, **options)
+    else:
+        path = settings.vae
+        config, folder = _config_of_vae(path)
+        options = {"subfolder": folder} if folder else {}
+    upcast = dtype == torch.float16 and config.get("force_upcast", True)
+    if settings.vae is None and not upcast:
+        return {}
+    for variant in dict.fromkeys([None, settings.variant]):
+        try:
+            vae = AutoencoderKL.from_pretrained(
+                path, variant=variant, dtype=torch.float32 if upcast else dtype, **options
+            )
+            return {"vae": vae}
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _usage(settings: LatentModelSettings, text_latent: str) -> Usage:
+    names, given = ["DDIMScheduler", "DiffusionPipeline"], ""
+    lines = []
+    if settings.vae is not None:
+        names.insert(0, "AutoencoderKL")
+        _, folder = _config_of_vae(settings.vae)
+        where = f', subfolder="{folder}"' if folder else ""
+        lines.append(f'vae = AutoencoderKL.from_pretrained("{settings.vae}"{where}, torch_dtype=torch.float32)')
+        given = ", vae=vae"
+    changes = {key: value for key, value in (settings.scheduler or {}).items() if key != "class"}
+    changes |= {"clip_sample": False}
+    options = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+    lines += [
+        f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, torch_dtype=torch.float32)',
+        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})",
+    ]
+    return Usage(tuple(names), "\n".join(lines), text_latent)
+
+
+class LatentDiffusion(StableDiffusion):
+    @classmethod
+    def load(cls, path: str, **options: Any) -> Any:  # type: ignore[override]
+        from stages.models.families import open_latent_model
+
+        options["device"] = str(options.get("device", "cpu"))
+        return open_latent_model(LatentModelSettings(model=path, **options))
+
+
+def read_geometry(path: str, **options: Any) -> Geometry:
+    from stages.models import families
+
+    return families.read_geometry(LatentModelSettings(model=path, **options))

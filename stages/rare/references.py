@@ -19,13 +19,13 @@ import torch
 
 from pipeline.contract import Row
 from stages.concepts.table import ConceptError, open_picture, picture_list
-from stages.inversion.metrics import fit_picture, to_picture
 from stages.inversion.stage import InvertImages
+from stages.models.pictures import fit_picture, to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stages.inversion.metrics import Fit
+    from stages.models.pictures import Fit
 
 PICTURE_COLUMNS = ("pictures", "with")
 """Where a row's pictures are looked for, in this order."""

@@ -9,17 +9,18 @@ Legend: B seeds; `z_BCHW` latents; `x_BCHW` pictures in [-1, 1]; E embedding wid
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from stages.engine.adamw import RowAdamW
+from stages.models.latent import Condition, Predict
+from stages.models.sampler import denoise
 from stages.models.schedule import Schedule
-from stages.models.unet import Condition, Predict
 
 if TYPE_CHECKING:
     from stages.models.clip import ImageEncoder
@@ -77,17 +78,7 @@ def last_latents(
     predict: Predict, schedule: Schedule, z_BCHW: torch.Tensor, condition: Condition, count: int
 ) -> list[torch.Tensor]:
     """The latents after each of the last `count` steps of DDIM sampling, z_0 first; differentiable in the seeds."""
-
-    def step_down(z_BCHW: torch.Tensor, k: int) -> torch.Tensor:
-        step = schedule.at(torch.full((len(z_BCHW),), k, device=z_BCHW.device))
-        return step.down(z_BCHW, predict(z_BCHW, step.t_B, condition))
-
-    found: list[torch.Tensor] = []
-    for k in range(len(schedule) - 1, -1, -1):
-        z_BCHW = checkpoint(step_down, z_BCHW, k, use_reentrant=False)
-        if k < count:
-            found.insert(0, z_BCHW)
-    return found
+    return [*deque(denoise(predict, schedule, z_BCHW, condition, recompute=True), maxlen=count)][::-1]
 
 
 def select_loss(

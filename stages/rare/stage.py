@@ -25,12 +25,13 @@ from stages.concepts.samples import sheet
 from stages.concepts.table import ConceptError
 from stages.engine.methods import Method
 from stages.engine.randomness import row_generator
-from stages.inversion.engine import generate
-from stages.inversion.metrics import fit_picture, seed_statistics, to_picture
+from stages.inversion.metrics import seed_statistics
 from stages.inversion.stage import SEED_STATISTICS, InvertImages
 from stages.inversion.stage import parse as parse_inversion
 from stages.models.clip import ImageEncoder, TextEncoder, identity
 from stages.models.fingerprint import describe_model, describe_stable_diffusion
+from stages.models.pictures import fit_picture, to_picture
+from stages.models.sampler import sample
 from stages.models.schedule import make_schedule
 from stages.models.unet import LatentDiffusion, read_geometry
 from stages.ovi.scoring import asked_of, clip_scores, oracle_scores
@@ -49,7 +50,7 @@ from stages.rare.settings import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stages.inversion.metrics import Fit
+    from stages.models.pictures import Fit
 
 Scored = Literal["text", "image", "oracle"]
 SCORE_COLUMNS: Mapping[str, tuple[Column, ...]] = {
@@ -334,7 +335,7 @@ class RareConcepts:
         for start in range(0, len(prompts), self.slots):
             part_BCHW = seed_BCHW[start : start + self.slots].to(self.model.device)
             condition = self._condition(prompts[start : start + self.slots])
-            z_BCHW = generate(self.model.predictor(self.guidance), schedule, part_BCHW, condition)
+            z_BCHW = sample(self.model.predictor(self.guidance), schedule, part_BCHW, condition)
             made += [to_picture(x.cpu()) for x in self.model.decode(z_BCHW)]
         return made
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.inversion.metrics import fit_picture, seed_statistics, to_picture
+from stages.inversion.metrics import seed_statistics
 from stages.inversion.stage import InvertImages
+from stages.models.pictures import fit_picture, to_picture
 from tests.support import tiny_stable_diffusion
 
 METHODS = [

@@ -1,0 +1,146 @@
+"""What every latent generative model offers: the only way in which a stage touches a family of models.
+
+A family (`stages.models.unet`; flow transformers would be another) implements `LatentModel`; `stages.models.families`
+finds the one that a folder belongs to.
+
+Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the denoiser sees them (scaled, float32); `m_BCHW` the
+denoiser's output; L text tokens, E their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+from stages.models.fingerprint import describe_model
+from stages.models.schedule import Schedule
+from stages.models.words import Encoder
+
+Condition = dict[str, torch.Tensor]
+"""What the denoiser is told beside latent and time: tensors with B first. `text_BLE` is the text; what else there is
+depends on the family. Under guidance, ``null_NAME`` is NAME under the negative prompt; a name without one is shared."""
+
+Predict = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+"""m_BCHW = predict(z_BCHW, t_B, condition): rows may stand at different times."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a reader of a dataset gets the model back in plain diffusers, as lines of Python for dataset cards.
+
+    Attributes:
+        names: What is imported from diffusers.
+        load: Lines that make `pipe`, which regenerates a picture from a latent found with this model.
+        text_latent: Arguments that give `pipe` a row's stored text latent instead of a prompt.
+    """
+
+    names: tuple[str, ...]
+    load: str
+    text_latent: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network's weights lie: folder or hub id, revision there, and the folder in it ("" for the top)."""
+
+    path: str
+    revision: str | None
+    folder: str
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a model's configuration says before any weight is loaded.
+
+    Attributes:
+        size: Side of a picture in pixels.
+        latent_shape: (C, H, W) of its latents.
+        scaling_factor: Latents are the posterior's mean times this.
+        scheduler: The scheduler's configuration, with the settings' changes.
+        text_shape: (L, E) of a text condition.
+        word_widths: Width of each text encoder's input embeddings: what a new word consists of.
+        parts: Where the networks lie that results depend on, the denoiser first.
+        usage: Lines for cards.
+    """
+
+    size: int
+    latent_shape: tuple[int, int, int]
+    scaling_factor: float
+    scheduler: Mapping[str, Any]
+    text_shape: tuple[int, int]
+    word_widths: tuple[int, ...]
+    parts: Mapping[str, Place]
+    usage: Usage
+
+    @property
+    def kind(self) -> str:
+        return "sdxl" if len(self.word_widths) == 2 else "sd"
+
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Part -> path, revision and fingerprint, for `pipeline.contract.StageInfo.models`."""
+        return {part: describe_model(place.path, place.revision, place.folder) for part, place in self.parts.items()}
+
+
+@runtime_checkable
+class LatentModel(Protocol):
+    """A frozen text-to-image model that works on latents.
+
+    Latents and the denoiser's output are float32 whatever the networks' types: rounding latents to half precision at
+    each of 50 steps would cost more than any method of inversion gains.
+    """
+
+    @property
+    def geometry(self) -> Geometry: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Part -> type of its weights."""
+
+    @property
+    def text_encoders(self) -> tuple[Encoder, ...]:
+        """The encoders that new words can be taught to (`stages.models.words`)."""
+
+    def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """z_BCHW of pictures: the mean of the autoencoder's posterior, scaled."""
+
+    def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+        """x_BCHW (about [-1, 1], not clamped) of latents; differentiable."""
+
+    def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
+        """The condition of each prompt, as the model's own pipeline would make it.
+
+        Args:
+            prompts: One a row; "" is the model's empty prompt.
+            guided: Also give the negative condition, which guidance above 1 needs.
+            negative: The negative prompt; the model's empty one when None.
+        """
+
+    def text_condition(self, text_BLE: torch.Tensor, pooled_BE: torch.Tensor | None = None) -> Condition:
+        """The condition of text latents instead of prompts; differentiable.
+
+        Raises:
+            ValueError: The model needs a pooled text latent and there is none.
+        """
+
+    def predictor(self, guidance: float = 1.0) -> Predict:
+        """The denoiser under classifier-free guidance; at 1 without, and one pass a call."""
+
+    def schedule(self, steps: int) -> Schedule:
+        """The deterministic sampler's coefficients, on the model's device."""
+
+    def draw(
+        self, condition: Condition, *, steps: int, guidance: float, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        """z_0 of new pictures by the model's own pipeline and scheduler, each from its generator's noise."""
+
+    def activation_bytes(self, call: Literal["predict", "encode", "decode"], *, gradient: bool = False) -> int:
+        """What one row adds to the device's memory at the peak of a call (with its backward pass: `gradient`), beside
+        the weights. A guided `predict` is two rows."""

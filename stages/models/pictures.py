@@ -1,0 +1,59 @@
+"""Pictures in and out of a latent model.
+
+Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from stages.models.latent import LatentModel
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Fit = Literal["crop", "pad", "stretch"]
+Filter = Literal["lanczos", "bicubic"]
+
+
+def fit_picture(picture: Image, size: int, fit: Fit = "crop", resample: Filter = "lanczos") -> torch.Tensor:
+    """A picture as a square (3, size, size) tensor in [-1, 1].
+
+    crop: the largest square in the middle, then resized. pad: resized until the longer side fits, the rest white, the
+    picture in the middle. stretch: both sides resized. A picture of the right size is left as it is.
+    """
+    from PIL import Image as pil
+    from PIL import ImageOps
+
+    method = pil.Resampling[resample.upper()]
+    picture = picture.convert("RGB")
+    if picture.size != (size, size):
+        if fit == "crop":
+            picture = ImageOps.fit(picture, (size, size), method)
+        elif fit == "pad":
+            picture = ImageOps.pad(picture, (size, size), method, color=(255, 255, 255))
+        else:
+            picture = picture.resize((size, size), method)
+    values = np.asarray(picture, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+
+
+def to_picture(x_CHW: torch.Tensor) -> Image:
+    """The 8-bit picture of a tensor in [-1, 1]; what lies outside is clipped. Rounds as diffusers' pipelines do."""
+    from PIL import Image as pil
+
+    values = (x_CHW.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+    return pil.fromarray((values * 255).round().astype(np.uint8))
+
+
+@torch.no_grad()
+def encode_pictures(model: LatentModel, pictures: Sequence[Image]) -> torch.Tensor:
+    """Latents (B, C, H, W) of pictures, cropped to the model's size.
+
+    Bicubic, where inversion fits by Lanczos: words and inverters that were learned from such latents stay as they are.
+    """
+    return model.encode(torch.stack([fit_picture(one, model.geometry.size, resample="bicubic") for one in pictures]))
