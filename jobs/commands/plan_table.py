@@ -51,6 +51,8 @@ def _planned(dry: DryRun, plan: Plan) -> Iterator[tuple[str, str]]:
     bulk = f"{count(plan.files, 'file')}, {size(plan.input_bytes)}, " if plan.input_bytes else ""
     yield "input", f"{bulk}{plan.format}"
     yield "columns", ", ".join(plan.columns)
+    for note in plan.notes:
+        yield "note", note
     for role, model in plan.models.items():
         yield f"model: {role}", str(model.get("path", ""))
     if dry.calibration is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 import fsspec
 
@@ -68,18 +68,28 @@ class FileScan:
     """What a scan found: number of rows, a digest of what they are, byte offsets of the rows that begin shards.
 
     ``keys``: the rows' natural keys where the format has them (ids derive from them and have to be checked).
+    ``schema``: the columns with their types, where the file tells.
     """
 
     rows: int
     digest: str
     offsets: Mapping[int, int] = field(default_factory=dict)
     keys: tuple[str, ...] | None = None
+    schema: pa.Schema | None = None
 
 
 Wanted = Mapping[str, str] | None
 """Name in the row -> name in the input; None: everything."""
 Begins = Callable[[int], bool]
 """Whether a shard begins at this row of the file."""
+Look = Callable[[int, Mapping[str, Any]], None]
+"""Is shown each row of a file while it is scanned: its number and its values; pictures as `Encoded` without bytes."""
+
+
+class Scan(Protocol):
+    """How many rows a file has, and where. Formats whose files tell their columns have no use for ``look``."""
+
+    def __call__(self, source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Format:
         schema: The columns with their types, where the files tell.
     """
 
-    scan: Callable[[Source, InputFile, Begins], FileScan]
+    scan: Scan
     rows: Callable[[Source, Span, Wanted], Iterator[Raw]]
     schema: Callable[[Source, InputFile], pa.Schema | None]
 
@@ -144,13 +154,27 @@ def as_encoded(value: Any) -> Encoded:
     return Encoded(bytes(value))
 
 
+def picture_type() -> pa.DataType:
+    """What `datasets` stores an Image feature as: these names, in this order."""
+    import pyarrow as pa
+
+    return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def is_picture(kind: pa.DataType) -> bool:
+    """Whether a column of this type says of itself that it holds pictures."""
+    import pyarrow as pa
+
+    return pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+
+
 def fixed(**columns: str) -> Callable[[Source, InputFile], pa.Schema]:
     """The schema of a format whose columns are always the same; name -> ``string`` or ``image``."""
 
     def schema(source: Source, file: InputFile) -> pa.Schema:
         import pyarrow as pa
 
-        types = {"string": pa.string(), "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())])}
+        types = {"string": pa.string(), "image": picture_type()}
         return pa.schema([(name, types[kind]) for name, kind in columns.items()])
 
     return schema

@@ -15,15 +15,16 @@ from pipeline.input.source import Source
 
 if TYPE_CHECKING:
     from pipeline.input.files import InputFile
-    from pipeline.input.rows import Begins, FileScan, Format, Raw, Span, Wanted
+    from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted
 
 
 def repeated(format: Format, name: str, values: tuple[str, ...]) -> Format:
     """The format with each row once for every value; ``name`` holds the value, ids end in ``/<value>``."""
     count = len(values)
 
-    def scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
-        found = format.scan(source, file, lambda row: any(begins(row * count + v) for v in range(count)))
+    def scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
+        shown = None if look is None else lambda row, found: look(row * count, found)
+        found = format.scan(source, file, lambda row: any(begins(row * count + v) for v in range(count)), shown)
         offsets = {
             row * count + v: offset
             for row, offset in found.offsets.items()

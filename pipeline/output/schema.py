@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.contract import Column
-from pipeline.input.rows import Encoded, Raw
+from pipeline.input.rows import Encoded, Raw, picture_type
 
 SCHEMA_VERSION = 1
 """Counts up when the layout of the output changes; part of every run fingerprint."""
 
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-"""What `datasets` stores an Image feature as: these names, in this order."""
+IMAGE = picture_type()
 
 _PLAIN = {
     "string": pa.string(),
@@ -47,43 +47,6 @@ def column_field(column: Column) -> pa.Field:
     return pa.field(column.name, pa.list_(value, size), metadata=note)
 
 
-def kept_field(name: str, found: pa.Field | None, sample: Sequence[Any]) -> pa.Field:
-    """The field of an input column that is copied to the output.
-
-    Args:
-        found: The input's own field, where the format has types.
-        sample: Values from the first rows, where it has none: text, numbers and truth values keep their type,
-            anything else (and any mixture) is stored as JSON.
-    """
-    if found is not None:
-        kind = found.type
-        if isinstance(kind, pa.BaseExtensionType):
-            shape = getattr(kind, "shape", None)
-            note = {"shape": json.dumps(list(shape))} if shape else None
-            return pa.field(name, kind.storage_type, metadata=note)
-        note = {k: v for k, v in (found.metadata or {}).items() if k in (b"shape", b"dtype", b"doc")}
-        return pa.field(name, kind, metadata=note or None)
-    values = [value for value in sample if value is not None]
-    if any(isinstance(value, Encoded) for value in values):
-        return pa.field(name, IMAGE)
-    if values and all(isinstance(value, np.ndarray) for value in values) and len({v.shape for v in values}) == 1:
-        first = values[0]
-        note = {"shape": json.dumps(list(first.shape)), "dtype": str(first.dtype)}
-        return pa.field(name, pa.list_(pa.from_numpy_dtype(first.dtype), first.size), metadata=note)
-    kinds = {type(value) for value in values}
-    if kinds == {bool}:
-        return pa.field(name, pa.bool_())
-    if kinds == {int} and all(-(2**63) <= value < 2**63 for value in values):
-        return pa.field(name, pa.int64())
-    if kinds and kinds <= {int, float}:
-        return pa.field(name, pa.float64())
-    if kinds <= {str}:
-        return pa.field(name, pa.string())
-    if kinds == {bytes}:
-        return pa.field(name, pa.binary())
-    return pa.field(name, pa.string(), metadata={"json": "true"})
-
-
 def output_schema(kept: Sequence[pa.Field], columns: Sequence[Column], metadata: Mapping[str, str]) -> pa.Schema:
     """id, kept columns, the stage's columns, status, error; with the metadata that makes `datasets` decode pictures.
 
@@ -104,9 +67,16 @@ def output_schema(kept: Sequence[pa.Field], columns: Sequence[Column], metadata:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two output columns are called {twice[0]!r}; rename the kept one with the input's columns")
-    features = {field.name: {"_type": "Image"} for field in fields if field.type == IMAGE}
-    noted = {"huggingface": json.dumps({"info": {"features": features}})} if features else {}
-    return pa.schema(fields, metadata={**metadata, **noted})
+    return noted(pa.schema(fields, metadata=dict(metadata)))
+
+
+def noted(schema: pa.Schema) -> pa.Schema:
+    """The schema with the note that makes `datasets` decode its pictures, and no such note where it has none."""
+    features = {field.name: {"_type": "Image"} for field in schema if field.type == IMAGE}
+    metadata = {key: value for key, value in (schema.metadata or {}).items() if key != b"huggingface"}
+    if features:
+        metadata[b"huggingface"] = json.dumps({"info": {"features": features}}).encode()
+    return schema.with_metadata(metadata)
 
 
 def picture_columns(schema: pa.Schema) -> frozenset[str]:
@@ -116,8 +86,15 @@ def picture_columns(schema: pa.Schema) -> frozenset[str]:
 def kept_value(value: Any, field: pa.Field) -> Any:
     """A kept column's value in the form that `cells` takes."""
     if value is not None and (field.metadata or {}).get(b"json"):
-        return json.dumps(value, default=str)
+        return json.dumps(value, default=_as_json)
     return value
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON has no form of: arrays as lists, bytes in base64, dates and the like as text."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def cell(value: Any, field: pa.Field) -> Any:
@@ -146,6 +123,8 @@ def cell(value: Any, field: pa.Field) -> Any:
         if isinstance(value, Encoded):
             return {"bytes": value.data, "path": None}
         raise CellError(f"column {field.name!r}: expected a picture, got {type(value).__name__}")
+    if pa.types.is_integer(kind) and isinstance(value, float) and not value.is_integer():
+        raise CellError(f"column {field.name!r}: {value} is no whole number")  # Arrow would cut it
     if pa.types.is_string(kind) and not isinstance(value, str):
         return json.dumps(value, default=str)
     return value
@@ -201,7 +180,8 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     arrays = []
     for field in schema:
         name, kind = field.name, field.type
-        if pa.types.is_string(kind) or pa.types.is_fixed_size_list(kind) or kind == IMAGE:
+        checked = (pa.types.is_string, pa.types.is_integer, pa.types.is_fixed_size_list)
+        if kind == IMAGE or any(is_kind(kind) for is_kind in checked):
             arrays.append(column_array([cell(row.get(name), field) for row in rows], field))
         else:
             arrays.append(column_array([row.get(name) for row in rows], field))
@@ -239,14 +219,10 @@ def means(total: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float
 
 
 def encode_schema(schema: pa.Schema) -> str:
-    import base64
-
     return base64.b64encode(schema.serialize().to_pybytes()).decode()
 
 
 def decode_schema(text: str) -> pa.Schema:
-    import base64
-
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
 
 

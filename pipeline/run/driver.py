@@ -183,7 +183,9 @@ def run(
     lock = Lock(folder)
     try:
         if not planned and not _check_folder(spec, drafted, folder):  # again: another run may have just ended here
-            write_plan(spec, drafted, own_folder(folder), time.time())
+            plan = write_plan(spec, drafted, own_folder(folder), time.time())
+            for note in plan["notes"]:
+                reporter.phase("planning", message=note)
         output = Output.open(spec.output, spec.storage_options)
         reporter.output = output
         return _resumed(

@@ -7,11 +7,11 @@ row count, each a few spans of files. Memory does not grow with the number of ro
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -26,9 +26,10 @@ from pipeline.input.rows import FileScan, Span, Wanted
 from pipeline.input.source import Source, SourceError
 from pipeline.output import parquet
 from pipeline.output import schema as columns_of
+from pipeline.output.kept import Settling
+from pipeline.run.columns import check_file, look
 from pipeline.storage import Folder
 
-SAMPLE_ROWS = 200
 SPANS_A_GROUP = 20_000
 LINE_IDS = ("parquet", "jsonl", "csv", "text", "datasets", "npy")
 """Formats whose ids, where the user names no column, are ``<file>#<row>``."""
@@ -101,6 +102,7 @@ class Plan:
         fingerprint: Hex digest over all that changes the bytes.
         estimated_bytes: Rough size of the output before compression, from the columns' types and a sample of the
             kept columns; pictures that the stage makes are guessed at 100 kB.
+        notes: What the user should know of the input: what is left out of it, columns that some files lack.
     """
 
     rows: int
@@ -112,6 +114,7 @@ class Plan:
     models: Mapping[str, Mapping[str, str]]
     fingerprint: str
     estimated_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Draft:
     Attributes:
         source: Resolved.
         wanted: What is read of each row.
-        schema: The output's.
+        schema: The output's, by what the beginning of the input tells of kept columns; `settled` says the last word.
         kept: Names of the columns copied from the input.
         fields: What goes into the fingerprint beside the input's content, by dotted name.
         bytes_per_row: Estimate.
@@ -167,42 +170,15 @@ def draft(spec: RunSpec) -> Draft:
     source = resolve(spec.source)
     info = spec.stage.describe()
     wanted = wanted_columns(source, spec.keep)
-    first = next(list_files(source))
-    reader = reader_of(source)
-    found = reader.schema(source, first)
-    if found is None or spec.keep:
-        everything = replace(source, id=None)  # ids are checked by the scan, which names the row
-        span = Span(first.name, first.path, 0, min(SAMPLE_ROWS, spec.limit or SAMPLE_ROWS))
-        sample = list(islice(reader.rows(everything, span, None), SAMPLE_ROWS))
-    else:
-        sample = []
-    available = list(found.names) if found is not None else sorted({name for raw in sample for name in raw.values})
-    _check_columns(source, spec, available)
-    kept = []
-    for name in spec.keep:
-        column = (wanted or {}).get(name, name)
-        own = found.field(column) if found is not None and name not in source.variants else None
-        kept.append(columns_of.kept_field(name, own, [raw.values.get(column) for raw in sample]))
+    seen = look(source, spec.keep, spec.limit)
+    kept = {name: (wanted or {}).get(name, name) for name in spec.keep}
+    fields = [seen.field(name, column) for name, column in kept.items()]
     try:
-        schema = columns_of.output_schema(kept, info.columns, {"latentmill": _file_note(spec, info)})
+        schema = columns_of.output_schema(fields, info.columns, {"latentmill": _file_note(spec, info)})
     except ValueError as error:
         raise PlanError(str(error)) from None
-    size = sum(columns_of.sample_bytes(sample, (wanted or {}).get(name, name)) for name in spec.keep)
+    size = sum(columns_of.sample_bytes(seen.rows, column) for column in kept.values())
     return Draft(source, wanted, info, schema, spec.keep, _fields(spec, source, info, schema), size + _row_bytes(info))
-
-
-def _check_columns(source: Source, spec: RunSpec, available: list[str]) -> None:
-    named = [(f"the input's columns ({name})", column) for name, column in source.columns.items()]
-    named += [("keep", name) for name in spec.keep if name not in {*source.columns, *source.variants}]
-    named += [("id", source.id)] if source.id is not None else []
-    for key, column in named:
-        if available and column not in available:
-            near = difflib.get_close_matches(column, available, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SourceError(f"{key}: the input has no column {column!r}{hint} It has {', '.join(available)}.")
-    for name in source.images:
-        if source.columns and name not in source.columns:
-            raise SourceError(f"images: {name!r} is not one of the mapped columns {', '.join(source.columns)}")
 
 
 def _row_bytes(info: StageInfo) -> float:
@@ -259,6 +235,21 @@ def _fields(spec: RunSpec, source: Source, info: StageInfo, schema: pa.Schema) -
     return plain
 
 
+def settling(drafted: Draft) -> Settling:
+    """What settles the types of the kept columns while the input is scanned."""
+    source, wanted = drafted.source, drafted.wanted or {}
+    return Settling({name: wanted.get(name, name) for name in drafted.kept if name not in source.variants})
+
+
+def settled(drafted: Draft, kept: Settling) -> pa.Schema:
+    """The output's schema once all of the input has been scanned."""
+    schema = drafted.schema
+    for name in kept.columns:
+        index = schema.get_field_index(name)
+        schema = schema.set(index, kept.field(schema.field(index)))
+    return columns_of.noted(schema)
+
+
 def fingerprint(fields: Mapping[str, Any], content: str) -> str:
     text = json.dumps({**fields, "input content": content}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -283,6 +274,7 @@ class Survey:
     files: int = 0
     bytes: int = 0
     content: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 def _file_ids(source: Source, file: InputFile, scan: FileScan | None) -> Iterator[str]:
@@ -296,12 +288,13 @@ def _file_ids(source: Source, file: InputFile, scan: FileScan | None) -> Iterato
 
 
 def survey_input(
-    source: Source, every: int, limit: int | None, totals: Survey, seen: Callable[[InputFile, FileScan], None]
-) -> Iterator[Shard]:
-    """Scan a resolved source and cut it into shards; ``totals`` and ``seen`` follow along.
+    source: Source, every: int, limit: int | None, totals: Survey, seen: Callable[[InputFile, FileScan], None],
+    kept: Settling | None = None,
+) -> Iterator[Shard]:  # fmt: skip
+    """Scan a resolved source and cut it into shards; ``totals``, ``seen`` and ``kept`` follow along.
 
     Raises:
-        SourceError: A file cannot be read; two rows share an id; there are no rows.
+        SourceError: A file cannot be read, or lacks a column; two rows share an id; there are no rows.
     """
     unique, content = Uniqueness(), hashlib.blake2b(digest_size=16)
     spans: list[Span] = []
@@ -312,8 +305,15 @@ def survey_input(
         if limit is not None and totals.rows >= limit:
             break
         begun = totals.rows
-        scan = reader_of(source).scan(source, file, lambda row, begun=begun: (begun + row) % every == 0)  # type: ignore[misc]
-        rows = scan.rows if limit is None else min(scan.rows, limit - begun)
+        begins = partial(_begins, begun, every)
+        left = None if limit is None else limit - begun
+        shown = partial(_shown, kept, left) if kept is not None and kept.columns else None
+        scan = reader_of(source).scan(source, file, begins, shown)
+        if scan.schema is not None:
+            check_file(source, file, scan.schema, tuple(kept.columns if kept is not None else ()))
+            if kept is not None:
+                kept.file(file.path, scan.schema)
+        rows = scan.rows if left is None else min(scan.rows, left)
         seen(file, scan)
         content.update(f"{file.name}\0{rows}\0{scan.digest}\n".encode())
         totals.files, totals.bytes = totals.files + 1, totals.bytes + file.size
@@ -343,6 +343,18 @@ def survey_input(
     if suspects := unique.suspects():
         _name_duplicates(source, limit, suspects)
     totals.content = content.hexdigest()
+    totals.notes += kept.notes() if kept is not None else []
+
+
+def _begins(begun: int, every: int, row: int) -> bool:
+    """Whether a shard of ``every`` rows begins at a row of a file whose first one is row ``begun`` of the input."""
+    return (begun + row) % every == 0
+
+
+def _shown(kept: Settling, rows: int | None, row: int, values: Mapping[str, Any]) -> None:
+    """Let a row count for the kept columns' types, if it is among the first ``rows``."""
+    if rows is None or row < rows:
+        kept.row(values)
 
 
 def _name_duplicates(source: Source, limit: int | None, suspects: set[int]) -> None:
@@ -371,8 +383,8 @@ def make_plan(spec: RunSpec) -> Plan:
         PlanError: Columns clash or are missing.
     """
     drafted = draft(spec)
-    totals = Survey()
-    for _ in survey_input(drafted.source, spec.shard_rows, spec.limit, totals, lambda file, scan: None):
+    totals, kept = Survey(), settling(drafted)
+    for _ in survey_input(drafted.source, spec.shard_rows, spec.limit, totals, lambda file, scan: None, kept):
         pass
     return _plan(drafted, totals)
 
@@ -388,6 +400,7 @@ def _plan(drafted: Draft, totals: Survey) -> Plan:
         models=drafted.info.models,
         fingerprint=fingerprint(drafted.fields, totals.content),
         estimated_bytes=int(totals.rows * drafted.bytes_per_row),
+        notes=tuple(totals.notes),
     )
 
 
@@ -403,14 +416,14 @@ def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) ->
     Returns:
         What ``plan.json`` holds.
     """
-    totals = Survey()
+    totals, kept = Survey(), settling(drafted)
     files, spans = _Rows(folder, "files.parquet", _FILES), _Rows(folder, "shards.parquet", _SPANS)
 
     def seen(file: InputFile, scan: FileScan) -> None:
         files.add((file.name, file.size, file.version, scan.digest, scan.rows))
 
     try:
-        for shard in survey_input(drafted.source, spec.shard_rows, spec.limit, totals, seen):
+        for shard in survey_input(drafted.source, spec.shard_rows, spec.limit, totals, seen, kept):
             for s in shard.spans:
                 path = s.path.encode(errors="surrogateescape")
                 spans.add((shard.index, shard.ids, s.name, path, s.start, s.stop, s.offset))
@@ -435,7 +448,7 @@ def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) ->
         "keep": list(spec.keep),
         "stage_columns": [asdict(column) for column in drafted.info.columns],
         "metadata": dict(drafted.info.metadata),
-        "schema": columns_of.encode_schema(drafted.schema),
+        "schema": columns_of.encode_schema(settled(drafted, kept)),
     }
     folder.write("plan.json", json.dumps(content, indent=1, default=str).encode())
     loaded: dict[str, Any] = json.loads(json.dumps(content, default=str))

@@ -9,7 +9,19 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from pipeline.input.files import InputFile
-from pipeline.input.rows import Begins, FileScan, Format, Raw, Span, Wanted, derived_id, file_digest, open_input, picked
+from pipeline.input.rows import (
+    Begins,
+    FileScan,
+    Format,
+    Look,
+    Raw,
+    Span,
+    Wanted,
+    derived_id,
+    file_digest,
+    open_input,
+    picked,
+)
 from pipeline.input.source import Source, SourceError
 
 if TYPE_CHECKING:
@@ -31,20 +43,24 @@ def _npy_header(handle: IO[bytes], path: str) -> tuple[tuple[int, ...], np.dtype
     return shape, dtype, handle.tell()
 
 
-def _npy_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+def _npy_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     with open_input(file.path, source) as handle:
         shape, dtype, start = _npy_header(handle, file.path)
     needed = start + int(np.prod(shape)) * dtype.itemsize
     if file.size < needed:
         raise SourceError(f"{file.path}: is cut short ({file.size} bytes, its header promises {needed})")
-    return FileScan(shape[0], file_digest(file))
+    return FileScan(shape[0], file_digest(file), schema=_schema(shape, dtype))
 
 
 def _npy_schema(source: Source, file: InputFile) -> pa.Schema:
-    import pyarrow as pa
-
     with open_input(file.path, source) as handle:
         shape, dtype, _ = _npy_header(handle, file.path)
+    return _schema(shape, dtype)
+
+
+def _schema(shape: tuple[int, ...], dtype: np.dtype) -> pa.Schema:
+    import pyarrow as pa
+
     size = int(np.prod(shape[1:]))
     note = {"shape": json.dumps(list(shape[1:])), "dtype": str(dtype)}
     return pa.schema([pa.field("embedding", pa.list_(pa.from_numpy_dtype(dtype), size), metadata=note)])

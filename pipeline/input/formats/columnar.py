@@ -15,14 +15,17 @@ from pipeline.input.rows import (
     Begins,
     FileScan,
     Format,
+    Look,
     Raw,
     Span,
     Wanted,
     as_encoded,
     file_digest,
+    is_picture,
     open_input,
     own_id,
     picked,
+    picture_type,
 )  # fmt: skip
 from pipeline.input.source import Source, SourceError
 
@@ -34,21 +37,23 @@ CACHED_GROUP_BYTES = 256 << 20
 BATCH_ROWS = 1024
 
 
-def _is_picture(field: pa.Field) -> bool:
-    import pyarrow as pa
-
-    kind = field.type
-    return pa.types.is_struct(kind) and {f.name for f in kind} == {"bytes", "path"}
-
-
 def _picture_names(schema: pa.Schema) -> set[str]:
     """Columns that hold pictures: by their type, or because the ``huggingface`` metadata says so."""
-    names = {field.name for field in schema if _is_picture(field)}
+    names = {field.name for field in schema if is_picture(field.type)}
     raw = (schema.metadata or {}).get(b"huggingface")
     if raw:
         features = (json.loads(raw).get("info") or {}).get("features") or {}
         names |= {name for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "Image"}
     return names & set(schema.names)
+
+
+def _shown(schema: pa.Schema) -> pa.Schema:
+    """The schema with one type for all that is read as a picture, also where metadata alone says so."""
+    pictures = _picture_names(schema)
+    for index, field in enumerate(schema):
+        if field.name in pictures:
+            schema = schema.set(index, field.with_type(picture_type()))
+    return schema
 
 
 def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> list[Any]:
@@ -107,8 +112,10 @@ def _read_columns(source: Source, schema: pa.Schema, wanted: Wanted, path: str) 
         return None
     needed = list(dict.fromkeys([*wanted.values(), *([source.id] if source.id else [])]))
     missing = [name for name in needed if name not in schema.names]
-    if missing:
-        raise SourceError(f"{path}: has no column {missing[0]!r}; it has {', '.join(schema.names)}")
+    lost = [name for name in missing if name == source.id or name in source.columns.values()]
+    if lost:
+        raise SourceError(f"{path}: has no column {lost[0]!r}; it has {', '.join(schema.names)}")
+    needed = [name for name in needed if name not in missing]  # a kept column that this file lacks is null in its rows
     if {"status", "error"} <= set(schema.names) and b"latentmill" in (schema.metadata or {}):
         needed += [name for name in ("status", "error") if name not in needed]
     return needed
@@ -129,20 +136,21 @@ def _parquet(source: Source, path: str) -> tuple[Any, Any]:
         raise SourceError(f"{path}: is no readable Parquet file ({error}); mend or remove it") from None
 
 
-def _parquet_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+def _parquet_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     parquet, handle = _parquet(source, file.path)
     with handle:
         rows = parquet.metadata.num_rows
         size = parquet.metadata.serialized_size
         handle.seek(max(0, file.size - size - 8))
         digest = hashlib.blake2b(handle.read(), digest_size=16).hexdigest()
-    return FileScan(rows, digest)
+        schema = _shown(parquet.schema_arrow)
+    return FileScan(rows, digest, schema=schema)
 
 
 def _parquet_schema(source: Source, file: InputFile) -> pa.Schema:
     parquet, handle = _parquet(source, file.path)
     with handle:
-        return parquet.schema_arrow
+        return _shown(parquet.schema_arrow)
 
 
 _last_group: dict[tuple[Any, ...], pa.Table] = {}
@@ -202,16 +210,17 @@ def _stream(source: Source, path: str) -> tuple[Any, Any]:
         raise SourceError(f"{path}: is no Arrow stream as `save_to_disk` writes it ({error})") from None
 
 
-def _datasets_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+def _datasets_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     stream, handle = _stream(source, file.path)
     with handle:
-        return FileScan(sum(batch.num_rows for batch in stream), file_digest(file))
+        rows, schema = sum(batch.num_rows for batch in stream), _shown(stream.schema)
+    return FileScan(rows, file_digest(file), schema=schema)
 
 
 def _datasets_schema(source: Source, file: InputFile) -> pa.Schema:
     stream, handle = _stream(source, file.path)
     with handle:
-        return stream.schema
+        return _shown(stream.schema)
 
 
 def _datasets_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.input.files import SUFFIXES, InputFile, version_of
-from pipeline.input.rows import Begins, FileScan, Format, Raw, Span, Wanted, open_input, picked, untold
+from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, open_input, picked, untold
 from pipeline.input.source import Source, SourceError
 
 Pictures = list[tuple[str, int, str]]
@@ -25,7 +25,7 @@ def _id(name: str) -> str:
     return name.rpartition("/")[0] or name
 
 
-def _scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+def _scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     """One row, whose digest changes with the text and with every picture."""
     digest = hashlib.blake2b(digest_size=16)
     with open_input(file.path, source) as handle:
@@ -33,6 +33,9 @@ def _scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
     for kind, pictures in _folders(source, file.path):
         for path, size, version in pictures:
             digest.update(f"{kind}\x1f{path.rpartition('/')[2]}\x1f{size}\x1f{version}\x1e".encode())
+    if look is not None:
+        for raw in _rows(source, Span(file.name, file.path, 0, 1), None):
+            look(0, raw.values)
     return FileScan(1, digest.hexdigest(), keys=(_id(file.name),))
 
 

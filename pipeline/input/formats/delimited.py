@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.input.files import InputFile
 from pipeline.input.formats.text import check_encoding, read_lines
-from pipeline.input.rows import Begins, FileScan, Format, Raw, Span, Wanted, own_id, picked
+from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, own_id, picked
 from pipeline.input.source import Source, SourceError
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def _csv_header(source: Source, path: str) -> tuple[list[str], str, int]:
     return names, delimiter, counted.position
 
 
-def _csv_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
-    _, delimiter, start = _csv_header(source, file.path)
+def _csv_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
+    names, delimiter, start = _csv_header(source, file.path)
     digest, offsets, rows = hashlib.blake2b(digest_size=16), {}, 0
 
     def hashed() -> Iterator[bytes]:
@@ -72,7 +72,7 @@ def _csv_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
             before = counted.position
     except csv.Error as error:
         raise SourceError(f"{file.path}, after row {rows}: {error}; is a quote left open?") from None
-    return FileScan(rows, digest.hexdigest(), offsets)
+    return FileScan(rows, digest.hexdigest(), offsets, schema=_schema(names))
 
 
 def _csv_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
@@ -102,9 +102,13 @@ def _valid(text: str) -> bool:
 
 
 def _csv_schema(source: Source, file: InputFile) -> pa.Schema:
+    return _schema(_csv_header(source, file.path)[0])
+
+
+def _schema(names: list[str]) -> pa.Schema:
     import pyarrow as pa
 
-    return pa.schema([(name, pa.string()) for name in _csv_header(source, file.path)[0]])
+    return pa.schema([(name, pa.string()) for name in names])
 
 
 CSV = Format(_csv_scan, _csv_rows, _csv_schema)

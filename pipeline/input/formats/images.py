@@ -12,6 +12,7 @@ from pipeline.input.rows import (
     Encoded,
     FileScan,
     Format,
+    Look,
     Raw,
     Span,
     Wanted,
@@ -23,7 +24,7 @@ from pipeline.input.rows import (
 from pipeline.input.source import Source
 
 
-def _images_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+def _images_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     return FileScan(1, file_digest(file), keys=(file.name,))
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from pipeline.input.files import InputFile
 from pipeline.input.rows import (
     Begins,
     FileScan,
     Format,
+    Look,
     Raw,
     Span,
     Wanted,
@@ -23,6 +24,8 @@ from pipeline.input.rows import (
     untold,
 )  # fmt: skip
 from pipeline.input.source import Source, SourceError
+
+LineLook = Callable[[int, bytes], None]
 
 
 def check_encoding(file: InputFile, first: bytes) -> None:
@@ -39,7 +42,7 @@ def read_lines(source: Source, path: str, offset: int) -> Iterator[bytes]:
         yield from handle
 
 
-def _scan(source: Source, file: InputFile, begins: Begins, blank: bool) -> FileScan:
+def _scan(source: Source, file: InputFile, begins: Begins, blank: bool, line_look: LineLook | None = None) -> FileScan:
     digest, offsets, rows, position = hashlib.blake2b(digest_size=16), {}, 0, 0
     for line in read_lines(source, file.path, 0):
         if not position:
@@ -48,9 +51,15 @@ def _scan(source: Source, file: InputFile, begins: Begins, blank: bool) -> FileS
         if blank or line.strip():
             if begins(rows):
                 offsets[rows] = position
+            if line_look is not None:
+                line_look(rows, line)
             rows += 1
         position += len(line)
     return FileScan(rows, digest.hexdigest(), offsets)
+
+
+def _text_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
+    return _scan(source, file, begins, blank=True)
 
 
 def _text(line: bytes, first: bool) -> str:
@@ -88,12 +97,19 @@ def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
             raise SourceError(f"{problem}, so its id {source.id!r} cannot be read; mend or remove the line")
 
 
-def _jsonl_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+def _jsonl_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     first = next((line for line in read_lines(source, file.path, 0) if line.strip()), b"")
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
         raise SourceError(f"{file.path}: is a JSON array; write one JSON object a line (JSONL) instead")
-    return _scan(source, file, begins, blank=False)
+
+    def parsed(row: int, line: bytes) -> None:
+        assert look is not None
+        with suppress(ValueError, RecursionError):  # such a line becomes a failed row when it is read
+            values = json.loads(_text(line, row == 0))
+            look(row, values if isinstance(values, dict) else {})
+
+    return _scan(source, file, begins, blank=False, line_look=None if look is None else parsed)
 
 
-TEXT = Format(partial(_scan, blank=True), _text_rows, fixed(text="string"))
+TEXT = Format(_text_scan, _text_rows, fixed(text="string"))
 JSONL = Format(_jsonl_scan, _jsonl_rows, untold)

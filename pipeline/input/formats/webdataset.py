@@ -7,12 +7,26 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import numpy as np
 
 from pipeline.input.files import SUFFIXES, InputFile, printable
-from pipeline.input.rows import Begins, Encoded, FileScan, Format, Raw, Span, Wanted, open_input, own_id, picked, untold
+from pipeline.input.rows import (
+    Begins,
+    Encoded,
+    FileScan,
+    Format,
+    Look,
+    Raw,
+    Span,
+    Wanted,
+    open_input,
+    own_id,
+    picked,
+    untold,
+)  # fmt: skip
 from pipeline.input.source import Source, SourceError
 
 
@@ -24,7 +38,7 @@ def _split_key(member: str) -> tuple[str, str]:
 
 
 def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, int, list[tarfile.TarInfo]]]:
-    """Runs of members with the same key: key, offset of the first header, members. Nothing is ever unpacked to disk."""
+    """Runs of members with the same key: key, offset of the first header, members."""
     key, start, members = "", 0, list[tarfile.TarInfo]()
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # else a big tar's headers pile up
@@ -43,24 +57,31 @@ def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, int, list[tarfile.TarIn
         yield key, start, members
 
 
-def _open_tar(source: Source, path: str, offset: int) -> tuple[tarfile.TarFile, IO[bytes]]:
-    handle = open_input(path, source)
-    handle.seek(offset)
+@contextmanager
+def _opened(source: Source, path: str, offset: int) -> Iterator[tarfile.TarFile]:
+    """The tar from a member's header on."""
+    with open_input(path, source) as handle:
+        handle.seek(offset)
+        with _tar(handle, path) as tar:
+            yield tar
+
+
+def _tar(handle: IO[bytes], path: str) -> tarfile.TarFile:
     try:
-        return tarfile.open(fileobj=handle, mode="r:gz" if path.endswith(".tgz") else "r:"), handle
+        return tarfile.open(fileobj=handle, mode="r:gz" if path.endswith(".tgz") else "r:")
     except tarfile.TarError as error:
-        handle.close()
         raise SourceError(f"{path}: is no readable tar ({error})") from None
 
 
-def _webdataset_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
-    tar, handle = _open_tar(source, file.path, 0)
+def _scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     digest, offsets, keys = hashlib.blake2b(digest_size=16), {}, list[str]()
-    with handle, tar:
+    with _opened(source, file.path, 0) as tar:
         try:
             for key, start, members in _groups(tar):
                 if begins(len(keys)):
                     offsets[len(keys)] = start
+                if look is not None:
+                    look(len(keys), _sample(tar, key, members, file.name, pictures=False)[0])
                 keys.append(f"{file.name}/{key}")
                 for member in members:
                     digest.update(f"{member.name}\0{member.size}\0{member.mtime}\n".encode(errors="surrogateescape"))
@@ -71,30 +92,51 @@ def _webdataset_scan(source: Source, file: InputFile, begins: Begins) -> FileSca
     return FileScan(len(keys), digest.hexdigest(), offsets, tuple(keys))
 
 
-def _webdataset_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
-    tar, handle = _open_tar(source, span.path, span.offset)
-    with handle, tar:
+def _rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
+    with _opened(source, span.path, span.offset) as tar:
         for row, (key, _, members) in enumerate(span.of(_groups(tar)), span.start):
-            derived = f"{span.name}/{key}"
-            values: dict[str, Any] = {"__key__": key}
-            problem = None
-            for member in members:
-                extension = _split_key(member.name)[1]
-                data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                try:
-                    _member(values, extension, data)
-                except ValueError as error:
-                    problem = problem or f"{member.name} in {span.name}: {error}"
-            own = derived if source.id is None else own_id(source, values, span, row)
+            values, problem = _sample(tar, key, members, span.name)
+            own = f"{span.name}/{key}" if source.id is None else own_id(source, values, span, row)
             yield Raw(own, picked(values, wanted), problem)
+
+
+def _sample(
+    tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], place: str, pictures: bool = True
+) -> tuple[dict[str, Any], str | None]:
+    """The members' contents under their extensions, and what is wrong with one of them.
+
+    Args:
+        pictures: Read them too; else they are `Encoded` without bytes.
+    """
+    values: dict[str, Any] = {"__key__": key}
+    problem = None
+    for member in members:
+        extension = _split_key(member.name)[1]
+        if not pictures and _is_picture(extension):
+            _add_picture(values, extension, Encoded())
+            continue
+        data = tar.extractfile(member).read()  # type: ignore[union-attr]
+        try:
+            _member(values, extension, data)
+        except ValueError as error:
+            problem = problem or f"{member.name} in {place}: {error}"
+    return values, problem
+
+
+def _is_picture(extension: str) -> bool:
+    return f".{extension}".endswith(SUFFIXES["images"])
+
+
+def _add_picture(values: dict[str, Any], extension: str, picture: Encoded) -> None:
+    values[extension] = picture
+    values.setdefault("image", picture)
 
 
 def _member(values: dict[str, Any], extension: str, data: bytes) -> None:
     """Add a tar member's content under its extension, and under ``image``, ``text`` or its own keys."""
     last = extension.rpartition(".")[2]
-    if "." + last in SUFFIXES["images"]:
-        values[extension] = Encoded(data)
-        values.setdefault("image", values[extension])
+    if _is_picture(extension):
+        _add_picture(values, extension, Encoded(data))
     elif last in ("txt", "text", "caption", "cls"):
         values[extension] = data.decode()
         if last != "cls":
@@ -110,4 +152,4 @@ def _member(values: dict[str, Any], extension: str, data: bytes) -> None:
         values[extension] = data
 
 
-WEBDATASET = Format(_webdataset_scan, _webdataset_rows, untold)
+WEBDATASET = Format(_scan, _rows, untold)

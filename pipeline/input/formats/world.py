@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pipeline.input.files import InputFile
 from pipeline.input.pictures import encode_picture
-from pipeline.input.rows import Begins, Encoded, FileScan, Format, Raw, Span, Wanted, fixed, picked
+from pipeline.input.rows import Begins, Encoded, FileScan, Format, Look, Raw, Span, Wanted, fixed, picked
 from pipeline.input.source import Source, SourceError
 
 
@@ -22,7 +22,7 @@ def _world(address: str) -> tuple[str, int, int]:
     return parts.netloc, int(query.get("rows", "64")), int(query.get("seed", "0"))
 
 
-def _world_scan(source: Source, file: InputFile, begins: Begins) -> FileScan:
+def _world_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     split, rows, seed = _world(file.path)
     return FileScan(rows, f"micro-world:{split}:{seed}:{rows}")
 
