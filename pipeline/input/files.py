@@ -11,20 +11,9 @@ from typing import Any, cast
 
 import fsspec
 
-from pipeline.input.source import FORMATS, Format, Source, SourceError
+from pipeline.input.source import FORMATS, SUFFIXES, Format, Source, SourceError
 from pipeline.storage import patiently
 
-SUFFIXES = {
-    "parquet": (".parquet", ".pq"),
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "csv": (".csv", ".tsv"),
-    "text": (".txt",),
-    "images": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"),
-    "webdataset": (".tar", ".tar.gz", ".tgz"),
-    "datasets": (".arrow",),
-    "npy": (".npy",),
-    "concepts": ("concept.yaml",),
-}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 GENERATED = "micro-world://"
 OWN = "_latentmill"

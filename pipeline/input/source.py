@@ -14,6 +14,18 @@ Format = Literal[
     "parquet", "jsonl", "csv", "text", "images", "webdataset", "datasets", "npy", "concepts", "micro-world"
 ]  # fmt: skip
 FORMATS: tuple[str, ...] = get_args(Format)
+SUFFIXES = {
+    "parquet": (".parquet", ".pq"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv", ".tsv"),
+    "text": (".txt",),
+    "images": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"),
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "datasets": (".arrow",),
+    "npy": (".npy",),
+    "concepts": ("concept.yaml",),
+}
+"""Format -> how the names of its files end; one whose rows are generated has none."""
 
 
 class SourceError(ValueError):

@@ -12,9 +12,9 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.input.files import SUFFIXES, InputFile, version_of
+from pipeline.input.files import InputFile, version_of
 from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, open_input, picked, untold
-from pipeline.input.source import Source, SourceError
+from pipeline.input.source import SUFFIXES, Source, SourceError
 
 Pictures = list[tuple[str, int, str]]
 """Address, size and version of each."""

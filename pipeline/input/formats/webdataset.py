@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.input.files import SUFFIXES, InputFile, printable
+from pipeline.input.files import InputFile, printable
 from pipeline.input.rows import (
     Begins,
     Encoded,
@@ -27,7 +27,7 @@ from pipeline.input.rows import (
     picked,
     untold,
 )  # fmt: skip
-from pipeline.input.source import Source, SourceError
+from pipeline.input.source import SUFFIXES, Source, SourceError
 
 
 def _split_key(member: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import micro
 from jobs.commands.cli import app
-from pipeline.input.files import SUFFIXES
+from pipeline.input.source import SUFFIXES
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 """Grey, RGB, RGBA, palette and animated; PNG, JPEG, GIF and TIFF; a page of text, a Hubble field, a cat."""
