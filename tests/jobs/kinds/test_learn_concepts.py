@@ -14,12 +14,15 @@ import yaml
 from PIL import Image
 
 from jobs.commands.try_concept import draw_sheet
+from jobs.dry_run import plan_job
 from jobs.kinds import learn_concepts
 from jobs.kinds.learn_concepts import LearnConcepts
 from jobs.kinds.train_inverter import InvertText, TrainInverter, draw_training
+from jobs.run import run_spec
 from pipeline.input.files import list_files, resolve
 from pipeline.input.read import read_rows, reader_of
 from pipeline.input.rows import Span
+from pipeline.run.driver import make_plan
 from stages.concepts.samples import concept_tokens, sheet, without_concept
 from stages.inverter.model import TextInverter
 from stages.models.unet import LatentDiffusion
@@ -101,6 +104,14 @@ def run(job, tmp_path) -> Output:
 def job_of(folder, tree, **changes) -> LearnConcepts:
     plain = {"input": str(tree), "model": folder, "learning": LEARNING, "device": "cpu", "checkpoint_seconds": 0}
     return LearnConcepts.model_validate(plain | changes)
+
+
+def test_a_dry_run_shows_the_fingerprint_that_the_run_will_have(folder, tree, tmp_path):
+    out = str(tmp_path / "out")
+    (dry,) = plan_job(job_of(folder, tree), out)
+    placed = job_of(folder, tree, output=out)
+    assert placed.stage().params["checkpoints"] == f"{out}/_checkpoints"
+    assert dry.plan.fingerprint == make_plan(run_spec(placed, out)).fingerprint
 
 
 def test_a_folder_tree_becomes_rows(folder, tree):
