@@ -1,0 +1,68 @@
+"""Gradients of the rows' losses, scaled a row where half precision would lose them.
+
+Legend: B slots; `loss_B`, `scale_B` one number a slot; `active_B`, `which_B`, `skip_B` are boolean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stages.engine.slots import per_row, slot_mask
+
+FLOAT16_SCALE = 2.0**16
+"""What `torch.amp.GradScaler` starts from too."""
+
+
+class RowGradient:
+    """The gradient of the *sum* of the rows' own losses: a row's part does not depend on the other rows.
+
+    Gradients of float16 activations underflow; multiplying the loss before, and dividing the gradient after, keeps them
+    (Micikevicius et al., Mixed Precision Training, ICLR 2018, section 3.2). There, as in `torch.amp.GradScaler`, one
+    scale serves all: one overflow costs everyone the step. Here each row has its own (ours): a row whose gradient
+    overflows skips the update and halves its scale; its neighbours go on. A scale never grows again: rows are short.
+
+    The tensors keep their addresses and nothing waits for the device, so a step may be captured.
+
+    Args:
+        slots: B.
+        scale: Of a fresh row, `FLOAT16_SCALE` under float16; None where no scale is needed (float32, bfloat16): the
+            gradient is then left as it is, and no row skips.
+
+    Attributes:
+        scale_B: Each row's scale; ones without one.
+    """
+
+    def __init__(self, slots: int, scale: float | None = None, device: torch.device | str = "cpu") -> None:
+        self.scale = scale
+        self.scale_B = torch.full((slots,), scale or 1.0, device=device)
+        self._none_B = torch.zeros(slots, dtype=torch.bool, device=device)
+
+    def reset(self, which: Sequence[int] | torch.Tensor) -> None:
+        """Give some slots (numbers, or a mask which_B) a fresh row's scale."""
+        self.scale_B.masked_fill_(slot_mask(len(self.scale_B), which, self.scale_B.device), self.scale or 1.0)
+
+    def __call__(
+        self, loss_B: torch.Tensor, x_B: torch.Tensor, active_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient and which rows must skip the update.
+
+        Args:
+            loss_B: Each row's loss.
+            x_B: The variable (B, ...), a leaf of loss_B's graph, float32.
+            active_B: Rows whose scales may be halved; all when None.
+
+        Returns:
+            grad_B, of x_B's shape, zero in rows that overflowed; skip_B.
+        """
+        if self.scale is None:
+            (grad_B,) = torch.autograd.grad(loss_B.sum(), x_B)
+            return grad_B, self._none_B
+        (grad_B,) = torch.autograd.grad((loss_B * self.scale_B).sum(), x_B)
+        with torch.no_grad():
+            grad_B = grad_B / per_row(self.scale_B, grad_B)
+            skip_B = ~grad_B.flatten(1).isfinite().all(1)
+            halved_B = skip_B if active_B is None else skip_B & active_B
+            self.scale_B.copy_(torch.where(halved_B, self.scale_B / 2, self.scale_B))
+            return torch.where(per_row(skip_B, grad_B), 0.0, grad_B), skip_B
