@@ -31,11 +31,11 @@ from benchmarks.ovi.setting import (
     rows_of,
     run,
 )
-from stages.ovi.settings import OVI, Constraint, Direct, Recipe, Retrieval, Stop, TextEmbedding, TrainedPrior
+from stages.ovi.settings import OVI, Constraint, Direct, PromptMethod, Retrieval, Stop, TextEmbedding, TrainedPrior
 
 
-def recipes(steps: int) -> list[Recipe]:
-    """The methods of the table; `steps` is the budget of the early recipes."""
+def table_methods(steps: int) -> list[PromptMethod]:
+    """The methods of the table; `steps` is the budget of OVI that does not stop by itself."""
     near = Constraint(neighbours=3.0)
     both = Constraint(mahalanobis=0.1, neighbours=1.0)
     moving = Constraint(neighbours=0.5, interval=5)
@@ -62,20 +62,24 @@ def recipes(steps: int) -> list[Recipe]:
     ]
 
 
-def fidelity(setting: World, given: Asked, methods: list[Recipe], seeds: int) -> dict[str, dict[str, float | None]]:
+Line = dict[str, float | None]
+"""Measures of a method."""
+
+
+def fidelity(setting: World, given: Asked, methods: list[PromptMethod], seeds: int) -> dict[str, Line]:
     rows = rows_of(setting, given.prompts)
     text_BE = torch.from_numpy(np.stack([row["text"] for row in rows]))
-    reference = setting.bench.reference
+    reference = setting.context.reference
     assert reference is not None
-    table: dict[str, dict[str, float | None]] = {}
-    for recipe in methods:
-        random = isinstance(recipe, (OVI, TrainedPrior))  # the others do not depend on the seed
-        outcomes: list[Outcome] = [run(recipe, setting, rows, seed) for seed in range(seeds if random else 1)]
+    table: dict[str, Line] = {}
+    for method in methods:
+        random = isinstance(method, (OVI, TrainedPrior))  # the others do not depend on the seed
+        outcomes: list[Outcome] = [run(method, setting, rows, seed) for seed in range(seeds if random else 1)]
         true_B = np.mean([cosine(outcome.z_BE, given.true_BE) for outcome in outcomes], axis=0)
         z_BE = outcomes[0].z_BE
         mean, half = interval(true_B)
         nearest_BK = reference.index.search(z_BE.numpy(), 1)[0]
-        table[recipe.label] = {
+        table[method.label] = {
             "true": mean,
             "half": half,
             "text": float(cosine(z_BE, text_BE).mean()),
@@ -85,11 +89,11 @@ def fidelity(setting: World, given: Asked, methods: list[Recipe], seeds: int) ->
             "passes": outcomes[0].mean("passes"),
             "seconds": float(np.mean([outcome.seconds for outcome in outcomes])) / len(rows),
         }
-        print(recipe.label, {k: v and round(v, 4) for k, v in table[recipe.label].items()}, flush=True)
+        print(method.label, {k: v and round(v, 4) for k, v in table[method.label].items()}, flush=True)
     return table
 
 
-def markdown(title: str, table: dict[str, dict[str, float | None]]) -> str:
+def markdown(title: str, table: dict[str, Line]) -> str:
     names = ["text", "mahalanobis", "nearest", "norm", "passes", "seconds"]
     lines = [f"### {title}", "", f"| method | cos to the true picture | {' | '.join(names)} |", "|---" * 8 + "|"]
     for label, row in table.items():
@@ -115,16 +119,16 @@ def main() -> None:
     file = RESULTS / "ovi_claims.json"
     result = json.loads(file.read_text()) if file.exists() else {"tables": {}}
     setting = open_world(options.model, options.rows, options.cache)
-    methods = recipes(options.steps)
-    order = [recipe.label for recipe in methods]
+    methods = table_methods(options.steps)
+    order = [method.label for method in methods]
     if options.methods:
-        methods = [recipe for recipe in methods if recipe.label in options.methods.split(",")]
+        methods = [method for method in methods if method.label in options.methods.split(",")]
     result |= {"machine": machine(), "prompts": options.prompts, "seeds": options.seeds, "bank": options.rows}
     for name in filter(None, options.sets.split(",")):
         used, kind = setting, name
         if name == "small":
             bank_NE = setting.bank_NE[-options.small :]
-            used = replace(setting, bank_NE=bank_NE, bench=replace(setting.bench, reference=reference_of(bank_NE)))
+            used = replace(setting, bank_NE=bank_NE, context=replace(setting.context, reference=reference_of(bank_NE)))
             kind = "heldout"
         table = fidelity(used, asked(used, kind, options.prompts), methods, options.seeds)
         if options.methods:

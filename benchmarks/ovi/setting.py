@@ -21,11 +21,12 @@ from micro import world
 from pipeline.contract import Row
 from stages.engine.solver import Occupancy
 from stages.models import clip
-from stages.ovi import priors
-from stages.ovi.settings import Recipe
+from stages.ovi.context import Context
+from stages.ovi.methods import build
+from stages.ovi.settings import PromptMethod
 
 RESULTS = Path(__file__).parent / "results"
-FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 _ALONE = 0.35  # the share of single objects among the world's scenes
 
 
@@ -41,7 +42,7 @@ class Asked:
 class World:
     """Loaded once a benchmark. `bank_NE` are raw image embeddings of training pictures."""
 
-    bench: priors.Bench
+    context: Context
     images: clip.ImageEncoder
     bank_NE: np.ndarray
 
@@ -89,11 +90,11 @@ def open_world(model: str | None = None, rows: int = 20_000, cache: Path | None 
         if cache is not None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             np.save(cache, bank_NE)
-    bench = priors.Bench(
+    context = Context(
         model=model, revision=None, device="cpu", seed=seed, vision=lambda: images.model, text=text,
-        reference=reference_of(bank_NE), occupancy={},
+        reference=reference_of(bank_NE),
     )  # fmt: skip
-    return World(bench, images, bank_NE)
+    return World(context, images, bank_NE)
 
 
 def asked(setting: World, kind: str, count: int) -> Asked:
@@ -115,7 +116,7 @@ def asked(setting: World, kind: str, count: int) -> Asked:
 
 
 def rows_of(setting: World, prompts: Sequence[str]) -> list[Row]:
-    text_BE = setting.bench.text(list(prompts))
+    text_BE = setting.context.text(list(prompts))
     return [
         {"id": f"p{i}", "prompt": p, "text": t.numpy()} for i, (p, t) in enumerate(zip(prompts, text_BE, strict=True))
     ]
@@ -138,13 +139,13 @@ class Outcome:
         return float(np.mean(values)) if values else None
 
 
-def run(recipe: Recipe, setting: World, rows: Sequence[Row], seed: int = 0) -> Outcome:
-    bench = replace(setting.bench, seed=seed, occupancy={})
-    method = priors.build(recipe, bench)
+def run(method: PromptMethod, setting: World, rows: Sequence[Row], seed: int = 0) -> Outcome:
+    context = replace(setting.context, seed=seed, occupancy={})
+    mapped = build(method, context)
     started = time.perf_counter()
-    found = {row["id"]: row for row in method(iter(rows))}
+    found = {row["id"]: row for row in mapped(iter(rows))}
     seconds = time.perf_counter() - started
-    return Outcome([found[row["id"]] for row in rows], seconds, bench.occupancy.get(recipe.label))
+    return Outcome([found[row["id"]] for row in rows], seconds, context.occupancy.get(method.label))
 
 
 def cosine(a_BE: torch.Tensor, b_BE: torch.Tensor) -> np.ndarray:

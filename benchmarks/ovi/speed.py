@@ -23,9 +23,9 @@ from benchmarks.ovi.setting import RESULTS, World, asked, cosine, machine, open_
 from micro import world
 from pipeline.contract import Row
 from stages.engine.randomness import row_normal
-from stages.ovi import priors
-from stages.ovi.problem import token_of_patch
-from stages.ovi.settings import EARLY, OVI, Constraint, Direct, Recipe, Stop
+from stages.models.vision_tower import token_of_patch
+from stages.ovi.settings import EARLY, OVI, Constraint, Direct, PromptMethod, Stop
+from stages.ovi.warm_starts import WarmStarts
 
 
 def published_form(
@@ -53,7 +53,7 @@ def published_form(
         return encode()
 
 
-def parts(steps: int) -> dict[str, Recipe]:
+def parts(steps: int) -> dict[str, PromptMethod]:
     """The engine, one part after another, up to so many steps a row."""
     stop = EARLY
     return {
@@ -66,7 +66,7 @@ def parts(steps: int) -> dict[str, Recipe]:
     }
 
 
-def drifted(objective: float) -> dict[str, Recipe]:
+def drifted(objective: float) -> dict[str, PromptMethod]:
     """The engine, each row up to the cosine to its text that the published run ends with on average."""
     stop = Stop(target=objective)
     return {
@@ -84,7 +84,7 @@ def warm(setting: World, rows: list[Row], donors: int, steps: int) -> list[Row]:
     prompts = [world.caption(world.sample_scene(10_000 + i), words, "full") for i in range(donors)]
     solved = run(OVI(steps=steps, slots=64, stop=Stop()), setting, rows_of(setting, prompts)).rows
     t_ME = nn.functional.normalize(torch.from_numpy(np.stack([row["text"] for row in solved])), dim=-1)
-    starts = priors.WarmStarts(t_ME, np.stack([row["variable"] for row in solved]))
+    starts = WarmStarts(t_ME, np.stack([row["variable"] for row in solved]))
     return list(starts(rows))
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     rows = rows_of(setting, given.prompts)
     text_BE = torch.from_numpy(np.stack([row["text"] for row in rows]))
     ids = [row["id"] for row in rows]
-    model = setting.bench.vision().eval().requires_grad_(False)
+    model = setting.context.vision().eval().requires_grad_(False)
     published_form(model, text_BE[:4], ids[:4], 2)  # warm
     lines: dict[str, dict[str, Any]] = {}
 
@@ -126,10 +126,10 @@ def main() -> None:
     z_BE = torch.cat([published_form(model, text_BE[batch], ids[batch], 1000) for batch in batches])
     note("published form", z_BE, time.process_time() - busy, time.perf_counter() - started, 1000.0, None)
     warmed = warm(setting, rows, options.donors, options.steps)
-    for name, recipe in {**parts(options.steps), **drifted(lines["published form"]["text"])}.items():
-        run(recipe.model_copy(update={"steps": 2}), setting, rows[:2])
+    for name, method in {**parts(options.steps), **drifted(lines["published form"]["text"])}.items():
+        run(method.model_copy(update={"steps": 2}), setting, rows[:2])
         busy = time.process_time()
-        outcome = run(recipe, setting, warmed if "warm" in name else rows)
+        outcome = run(method, setting, warmed if "warm" in name else rows)
         share = outcome.occupancy.share if outcome.occupancy else None
         note(name, outcome.z_BE, time.process_time() - busy, outcome.seconds, outcome.mean("steps"), share)
     RESULTS.mkdir(exist_ok=True)

@@ -20,32 +20,38 @@ import torch
 from benchmarks.ovi.setting import FIGURES, RESULTS, World, asked, cosine, interval, machine, open_world, rows_of
 from pipeline.contract import Row
 from stages.engine.stopping import StoppingRule
-from stages.ovi.priors import ReferenceSearch
-from stages.ovi.problem import Inversion, Settings, Space, VisionTower
+from stages.models.vision_tower import VisionTower
+from stages.ovi.constraints import ReferenceSearch
+from stages.ovi.problem import OviProblem, Parametrization
+from stages.ovi.settings import OVI, Constraint, Stop
 
-SWEEPS: dict[str, dict[str, dict[str, float]]] = {
-    "tokens": {f"P = {p}": {"tokens": p} for p in (1, 4, 16)} | {
-        "P = 4, compact": {"tokens": 4, "compact": 1}, "P = 16, compact": {"tokens": 16, "compact": 1}
-    },
-    "mahalanobis": {f"lambda {w:g}": {"mahalanobis": w, "compact": 1} for w in (0.02, 0.1, 0.5, 2.0)},
+
+def swept(tokens: int = 4, compact: bool = True, **constraint: float) -> OVI:
+    """OVI that does not stop by itself; slots and steps are those of the sweep."""
+    return OVI(tokens=tokens, compact=compact, stop=Stop(), constraint=Constraint.model_validate(constraint))
+
+
+SWEEPS: dict[str, dict[str, OVI]] = {
+    "tokens": {f"P = {p}": swept(p, compact=False) for p in (1, 4, 16)}
+    | {f"P = {p}, compact": swept(p) for p in (4, 16)},
+    "mahalanobis": {f"lambda {w:g}": swept(mahalanobis=w) for w in (0.02, 0.1, 0.5, 2.0)},
     "neighbours": {
-        f"lambda {w:g}, k = {k}": {"neighbours": w, "k": k, "compact": 1} for w in (0.5, 1.0, 3.0) for k in (1, 8)
+        f"lambda {w:g}, k = {k}": swept(neighbours=w, k=k, interval=1) for w in (0.5, 1.0, 3.0) for k in (1, 8)
     },
     "neighbours of the text": {
-        f"lambda {w:g}, k = {k}": {"neighbours": w, "k": k, "interval": 0, "compact": 1}
-        for w in (0.5, 1.0, 3.0) for k in (1, 8)
+        f"lambda {w:g}, k = {k}": swept(neighbours=w, k=k, interval=0) for w in (0.5, 1.0, 3.0) for k in (1, 8)
     },
     "both": {
-        f"Mahalanobis {m:g}, neighbours of the text {w:g}": {
-            "mahalanobis": m, "neighbours": w, "k": 8, "interval": 0, "compact": 1
-        } for m in (0.02, 0.1) for w in (1.0, 3.0)
+        f"Mahalanobis {m:g}, neighbours of the text {w:g}": swept(mahalanobis=m, neighbours=w, k=8, interval=0)
+        for m in (0.02, 0.1)
+        for w in (1.0, 3.0)
     },
-}  # fmt: skip
+}
 MEASURES = ("true", "text", "mahalanobis")
 
 
 @dataclass(frozen=True)
-class Path_:
+class Trajectory:
     """Along the steps (T) of each prompt (B): cosine to the true picture, to the text, Mahalanobis distance over E."""
 
     true_TB: np.ndarray
@@ -53,24 +59,22 @@ class Path_:
     mahalanobis_TB: np.ndarray
 
 
-def follow(setting: World, rows: list[Row], true_BE: torch.Tensor, steps: int, **options: float) -> Path_:
-    """Take `steps` updates of all rows at once, looking at every iterate."""
-    settings = Settings(
-        slots=len(rows), mahalanobis=options.get("mahalanobis", 0.0), neighbours=options.get("neighbours", 0.0),
-        k=int(options.get("k", 1)), interval=int(options.get("interval", 1)), stop=StoppingRule(limit=steps),
-    )  # fmt: skip
-    tower = VisionTower(setting.bench.vision(), int(options.get("tokens", 4)), bool(options.get("compact", 0)))
-    reference = setting.bench.reference
+def follow(setting: World, rows: list[Row], true_BE: torch.Tensor, steps: int, method: OVI) -> Trajectory:
+    """Take `steps` updates of all rows at once, evaluating every iterate."""
+    method = method.model_copy(update={"slots": len(rows), "steps": steps})
+    tower = VisionTower(setting.context.vision(), method.tokens, method.compact)
+    reference = setting.context.reference
     assert reference is not None
-    search = ReferenceSearch(reference, settings.k) if settings.neighbours else None
-    problem = Inversion(Space.tokens(tower), settings, whitening=setting.bench.whitening(), search=search)
+    search = ReferenceSearch(reference, method.constraint.k) if method.constraint.neighbours else None
+    whitening = setting.context.whitening()
+    problem = OviProblem(Parametrization.tokens(tower), method, whitening=whitening, search=search)
     problem.load(list(range(len(rows))), rows)
-    looks = []
+    evaluations = []
     for _ in range(steps + 1):
         problem.step()
-        looks.append((cosine(problem.z_BE, true_BE), *problem.report_B4[:, 1:3].T.numpy().copy()))
-    true_TB, text_TB, mahalanobis_TB = (np.stack(part) for part in zip(*looks, strict=True))
-    return Path_(true_TB, text_TB, mahalanobis_TB)
+        evaluations.append((cosine(problem.z_BE, true_BE), *problem.report_B4[:, 1:3].T.numpy().copy()))
+    true_TB, text_TB, mahalanobis_TB = (np.stack(part) for part in zip(*evaluations, strict=True))
+    return Trajectory(true_TB, text_TB, mahalanobis_TB)
 
 
 def stopped_at(value_TB: np.ndarray, rule: StoppingRule) -> np.ndarray:
@@ -86,7 +90,7 @@ def stopped_at(value_TB: np.ndarray, rule: StoppingRule) -> np.ndarray:
     return at_B
 
 
-def rules(path: Path_, target: float) -> dict[str, np.ndarray]:
+def rules(path: Trajectory, target: float) -> dict[str, np.ndarray]:
     """Name -> step at which each row stops. `target` is a cosine calibrated on the reference's own captions."""
     last = len(path.true_TB)
     every = np.arange(path.true_TB.shape[1])
@@ -105,7 +109,7 @@ def rules(path: Path_, target: float) -> dict[str, np.ndarray]:
     return found
 
 
-def judge(path: Path_, target: float) -> dict[str, dict[str, float]]:
+def judge(path: Trajectory, target: float) -> dict[str, dict[str, float]]:
     columns = np.arange(path.true_TB.shape[1])
     table = {}
     for name, at_B in rules(path, target).items():
@@ -119,7 +123,7 @@ def judge(path: Path_, target: float) -> dict[str, dict[str, float]]:
     return table
 
 
-def plot(title: str, paths: dict[str, Path_], file: Path) -> None:
+def plot(title: str, paths: dict[str, Trajectory], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,7 +171,9 @@ def main() -> None:
         file.write_text(json.dumps(result, indent=1) + "\n")
 
     for sweep in filter(None, options.sweeps.split(",")):
-        paths = {name: follow(setting, rows, given.true_BE, options.steps, **o) for name, o in SWEEPS[sweep].items()}
+        paths = {
+            name: follow(setting, rows, given.true_BE, options.steps, method) for name, method in SWEEPS[sweep].items()
+        }
         result["sweeps"][sweep] = {
             name: {m: [round(float(v), 4) for v in getattr(path, f"{m}_TB").mean(1)[::5]] for m in MEASURES}
             for name, path in paths.items()
@@ -178,7 +184,7 @@ def main() -> None:
             print(f"{sweep}: {name}: best {best.max():.4f} at {best.argmax()}, last {best[-1]:.4f}", flush=True)
         keep()
     if options.long:
-        path = follow(setting, rows, given.true_BE, options.long)
+        path = follow(setting, rows, given.true_BE, options.long, swept(compact=False))
         plot("OVI without constraint: the drift", {"P = 4": path}, FIGURES / "ovi_drift.png")
         result["stopping"] = judge(path, target)
         result["drift"] = {m: [round(float(v), 4) for v in getattr(path, f"{m}_TB").mean(1)[::5]] for m in MEASURES}

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-import micro
 from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
-from pipeline.contract import Settings, StageSpec
-from stages.engine.methods import Methods
-from stages.models.names import ModelName
-from stages.ovi.settings import AnyRecipe
+from pipeline.contract import StageSpec
+from stages.models.decoding import Decode
+from stages.ovi.settings import InvertPromptsSettings, PromptInversion, Score
 
 if TYPE_CHECKING:
     import pipeline.run.driver
@@ -31,47 +29,17 @@ MEASURES = ("text_cosine", "norm", "mahalanobis", "nearest_cosine", "clip_score"
 GRID_PROMPTS = 16
 
 
-class Decode(Settings):
-    """Pictures by Kandinsky 2.2's decoder."""
-
-    model: ModelName = str(micro.MODELS / "decoder")
-    """Folder or hub id of the decoder pipeline."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    steps: int = Field(50, ge=1)
-    """Denoising steps."""
-    guidance: float = Field(4.0, ge=0)
-    """Guidance scale."""
-    size: int | None = Field(None, ge=8)
-    """Side of the pictures in pixels. Left out: the model's own."""
-    batch: int = Field(16, ge=1)
-    """Pictures at once."""
-
-
-class InvertPrompts(JobBase):
+class InvertPrompts(PromptInversion, JobBase):
     """Prompts inverted to CLIP image embeddings (optimisation-based visual inversion and its rivals), one row for each
     prompt and method; with a decoder also to pictures.
     """
 
     job: Literal["invert-prompts"] = "invert-prompts"
-    model: ModelName = str(micro.MODELS / "prior")
-    """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    methods: Methods[AnyRecipe]
-    """How the prompts are inverted; a plain string stands for ``{method: ...}``. Each makes one row a prompt."""
-    reference: str | None = None
-    """Output of a ``reference`` job made with the same image encoder: real image embeddings for retrieval, for the
-    constraints, and for measuring."""
     decode: Decode | None = None
     """Make pictures. Left out: embeddings only, which a later job can decode."""
-    score: tuple[Literal["clip", "oracle", "frechet"], ...] = ()
+    score: tuple[Score, ...] = ()
     """``clip``: CLIP score of the pictures; ``oracle``: what the miniature world's judge finds (needs the columns of
     its prompt sets); ``frechet``: Frechet distance in CLIP space to the reference."""
-    oracle: ModelName | None = None
-    """Folder of the oracle. Left out: the shipped one."""
-    store_tokens: bool = False
-    """Keep OVI's tokens, so that a later job can start from them (``warm_start``)."""
     draws: int = Field(1, ge=1)
     """Rows a prompt and method, each with its own first tokens and decoder noise (T2I-CompBench++ takes 10)."""
 
@@ -89,24 +57,13 @@ class InvertPrompts(JobBase):
         variants: dict[str, tuple[str, ...]] = {}
         if self.draws > 1:
             variants["draw"] = tuple(str(draw) for draw in range(self.draws))
-        variants["method"] = tuple(recipe.label for recipe in self.methods)
+        variants["method"] = tuple(method.label for method in self.methods)
         return replace(self.input.source(), variants=variants)
 
     def stage(self) -> StageSpec:
-        return StageSpec(
-            "stages.ovi.stage:InvertPrompts",
-            {
-                "model": self.model,
-                "methods": [recipe.model_dump(mode="json") for recipe in self.methods],
-                "revision": self.revision,
-                "reference": self.reference,
-                "decoder": self.decode.model_dump(mode="json") if self.decode else None,
-                "scores": list(self.score),
-                "oracle": self.oracle,
-                "store_tokens": self.store_tokens,
-                "seed": self.seed,
-            },
-        )
+        shared = self.part(PromptInversion)
+        settings = InvertPromptsSettings(**dict(shared), decoder=self.decode, scores=self.score, seed=self.seed)
+        return StageSpec.of("stages.ovi.stage:InvertPrompts", settings)
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         summary = summarise(finished.tables(), finished.summaries(), self.reference)
@@ -125,7 +82,7 @@ def summarise(
 
     Args:
         tables: Committed tables.
-        summaries: What `stages.ovi.stage.InvertPrompts.take_summary` left.
+        summaries: What `stages.ovi.summary.Summary.take` left.
         reference: The job's reference, for the Frechet distances.
     """
     import numpy as np
@@ -133,7 +90,7 @@ def summarise(
 
     from index import gaussian
     from stages.ovi.scoring import frechet
-    from stages.ovi.stage import TOTALS
+    from stages.ovi.summary import TOTALS
 
     found: dict[str, dict[str, float | None]] = {}
     sums: dict[tuple[str, str], list[float]] = {}

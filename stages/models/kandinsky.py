@@ -6,14 +6,15 @@ Legend: B rows, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.contract import Row, batches, failed
+from pipeline.contract import Row, failed
+from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator
+from stages.models.decoding import Decode
 from stages.models.fingerprint import describe_model
 
 PARTS = ("unet", "movq")
@@ -23,19 +24,9 @@ class DecoderError(ValueError):
     """The decoder cannot be loaded or used; the message says why."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn: denoising steps, guidance scale, size in pixels (None: the model's own), rows at once."""
-
-    steps: int = 50
-    guidance: float = 4.0
-    size: int | None = None
-    batch: int = 16
-
-
-def identity(path: str, revision: str | None = None) -> dict[str, dict[str, str]]:
+def identity(decode: Decode) -> dict[str, dict[str, str]]:
     """Role -> path, revision and fingerprint of the decoder's networks, for `StageInfo.models`."""
-    return {f"decoder_{part}": describe_model(path, revision, part) for part in PARTS}
+    return {f"decoder_{part}": describe_model(decode.model, decode.revision, part) for part in PARTS}
 
 
 class Decoder:
@@ -45,22 +36,20 @@ class Decoder:
     embedding of an all-zero picture, which is computed once and passed in here.
 
     Args:
-        path: Folder or hub id of a `KandinskyV22Pipeline`.
+        decode: Folder or hub id of a `KandinskyV22Pipeline`, and how it samples.
         negative_E: The image encoder's output for the all-zero input.
 
     Raises:
         DecoderError: There is no such pipeline, or it takes embeddings of another width.
     """
 
-    def __init__(
-        self, path: str, negative_E: torch.Tensor, sampling: Sampling, *, seed: int = 0, revision: str | None = None,
-        device: str = "cpu",
-    ) -> None:  # fmt: skip
+    def __init__(self, decode: Decode, negative_E: torch.Tensor, *, seed: int = 0, device: str = "cpu") -> None:
         from diffusers import KandinskyV22Pipeline
 
+        path = decode.model
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         try:
-            pipe = KandinskyV22Pipeline.from_pretrained(path, torch_dtype=dtype, revision=revision)
+            pipe = KandinskyV22Pipeline.from_pretrained(path, torch_dtype=dtype, revision=decode.revision)
         except (OSError, ValueError) as error:
             raise DecoderError(f"{path}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
         width = pipe.unet.config.encoder_hid_dim
@@ -70,46 +59,44 @@ class Decoder:
         self.pipe.set_progress_bar_config(disable=True)
         for part in PARTS:
             getattr(self.pipe, part).requires_grad_(False)
-        self.negative_E, self.sampling, self.seed, self.device = negative_E, sampling, seed, device
+        self.negative_E, self.decode, self.seed, self.device = negative_E, decode, seed, device
         # The latent's side times the factor of the autoencoder that the pipeline calls MoVQ.
-        self.size = sampling.size or pipe.unet.config.sample_size * pipe.movq_scale_factor
+        self.size = decode.size or pipe.unet.config.sample_size * pipe.movq_scale_factor
 
     def pictures(self, z_BE: torch.Tensor, keys: list[str]) -> list[Any]:
         """RGB PIL pictures, size x size; row b's noise is drawn from (seed, keys[b])."""
         done: list[Any] = self.pipe(
             image_embeds=z_BE.to(self.device),
             negative_image_embeds=self.negative_E.to(self.device).expand(len(z_BE), -1),
-            height=self.size, width=self.size, num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance,
+            height=self.size, width=self.size, num_inference_steps=self.decode.steps,
+            guidance_scale=self.decode.guidance,
             generator=[row_generator(self.seed, key, "decode") for key in keys],
         ).images  # fmt: skip
         return done
 
     def __call__(self, rows: Iterable[Row], key: str = "id") -> Iterator[Row]:
         """Adds `image` to rows with an `embedding`; the noise is drawn from what they hold under `key`."""
-        for chunk in batches(rows, self.sampling.batch):
-            good = []
-            for row in chunk:
-                if row.get("status") == "failed":
-                    yield row
-                elif not np.isfinite(row["embedding"]).all():
-                    yield failed(row, "the embedding is not finite and cannot be decoded")
-                else:
-                    good.append(row)
-            yield from self._decode(good, key)
+        return in_batches(rows, self.decode.batch, lambda batch: self._finite(batch, key))
 
-    def _decode(self, rows: list[Row], key: str) -> Iterator[Row]:
+    def _finite(self, rows: list[Row], key: str) -> Iterator[Row]:
+        finite = [bool(np.isfinite(row["embedding"]).all()) for row in rows]
+        for row, fine in zip(rows, finite, strict=True):
+            if not fine:
+                yield failed(row, "the embedding is not finite and cannot be decoded")
+        yield from self._decoded([row for row, fine in zip(rows, finite, strict=True) if fine], key)
+
+    def _decoded(self, rows: list[Row], key: str) -> Iterator[Row]:
         if not rows:
             return
         try:
             z_BE = torch.from_numpy(np.stack([row["embedding"] for row in rows])).float()
-            images = self.pictures(z_BE, [row[key] for row in rows])
+            pictures = self.pictures(z_BE, [row[key] for row in rows])
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
             torch.cuda.empty_cache()
             half = len(rows) // 2
-            yield from self._decode(rows[:half], key)
-            yield from self._decode(rows[half:], key)
+            yield from self._decoded(rows[:half], key)
+            yield from self._decoded(rows[half:], key)
             return
-        yield from ({**row, "image": image} for row, image in zip(rows, images, strict=True))
+        yield from ({**row, "image": picture} for row, picture in zip(rows, pictures, strict=True))

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from micro.oracle import Oracle
     from stages.models.clip import ImageEncoder
 
-ASKED = ("objects", "relation", "count")
-"""Columns of the miniature prompt sets that say what a picture must show."""
-
 
 def embedding_measures(rows: list[Row], reference: Reference | None) -> list[Row]:
     """Adds `norm` and `text_cosine`, and against a reference `mahalanobis` (squared, over E) and the nearest image.
@@ -57,17 +54,18 @@ def clip_scores(rows: list[Row], encoder: ImageEncoder) -> list[Row]:
     picture's own embedding as `seen`."""
     if not rows:
         return []
-    seen_BE = encoder([row["image"] for row in rows])
+    z_BE = encoder([row["image"] for row in rows])
     t_BE = torch.from_numpy(np.stack([row["text"] for row in rows])).float()
-    score_B = (100 * nn.functional.cosine_similarity(seen_BE, t_BE, dim=-1).clamp_min(0)).tolist()
+    score_B = (100 * nn.functional.cosine_similarity(z_BE, t_BE, dim=-1).clamp_min(0)).tolist()
     return [
-        {**row, "clip_score": score, "seen": seen.numpy()}
-        for row, score, seen in zip(rows, score_B, seen_BE, strict=True)
+        {**row, "clip_score": score, "seen": z_E.numpy()} for row, score, z_E in zip(rows, score_B, z_BE, strict=True)
     ]
 
 
 def asked_of(row: Row) -> dict[str, Any] | None:
-    """What a prompt of the miniature world asks for; None where the row does not say.
+    """What a prompt of the miniature world asks for, by its columns `objects`, `relation`, `count`.
+
+    None where the row does not say.
 
     Raises:
         ValueError: The column `objects` is no list of attributes.

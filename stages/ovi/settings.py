@@ -1,19 +1,22 @@
 """How a prompt becomes an image embedding: the settings of every method. Plain models; nothing heavy is imported.
 
-Each method's own text says which of it is published and which is ours. `stages.ovi.priors` does what is described here.
+Each method's own text says which of it is published and which is ours. `stages.ovi.methods` does what they say.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+import micro
 from pipeline.contract import Settings
-from stages.engine.methods import Method
+from stages.engine.methods import Method, Methods
+from stages.models.decoding import Decode
+from stages.models.names import ModelName
 
 
-class Recipe(Method):
+class PromptMethod(Method):
     """What every method may be told."""
 
     rescale: bool = False
@@ -59,13 +62,13 @@ world this ends near the step of greatest fidelity, where the steep rise turns i
 embedding, and needs neither a true picture nor a calibration (docs/ovi.md)."""
 
 
-class TextEmbedding(Recipe):
+class TextEmbedding(PromptMethod):
     """The text embedding, used as if it were an image's. The baseline that scores surprisingly high in the paper."""
 
     method: Literal["text-embedding"] = "text-embedding"
 
 
-class Retrieval(Recipe):
+class Retrieval(PromptMethod):
     """The mean of the k nearest image embeddings of the reference, by cosine to the text."""
 
     method: Literal["retrieval"] = "retrieval"
@@ -73,7 +76,7 @@ class Retrieval(Recipe):
     """Images whose mean is taken; 1 is the nearest image itself."""
 
 
-class TrainedPrior(Recipe):
+class TrainedPrior(PromptMethod):
     """A trained diffusion prior (Kandinsky 2.2's pipeline), or an ECLIPSE-style prior that needs one pass."""
 
     method: Literal["trained-prior"] = "trained-prior"
@@ -90,7 +93,7 @@ class TrainedPrior(Recipe):
     """Rows at once."""
 
 
-class Direct(Recipe):
+class Direct(PromptMethod):
     """OVI's objective minimised over the embedding itself, without the encoder (ours): seconds for 100,000 prompts."""
 
     method: Literal["direct"] = "direct"
@@ -104,9 +107,22 @@ class Direct(Recipe):
     """When a row stops earlier."""
     slots: int = Field(256, ge=1)
     """Rows at once."""
+    # What OVI lets one choose and `direct` does not.
+    weight_decay: ClassVar[float] = 0.0
+    init_std: ClassVar[float] = 0.0
+    precision: ClassVar[Literal["float32"]] = "float32"
+    accelerate: ClassVar[Literal["none"]] = "none"
+
+    @property
+    def stopping(self) -> Stop:
+        return self.stop
+
+    @property
+    def limit(self) -> int:
+        return self.steps
 
 
-class OVI(Recipe):
+class OVI(PromptMethod):
     """Optimisation-based visual inversion (Dell'Erba and Bagdanov): visual tokens optimised through the encoder."""
 
     method: Literal["ovi"] = "ovi"
@@ -143,11 +159,13 @@ class OVI(Recipe):
 
     @property
     def stopping(self) -> Stop:
+        """`stop`, or what stands for it when it is left out."""
         drifts = self.recipe == "early" and not (self.constraint.mahalanobis or self.constraint.neighbours)
         return self.stop or (EARLY if drifts else Stop())
 
     @property
     def limit(self) -> int:
+        """`steps`, or what stands for it when it is left out."""
         return self.steps or (1000 if self.recipe == "published" else 60)
 
     @model_validator(mode="after")
@@ -164,7 +182,39 @@ class OVI(Recipe):
         return self
 
 
-AnyRecipe = Annotated[
+AnyPromptMethod = Annotated[
     TextEmbedding | Retrieval | TrainedPrior | Direct | OVI,
     Field(discriminator="method"),
 ]
+
+
+class PromptInversion(Settings):
+    """What the job `invert-prompts` hands on to its stage as it is."""
+
+    model: ModelName = str(micro.MODELS / "prior")
+    """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    methods: Methods[AnyPromptMethod]
+    """How the prompts are inverted; a plain string stands for ``{method: ...}``. Each makes one row a prompt."""
+    reference: str | None = None
+    """Output of a ``reference`` job made with the same image encoder: real image embeddings for retrieval, for the
+    constraints, and for measuring."""
+    oracle: ModelName | None = None
+    """Folder of the oracle. Left out: the shipped one."""
+    store_tokens: bool = False
+    """Keep OVI's tokens, so that a later job can start from them (``warm_start``)."""
+
+
+Score = Literal["clip", "oracle", "frechet"]
+
+
+class InvertPromptsSettings(PromptInversion):
+    """What the stage is told: the job's `decode` and `score` go by the names of what they make."""
+
+    decoder: Decode | None = None
+    """Make pictures. Left out: embeddings only."""
+    scores: tuple[Score, ...] = ()
+    """What judges them."""
+    seed: int = 0
+    """Everything random about a row is drawn from (seed, id)."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.contract import Column, Row, StageInfo, batches, failed
-from stages.engine.solver import Occupancy
-from stages.models import clip
-from stages.models import kandinsky as decode
-from stages.ovi.settings import OVI, AnyRecipe, Recipe, TrainedPrior
+from stages.engine.device import chosen_device
+from stages.models import clip, kandinsky
+from stages.models.fingerprint import describe_model
+from stages.ovi import scoring
+from stages.ovi.context import Context
+from stages.ovi.methods import build
+from stages.ovi.settings import OVI, InvertPromptsSettings, TrainedPrior
+from stages.ovi.summary import Summary
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 """Where the prompt is looked for, in this order."""
@@ -36,82 +38,59 @@ _AGAINST_REFERENCE = (
     Column("nearest_cosine", "float32", doc="cosine to the nearest image of the reference"),
     Column("nearest_id", "string", doc="its id"),
 )
-
-
-def parse(methods: Sequence[Mapping[str, Any]]) -> tuple[Recipe, ...]:
-    """Recipes from their JSON form."""
-    from pydantic import TypeAdapter
-
-    adapter: TypeAdapter[Any] = TypeAdapter(AnyRecipe)
-    return tuple(adapter.validate_python(dict(method)) for method in methods)
+_CLIP_SCORE = (Column("clip_score", "float32", doc="100 max(cos(picture, prompt), 0)"),)
+_ORACLE_SCORES = (
+    Column("bound", "float32", doc="share of the asked objects that the oracle finds"),
+    Column("success", "bool", doc="the oracle finds everything that was asked"),
+)
 
 
 class InvertPrompts:
     """Prompts to image embeddings by one of several methods a row, then, if asked, to pictures and scores.
 
-    Rows carry `prompt` and `method` (a recipe's label). Whatever is random about a row is drawn from the seed and the
+    Rows carry `prompt` and `method` (a method's label). Whatever is random about a row is drawn from the seed and the
     id without its method, so that the methods of one prompt start from the same tokens and the same decoder noise.
 
     Args:
-        model: Folder or hub id of the encoders.
-        methods: Recipes in JSON form.
-        reference: Output of a `reference` job.
-        decoder: Keys `model`, `revision`, and those of `stages.models.kandinsky.Sampling`; None: no pictures.
-        scores: Any of `clip`, `oracle`, `frechet`.
-        oracle: Folder of the oracle; None: the shipped one.
-        store_tokens: Keep OVI's tokens, for warm starts.
+        settings: What is loaded, and what is done.
         device: None: CUDA where there is one.
     """
 
-    def __init__(
-        self, model: str, methods: Sequence[Mapping[str, Any]], *, revision: str | None = None,
-        reference: str | None = None, decoder: Mapping[str, Any] | None = None, scores: Sequence[str] = (),
-        oracle: str | None = None, store_tokens: bool = False, seed: int = 0, device: str | None = None,
-    ) -> None:  # fmt: skip
-        from stages.ovi import priors
+    Settings = InvertPromptsSettings
 
-        self.model, self.revision, self.scores, self.seed = model, revision, tuple(scores), seed
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.store_tokens = store_tokens
+    def __init__(self, settings: InvertPromptsSettings, device: str | None = None) -> None:
+        self.settings, self.device = settings, chosen_device(device)
+        model, revision, self.scores = settings.model, settings.revision, settings.scores
         self.text = clip.TextEncoder(model, revision, self.device)
         self.reference = None
-        if reference is not None:
+        if settings.reference is not None:
             from index.reference import Reference
 
             encoder = clip.identity(model, "image", revision)
-            self.reference = Reference.open(reference, encoder=encoder, device=self.device)
-        occupancy: dict[str, Occupancy] = {}
-        self.occupancy = occupancy
-        bench = priors.Bench(
-            model=model, revision=revision, device=self.device, seed=seed, vision=lambda: self.images.model,
-            text=self.text, reference=self.reference, occupancy=occupancy,
+            self.reference = Reference.open(settings.reference, encoder=encoder, device=self.device)
+        context = Context(
+            model=model, revision=revision, device=self.device, seed=settings.seed,
+            vision=lambda: self.image_encoder.model, text=self.text, reference=self.reference,
         )  # fmt: skip
-        self.methods = {recipe.label: priors.build(recipe, bench) for recipe in parse(methods)}
+        self.methods = {method.label: build(method, context) for method in settings.methods}
         self.decoder = None
-        if decoder is not None:
-            options = {key: value for key, value in decoder.items() if key not in ("model", "revision")}
-            self.decoder = decode.Decoder(
-                decoder["model"], self.images.zero_embedding(), decode.Sampling(**options), seed=seed,
-                revision=decoder.get("revision"), device=self.device,
-            )  # fmt: skip
+        if settings.decoder is not None:
+            negative_E = self.image_encoder.zero_embedding()
+            self.decoder = kandinsky.Decoder(settings.decoder, negative_E, seed=settings.seed, device=self.device)
         self.oracle = None
         if "oracle" in self.scores:
             from micro.oracle import Oracle
 
-            self.oracle = Oracle.load(oracle) if oracle else Oracle.load()
-        self._start_summary()
+            self.oracle = Oracle.load(settings.oracle) if settings.oracle else Oracle.load()
+        self.summary = Summary(self.methods, context.occupancy)
 
     @cached_property
-    def images(self) -> clip.ImageEncoder:
-        return clip.ImageEncoder(self.model, self.revision, self.device)
+    def image_encoder(self) -> clip.ImageEncoder:
+        return clip.ImageEncoder(self.settings.model, self.settings.revision, self.device)
 
     @staticmethod
-    def describe(
-        model: str, methods: Sequence[Mapping[str, Any]], *, revision: str | None = None,
-        reference: str | None = None, decoder: Mapping[str, Any] | None = None, scores: Sequence[str] = (),
-        oracle: str | None = None, store_tokens: bool = False, seed: int = 0, device: str | None = None,
-    ) -> StageInfo:  # fmt: skip
-        recipes = parse(methods)
+    def describe(settings: InvertPromptsSettings) -> StageInfo:
+        model, revision = settings.model, settings.revision
         width = clip.embedding_width(model, revision)
         columns = [
             Column("prompt", "string"), Column("method", "string"),
@@ -121,29 +100,24 @@ class InvertPrompts:
             "image_encoder": clip.identity(model, "image", revision),
             "text_encoder": clip.identity(model, "text", revision),
         }
-        for recipe in recipes:
-            if isinstance(recipe, TrainedPrior):
-                from stages.models.fingerprint import describe_model
-
-                own, part = (recipe.prior, "") if recipe.prior else (recipe.model or model, "prior")
-                models[f"prior_{recipe.label}"] = describe_model(own, revision if own == model else None, part)
-        if reference is not None:
-            from index.reference import find
-
+        for method in settings.methods:
+            if isinstance(method, TrainedPrior):
+                own, part = (method.prior, "") if method.prior else (method.model or model, "prior")
+                models[f"prior_{method.label}"] = describe_model(own, revision if own == model else None, part)
+        if settings.reference is not None:
             columns += _AGAINST_REFERENCE
-            digest = hashlib.blake2b((find(reference) / "reference.json").read_bytes(), digest_size=16).hexdigest()
-            models["reference"] = {"path": reference, "revision": "", "fingerprint": digest}
-        if store_tokens:
-            columns.append(_tokens_column(recipes, model, revision))
-        if decoder is not None:
+            models["reference"] = _identity_of_reference(settings.reference)
+        if settings.store_tokens:
+            columns.append(_tokens_column(settings))
+        if settings.decoder is not None:
             columns.append(Column("image", "image"))
-            models |= decode.identity(decoder["model"], decoder.get("revision"))
-            if "clip" in scores:
-                columns.append(Column("clip_score", "float32", doc="100 max(cos(picture, prompt), 0)"))
-            if "oracle" in scores:
-                columns.append(Column("bound", "float32", doc="share of the asked objects that the oracle finds"))
-                columns.append(Column("success", "bool", doc="the oracle finds everything that was asked"))
+            columns += _CLIP_SCORE if "clip" in settings.scores else ()
+            columns += _ORACLE_SCORES if "oracle" in settings.scores else ()
+            models |= kandinsky.identity(settings.decoder)
         return StageInfo(tuple(columns), models)
+
+    def take_summary(self) -> dict[str, np.ndarray]:
+        return self.summary.take()
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
         """One row out for each in; the shard's rows are held together, so that each method's slots stay full."""
@@ -173,38 +147,40 @@ class InvertPrompts:
         text_BE = self.text(prompts)
         ids = {}
         given = []
-        for row, prompt, text in zip(group, prompts, text_BE, strict=True):
+        for row, prompt, text_E in zip(group, prompts, text_BE, strict=True):
             key = str(row["id"]).removesuffix(f"/{label}")
             ids[key] = row["id"]
-            given.append({**row, "id": key, "key": key, "prompt": prompt, "text": text.numpy()})
-        from stages.ovi.scoring import embedding_measures
-
+            given.append({**row, "id": key, "key": key, "prompt": prompt, "text": text_E.numpy()})
         for chunk in batches(self.methods[label](given), CHUNK):
-            self._spent(label, "seconds", time.perf_counter() - started)
-            solved = [row for row in chunk if row["status"] != "failed"]
-            out = [row for row in chunk if row["status"] == "failed"]
-            solved = embedding_measures(solved, self.reference)
-            self._count(label, solved, len(out))
-            started = time.perf_counter()
+            self.summary.add(label, "seconds", time.perf_counter() - started)
+            done, lost = _parted(chunk)
+            done = scoring.embedding_measures(done, self.reference)
+            self.summary.add(label, "rows", len(done))
+            self.summary.add(label, "failed", len(lost))
+            if "frechet" in self.scores:
+                self.summary.observe(f"embeddings.{label}", [row["embedding"] for row in done])
             if self.decoder is not None:
-                solved = list(self.decoder(solved, key="key"))
-                self._spent(label, "decode_seconds", time.perf_counter() - started)
-                out += [row for row in solved if row["status"] == "failed"]
-                solved = self._scored(label, [row for row in solved if row["status"] != "failed"])
-            for row in [*out, *solved]:
-                if self.store_tokens and "variable" in row:
-                    row["tokens"] = row["variable"]
-                own = ids[row["key"]]
-                yield {**{name: row[name] for name in row if name not in _INTERNAL}, "id": own}
+                started = time.perf_counter()
+                done, undrawn = _parted(self.decoder(done, key="key"))
+                self.summary.add(label, "decode_seconds", time.perf_counter() - started)
+                lost += undrawn
+                done = self._scored(label, done)
+            for row in [*lost, *done]:
+                yield self._output(row, ids[row["key"]])
             started = time.perf_counter()
+
+    def _output(self, row: Row, own_id: str) -> Row:
+        """The row under its own id, without what only the methods needed."""
+        kept = {name: value for name, value in row.items() if name not in _INTERNAL}
+        if self.settings.store_tokens and "variable" in row:
+            kept["tokens"] = row["variable"]
+        return {**kept, "id": own_id}
 
     def _scored(self, label: str, rows: list[Row]) -> list[Row]:
-        from stages.ovi import scoring
-
         if "clip" in self.scores or "frechet" in self.scores:
-            rows = scoring.clip_scores(rows, self.images)
-        if "frechet" in self.scores and rows:
-            self._moments(f"pictures.{label}", np.stack([row["seen"] for row in rows]))
+            rows = scoring.clip_scores(rows, self.image_encoder)
+        if "frechet" in self.scores:
+            self.summary.observe(f"pictures.{label}", [row["seen"] for row in rows])
         if self.oracle is None:
             return rows
         good, bad = [], []
@@ -216,59 +192,33 @@ class InvertPrompts:
                 bad.append(failed(row, str(error)))
         return [*scoring.oracle_scores(good, self.oracle), *bad]
 
-    # What a shard leaves beside its record: time and slot occupancy of each method, and moments of its embeddings.
-
-    def _start_summary(self) -> None:
-        self._totals: dict[str, dict[str, float]] = {label: {} for label in self.methods}
-        self._accumulators: dict[str, Any] = {}
-        for occupancy in self.occupancy.values():
-            occupancy.__init__()  # type: ignore[misc]
-
-    def _spent(self, label: str, what: str, seconds: float) -> None:
-        totals = self._totals[label]
-        totals[what] = totals.get(what, 0.0) + seconds
-
-    def _count(self, label: str, solved: list[Row], lost: int) -> None:
-        self._spent(label, "rows", len(solved))
-        self._spent(label, "failed", lost)
-        if "frechet" in self.scores and solved:
-            self._moments(f"embeddings.{label}", np.stack([row["embedding"] for row in solved]))
-
-    def _moments(self, name: str, z_BE: np.ndarray) -> None:
-        from index.gaussian import Accumulator
-
-        self._accumulators.setdefault(name, Accumulator(z_BE.shape[1])).add(z_BE)
-
-    def take_summary(self) -> dict[str, np.ndarray]:
-        """`totals.<method>`: rows, failed, seconds, decode seconds, slot steps, busy slot steps; and moments.
-
-        Moments are those of `index.gaussian.Moments.to_arrays`, of the embeddings and of the pictures' embeddings.
-        """
-        summary = {}
-        for label, totals in self._totals.items():
-            occupancy = self.occupancy.get(label, Occupancy())
-            summary[f"totals.{label}"] = np.array(
-                [*(totals.get(name, 0.0) for name in TOTALS[:4]), occupancy.slot_steps, occupancy.busy_slot_steps]
-            )
-        for name, accumulator in self._accumulators.items():
-            arrays = accumulator.moments().to_arrays()
-            summary |= {f"moments.{name}.{part}": array for part, array in arrays.items()}
-        self._start_summary()
-        return summary
-
-
-TOTALS = ("rows", "failed", "seconds", "decode_seconds", "slot_steps", "busy_slot_steps")
-
 
 def prompt_of(row: Row) -> str | None:
     """The row's prompt: the first of its columns `prompt`, `text`, `caption` that holds a text."""
     return next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), None)
 
 
-def _tokens_column(recipes: Sequence[Recipe], model: str, revision: str | None) -> Column:
-    counts = {recipe.tokens for recipe in recipes if isinstance(recipe, OVI)}
+def _parted(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows that go on, and rows that have failed."""
+    good: list[Row] = []
+    bad: list[Row] = []
+    for row in rows:
+        (bad if row["status"] == "failed" else good).append(row)
+    return good, bad
+
+
+def _identity_of_reference(path: str) -> dict[str, str]:
+    from index.reference import find
+
+    digest = hashlib.blake2b((find(path) / "reference.json").read_bytes(), digest_size=16).hexdigest()
+    return {"path": path, "revision": "", "fingerprint": digest}
+
+
+def _tokens_column(settings: InvertPromptsSettings) -> Column:
+    counts = {method.tokens for method in settings.methods if isinstance(method, OVI)}
     if len(counts) != 1:
         raise ValueError(
             f"`store_tokens` needs OVI methods of one number of tokens, there are {sorted(counts) or 'none'}"
         )
-    return Column("tokens", "tensor", (*counts, clip.vision_width(model, revision)), doc="OVI's tokens")
+    width = clip.vision_width(settings.model, settings.revision)
+    return Column("tokens", "tensor", (*counts, width), doc="OVI's tokens")

@@ -6,7 +6,8 @@ import torch
 
 from pipeline.contract import failed
 from stages.engine.randomness import row_generator, row_normal
-from stages.models import kandinsky as decode
+from stages.models import kandinsky
+from stages.models.decoding import Decode
 from tests.support.tiny_kandinsky import WIDTH, build_decoder
 
 IDS = [f"r{i}" for i in range(5)]
@@ -23,7 +24,7 @@ def rows():
 
 def decoded(folder, batch, given=None, **options):
     negative = torch.linspace(-1, 1, WIDTH)
-    decoder = decode.Decoder(folder, negative, decode.Sampling(steps=3, batch=batch, **options), seed=4)
+    decoder = kandinsky.Decoder(Decode(model=folder, steps=3, batch=batch, **options), negative, seed=4)
     return {row["id"]: row for row in decoder(given or rows())}
 
 
@@ -62,7 +63,7 @@ def test_bad_rows_do_not_take_the_batch_along(folder):
 
 def test_out_of_memory_halves_the_batch(folder, monkeypatch):
     whole = decoded(folder, 8)
-    pictures, sizes = decode.Decoder.pictures, []
+    pictures, sizes = kandinsky.Decoder.pictures, []
 
     def small(self, z_BE, keys):
         sizes.append(len(keys))
@@ -70,15 +71,15 @@ def test_out_of_memory_halves_the_batch(folder, monkeypatch):
             raise torch.OutOfMemoryError("pretend")
         return pictures(self, z_BE, keys)
 
-    monkeypatch.setattr(decode.Decoder, "pictures", small)
+    monkeypatch.setattr(kandinsky.Decoder, "pictures", small)
     halved = decoded(folder, 8)
     assert sizes == [5, 2, 3, 1, 2]
     assert all(np.abs(np.asarray(whole[i]["image"], int) - np.asarray(halved[i]["image"], int)).max() <= 1 for i in IDS)
 
 
 def test_what_is_no_decoder_is_refused(folder, tmp_path):
-    with pytest.raises(decode.DecoderError, match="nowhere"):
-        decode.Decoder(str(tmp_path / "nowhere"), torch.zeros(WIDTH), decode.Sampling())
-    with pytest.raises(decode.DecoderError, match="width 24"):
-        decode.Decoder(folder, torch.zeros(7), decode.Sampling())
-    assert set(decode.identity(folder)) == {"decoder_unet", "decoder_movq"}
+    with pytest.raises(kandinsky.DecoderError, match="nowhere"):
+        kandinsky.Decoder(Decode(model=str(tmp_path / "nowhere")), torch.zeros(WIDTH))
+    with pytest.raises(kandinsky.DecoderError, match="width 24"):
+        kandinsky.Decoder(Decode(model=folder), torch.zeros(7))
+    assert set(kandinsky.identity(Decode(model=folder))) == {"decoder_unet", "decoder_movq"}

@@ -12,6 +12,7 @@ import yaml
 from jobs.commands.compbench import compare, interval, read_prompts, read_scores, tabulate
 from jobs.kinds.invert_prompts import InvertPrompts, summarise
 from jobs.schema.reading import JobFileError, load
+from stages.ovi.settings import InvertPromptsSettings
 from stages.ovi.stage import InvertPrompts as Stage
 from tests.support import ROOT
 from tests.support.tiny_kandinsky import WIDTH, build_decoder, build_prior, build_reference
@@ -42,7 +43,7 @@ def params(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stage(params):
-    return Stage(**params)
+    return Stage(InvertPromptsSettings(**params))
 
 
 def rows(prompts, labels=LABELS):
@@ -61,7 +62,7 @@ def solved(stage):
 def test_one_row_out_for_each_row_in_with_the_declared_columns(solved, params):
     found, _ = solved
     assert sorted(found) == sorted(row["id"] for row in rows(PROMPTS))
-    declared = {column.name for column in Stage.describe(**params).columns}
+    declared = {column.name for column in Stage.describe(InvertPromptsSettings(**params)).columns}
     for row in found.values():
         assert row["status"] == "ok"
         assert set(row) - {"id", "status", "error"} <= declared

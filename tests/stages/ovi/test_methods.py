@@ -12,8 +12,10 @@ from index.reference import Reference
 from pipeline.contract import failed
 from stages.engine.randomness import row_generator, row_normal
 from stages.models import clip
-from stages.ovi import priors
+from stages.ovi.context import Context
+from stages.ovi.methods import build
 from stages.ovi.settings import EARLY, OVI, Constraint, Direct, Retrieval, Stop, TextEmbedding, TrainedPrior
+from stages.ovi.warm_starts import WarmStarts
 from tests.support.tiny_kandinsky import LENGTH, WIDTH, build_prior, build_reference
 
 PROMPTS = ["photo of a red star", "blue circle", "a striped green ring", "plain small heart", "robot in ice"]
@@ -25,27 +27,26 @@ def prior(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(prior, tmp_path_factory):
+def context(prior, tmp_path_factory):
     text, image = clip.TextEncoder(prior), clip.ImageEncoder(prior)
     reference = Reference.open(
         build_reference(tmp_path_factory.mktemp("made"), prior), encoder=clip.identity(prior, "image")
     )
-    return priors.Bench(
-        model=prior, revision=None, device="cpu", seed=3, vision=lambda: image.model, text=text, reference=reference,
-        occupancy={},
+    return Context(
+        model=prior, revision=None, device="cpu", seed=3, vision=lambda: image.model, text=text, reference=reference
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def rows(bench):
-    text_BE = bench.text(PROMPTS)
+def rows(context):
+    text_BE = context.text(PROMPTS)
     return [
         {"id": f"p{i}", "prompt": p, "text": t.numpy()} for i, (p, t) in enumerate(zip(PROMPTS, text_BE, strict=True))
     ]
 
 
-def run(recipe, bench, rows):
-    return {row["id"]: row for row in priors.build(recipe, bench)(iter(rows))}
+def run(method, context, rows):
+    return {row["id"]: row for row in build(method, context)(iter(rows))}
 
 
 def test_text_embeddings_are_the_pipelines(prior, rows):
@@ -67,10 +68,10 @@ def test_image_encoder_is_the_pipelines(prior):
     assert clip.vision_width(prior) == 32
 
 
-def test_text_embedding_raw_and_rescaled(bench, rows):
-    raw = run(TextEmbedding(), bench, rows)
-    scaled = run(TextEmbedding(rescale=True), bench, rows)
-    norms = np.linalg.norm(bench.reference.index.vectors_NE.astype(np.float64), axis=1)
+def test_text_embedding_raw_and_rescaled(context, rows):
+    raw = run(TextEmbedding(), context, rows)
+    scaled = run(TextEmbedding(rescale=True), context, rows)
+    norms = np.linalg.norm(context.reference.index.vectors_NE.astype(np.float64), axis=1)
     for row in rows:
         np.testing.assert_array_equal(raw[row["id"]]["embedding"], row["text"])
         z = scaled[row["id"]]["embedding"]
@@ -79,32 +80,32 @@ def test_text_embedding_raw_and_rescaled(bench, rows):
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_retrieval_is_the_mean_of_the_nearest(bench, rows, k):
-    bank = np.array(bench.reference.index.vectors_NE)
+def test_retrieval_is_the_mean_of_the_nearest(context, rows, k):
+    bank = np.array(context.reference.index.vectors_NE)
     unit = bank / np.linalg.norm(bank, axis=1, keepdims=True)
-    got = run(Retrieval(k=k), bench, rows)
+    got = run(Retrieval(k=k), context, rows)
     for row in rows:
         nearest = np.argsort(-(unit @ row["text"]))[:k]
         np.testing.assert_allclose(got[row["id"]]["embedding"], bank[nearest].mean(0), atol=1e-5)
     with pytest.raises(ValueError, match="300 rows"):
-        priors.build(Retrieval(k=301), bench)
+        build(Retrieval(k=301), context)
     with pytest.raises(ValueError, match="lower k"):
-        priors.build(OVI(constraint=Constraint(neighbours=1.0, k=301)), bench)
+        build(OVI(constraint=Constraint(neighbours=1.0, k=301)), context)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_trained_prior_is_the_pipeline_one_prompt_at_a_time(bench, prior, rows, batch):
+def test_trained_prior_is_the_pipeline_one_prompt_at_a_time(context, prior, rows, batch):
     from diffusers import KandinskyV22PriorPipeline
 
     pipe = KandinskyV22PriorPipeline.from_pretrained(prior)
-    got = run(TrainedPrior(steps=3, guidance=2.0, batch=batch), bench, rows)
+    got = run(TrainedPrior(steps=3, guidance=2.0, batch=batch), context, rows)
     for row in rows:
         generator = row_generator(3, row["id"], "prior")
         wanted = pipe(row["prompt"], num_inference_steps=3, guidance_scale=2.0, generator=generator).image_embeds[0]
         np.testing.assert_allclose(got[row["id"]]["embedding"], wanted.numpy(), atol=1e-4)
 
 
-def test_a_prior_without_time_embedding_equals_one_whose_time_token_nobody_sees(bench, rows, tmp_path):
+def test_a_prior_without_time_embedding_equals_one_whose_time_token_nobody_sees(context, rows, tmp_path):
     from diffusers import KandinskyV22PriorPipeline, PriorTransformer
 
     torch.manual_seed(5)
@@ -121,95 +122,95 @@ def test_a_prior_without_time_embedding_equals_one_whose_time_token_nobody_sees(
     long.positional_embedding.data = torch.cat([position[:, :at], position[:, :1], position[:, at:]], dim=1)
     long.causal_attention_mask[:, :at, at] = -10000.0
     long.causal_attention_mask[:, at + 1 :, at] = -10000.0
-    pipe = KandinskyV22PriorPipeline.from_pretrained(bench.model)
+    pipe = KandinskyV22PriorPipeline.from_pretrained(context.model)
     t_BE, states, mask = pipe._encode_prompt(PROMPTS, "cpu", 1, False)
     noise = row_normal((WIDTH,), 3, [row["id"] for row in rows], "prior")
     with torch.no_grad():
         wanted = long(noise, 0, t_BE, states, mask).predicted_image_embedding
-    got = run(TrainedPrior(prior=str(tmp_path)), bench, rows)
+    got = run(TrainedPrior(prior=str(tmp_path)), context, rows)
     for row, z in zip(rows, wanted, strict=True):
         np.testing.assert_allclose(got[row["id"]]["embedding"], z.numpy(), atol=1e-4)
         assert got[row["id"]]["passes"] == 1
 
 
-def test_constraints_pull_towards_the_images(bench, rows):
-    free = run(OVI(steps=40, slots=2, stop=Stop()), bench, rows)
-    near = run(OVI(steps=40, slots=2, stop=Stop(), constraint=Constraint(neighbours=2.0, k=3)), bench, rows)
-    typical = run(OVI(steps=40, slots=2, stop=Stop(), constraint=Constraint(mahalanobis=0.5)), bench, rows)
+def test_constraints_pull_towards_the_images(context, rows):
+    free = run(OVI(steps=40, slots=2, stop=Stop()), context, rows)
+    near = run(OVI(steps=40, slots=2, stop=Stop(), constraint=Constraint(neighbours=2.0, k=3)), context, rows)
+    typical = run(OVI(steps=40, slots=2, stop=Stop(), constraint=Constraint(mahalanobis=0.5)), context, rows)
 
     def mean(found, measure):
         return np.mean([measure(torch.from_numpy(row["embedding"])[None]) for row in found.values()])
 
     def nearest(z):
-        return float(bench.reference.neighbours(z, 3).cos_BK.mean())
+        return float(context.reference.neighbours(z, 3).cos_BK.mean())
 
     def distance(z):
-        return float(bench.reference.mahalanobis(z)) / WIDTH
+        return float(context.reference.mahalanobis(z)) / WIDTH
 
     assert mean(near, nearest) > mean(free, nearest) + 0.05
     assert mean(typical, distance) < mean(free, distance) - 0.05
     assert all(free[i]["passes"] == 41 for i in free)
-    assert bench.occupancy["ovi"].rows == 3 * len(rows)
+    assert context.occupancy["ovi"].rows == 3 * len(rows)
 
 
-def test_direct_needs_no_encoder_and_stops(bench, rows):
-    got = run(Direct(), bench, rows)
+def test_direct_needs_no_encoder_and_stops(context, rows):
+    got = run(Direct(), context, rows)
     for row in rows:
         found = got[row["id"]]
         assert found["passes"] == 0
         assert 5 < found["steps"] <= 200
-        assert found["mahalanobis"] < float(bench.reference.mahalanobis(torch.from_numpy(row["text"])[None])) / WIDTH
+        assert found["mahalanobis"] < float(context.reference.mahalanobis(torch.from_numpy(row["text"])[None])) / WIDTH
 
 
-def test_a_target_cosine_stops_a_row(bench, rows):
-    got = run(OVI(steps=300, stop=Stop(target=0.6)), bench, rows)
+def test_a_target_cosine_stops_a_row(context, rows):
+    got = run(OVI(steps=300, stop=Stop(target=0.6)), context, rows)
     reached = [row for row in got.values() if row["stopped"] == "reached"]
     assert len(reached) >= 3
     assert all(row["text_cosine"] >= 0.6 and row["steps"] < 300 for row in reached)
     assert len({row["steps"] for row in reached}) > 1
 
 
-def test_failed_rows_pass_every_method(bench, rows):
+def test_failed_rows_pass_every_method(context, rows):
     mixed = [failed({"id": "bad", "prompt": "x"}, "no"), *rows]
-    for recipe in (
+    for method in (
         TextEmbedding(rescale=True), Retrieval(k=2), TrainedPrior(steps=2), Direct(steps=2), OVI(steps=2)
     ):  # fmt: skip
-        got = run(recipe, bench, mixed)
+        got = run(method, context, mixed)
         assert len(got) == len(mixed)
         assert got["bad"]["error"] == "no"
 
 
-def test_warm_starts_take_the_tokens_of_the_nearest_prompt(bench, rows, tmp_path):
+def test_warm_starts_take_the_tokens_of_the_nearest_prompt(context, rows, tmp_path):
     (tmp_path / "data").mkdir()
     tokens = np.arange(2 * 4 * 32, dtype=np.float32).reshape(2, -1)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), 4 * 32)
     table = {"prompt": [PROMPTS[3], PROMPTS[1]], "tokens": flat, "status": ["ok", "ok"]}
     pq.write_table(pa.table(table), tmp_path / "data" / "part-00000-of-00001.parquet")
-    starts = priors.WarmStarts.open(str(tmp_path), (4, 32), bench.text)
+    starts = WarmStarts.open(str(tmp_path), (4, 32), context.text)
     got = {row["id"]: row["start"] for row in starts(rows)}
     np.testing.assert_array_equal(got["p1"].ravel(), tokens[1])
     np.testing.assert_array_equal(got["p3"].ravel(), tokens[0])
-    run(OVI(steps=2, warm_start=str(tmp_path)), bench, rows)
+    run(OVI(steps=2, warm_start=str(tmp_path)), context, rows)
     with pytest.raises(ValueError, match="3 x 32"):
-        run(OVI(steps=2, tokens=3, warm_start=str(tmp_path)), bench, rows)
+        run(OVI(steps=2, tokens=3, warm_start=str(tmp_path)), context, rows)
 
 
-def test_methods_say_what_they_lack(bench, prior):
-    poor = priors.Bench(prior, None, "cpu", 0, bench.vision, bench.text, None, {})
-    for recipe in (Retrieval(), Direct(), TextEmbedding(rescale=True), OVI(constraint=Constraint(neighbours=1.0))):
+def test_methods_say_what_they_lack(context, prior):
+    poor = Context(prior, None, "cpu", 0, context.vision, context.text, None)
+    for method in (Retrieval(), Direct(), TextEmbedding(rescale=True), OVI(constraint=Constraint(neighbours=1.0))):
         with pytest.raises(ValueError, match="reference"):
-            priors.build(recipe, poor)
+            build(method, poor)
     with pytest.raises(ValueError, match="prior pipeline"):
-        priors.build(TrainedPrior(model="/nowhere"), poor)
+        build(TrainedPrior(model="/nowhere"), poor)
     with pytest.raises(ValueError, match="PriorTransformer"):
-        priors.build(TrainedPrior(prior="/nowhere"), poor)
+        build(TrainedPrior(prior="/nowhere"), poor)
 
 
-def test_early_stopping_is_the_default(bench, rows):
+def test_early_stopping_is_the_default(context, rows):
     assert OVI().stopping == EARLY
     assert OVI(constraint=Constraint(mahalanobis=0.1)).stopping == Stop()
     assert OVI(stop=Stop()).stopping == OVI(recipe="published").stopping == Stop()
-    got = run(OVI(steps=200), bench, rows)
+    got = run(OVI(steps=200), context, rows)
     assert any(row["stopped"] == "stalled" and 5 <= row["steps"] < 200 for row in got.values())
 
 

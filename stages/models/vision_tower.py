@@ -1,0 +1,82 @@
+"""CLIP-family image encoders entered behind their patch embedding: pseudo-tokens to image embeddings, no pixels.
+
+Legend: B rows, P pseudo-tokens, N patches of the encoder, D its width, E embedding width.
+`w_BPD` pseudo-tokens, `h_BND` hidden states, `z_BE` image embedding, not normalised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def token_of_patch(patches: int, tokens: int) -> torch.Tensor:
+    """Which pseudo-token each patch takes, (N,): floor(n P / N), nearest interpolation along the token axis."""
+    return torch.arange(patches) * tokens // patches
+
+
+class VisionTower:
+    """A frozen image encoder of transformers, entered behind its patch embedding.
+
+    Takes the towers of CLIP, OpenCLIP (converted) and SigLIP: `CLIPVisionModelWithProjection`, `CLIPModel`,
+    `SiglipVisionModel`, `SiglipModel`.
+
+    Args:
+        model: The model; its weights are frozen here.
+        tokens: P, the pseudo-tokens a row, at most the number of patches.
+        compact: Keep P tokens instead of stretching them to N; each takes the mean of the position embeddings of the
+            patches it would have filled (ours: N / P times less work, another embedding).
+
+    Raises:
+        TypeError: The model is none of these.
+        ValueError: P does not fit.
+    """
+
+    def __init__(self, model: nn.Module, tokens: int, compact: bool = False) -> None:
+        model.eval().requires_grad_(False)
+        vision: Any = getattr(model, "vision_model", model)
+        embeddings = getattr(vision, "embeddings", None)
+        if embeddings is None or not hasattr(embeddings, "patch_embedding") or not hasattr(vision, "encoder"):
+            raise TypeError(f"{type(model).__name__} is no image encoder of CLIP or SigLIP")
+        self.patches = embeddings.num_patches
+        if not 1 <= tokens <= self.patches:
+            raise ValueError(f"tokens is {tokens}: the encoder has {self.patches} patches, give 1 to {self.patches}")
+        self.tokens, self.compact = tokens, compact
+        self.layers = vision.encoder.layers
+        self.width: int = embeddings.embed_dim
+        self.pre: Any = getattr(vision, "pre_layrnorm", None) or nn.Identity()
+        self.post = vision.post_layernorm
+        positions_ND = embeddings.position_embedding.weight
+        self.class_D = getattr(embeddings, "class_embedding", None)
+        if self.class_D is not None:
+            self.class_D = self.class_D + positions_ND[0]
+            positions_ND = positions_ND[1:]
+        self.head = None if self.class_D is not None else vision.head
+        self.projection: Any = getattr(model, "visual_projection", None) or nn.Identity()
+        take_N = token_of_patch(self.patches, tokens).to(positions_ND.device)
+        if compact:
+            sums_PD = torch.zeros(tokens, self.width, dtype=positions_ND.dtype, device=positions_ND.device)
+            counts_P = torch.bincount(take_N, minlength=tokens).to(positions_ND.dtype)
+            self.positions_ND = sums_PD.index_add_(0, take_N, positions_ND) / counts_P[:, None]
+            take_N = torch.arange(tokens, device=positions_ND.device)
+        else:
+            self.positions_ND = positions_ND
+        self.take_N = take_N
+        if isinstance(self.projection, nn.Linear):
+            self.embedding_width: int = self.projection.out_features
+        else:
+            self.embedding_width = self.width
+
+    def __call__(self, w_BPD: torch.Tensor) -> torch.Tensor:
+        """z_BE, the unnormalised projected embedding of the pseudo-tokens."""
+        h_BND = w_BPD[:, self.take_N] + self.positions_ND
+        if self.class_D is not None:
+            h_BND = torch.cat([self.class_D.expand(len(h_BND), 1, -1), h_BND], dim=1)
+        h_BND = self.pre(h_BND)
+        for layer in self.layers:
+            h_BND = layer(h_BND, attention_mask=None)
+        if self.head is not None:  # SigLIP: attention pooling over all tokens
+            return self.projection(self.head(self.post(h_BND)))
+        return self.projection(self.post(h_BND[:, 0]))

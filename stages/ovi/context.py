@@ -1,0 +1,62 @@
+"""What the methods of prompt inversion draw on, and what a method is.
+
+A method maps rows to rows. Rows carry `id`, `prompt` and `text` (E,), the raw text embedding. They come back with
+`embedding` (E,), and where a method optimises, with `loss`, `steps`, `passes`, `stopped` and `variable`.
+
+Legend: E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pipeline.contract import Row
+from stages.engine.solver import Occupancy
+from stages.ovi.constraints import Whitening
+from stages.ovi.settings import PromptMethod
+
+if TYPE_CHECKING:
+    from index.reference import Reference
+
+RowMap = Callable[[Iterable[Row]], Iterator[Row]]
+"""Maps rows to rows in any order, one out for each in; rows that arrive failed pass through."""
+
+BATCH = 512
+"""Rows that the cheap methods take at once."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Loaded once and shared by all methods of a stage.
+
+    Attributes:
+        model: Folder or hub id of the encoders (the default of `trained-prior`).
+        vision: The image encoder's network; loaded when a method asks.
+        text: Prompts -> text embeddings, for warm starts.
+        reference: Real image embeddings.
+        occupancy: Method label -> how full its slots were; whoever empties it starts the count anew.
+    """
+
+    model: str
+    revision: str | None
+    device: str
+    seed: int
+    vision: Callable[[], nn.Module]
+    text: Callable[[list[str]], torch.Tensor]
+    reference: Reference | None
+    occupancy: dict[str, Occupancy] = field(default_factory=dict)
+
+    def need_reference(self, method: PromptMethod) -> Reference:
+        if self.reference is None:
+            raise ValueError(f"method {method.label!r} needs `reference:`, the output of a `job: reference`")
+        return self.reference
+
+    def whitening(self) -> Whitening | None:
+        if self.reference is None:
+            return None
+        return Whitening.of(self.reference.mean, self.reference.cholesky, self.device)

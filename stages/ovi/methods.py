@@ -1,0 +1,101 @@
+"""From a method's settings to what maps the rows; OVI and `direct`, which optimise.
+
+Legend: E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from pipeline.contract import Row
+from stages.engine.passthrough import in_batches
+from stages.engine.solver import Occupancy, solve
+from stages.models.vision_tower import VisionTower
+from stages.ovi.baselines import rescaled, retrieval, text_embedding
+from stages.ovi.constraints import open_search
+from stages.ovi.context import BATCH, Context, RowMap
+from stages.ovi.problem import OviProblem, Parametrization
+from stages.ovi.settings import OVI, Direct, PromptMethod, Retrieval, TextEmbedding, TrainedPrior
+from stages.ovi.trained_prior import trained_prior
+from stages.ovi.warm_starts import WarmStarts
+
+START_NEIGHBOURS = 8
+"""Images whose mean `direct` starts from when the neighbour constraint is on."""
+
+
+def build(method: PromptMethod, context: Context) -> RowMap:
+    """The method that its settings describe.
+
+    Raises:
+        ValueError: It needs a reference and there is none, or a setting does not fit the model.
+    """
+    mapped = _build(method, context)
+    return rescaled(mapped, context.need_reference(method).mean_norm) if method.rescale else mapped
+
+
+def _build(method: PromptMethod, context: Context) -> RowMap:
+    match method:
+        case TextEmbedding():
+            return text_embedding
+        case Retrieval():
+            return retrieval(context.need_reference(method), method.k)
+        case TrainedPrior():
+            return trained_prior(method, context)
+        case Direct():
+            return direct(method, context)
+        case OVI():
+            return ovi(method, context)
+    raise TypeError(f"no method for {type(method).__name__}")
+
+
+def ovi(method: OVI, context: Context) -> RowMap:
+    """OVI through the image encoder."""
+    tower = VisionTower(context.vision(), method.tokens, method.compact)
+    solved = optimised(method, context, Parametrization.tokens(tower))
+    if method.warm_start is None:
+        return solved
+    starts = WarmStarts.open(method.warm_start, (method.tokens, tower.width), context.text)
+    return lambda rows: solved(starts(rows))
+
+
+def direct(method: Direct, context: Context) -> RowMap:
+    """OVI's objective over the embedding itself (ours), in the reference's whitened coordinates.
+
+    A row starts from the mean image; with the neighbour constraint, which holds a row where it starts, from the mean of
+    the images nearest to the text.
+    """
+    reference = context.need_reference(method)
+    whitening = context.whitening()
+    assert whitening is not None
+    solved = optimised(method, context, Parametrization.direct(whitening))
+    if not method.constraint.neighbours:
+        return solved
+    nearest = retrieval(reference, min(START_NEIGHBOURS, reference.rows))
+    mean_E, inverse_EE = whitening.mean_E.cpu(), whitening.inverse_EE.cpu()
+
+    def started(rows: list[Row]) -> Iterator[Row]:
+        for row in rows:
+            start_E = inverse_EE @ (torch.from_numpy(row["embedding"]) - mean_E)
+            kept = {name: value for name, value in row.items() if name not in ("embedding", "status", "error")}
+            yield {**kept, "start": start_E.numpy()}
+
+    return lambda rows: solved(in_batches(nearest(rows), BATCH, started))
+
+
+def optimised(method: OVI | Direct, context: Context, parametrization: Parametrization) -> RowMap:
+    """The rows' problems by the batched solver."""
+    constraint, reference = method.constraint, context.reference
+    if constraint.mahalanobis or constraint.neighbours or method.stopping.watch == "mahalanobis":
+        reference = context.need_reference(method)
+    search = open_search(reference, constraint.k, context.device) if constraint.neighbours and reference else None
+    problem = OviProblem(parametrization, method, seed=context.seed, whitening=context.whitening(), search=search)
+    # On a GPU, asking after every step whether a row is done makes the host wait for the device each time.
+    poll = 4 if torch.device(context.device).type == "cuda" else 1
+
+    def solved(rows: Iterable[Row]) -> Iterator[Row]:
+        occupancy = context.occupancy.setdefault(method.label, Occupancy())
+        return solve(problem, rows, occupancy=occupancy, poll=poll)
+
+    return solved

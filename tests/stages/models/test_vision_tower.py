@@ -1,0 +1,43 @@
+"""Entering an encoder behind its patch embedding, against the model of transformers itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from stages.models.vision_tower import VisionTower, token_of_patch
+from tests.support.vision_towers import clip_model, full_model, siglip_model
+
+
+def test_nearest_interpolation():
+    for patches, tokens in [(16, 1), (16, 3), (49, 4), (256, 7)]:
+        x = torch.arange(tokens, dtype=torch.float32).view(1, 1, -1)
+        wanted = nn.functional.interpolate(x, size=patches, mode="nearest").flatten().long()
+        assert torch.equal(token_of_patch(patches, tokens), wanted)
+
+
+@pytest.mark.parametrize("build", [clip_model, siglip_model])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_tower_equals_the_models_forward(build, tokens):
+    model = build()
+    tower = VisionTower(model, tokens)
+    w = torch.randn(5, tokens, tower.width)
+    assert (tower(w) - full_model(model, w)).abs().max() < 1e-5
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_compact_with_as_many_tokens_as_patches_is_the_full_tower():
+    model = clip_model()
+    w = torch.randn(3, 16, 32)
+    assert torch.allclose(VisionTower(model, 16, compact=True)(w), VisionTower(model, 16)(w), atol=1e-6)
+    small = VisionTower(model, 3, compact=True)
+    positions = model.vision_model.embeddings.position_embedding.weight[1:]
+    bands = [positions[[n for n in range(16) if n * 3 // 16 == band]].mean(0) for band in range(3)]
+    assert torch.allclose(small.positions_ND, torch.stack(bands), atol=1e-6)
+    assert small(torch.randn(2, 3, 32)).shape == (2, 24)
+
+
+def test_tower_refuses_what_it_cannot_enter():
+    with pytest.raises(TypeError, match="Linear"):
+        VisionTower(nn.Linear(2, 2), 1)
+    with pytest.raises(ValueError, match="16 patches"):
+        VisionTower(clip_model(), 17)
