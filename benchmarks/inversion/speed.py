@@ -26,9 +26,9 @@ from benchmarks.inversion.table import photograph_rows, world_rows
 from benchmarks.ovi.setting import RESULTS, machine
 from pipeline.contract import Row, batches
 from stages.engine.solver import Occupancy, solve
-from stages.inversion.engine import InversionProblem
+from stages.inversion.engine import InversionProblem, choose
 from stages.inversion.settings import DdimMethod, FixedPointMethod, InversionMethod, LboMethod
-from stages.inversion.stage import InvertImages, rule_of
+from stages.inversion.stage import InvertImages
 from stages.models.unet import LatentDiffusion, read_geometry
 
 METHODS: tuple[InversionMethod, ...] = (
@@ -40,15 +40,15 @@ METHODS: tuple[InversionMethod, ...] = (
 )
 
 
-class Lockstep(InversionProblem):
+class Lockstep(InversionProblem[Any]):
     """A batch that shares one timestep: rows that are done with it wait for the others."""
 
     def step(self) -> torch.Tensor:
         loaded_B = self.active_B
         self.active_B = loaded_B & (self.k_B == self.k_B[loaded_B].min())
-        waiting_B = loaded_B & ~self.active_B
+        waiting_B, held = loaded_B & ~self.active_B, self.state
         finished_B = super().step()
-        self.active_B = self.active_B | waiting_B
+        self.active_B, self.state = self.active_B | waiting_B, choose(waiting_B, held, self.state)
         return finished_B
 
 
@@ -75,7 +75,7 @@ def main() -> None:
             slots: int, kind: type[InversionProblem] = InversionProblem, method: InversionMethod = method
         ) -> InversionProblem:
             return kind(
-                stage.predict, stage.schedule, rule_of(method), slots=slots, latent_shape=geometry.latent_shape,
+                stage.predict, stage.schedule, method.rule(1.0), slots=slots, latent_shape=geometry.latent_shape,
                 device=stage.device,
             )  # fmt: skip
 
@@ -94,13 +94,13 @@ def main() -> None:
             "engine": (ready, lambda s, o, make=problem: solve(make(options.slots), s, occupancy=o)),
         }
         found[method.label] = {}
-        seeds: dict[str, dict[str, torch.Tensor]] = {}
+        noises: dict[str, dict[str, torch.Tensor]] = {}
         for name, (some, way) in ways.items():
             occupancy = Occupancy()
             began = time.process_time()
             done = list(way(some, occupancy))
             seconds = (time.process_time() - began) / len(some)
-            seeds[name] = {row["id"]: row["seed"] for row in done}
+            noises[name] = {row["id"]: row["noise"] for row in done}
             judged = [row for row in done if row["id"] in looked_at]
             truth_BCHW = torch.stack([row["z"] for row in judged])
             mse = float((stage._regenerated(method, judged) - truth_BCHW).square().mean())
@@ -112,9 +112,9 @@ def main() -> None:
         own = found[method.label]
         for name in ("one at a time", "lockstep", "static"):
             own[name]["engine_is_faster_by"] = own[name]["cpu_seconds_an_image"] / own["engine"]["cpu_seconds_an_image"]
-            shared = seeds[name].keys() & seeds["engine"].keys()
+            shared = noises[name].keys() & noises["engine"].keys()
             own[name]["largest_difference_of_seeds"] = max(
-                float((seeds[name][i] - seeds["engine"][i]).abs().max()) for i in shared
+                float((noises[name][i] - noises["engine"][i]).abs().max()) for i in shared
             )
         print(method.label, json.dumps(own), flush=True)
     note = {"machine": machine(), "steps": options.steps, "slots": options.slots, "methods": found}

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import micro
+from benchmarks.inversion.updates import ComparedLbo
 from micro import world
 from stages.inversion.settings import (
     BelmMethod,
@@ -41,26 +42,26 @@ RESULTS = Path(__file__).parent / "results"
 
 SEED_ONLY: tuple[InversionMethod, ...] = (
     DdimMethod(),
-    LboMethod(name="lbo-1", update="anderson", passes=1, tolerance=0.0),
+    ComparedLbo(name="lbo-1", fitted_by="anderson", passes=1, tolerance=0.0),
     RenoiseMethod(),
-    LboMethod(name="lbo-2", update="anderson", passes=2, tolerance=0.0),
+    ComparedLbo(name="lbo-2", fitted_by="anderson", passes=2, tolerance=0.0),
     FixedPointMethod(name="fixed-point-3", iterations=3),
     FixedPointMethod(name="averaged-3", iterations=3, acceleration="averaged"),
     FixedPointMethod(name="anderson-3", iterations=3, acceleration="anderson"),
     ExactMethod(name="exact-3", iterations=3, warmup=0, tolerance=0.0),
-    LboMethod(name="lbo-4", update="anderson", passes=4, tolerance=0.0),
-    LboMethod(name="lbo-4-no-warm-start", update="anderson", passes=4, tolerance=0.0, warm_start="none"),
-    LboMethod(name="lbo-4-output", update="anderson", bias="output", passes=4, tolerance=0.0, warm_start="last"),
+    ComparedLbo(name="lbo-4", fitted_by="anderson", passes=4, tolerance=0.0),
+    ComparedLbo(name="lbo-4-no-warm-start", fitted_by="anderson", passes=4, tolerance=0.0, warm_start="none"),
+    ComparedLbo(name="lbo-4-output", fitted_by="anderson", bias="output", passes=4, tolerance=0.0, warm_start="last"),
     LboMethod(name="lbo"),
     LboMethod(name="lbo-1e-3", tolerance=1e-3),
     LboMethod(name="lbo-1e-4", tolerance=1e-4),
-    LboMethod(name="lbo-6", update="anderson", passes=6, tolerance=0.0),
+    ComparedLbo(name="lbo-6", fitted_by="anderson", passes=6, tolerance=0.0),
     FixedPointMethod(name="anderson-1e-3", iterations=9, acceleration="anderson", tolerance=1e-3),
     FixedPointMethod(name="anderson-5", iterations=5, acceleration="anderson"),
     NewtonMethod(),
-    LboMethod(name="lbo-gauss-newton-6", update="gauss-newton", passes=6, tolerance=0.0),
-    LboMethod(name="lbo-adam-6", update="adam", passes=6, tolerance=0.0),
-    LboMethod(name="lbo-jacobian-free-4", update="jacobian-free", passes=4, tolerance=0.0),
+    ComparedLbo(name="lbo-gauss-newton-6", fitted_by="gauss-newton", passes=6, tolerance=0.0),
+    ComparedLbo(name="lbo-adam-6", fitted_by="adam", passes=6, tolerance=0.0),
+    ComparedLbo(name="lbo-jacobian-free-4", fitted_by="jacobian-free", passes=4, tolerance=0.0),
     LboMethod(name="lbo+ilb", ilb=Boost(steps=50)),
 )
 EXTRA_STATE: tuple[InversionMethod, ...] = (

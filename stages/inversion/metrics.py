@@ -42,7 +42,7 @@ def load_lpips(device: torch.device | str) -> Callable[[torch.Tensor, torch.Tens
     return lpips
 
 
-def seed_statistics(z_BCHW: torch.Tensor) -> dict[str, list[float]]:
+def noise_statistics(z_BCHW: torch.Tensor) -> dict[str, list[float]]:
     """How Gaussian each row's seed is: mean, standard deviation, excess kurtosis, and the mean correlation of
     neighbours.
 

@@ -1,17 +1,20 @@
 """How a picture becomes a noise latent: the settings of every method. Plain models; nothing heavy is imported.
 
-Each method's own text says which of it is published and which is ours. `stages.inversion.stage` does what is described
-here.
+Each method's own text says which of it is published and which is ours. A method without extra state is a `Rule` of
+`stages.inversion.engine`, which its settings know.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.contract import Settings
 from stages.engine.methods import Method
+
+if TYPE_CHECKING:
+    from stages.inversion.engine import Rule
 
 
 class Boost(Settings):
@@ -36,11 +39,29 @@ class InversionMethod(Method):
     ilb: Boost | None = None
     """Boost the image latent first. Left out: the encoder's latent is inverted."""
 
+    @property
+    def extra(self) -> Literal["latent_2", "bias", "null_text"] | None:
+        """The column that a picture needs to come back beside its `latent`; None: the noise alone brings it back."""
+        return None
+
+    def rule(self, guidance: float) -> Rule[Any]:
+        """The rule under a guidance scale.
+
+        Raises:
+            TypeError: The method does not solve one equation a step.
+        """
+        raise TypeError(f"{self.label} is no method of one equation a step")
+
 
 class DdimMethod(InversionMethod):
     """DDIM inversion: one network pass a step, the noise at the cleaner latent stands in for the noisier one's."""
 
     method: Literal["ddim"] = "ddim"
+
+    def rule(self, guidance: float) -> Rule[Any]:
+        from stages.inversion.explicit import Ddim
+
+        return Ddim()
 
 
 class FixedPointMethod(InversionMethod):
@@ -56,6 +77,14 @@ class FixedPointMethod(InversionMethod):
     tolerance: float = Field(0.0, ge=0)
     """Go on to the next step at this relative residual (ours); 0: never before the last iteration."""
 
+    def rule(self, guidance: float) -> Rule[Any]:
+        from stages.inversion.fixed_point import Anderson, Averaged, FixedPoint
+
+        if self.acceleration == "anderson":
+            return Anderson(self.iterations, self.tolerance, self.window)
+        kind: type[FixedPoint[Any]] = Averaged if self.acceleration == "averaged" else FixedPoint
+        return kind(self.iterations, self.tolerance)
+
 
 class RenoiseMethod(InversionMethod):
     """ReNoise: fixed-point iterates, averaged at times below 250."""
@@ -63,6 +92,11 @@ class RenoiseMethod(InversionMethod):
     method: Literal["renoise"] = "renoise"
     renoises: int = Field(1, ge=1)
     """Passes a step beyond the first: 1 for 50 steps, 9 for a turbo model's 4."""
+
+    def rule(self, guidance: float) -> Rule[Any]:
+        from stages.inversion.renoise import ReNoise
+
+        return ReNoise(self.renoises)
 
 
 class ExactMethod(InversionMethod):
@@ -78,6 +112,11 @@ class ExactMethod(InversionMethod):
     tolerance: float = Field(1e-3, ge=0)
     """Summed squared error at which a step is done."""
 
+    def rule(self, guidance: float) -> Rule[Any]:
+        from stages.inversion.exact import Exact
+
+        return Exact(self.iterations, self.rate, self.warmup, self.tolerance)
+
 
 class NewtonMethod(InversionMethod):
     """Guided Newton-Raphson inversion (RNRI, GNRI), with the gradient that its formula asks for."""
@@ -87,6 +126,11 @@ class NewtonMethod(InversionMethod):
     """Newton steps at each timestep; each costs a forward and a backward pass."""
     prior: float = Field(0.1, ge=0)
     """Weight of the pull towards the likely latents."""
+
+    def rule(self, guidance: float) -> Rule[Any]:
+        from stages.inversion.newton import Newton
+
+        return Newton(self.iterations, self.prior)
 
 
 class LboMethod(InversionMethod):
@@ -98,8 +142,9 @@ class LboMethod(InversionMethod):
     method: Literal["lbo"] = "lbo"
     bias: Literal["output", "input"] = "input"
     """Added to the inversion step's result, or to what the network is shown."""
-    update: Literal["safeguarded", "anderson", "gauss-newton", "adam", "jacobian-free"] = "safeguarded"
-    """How the bias is fitted. ``safeguarded``: Anderson acceleration, and a gradient step where a row stalls."""
+    update: Literal["safeguarded"] = "safeguarded"
+    """How the bias is fitted: Anderson acceleration, and a gradient step where a row stalls. What else was tried is
+    measured in ``benchmarks/inversion``."""
     warm_start: Literal["none", "last", "linear"] = "linear"
     """Start a step's bias from the last step's, or from the line through the last two."""
     passes: int = Field(10, ge=1)
@@ -107,8 +152,8 @@ class LboMethod(InversionMethod):
     tolerance: float | None = Field(None, ge=0)
     """Relative residual |D(z) - z_prev| / |z_prev| at which a step is done. Left out: 1e-3, and 1e-5 under guidance,
     where generation magnifies what is left (docs/inversion.md)."""
-    rate: float | None = Field(None, gt=0)
-    """Step size of ``adam`` (0.01 when left out) and ``jacobian-free`` (1)."""
+    rate: None = None
+    """Always null: the step size of updates that are no longer offered."""
     window: int = Field(3, ge=1)
     """Past iterates of Anderson."""
     replay: bool = False
@@ -121,18 +166,48 @@ class LboMethod(InversionMethod):
             return self.tolerance
         return 1e-5 if guidance > 1 else 1e-3
 
+    @field_validator("update", mode="before")
+    @classmethod
+    def _only_one_is_left(cls, value: Any) -> Any:
+        if value in ("anderson", "gauss-newton", "adam", "jacobian-free"):
+            raise ValueError(
+                f"update {value} was measured to be inferior and is no longer offered: leave `update` out, or take "
+                "fixed-point with `acceleration: anderson`"
+            )
+        return value
+
+    @field_validator("rate", mode="before")
+    @classmethod
+    def _no_rate(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("a rate belonged to the updates adam and jacobian-free, which are no longer offered")
+        return value
+
     @model_validator(mode="after")
     def _enough(self) -> LboMethod:
-        least = (1 if self.bias == "output" else 0) + (2 if self.update in ("adam", "gauss-newton") else 1)
+        least = 2 if self.bias == "output" else 1
         if self.passes < least:
             raise ValueError(f"update {self.update} with an {self.bias} bias needs `passes` of at least {least}")
         return self
+
+    @property
+    def extra(self) -> Literal["bias"] | None:
+        return "bias" if self.replay else None
+
+    def rule(self, guidance: float) -> Rule[Any]:
+        from stages.inversion.lbo import LatentBias
+
+        return LatentBias(self.bias, self.warm_start, self.passes, self.tolerance_at(guidance), self.window)
 
 
 class BelmMethod(InversionMethod):
     """O-BELM: an exact two-step scheme. Extra state: two latents a row, and its own sampler."""
 
     method: Literal["belm"] = "belm"
+
+    @property
+    def extra(self) -> Literal["latent_2"]:
+        return "latent_2"
 
 
 class EdictMethod(InversionMethod):
@@ -141,6 +216,10 @@ class EdictMethod(InversionMethod):
     method: Literal["edict"] = "edict"
     mixing: float = Field(0.93, gt=0.5, le=1)
     """The paper's p."""
+
+    @property
+    def extra(self) -> Literal["latent_2"]:
+        return "latent_2"
 
 
 class NullTextMethod(InversionMethod):
@@ -151,6 +230,16 @@ class NullTextMethod(InversionMethod):
     """Guidance scale of the generation that the embeddings are learned for."""
     iterations: int = Field(10, ge=1)
     """Most Adam updates a step."""
+
+    @property
+    def extra(self) -> Literal["null_text"]:
+        return "null_text"
+
+    def rule(self, guidance: float) -> Rule[Any]:
+        """The pivot's, which is DDIM inversion without guidance."""
+        from stages.inversion.explicit import Ddim
+
+        return Ddim()
 
 
 AnyInversionMethod = Annotated[

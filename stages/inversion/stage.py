@@ -6,7 +6,7 @@ Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents; S steps.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,34 +17,29 @@ from pipeline.contract import Column, Row, StageInfo, batches, failed, ok
 from stages.engine.solver import Occupancy, solve
 from stages.inversion import null_text
 from stages.inversion import pairs as exact_pair
-from stages.inversion.engine import Ddim, Exact, FixedPoint, InversionProblem, Newton, ReNoise, Rule, generate
+from stages.inversion.engine import InversionProblem
 from stages.inversion.ilb import BoostProblem, boost_decoder, boost_joint
-from stages.inversion.lbo import LatentBias, replay_bias
-from stages.inversion.metrics import measure_pictures, seed_statistics
+from stages.inversion.lbo import replay_bias
+from stages.inversion.metrics import measure_pictures, noise_statistics
 from stages.inversion.settings import (
     AnyInversionMethod,
     BelmMethod,
     Boost,
-    DdimMethod,
     EdictMethod,
-    ExactMethod,
-    FixedPointMethod,
     InversionMethod,
     LboMethod,
-    NewtonMethod,
     NullTextMethod,
-    RenoiseMethod,
 )
 from stages.inverter.model import InvertText, TextInverter
 from stages.models.pictures import fit_picture, to_picture
+from stages.models.sampler import sample
 from stages.models.schedule import Schedule, make_schedule
 from stages.models.unet import Condition, Geometry, LatentDiffusion, read_geometry
 
 if TYPE_CHECKING:
     from stages.models.pictures import Fit
 
-SEED_STATISTICS = ("seed_mean", "seed_std", "seed_kurtosis", "seed_autocorrelation")
-RuleMaker = Callable[[int, tuple[int, int, int], torch.device], Rule]
+NOISE_STATISTICS = ("seed_mean", "seed_std", "seed_kurtosis", "seed_autocorrelation")
 
 
 def parse(methods: Sequence[Mapping[str, Any]]) -> tuple[InversionMethod, ...]:
@@ -53,40 +48,6 @@ def parse(methods: Sequence[Mapping[str, Any]]) -> tuple[InversionMethod, ...]:
 
     adapter: TypeAdapter[Any] = TypeAdapter(AnyInversionMethod)
     return tuple(adapter.validate_python(dict(method)) for method in methods)
-
-
-def rule_of(method: InversionMethod, guidance: float = 1.0) -> RuleMaker:
-    """The rule of a seed-only method under a guidance scale. Null-text's pivot is DDIM inversion."""
-    if isinstance(method, DdimMethod | NullTextMethod):
-        return Ddim
-    if isinstance(method, FixedPointMethod):
-        return partial(
-            FixedPoint,
-            iterations=method.iterations,
-            tolerance=method.tolerance,
-            acceleration=method.acceleration,
-            window=method.window,
-        )
-    if isinstance(method, RenoiseMethod):
-        return partial(ReNoise, renoises=method.renoises)
-    if isinstance(method, ExactMethod):
-        return partial(
-            Exact, iterations=method.iterations, rate=method.rate, warmup=method.warmup, tolerance=method.tolerance
-        )
-    if isinstance(method, NewtonMethod):
-        return partial(Newton, iterations=method.iterations, prior=method.prior)
-    if isinstance(method, LboMethod):
-        return partial(
-            LatentBias,
-            bias=method.bias,
-            update=method.update,
-            warm_start=method.warm_start,
-            passes=method.passes,
-            tolerance=method.tolerance_at(guidance),
-            rate=method.rate,
-            window=method.window,
-        )
-    raise TypeError(f"{type(method).__name__} is no method of one equation a step")
 
 
 class InvertImages:
@@ -207,7 +168,7 @@ class InvertImages:
             ),
             Column("backwards", "int64", doc="gradients through the network"),
             Column("decodes", "int64", doc="decoder passes spent on boosting (a gradient counts as two more)"),
-            *(Column(name, "float32", doc="of z_T; a Gaussian seed has 0, 1, 0, 0") for name in SEED_STATISTICS),
+            *(Column(name, "float32", doc="of z_T; a Gaussian seed has 0, 1, 0, 0") for name in NOISE_STATISTICS),
             Column("floor_psnr", "float32", doc="dB of encoding and decoding alone"),
             Column("floor_ssim", "float32"),
         ]
@@ -337,13 +298,13 @@ class InvertImages:
         return boost_joint(make, round_trip, rows, steps=boost.steps, every=boost.every)
 
     def _inverted(self, method: InversionMethod, rows: Iterable[Row]) -> Iterator[Row]:
-        """Rows with `z` to rows with `seed`, what a method needs beside it, residuals and passes."""
+        """Rows with `z` to rows with `noise`, what a method needs beside it, residuals and passes."""
         if isinstance(method, BelmMethod | EdictMethod):
             return self._pairs(method, rows)
         replay = isinstance(method, LboMethod) and method.replay
         null = isinstance(method, NullTextMethod)
         problem = InversionProblem(
-            self.model.predictor(1.0) if null else self.predict, self.schedule, rule_of(method, self.guidance),
+            self.model.predictor(1.0) if null else self.predict, self.schedule, method.rule(self.guidance),
             slots=self.slots, latent_shape=self.geometry.latent_shape, device=self.device, keep_path=replay or null,
         )  # fmt: skip
         solved = solve(problem, rows, occupancy=self._summary.setdefault(method.label, Occupancy()))
@@ -369,7 +330,7 @@ class InvertImages:
                 if not bool(pair[0][i].isfinite().all() & pair[1][i].isfinite().all()):
                     yield failed(row, f"{method.label} overflowed: an exact pair has no damping; use another method")
                     continue
-                yield {**row, "seed": pair[0][i].cpu(), "second": pair[1][i].cpu(), "forwards": passes, "backwards": 0}
+                yield {**row, "noise": pair[0][i].cpu(), "second": pair[1][i].cpu(), "forwards": passes, "backwards": 0}
 
     def _with_bias(self, rows: Iterable[Row]) -> Iterator[Row]:
         for batch in batches(rows, self.slots):
@@ -412,20 +373,20 @@ class InvertImages:
         """z_0 generated from what is stored of each row."""
         if not rows:
             return torch.empty((0, *self.geometry.latent_shape))
-        seed_BCHW, condition = self._as_stored(rows, "seed"), self._conditions(rows)
+        noise_BCHW, condition = self._as_stored(rows, "noise"), self._conditions(rows)
         if isinstance(method, BelmMethod):
-            pair = (seed_BCHW, self._as_stored(rows, "second"))
+            pair = (noise_BCHW, self._as_stored(rows, "second"))
             return exact_pair.belm_generate(self.predict, self.schedule, pair, condition)
         if isinstance(method, EdictMethod):
-            pair = (seed_BCHW, self._as_stored(rows, "second"))
+            pair = (noise_BCHW, self._as_stored(rows, "second"))
             return exact_pair.edict_generate(self.predict, self.schedule, pair, condition, method.mixing)
         if isinstance(method, NullTextMethod):
             learned = self._as_stored(rows, "null_text")
             return null_text.generate_null_text(
-                self.model.predictor(1.0), self.schedule, seed_BCHW, condition, learned, guidance=method.guidance
+                self.model.predictor(1.0), self.schedule, noise_BCHW, condition, learned, guidance=method.guidance
             )
         bias = self._as_stored(rows, "bias") if isinstance(method, LboMethod) and method.replay else None
-        return generate(self.predict, self.schedule, seed_BCHW, condition, bias)
+        return sample(self.predict, self.schedule, noise_BCHW, condition, bias)
 
     @torch.no_grad()
     def _finished(self, method: InversionMethod, rows: Sequence[Row], given: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -433,12 +394,12 @@ class InvertImages:
         if not rows:
             return []
         outputs: list[dict[str, Any]] = []
-        statistics = seed_statistics(self._as_stored(rows, "seed"))
+        statistics = noise_statistics(self._as_stored(rows, "noise"))
         for i, row in enumerate(rows):
             made: dict[str, Any] = {
                 "prompt": row["prompt"],
                 "method": method.label,
-                "latent": self._stored(row["seed"]),
+                "latent": self._stored(row["noise"]),
                 "forwards": row["forwards"] + row.get("forwards_before", 0),
                 "backwards": row["backwards"] + row.get("backwards_before", 0),
                 "decodes": row.get("decodes", 0),
@@ -495,9 +456,9 @@ class InvertImages:
         condition = self.model.condition(
             prompts, size=self.geometry.size, guided=self.edit_guidance > 1, negative=self.negative
         )
-        seed_BCHW = self._as_stored([rows[i] for i in asked], "seed")
+        noise_BCHW = self._as_stored([rows[i] for i in asked], "noise")
         edited = self.model.decode(
-            generate(self.model.predictor(self.edit_guidance), self.schedule, seed_BCHW, condition)
+            sample(self.model.predictor(self.edit_guidance), self.schedule, noise_BCHW, condition)
         )
         for i, picture in zip(asked, edited, strict=True):
             outputs[i]["edited"] = to_picture(picture.cpu())

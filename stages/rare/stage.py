@@ -25,8 +25,8 @@ from stages.concepts.samples import sheet
 from stages.concepts.table import ConceptError
 from stages.engine.methods import Method
 from stages.engine.randomness import row_generator
-from stages.inversion.metrics import seed_statistics
-from stages.inversion.stage import SEED_STATISTICS, InvertImages
+from stages.inversion.metrics import noise_statistics
+from stages.inversion.stage import NOISE_STATISTICS, InvertImages
 from stages.inversion.stage import parse as parse_inversion
 from stages.models.clip import ImageEncoder, TextEncoder, identity
 from stages.models.fingerprint import describe_model, describe_stable_diffusion
@@ -180,7 +180,7 @@ class RareConcepts:
             Column("score", "float32", doc=f"what candidates were ranked by: {scores[0]}"),
             *(column for name in scores for column in SCORE_COLUMNS[name]),
             Column("candidate_scores", "tensor", (candidates,), doc="score of every candidate, the kept one too"),
-            *(Column(name, "float32", doc="of the seed; a Gaussian one has 0, 1, 0, 0") for name in SEED_STATISTICS),
+            *(Column(name, "float32", doc="of the seed; a Gaussian one has 0, 1, 0, 0") for name in NOISE_STATISTICS),
         ]  # fmt: skip
         if any(isinstance(method, SeedSelectMethod) for method in chosen):
             columns.append(Column("select_start", "float32", doc="loss of the seed before it was optimised"))
@@ -388,7 +388,7 @@ class RareConcepts:
             "parents": _parents(self.methods[one.label], one.concept, one.weight_MK[best]),
             "score": _value(scored[best], self.scores[0]),
             "candidate_scores": np.array([_value(row, self.scores[0]) for row in scored], dtype=np.float32),
-            **{name: values[0] for name, values in seed_statistics(latent_CHW[None]).items()},
+            **{name: values[0] for name, values in noise_statistics(latent_CHW[None]).items()},
             **{column.name: scored[best][column.name] for name in self.scores for column in SCORE_COLUMNS[name]},
         }
         if isinstance(self.methods[one.label], SeedSelectMethod):

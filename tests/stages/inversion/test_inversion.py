@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
 from stages.engine.solver import solve
 from stages.inversion import pairs as exact_pair
-from stages.inversion.engine import Ddim, Exact, FixedPoint, InversionProblem, Newton, ReNoise, generate
+from stages.inversion.engine import InversionProblem
+from stages.inversion.exact import Exact
+from stages.inversion.explicit import Ddim
+from stages.inversion.fixed_point import Anderson, Averaged, FixedPoint
+from stages.inversion.newton import Newton
 from stages.inversion.null_text import generate_null_text, learn_null_text
+from stages.inversion.renoise import ReNoise
+from stages.models.sampler import sample
 from stages.models.schedule import ddim_schedule
 from stages.models.unet import LatentDiffusion, read_geometry
 from tests.support import tiny_stable_diffusion
@@ -142,20 +146,20 @@ def newton(z_prev, eps, t, phi, psi, a, b, iterations=2, prior=0.1):
 @pytest.mark.parametrize(
     ("rule", "reference"),
     [
-        (Ddim, ddim),
-        (partial(FixedPoint, iterations=4), plain),
-        (partial(FixedPoint, iterations=4, acceleration="averaged"), averaged),
-        (partial(FixedPoint, iterations=4, acceleration="anderson", window=2), anderson),
-        (ReNoise, renoise),
-        (partial(Exact, iterations=6, warmup=3), exact),
-        (Newton, newton),
+        (Ddim(), ddim),
+        (FixedPoint(4), plain),
+        (Averaged(4), averaged),
+        (Anderson(4, window=2), anderson),
+        (ReNoise(), renoise),
+        (Exact(iterations=6, warmup=3), exact),
+        (Newton(), newton),
     ],
     ids=["ddim", "fixed-point", "averaged", "anderson", "renoise", "exact", "newton"],
 )
 def test_a_rule_is_its_formula(model, work, rule, reference) -> None:
     for i, row in enumerate(run(model, work, rule)):
         wanted = climb(model, work, i, reference)
-        torch.testing.assert_close(row["seed"], wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(row["noise"], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_ddim_is_diffusers_inverse_scheduler(model, work) -> None:
@@ -167,7 +171,7 @@ def test_ddim_is_diffusers_inverse_scheduler(model, work) -> None:
     for t in scheduler.timesteps:
         with torch.no_grad():
             z = scheduler.step(model.forward(z, t.expand(3), condition), int(t), z).prev_sample
-    seeds = torch.stack([row["seed"] for row in run(model, work, Ddim)])
+    seeds = torch.stack([row["noise"] for row in run(model, work, Ddim())])
     assert (seeds - z).abs().max() < 1e-4
 
 
@@ -180,26 +184,38 @@ def test_generation_is_the_pipelines(model, work) -> None:
         guidance_scale=3.0,
         output_type="latent",
     ).images
-    torch.testing.assert_close(generate(model.predictor(3.0), schedule, z, condition), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sample(model.predictor(3.0), schedule, z, condition), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_are_independent_of_their_company(model, work) -> None:
-    rule = partial(FixedPoint, iterations=9, acceleration="anderson", tolerance=1e-4)
+    rule = Anderson(9, tolerance=1e-4)
     together, alone = run(model, work, rule, slots=3), run(model, work, rule, slots=1)
     for one, other in zip(together, alone, strict=True):
         assert one["forwards"] == other["forwards"]
-        torch.testing.assert_close(one["seed"], other["seed"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one["noise"], other["noise"], rtol=1e-4, atol=1e-5)
     assert all(row["residual"].max() <= 1e-4 or row["forwards"] >= 10 for row in together)
 
 
 def test_a_converged_seed_regenerates_its_latent_under_guidance(model, work) -> None:
     z, condition, schedule = work
-    rule = partial(FixedPoint, iterations=150, acceleration="anderson", window=8, tolerance=3e-6)
+    rule = Anderson(150, window=8, tolerance=3e-6)
     found = run(model, work, rule, guidance=2.0)
     assert all(float(row["residual"].max()) <= 3e-6 for row in found)
-    seeds = torch.stack([row["seed"] for row in found])
-    again = generate(model.predictor(2.0), schedule, seeds, condition)
+    seeds = torch.stack([row["noise"] for row in found])
+    again = sample(model.predictor(2.0), schedule, seeds, condition)
     torch.testing.assert_close(again, z, rtol=1e-3, atol=2e-3)
+
+
+def test_a_diverged_row_leaves_nothing_to_its_slot_s_next_one(work) -> None:
+    """Not even in Anderson's memory."""
+    z, _condition, schedule = work
+
+    def explode(x, t, c):
+        return torch.where(c["bad_B"].view(-1, 1, 1, 1), torch.inf, 0.1 * x)
+
+    rows = [{"id": str(i), "z": z[i], "condition": {"bad_B": torch.tensor(i == 0)}} for i in range(3)]
+    problem = InversionProblem(explode, schedule, Anderson(5), slots=1, latent_shape=SHAPE)
+    assert [row.get("status") for row in solve(problem, rows)] == ["failed", None, None]
 
 
 def test_divergence_is_a_failed_row(work) -> None:
@@ -210,7 +226,7 @@ def test_divergence_is_a_failed_row(work) -> None:
         calls.append(1)
         return x * float("inf")
 
-    problem = InversionProblem(explode, schedule, Ddim, slots=2, latent_shape=SHAPE)
+    problem = InversionProblem(explode, schedule, Ddim(), slots=2, latent_shape=SHAPE)
     rows = list(solve(problem, rows_of(z, condition)))
     assert {row["status"] for row in rows} == {"failed"}
     assert "diverged" in rows[0]["error"]
@@ -280,7 +296,7 @@ def test_edict_is_undone_by_its_sampler(model, work) -> None:
 
 def test_null_text_is_the_published_loop(model, work) -> None:
     z, condition, schedule = work
-    rows = run(model, work, Ddim, keep_path=True)
+    rows = run(model, work, Ddim(), keep_path=True)
     path = torch.stack([row["path"] for row in rows])
     torch.testing.assert_close(path[:, 0], z)
     learned = learn_null_text(model.forward, schedule, path, condition, guidance=7.5, iterations=3)
@@ -318,16 +334,14 @@ def test_sdxl_and_v_prediction_run(tmp_path) -> None:
     z = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(2)) * 0.5
     condition = loaded.condition(["red star", "ring"], size=16, guided=True)
     schedule = ddim_schedule(geometry.scheduler, 4)
-    rule = partial(FixedPoint, iterations=30, acceleration="anderson", tolerance=1e-6)
+    rule = Anderson(30, tolerance=1e-6)
     problem = InversionProblem(loaded.predictor(1.5), schedule, rule, slots=2, latent_shape=SHAPE)
-    seeds = torch.stack([r["seed"] for r in sorted(solve(problem, rows_of(z, condition)), key=lambda r: r["id"])])
-    torch.testing.assert_close(generate(loaded.predictor(1.5), schedule, seeds, condition), z, rtol=1e-3, atol=1e-3)
+    seeds = torch.stack([r["noise"] for r in sorted(solve(problem, rows_of(z, condition)), key=lambda r: r["id"])])
+    torch.testing.assert_close(sample(loaded.predictor(1.5), schedule, seeds, condition), z, rtol=1e-3, atol=1e-3)
     wanted = loaded.pipeline(
         prompt=["red star", "ring"], latents=seeds, num_inference_steps=4, guidance_scale=1.5, output_type="latent"
     ).images
-    torch.testing.assert_close(
-        generate(loaded.predictor(1.5), schedule, seeds, condition), wanted, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(sample(loaded.predictor(1.5), schedule, seeds, condition), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_inverted_is_said(tmp_path) -> None:

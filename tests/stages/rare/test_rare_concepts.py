@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from jobs.kinds.rare_concepts import RareConcepts as Job
 from stages.engine.randomness import row_generator
-from stages.inversion.engine import generate
 from stages.models.clip import ImageEncoder
 from stages.models.fingerprint import describe_model
+from stages.models.sampler import sample
 from stages.models.schedule import make_schedule
 from stages.models.unet import LatentDiffusion, read_geometry
 from stages.rare.noise import slerp
@@ -113,7 +113,7 @@ def test_the_last_latents_are_the_samplers_and_checkpoints_do_not_change_gradien
     condition = model.condition(["red star", "a ring"], size=16, guided=True)
     z = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(1)).requires_grad_(True)
     tail = last_latents(predict, schedule, z, condition, 3)
-    torch.testing.assert_close(tail[0], generate(predict, schedule, z.detach(), condition), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tail[0], sample(predict, schedule, z.detach(), condition), atol=1e-5, rtol=1e-5)
     plain, kept = z, []
     for k in range(4, -1, -1):
         t = torch.full((2,), int(schedule.t_S[k]))

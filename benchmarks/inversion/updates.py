@@ -1,0 +1,132 @@
+"""Updates of LBO's bias that were tried and lost against the safeguarded one (docs/inversion.md): kept to be compared.
+
+Everything but the update is `stages.inversion.lbo.LatentBias`: the forms of the bias, the warm start, the tolerance.
+
+Legend as in `stages.inversion.engine`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+
+from stages.engine.slots import per_row
+from stages.inversion.engine import Evaluation, Rule
+from stages.inversion.lbo import DIFFERENTIATE, SEARCH, Fit, LatentBias, line_search
+from stages.inversion.settings import LboMethod
+
+Update = Literal["anderson", "jacobian-free", "gauss-newton", "adam"]
+
+
+class AndersonBias(LatentBias):
+    """Anderson acceleration of x <- g(x) without a safeguard: a row that stalls goes on."""
+
+    def wants_gradient(self, made_B: torch.Tensor, state: Fit) -> None:
+        return None
+
+    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+        state = state._replace(history=state.history.push(seen.x_BCHW, seen.g_BCHW))
+        return state.history.mix().view_as(seen.x_BCHW), state
+
+    def result(self, seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return x_BCHW
+
+
+class JacobianFreeBias(LatentBias):
+    """x <- x - rate r / scale; the fixed-point iteration at rate 1."""
+
+    rate = 1.0
+
+    def wants_gradient(self, made_B: torch.Tensor, state: Fit) -> None:
+        return None
+
+    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+        return seen.x_BCHW - self.rate * seen.r_BCHW / seen.step.scale, state
+
+    def result(self, seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return seen.g_BCHW if self.bias == "input" else x_BCHW
+
+
+class GradientBias(LatentBias):
+    """Base of the updates that need gradients from their first point on. No gradient is begun beyond the budget."""
+
+    @property
+    def least(self) -> int:
+        return super().least + 1
+
+    def spent(self, seen: Evaluation) -> torch.Tensor:
+        """Passes made on the fit itself: the output bias's base is not one."""
+        return seen.made_B - (1 if self.bias == "output" else 0)
+
+    def wants_gradient(self, made_B: torch.Tensor, state: Fit) -> torch.Tensor:
+        return ((made_B > 0) | (self.bias == "input")) & (state.mode_B != SEARCH)
+
+    def result(self, seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
+        updated_BCHW = seen.g_BCHW if self.bias == "input" else x_BCHW
+        return super().result(seen, state, updated_BCHW)
+
+
+class GaussNewtonBias(GradientBias):
+    """Steepest descent on |r|^2 / 2 with line search: a gradient (two passes) and a trial (one), in turns."""
+
+    def done(self, seen: Evaluation) -> torch.Tensor:
+        cost_B = torch.where(self.spent(seen) % 3 == 0, 2, 1)
+        over_B = (seen.residual_B <= self.tolerance) | (seen.made_B + cost_B > self.limit)
+        return over_B & ~self.is_base(seen)
+
+    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+        tried_B = self.spent(seen) % 3 == 0
+        x_BCHW, state = line_search(
+            seen, state._replace(mode_B=torch.where(tried_B, SEARCH, DIFFERENTIATE)), seen.g_BCHW
+        )
+        return x_BCHW, state._replace(mode_B=torch.where(tried_B, DIFFERENTIATE, SEARCH))
+
+
+class AdamBias(GradientBias):
+    """Adam (Kingma and Ba, 2015, algorithm 1) on |r|^2 / 2."""
+
+    rate, betas, eps = 0.01, (0.9, 0.999), 1e-8
+
+    def done(self, seen: Evaluation) -> torch.Tensor:
+        over_B = (seen.residual_B <= self.tolerance) | (seen.made_B + 2 > self.limit)
+        return over_B & ~self.is_base(seen)
+
+    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+        # The moments lie where the line search, which Adam has not, keeps its slope and residual.
+        if (slope := seen.gradient_BCHW) is None:
+            return seen.x_BCHW, state
+        beta1, beta2 = self.betas
+        first_BCHW = torch.lerp(state.slope_BCHW, slope, 1 - beta1)
+        second_BCHW = state.r_BCHW * beta2 + slope.square() * (1 - beta2)
+        count_B = (self.spent(seen) // 2).double()
+        mean, square = (
+            moment / per_row((1 - beta**count_B).float(), moment)
+            for moment, beta in ((first_BCHW, beta1), (second_BCHW, beta2))
+        )
+        x_BCHW = seen.x_BCHW - self.rate * mean / (square.sqrt() + self.eps)
+        return x_BCHW, state._replace(slope_BCHW=first_BCHW, r_BCHW=second_BCHW)
+
+
+UPDATES: dict[Update, type[LatentBias]] = {
+    "anderson": AndersonBias,
+    "jacobian-free": JacobianFreeBias,
+    "gauss-newton": GaussNewtonBias,
+    "adam": AdamBias,
+}
+
+
+class ComparedLbo(LboMethod):
+    """LBO with one of these updates, for a stage made in Python; job files offer none of them."""
+
+    fitted_by: Update
+
+    @model_validator(mode="after")
+    def _enough_for_gradients(self) -> ComparedLbo:
+        self.rule(1.0)
+        return self
+
+    def rule(self, guidance: float) -> Rule[Any]:
+        kind = UPDATES[self.fitted_by]
+        return kind(self.bias, self.warm_start, self.passes, self.tolerance_at(guidance), self.window)
