@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any, TypeVar
 from uuid import uuid4
 
@@ -21,6 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 T = TypeVar("T")
+DIGEST_BYTES, BLOCK_BYTES = 16, 4 << 20
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.2
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -72,12 +74,20 @@ def _sync_folder(path: str) -> None:
         os.close(handle)
 
 
+def checksum(handle: IO[bytes]) -> str:
+    """BLAKE2b of what is left to read, 128 bits, in hex."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for block in iter(partial(handle.read, BLOCK_BYTES), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 class Upload:
     """A write-only file that hashes and counts what goes through it."""
 
     def __init__(self, handle: IO[bytes], local: bool) -> None:
         self._handle, self._local = handle, local
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         self.size = 0
         self.closed = self._abandoned = False
 
@@ -180,7 +190,8 @@ class Folder:
         if self.local:
             with open(self.path(name), "rb") as handle:
                 return handle.read()
-        return bytes(patiently(lambda: self._fresh(name).cat_file(self.path(name))))
+        at_once = {"max_concurrency": 1} if "s3" in self.fs.protocol else {}  # s3fs asks for the size first otherwise
+        return bytes(patiently(lambda: self._fresh(name).cat_file(self.path(name), **at_once)))
 
     def listing(self, name: str) -> dict[str, int]:
         """File name -> size of the files directly in a subfolder, sorted; empty if there is none."""
@@ -261,7 +272,7 @@ class Folder:
             os.replace(self.path(name), self.path(target))
             _sync_folder(parent)
             return
-        patiently(lambda: self.fs.copy(self.path(name), self.path(target)))
+        patiently(lambda: self.fs.cp_file(self.path(name), self.path(target)))  # `copy` would list both first
         self.remove(name)
 
     def remove(self, name: str) -> None:

@@ -7,18 +7,17 @@ bookkeeping: ``plan.json``, ``files.parquet``, ``shards.parquet``, ``records/``,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.input.files import OWN, resolve
 from pipeline.input.ids import Uniqueness, digest
@@ -28,7 +27,7 @@ from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_er
 from pipeline.output.schema import decode_schema, means, merge_measures
 from pipeline.run.plan import Shard, expected_ids, read_shards
 from pipeline.run.progress import Progress
-from pipeline.storage import Folder
+from pipeline.storage import Folder, checksum
 
 PLAN, PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/plan.json", f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
 READERS = 16
@@ -153,25 +152,27 @@ class Output:
         """The commit records, in shard order; a few are read at a time."""
         names = [name for name in self.folder.listing(RECORDS) if re.fullmatch(r"\d+\.json", name)]
         names.sort(key=lambda name: int(name[:-5]))
-        yield from self._read_records(f"{RECORDS}/{name}" for name in names)
-
-    def _read_records(self, names: Iterable[str]) -> Iterator[Record]:
-        def load(name: str) -> Record:
-            try:
-                return Record.from_json(self.folder.read(name))
-            except (ValueError, TypeError, KeyError) as error:
-                problem = f"{self.path}/{name} is no commit record ({error}); delete it and run the job again"
-                raise OutputError(problem) from None
-
+        pending = (f"{RECORDS}/{name}" for name in names)
         if self.folder.local:
-            yield from map(load, names)
+            yield from map(self.record, pending)
             return
-        pending = iter(names)
         with ThreadPoolExecutor(READERS) as pool:
-            window = deque(pool.submit(load, name) for name in islice(pending, READERS))
+            window = deque(pool.submit(self.record, name) for name in islice(pending, READERS))
             while window:
                 yield window.popleft().result()
-                window.extend(pool.submit(load, name) for name in islice(pending, 1))
+                window.extend(pool.submit(self.record, name) for name in islice(pending, 1))
+
+    def record(self, name: str) -> Record:
+        """A commit record by its file's name.
+
+        Raises:
+            OutputError: It is none.
+        """
+        try:
+            return Record.from_json(self.folder.read(name))
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"{self.path}/{name} is no commit record ({error}); delete it and run the job again"
+            raise OutputError(problem) from None
 
     def locate(self, record: Record, listed: Mapping[str, Mapping[str, int]] | None = None) -> str | None:
         """Where a record's file is: published, or still an attempt; None if it is nowhere or has another size.
@@ -312,7 +313,7 @@ def verify(
         if record_name(shard.index).rpartition("/")[2] not in records:
             problems.append(f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again")
             continue
-        record = next(output._read_records([record_name(shard.index)]))
+        record = output.record(record_name(shard.index))
         name = output.locate(record, listed)
         if name is None:
             problems.append(f"the file of shard {shard.index} is missing or cut short; run the job again")
@@ -339,17 +340,13 @@ def _check_file(
     output: Output, record: Record, name: str, schema: pa.Schema, checksums: bool
 ) -> tuple[str | None, list[str]]:
     """A problem with one file, if there is one, and the ids in it."""
-    if checksums:
-        hashed = hashlib.blake2b(digest_size=16)
-        with output.folder.open(name) as handle:
-            for block in iter(partial(handle.read, 1 << 22), b""):
-                hashed.update(block)
-        if hashed.hexdigest() != record.checksum:
-            return "its bytes are not those that were committed; delete it and run the job again", []
     try:
-        with parquet.opened(output.folder, name) as file:
+        with parquet.handle(output.folder, name) as handle:
+            if checksums and checksum(handle) != record.checksum:
+                return "its bytes are not those that were committed; delete it and run the job again", []
+            file = pq.ParquetFile(handle)
             kind = file.schema_arrow
-        stored = parquet.read(output.folder, name, ["id", "status"])
+            stored = file.read(["id", "status"], use_threads=output.folder.local)
     except (pa.ArrowException, OSError) as error:
         return f"cannot be read ({error}); delete it and run the job again", []
     ids, statuses = stored["id"].to_pylist(), Counter(stored["status"].to_pylist())
@@ -393,19 +390,21 @@ def _twice(output: Output, suspects: set[int], listed: Mapping[str, Mapping[str,
     return problems
 
 
-def sweep(output: Output, valid: Iterable[Record]) -> int:
-    """Delete attempts and summaries that no record names: those of losers, of the dead, and of strangers.
+class Leftovers:
+    """Attempts and summaries that no record names: those of losers, of the dead, and of strangers.
 
-    Returns:
-        How many.
+    What lies there is listed first; each record then spares its own, and `remove` deletes the rest.
     """
-    files, summaries = set(), set()
-    for record in valid:
-        files.add(record.file)
-        summaries |= set(record.summary)
-    lost = [f"{ATTEMPTS}/{name}" for name in output.folder.listing(ATTEMPTS) if name not in files]
-    lost += [f"{SUMMARIES}/{name}" for name in output.folder.listing(SUMMARIES) if name not in summaries]
-    lost += [f"{RECORDS}/{name}" for name in output.folder.listing(RECORDS) if name.endswith(".tmp")]
-    for name in lost:
-        output.folder.remove(name)
-    return len(lost)
+
+    def __init__(self, output: Output) -> None:
+        self._folder = output.folder
+        self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)}
+        self._names |= {f"{RECORDS}/{name}" for name in output.folder.listing(RECORDS) if name.endswith(".tmp")}
+
+    def spare(self, record: Record) -> None:
+        self._names.discard(f"{ATTEMPTS}/{record.file}")
+        self._names.difference_update(f"{SUMMARIES}/{name}" for name in record.summary)
+
+    def remove(self) -> None:
+        for name in sorted(self._names):
+            self._folder.remove(name)

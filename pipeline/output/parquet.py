@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,11 @@ import pyarrow.parquet as pq
 from pipeline.storage import Folder
 
 BATCH_ROWS = 4096
+
+
+def handle(folder: Folder, name: str) -> Any:
+    """A file of a folder as Arrow reads it best; a context manager."""
+    return pa.OSFile(os.fsencode(folder.path(name))) if folder.local else folder.open(name)
 
 
 @contextmanager
@@ -26,8 +32,8 @@ def opened(folder: Folder, name: str) -> Iterator[pq.ParquetFile]:
         FileNotFoundError, OSError: It cannot be opened.
         pyarrow.ArrowInvalid: It is none.
     """
-    with pa.OSFile(os.fsencode(folder.path(name))) if folder.local else folder.open(name) as handle:
-        yield pq.ParquetFile(handle)
+    with handle(folder, name) as file:
+        yield pq.ParquetFile(file)
 
 
 def read(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from pipeline.output.commit import ATTEMPTS, Record
-from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, OutputError, Tally
+from pipeline.output.dataset import SET_ASIDE, SUCCESS, Leftovers, Output, OutputError, Tally
 from pipeline.output.schema import decode_schema
 
 CARD = "README.md"
@@ -26,21 +26,27 @@ def set_aside(output: Output) -> list[str]:
 
 
 def publish(output: Output, tally: Tally, title: str, description: str) -> None:
-    """Give the committed files their final names, then the card, then ``_SUCCESS``. Safe to repeat.
+    """Give the committed files their final names, then the card, then ``_SUCCESS``; delete what is left over.
+
+    Safe to repeat.
 
     Raises:
         OutputError: A committed file is gone.
     """
-    listed, shards = output.listings(), 0
+    listed, leftovers, shards = output.listings(), Leftovers(output), 0
+    content = hashlib.blake2b(digest_size=8)
     for record in output.records():
         _publish_part(output, record, listed)
+        content.update(record.checksum.encode())
+        leftovers.spare(record)
         shards += 1
     if shards != int(output.plan["shards"]):
         raise OutputError(f"{output.path}: {shards} of {output.plan['shards']} shards have a record; run the job again")
-    output.folder.write(CARD, card(output, tally, title, description).encode())
+    output.folder.write(CARD, card(output, tally, content.hexdigest(), title, description).encode())
     summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed, "shards": tally.shards,
                "fingerprint": output.plan["fingerprint"]}  # fmt: skip
     output.folder.write(SUCCESS, (json.dumps(summary) + "\n").encode())
+    leftovers.remove()
 
 
 def _publish_part(output: Output, record: Record, listed: dict[str, dict[str, int]]) -> None:
@@ -55,15 +61,17 @@ def _publish_part(output: Output, record: Record, listed: dict[str, dict[str, in
     output.folder.move(f"{ATTEMPTS}/{record.file}", part)
 
 
-def card(output: Output, tally: Tally, title: str, description: str) -> str:
+def card(output: Output, tally: Tally, content: str, title: str, description: str) -> str:
     """The dataset card: what `datasets` reads (YAML), then columns, counts, measures and models for people.
 
     The configuration's description names the content: `datasets` keys its cache by the folder's last name and this
     block alone, and would else hand out another dataset that was once loaded from a folder of the same name.
+
+    Args:
+        content: Digest of the committed files' checksums.
     """
     schema, plan = decode_schema(output.plan["schema"]), output.plan
-    content = hashlib.blake2b("".join(record.checksum for record in output.records()).encode(), digest_size=8)
-    front = ["---", "configs:", "- config_name: default", f"  description: content {content.hexdigest()}",
+    front = ["---", "configs:", "- config_name: default", f"  description: content {content}",
              "  data_files:", "  - split: train", "    path: data/part-*.parquet", "tags:", "- latentmill",
              "---"]  # fmt: skip
     docs = {column["name"]: column for column in plan["stage_columns"]}

@@ -14,7 +14,7 @@ from pipeline.input.files import OWN
 from pipeline.input.read import wanted_columns
 from pipeline.input.source import Source
 from pipeline.output.commit import record_name
-from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, OutputError, Tally, load_plan, own_folder, sweep
+from pipeline.output.dataset import SET_ASIDE, SUCCESS, Leftovers, Output, OutputError, Tally, load_plan, own_folder
 from pipeline.output.lock import Lock
 from pipeline.output.publish import publish, set_aside
 from pipeline.output.schema import encode_schema
@@ -239,7 +239,6 @@ def _resumed(
                 finish(Finished(output))
             reporter.phase("publishing", tally)
             publish(output, tally, title, description)
-            sweep(output, output.records())
     except Stopped as stopped:
         state, reason = "failed", str(stopped)
     except KeyboardInterrupt:
@@ -256,7 +255,7 @@ def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
     """What earlier runs committed. A record whose file is gone or cut is withdrawn; losers and strangers go."""
     for name in set_aside(output):
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
-    tally, done, listed = Tally(), set[int](), output.listings()
+    tally, done, listed, leftovers = Tally(), set[int](), output.listings(), Leftovers(output)
     for record in output.records():
         if output.locate(record, listed) is None:
             output.folder.remove(record_name(record.shard))
@@ -264,7 +263,8 @@ def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
             continue
         tally.add(record)
         done.add(record.shard)
-    sweep(output, output.records())
+        leftovers.spare(record)
+    leftovers.remove()
     return tally, done
 
 

@@ -112,9 +112,8 @@ def spec_for(folder: Path, lines: Iterable[str], shard_rows: int = 10, delay: fl
     return RunSpec(stage, texts(folder, lines), str(folder / "out"), shard_rows=shard_rows, keep=("text",))
 
 
-def run_plain(spec: RunSpec) -> Output:
-    """The whole run in a plain loop in this process: what an undisturbed run gives."""
-    folder = Folder.at(spec.output, spec.storage_options)
+def commit_plain(spec: RunSpec) -> tuple[Output, Tally]:
+    """Plan, and commit every shard in a plain loop in this process; nothing is published."""
     write_plan(spec, draft(spec), Folder.at(f"{spec.output}/_latentmill", spec.storage_options), 0.0)
     output = Output.open(spec.output, spec.storage_options)
     worker = Worker(_worker_job(spec, output, Resources()))
@@ -123,8 +122,14 @@ def run_plain(spec: RunSpec) -> Output:
         record = worker.process(Task(shard.index, shard.spans, 0, shard.rows))
         assert isinstance(record, commit.Record)
         tally.add(record)
+    return output, tally
+
+
+def run_plain(spec: RunSpec) -> Output:
+    """The whole run in a plain loop in this process: what an undisturbed run gives."""
+    output, tally = commit_plain(spec)
     publish(output, tally, "test", "")
-    assert folder.exists("_SUCCESS")
+    assert output.folder.exists("_SUCCESS")
     return output
 
 

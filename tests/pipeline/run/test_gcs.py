@@ -36,7 +36,9 @@ class Google(Weather):
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], Any]]:
     """fsspec options for a bucket behind the weather, and the proxy."""
-    monkeypatch.setattr(emulator.RequestHandler, "disable_nagle_algorithm", True)
+    monkeypatch.setattr(emulator.RequestHandler, "disable_nagle_algorithm", True)  # else 40 ms an answer
+    monkeypatch.setattr(emulator.server.HTTPServer, "request_queue_size", 128)  # else a second for some of sixteen
+    monkeypatch.setattr(emulator.Storage, "_write_config_to_file", lambda self: None)  # else all names at every write
     real = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     real.start()
     with weather_before(real._api._httpd.server_port, Google) as proxy:
@@ -118,5 +120,7 @@ def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict
 
 @pytest.mark.fault
 @pytest.mark.parametrize("shards", SHARDS)
-def test_any_number_of_shards(tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any], shards: int) -> None:
-    check_shards(tmp_path, "gs", store[0], shards)
+def test_any_number_of_shards(
+    tmp_path: Path, local_ray: str, store: tuple[dict[str, Any], Any], shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_shards(tmp_path, "gs", gcsfs.GCSFileSystem(**store[0]), store[0], shards, monkeypatch)
