@@ -13,6 +13,7 @@ from pipeline.contract import StageSpec
 from stages.engine.methods import Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
 from stages.models.names import ModelName
+from stages.models.settings import LatentModelSettings
 
 if TYPE_CHECKING:
     from jobs.page.html import Html
@@ -97,19 +98,13 @@ class InvertImages(JobBase):
         )
 
     def card(self) -> str:
-        from jobs.kinds.regeneration import lines, numbers
-        from stages.models.unet import read_geometry
+        from jobs.kinds.regeneration import lines
+        from stages.models.families import read_geometry
 
-        geometry = read_geometry(self.model, revision=self.revision, size=self.size)
-        said = 'row["prompt"]'
-        if self.inverter is not None:
-            said = f'prompt_embeds=torch.tensor(row["text_latent"]).reshape(1, {numbers(geometry.text_shape)})'
-            if geometry.kind == "sdxl":
-                said += ', pooled_prompt_embeds=torch.tensor([row["pooled"]])'
+        geometry = read_geometry(LatentModelSettings(model=self.model, revision=self.revision, size=self.size))
+        said = 'row["prompt"]' if self.inverter is None else geometry.usage.text_latent
         return _CARD.format(
-            lines=lines(
-                self.model, geometry, steps=self.steps, guidance=self.guidance, negative=self.negative, said=said
-            )
+            lines=lines(geometry, steps=self.steps, guidance=self.guidance, negative=self.negative, said=said)
         )
 
     def panels(self) -> list[Panel]:

@@ -14,6 +14,7 @@ from pipeline.contract import StageSpec
 from stages.engine.methods import Methods
 from stages.inversion.settings import AnyInversionMethod, BelmMethod, EdictMethod, LboMethod, NullTextMethod
 from stages.models.names import ModelName
+from stages.models.settings import LatentModelSettings
 from stages.rare.settings import AnySeedMethod
 
 if TYPE_CHECKING:
@@ -129,10 +130,10 @@ class RareConcepts(JobBase):
 
     def card(self) -> str:
         from jobs.kinds.regeneration import lines
-        from stages.models.unet import read_geometry
+        from stages.models.families import read_geometry
 
-        geometry = read_geometry(self.model, revision=self.revision, size=self.size)
-        shown = lines(self.model, geometry, steps=self.steps, guidance=self.guidance, negative=self.negative)
+        geometry = read_geometry(LatentModelSettings(model=self.model, revision=self.revision, size=self.size))
+        shown = lines(geometry, steps=self.steps, guidance=self.guidance, negative=self.negative)
         return _CARD.format(lines=shown, score=self.score[0])
 
     def panels(self) -> list[Panel]:

@@ -33,7 +33,7 @@ class Decoder:
     """Kandinsky 2.2's decoder pipeline by folder or hub id.
 
     The U-Net takes the embedding as it is, with no normalisation; classifier-free guidance contrasts it with the
-    embedding of an all-zero picture, which is computed once and passed in here.
+    embedding of an all-zero input, which is computed once and passed in here.
 
     Args:
         decode: Folder or hub id of a `KandinskyV22Pipeline`, and how it samples.
@@ -49,7 +49,7 @@ class Decoder:
         path = decode.model
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         try:
-            pipe = KandinskyV22Pipeline.from_pretrained(path, torch_dtype=dtype, revision=decode.revision)
+            pipe = KandinskyV22Pipeline.from_pretrained(path, dtype=dtype, revision=decode.revision)
         except (OSError, ValueError) as error:
             raise DecoderError(f"{path}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
         width = pipe.unet.config.encoder_hid_dim

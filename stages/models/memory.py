@@ -3,7 +3,8 @@
 The network is built on the meta device, where tensors have shapes and no numbers, and run once; whatever it allocates
 is added up while it lives. Attention counts as fused (queries, keys, values and result are kept, the square matrix is
 not), as it runs on a GPU. What is allocated inside a kernel (convolution workspaces) and what an allocator rounds up to
-are left out.
+are left out. On the CPU, autograd keeps
+what is told here within a tenth (tests/stages/models/test_memory.py).
 """
 
 from __future__ import annotations

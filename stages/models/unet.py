@@ -9,6 +9,7 @@ output; L text tokens, E their width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -353,6 +354,8 @@ def _other_vae(settings: LatentModelSettings, dtype: torch.dtype) -> dict[str, A
 
 
 def _usage(settings: LatentModelSettings, text_latent: str) -> Usage:
+    from diffusers import DDIMScheduler
+
     names, given = ["DDIMScheduler", "DiffusionPipeline"], ""
     lines = []
     if settings.vae is not None:
@@ -361,8 +364,9 @@ def _usage(settings: LatentModelSettings, text_latent: str) -> Usage:
         where = f', subfolder="{folder}"' if folder else ""
         lines.append(f'vae = AutoencoderKL.from_pretrained("{settings.vae}"{where}, torch_dtype=torch.float32)')
         given = ", vae=vae"
-    changes = {key: value for key, value in (settings.scheduler or {}).items() if key != "class"}
-    changes |= {"clip_sample": False}
+    known = set(inspect.signature(DDIMScheduler).parameters) - {"clip_sample", "thresholding"}
+    changes = {key: value for key, value in (settings.scheduler or {}).items() if key in known}
+    changes["clip_sample"] = False
     options = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     lines += [
         f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, torch_dtype=torch.float32)',
