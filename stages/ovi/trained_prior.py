@@ -49,7 +49,7 @@ def load_pipeline(method: TrainedPrior, context: Context) -> Any:
     dtype = torch.float16 if torch.device(context.device).type == "cuda" else torch.float32
     given = {"prior": load_prior(method.prior, dtype)} if method.prior else {}
     try:
-        pipe = KandinskyV22PriorPipeline.from_pretrained(path, torch_dtype=dtype, revision=context.revision, **given)
+        pipe = KandinskyV22PriorPipeline.from_pretrained(path, dtype=dtype, revision=context.revision, **given)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no Kandinsky 2.2 prior pipeline can be loaded: {error}") from None
     pipe = pipe.to(context.device)
@@ -62,7 +62,7 @@ def load_prior(path: str, dtype: torch.dtype) -> nn.Module:
     from diffusers import PriorTransformer
 
     try:
-        return PriorTransformer.from_pretrained(path, torch_dtype=dtype, low_cpu_mem_usage=False)
+        return PriorTransformer.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no PriorTransformer can be loaded: {error}") from None
 
