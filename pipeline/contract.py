@@ -59,11 +59,12 @@ class Settings(BaseModel):
         serialize_by_alias=True,
     )  # fmt: skip
 
-    def part(self, kind: type[S]) -> S:
-        """The settings of another kind whose fields are all among one's own: a job that *is* a stage's settings hands
-        that part on to the stage.
+    def part(self, kind: type[S], **others: Any) -> S:
+        """The settings of another kind: `others`, and one's own values for the rest of its fields. So a job that *is* a
+        stage's settings hands that part on to the stage.
         """
-        return kind.model_validate({name: getattr(self, name) for name in kind.model_fields})
+        own = {name: getattr(self, name) for name in kind.model_fields if name not in others}
+        return kind.model_validate(own | others)
 
 
 S = TypeVar("S", bound=Settings)

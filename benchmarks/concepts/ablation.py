@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ from PIL import Image
 import micro
 from micro import world
 from micro.oracle import Oracle, Reading
+from stages.concepts.prepare import prepare
+from stages.concepts.problem import LegoProblem
 from stages.concepts.samples import generate
-from stages.concepts.stage import LegoProblem, LegoSettings, prepare
-from stages.concepts.table import Templates
+from stages.concepts.settings import LegoSettings, Templates
 from stages.engine.randomness import row_seed
 from stages.engine.solver import solve
-from stages.models.unet import LatentDiffusion
+from stages.models.families import open_latent_model
+from stages.models.latent import LatentModel
+from stages.models.settings import LatentModelSettings
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = str(micro.MODELS / "stable-diffusion")
-SIZE = world.SIZE
 START = "here"
 TEXTURES, SIZES = ("striped", "dotted", "checkered"), ("small", "large")
 RELATIONS = ("left", "right", "above", "below")
@@ -54,7 +56,7 @@ class Target:
 
     Attributes:
         name: Its name.
-        concept: Its words as `stages.concepts.table` takes them.
+        concept: Its words as `stages.concepts.concept` takes them.
         asked: Attributes an object must have.
         relation: Or the relation between two objects.
     """
@@ -122,18 +124,16 @@ def training_row(target: Target, seed: int, count: int) -> dict[str, Any]:
 
 
 def learn(
-    model: LatentDiffusion, rows: list[dict[str, Any]], settings: LegoSettings, seed: int = 0
+    model: LatentModel, rows: list[dict[str, Any]], settings: LegoSettings, seed: int = 0
 ) -> list[dict[str, Any]]:
     """All rows in one batch."""
-    problem = LegoProblem(model, settings, size=SIZE, slots=len(rows), max_words=3, seed=seed)
-    ready = (
-        {**row, "prepared": prepare(row, model, settings, Templates(), size=SIZE, max_words=3, root="")} for row in rows
-    )
+    problem = LegoProblem(model, settings, slots=len(rows), max_words=3, seed=seed)
+    ready = ({**row, "prepared": prepare(row, model, settings, Templates(), max_words=3, root="")} for row in rows)
     return list(solve(problem, ready))
 
 
 def evaluate(
-    model: LatentDiffusion,
+    model: LatentModel,
     oracle: Oracle,
     targets_of: dict[str, Target],
     rows: list[dict[str, Any]],
@@ -158,7 +158,7 @@ def evaluate(
         tokens = json.loads(row["tokens"])
         drawn = generate(
             model, prompts, tokens, torch.from_numpy(row["embeddings"][: len(tokens)]),
-            seeds=[row_seed(2, row["id"], str(n)) for n in range(each)], steps=steps, guidance=guidance, size=SIZE,
+            seeds=[row_seed(2, row["id"], str(n)) for n in range(each)], steps=steps, guidance=guidance,
             batch=64,
         )  # fmt: skip
         for pair, reading in zip(asked, oracle.read(drawn), strict=True):
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--name", default="lego_ablation")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, oracle = LatentDiffusion.load(options.model or MODEL), Oracle.load()
+    model, oracle = open_latent_model(LatentModelSettings(model=options.model or MODEL, device="cpu")), Oracle.load()
     chosen = targets()[: options.concepts]
     of_name = {t.name: t for t in chosen}
     base = LegoSettings(
@@ -233,7 +233,7 @@ def main() -> None:
     learned: list[dict[str, Any]] = []
     for cell in options.cells:
         began = time.process_time()
-        learned = learn(model, rows, replace(base, **CELLS[cell]))
+        learned = learn(model, rows, LegoSettings(**base.model_dump() | CELLS[cell]))
         trained = time.process_time()
         judged = evaluate(model, oracle, of_name, learned, options.pictures, options.sampling_steps, options.guidance)
         results["cells"][cell] = summary(judged) | {

@@ -26,24 +26,24 @@ def side_by_side(model_path: str, concepts: int, steps: int, slots: list[int], t
     """The same concepts by the same engine with different numbers of slots, interleaved; seconds a concept step."""
     import torch
 
-    from benchmarks.concepts.ablation import SIZE, targets, training_row
-    from stages.concepts.stage import LegoProblem, LegoSettings, prepare
-    from stages.concepts.table import Templates
+    from benchmarks.concepts.ablation import targets, training_row
+    from stages.concepts.prepare import prepare
+    from stages.concepts.problem import LegoProblem
+    from stages.concepts.settings import LegoSettings, Templates
     from stages.engine.solver import Occupancy, solve
-    from stages.models.unet import LatentDiffusion
+    from stages.models.families import open_latent_model
+    from stages.models.settings import LatentModelSettings
 
     torch.set_num_threads(threads)
-    model = LatentDiffusion.load(model_path)
+    model = open_latent_model(LatentModelSettings(model=model_path, device="cpu"))
     settings = LegoSettings(steps=steps, window=steps)
     kinds = targets()
     rows = [training_row(kinds[n % len(kinds)], n // len(kinds), 2) for n in range(concepts)]
-    ready = [
-        {**row, "prepared": prepare(row, model, settings, Templates(), size=SIZE, max_words=3, root="")} for row in rows
-    ]
+    ready = [{**row, "prepared": prepare(row, model, settings, Templates(), max_words=3, root="")} for row in rows]
     found: dict[str, Any] = {}
     for count in slots:
         some = ready if count > 1 else ready[: max(2, concepts // 4)]
-        problem = LegoProblem(model, settings, size=SIZE, slots=count, max_words=3, seed=0)
+        problem = LegoProblem(model, settings, slots=count, max_words=3, seed=0)
         occupancy = Occupancy()
         wall, cpu = time.perf_counter(), time.process_time()
         learned = list(solve(problem, some, occupancy=occupancy))

@@ -14,68 +14,55 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.concepts.ablation import MODEL, SIZE, targets, training_row
+from benchmarks.concepts.ablation import MODEL, targets, training_row
 from micro import world
 from micro.oracle import Oracle
-from stages.concepts.stage import LegoProblem, LegoSettings, prepare
-from stages.concepts.stage import draw as draw_step
-from stages.concepts.table import Templates
+from stages.concepts.draws import draw as draw_step
+from stages.concepts.prepare import prepare
+from stages.concepts.problem import LegoProblem
+from stages.concepts.settings import LegoSettings, Templates
 from stages.engine.randomness import row_generator
-from stages.inverter.model import (
-    InverterShape,
-    InverterTraining,
-    Pairs,
-    split,
-    text_conditions,
-    train_inverter,
-    warm_start,
-)
-from stages.models.pictures import encode_pictures
-from stages.models.schedule import ddim_schedule
-from stages.models.unet import LatentDiffusion
+from stages.inverter.model import InverterShape
+from stages.inverter.settings import Training
+from stages.inverter.training import Pairs, split, text_conditions, train_inverter
+from stages.inverter.warm_start import warm_start
+from stages.models.families import open_latent_model
+from stages.models.latent import LatentModel
+from stages.models.pictures import encode_pictures, to_picture
+from stages.models.sampler import sample
+from stages.models.settings import LatentModelSettings
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def draw(model: LatentDiffusion, text_BTK: torch.Tensor, ids: list[str], steps: int, guidance: float) -> torch.Tensor:
+def draw(model: LatentModel, text_BTK: torch.Tensor, ids: list[str], steps: int, guidance: float) -> torch.Tensor:
     """z_0 of pictures drawn under text latents, each from noise of its own."""
-    empty = text_conditions(model, [""], SIZE)[0]
+    empty = text_conditions(model, [""])[0]
     parts = []
     for at in range(0, len(ids), 50):
         some = text_BTK[at : at + 50]
-        parts.append(
-            model.pipeline(
-                prompt_embeds=some,
-                negative_prompt_embeds=empty.expand(len(some), -1, -1),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=SIZE,
-                width=SIZE,
-                generator=[row_generator(0, i, "picture") for i in ids[at : at + 50]],
-                output_type="latent",
-            ).images
-        )
+        condition = {"text_BLE": some, "null_text_BLE": empty.expand(len(some), -1, -1)}
+        generators = [row_generator(0, i, "picture") for i in ids[at : at + 50]]
+        parts.append(model.draw(condition, steps=steps, guidance=guidance, generators=generators))
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def round_trip(model: LatentDiffusion, z_BCHW: torch.Tensor, text_BTK: torch.Tensor, steps: int) -> torch.Tensor:
+def round_trip(model: LatentModel, z_BCHW: torch.Tensor, text_BTK: torch.Tensor, steps: int) -> torch.Tensor:
     """DDIM inversion to noise and DDIM sampling back, both under the same text latent, without guidance."""
-    schedule = ddim_schedule(model.pipeline.scheduler.config, steps)
+    schedule, predict = model.schedule(steps), model.predictor()
     z, condition = z_BCHW, {"text_BLE": text_BTK}
     for k in range(steps):
         step = schedule.at(torch.full((len(z),), k))
-        z = step.explicit(z, model.forward(z, step.t_B, condition))
-    for k in reversed(range(steps)):
-        step = schedule.at(torch.full((len(z),), k))
-        z = step.down(z, model.forward(z, step.t_B, condition))
-    return z
+        z = step.explicit(z, predict(z, step.t_B, condition))
+    return sample(predict, schedule, z, condition)
 
 
 def psnr(a_BCHW: torch.Tensor, b_BCHW: torch.Tensor) -> list[float]:
@@ -107,12 +94,12 @@ def steady_loss(problem: LegoProblem, draws: int) -> float:
             if slot is not None
         ]  # fmt: skip
         parts = [torch.stack(part) for part in zip(*((d.picture_K, d.t_K, d.noise_KCHW) for d in drawn), strict=True)]
-        losses.append(problem._losses(*parts)[0].mean())
+        losses.append(problem.losses(*parts)[0].mean())
     return float(torch.stack(losses).mean())
 
 
 def warm_starts(
-    model: LatentDiffusion, inverter: Any, concepts: int, steps: int, every: int = 10, draws: int = 16
+    model: LatentModel, inverter: Any, concepts: int, steps: int, every: int = 10, draws: int = 16
 ) -> dict[str, Any]:
     """Loss of concepts learned from an unrelated word and from the inverter's start, the same noise for both."""
     settings = LegoSettings(steps=steps, window=steps, lr=6e-3, context="none")
@@ -120,15 +107,16 @@ def warm_starts(
     rows = [training_row(kinds[n % len(kinds)], n // len(kinds), 4) for n in range(concepts)]
     curves: dict[str, list[float]] = {}
     for name in ("unrelated word", "inverter"):
-        problem = LegoProblem(model, settings, size=SIZE, slots=concepts, max_words=3, seed=0)
+        problem = LegoProblem(model, settings, slots=concepts, max_words=3, seed=0)
         ready = []
         for row in rows:
-            prepared = prepare(row, model, settings, Templates(), size=SIZE, max_words=3, root="")
+            prepared = prepare(row, model, settings, Templates(), max_words=3, root="")
             if name == "inverter":
-                prepared.start_VE = warm_start(
+                start_VE = warm_start(
                     problem.encoders, inverter, prepared.z_ICHW, prepared.ids_EIT, prepared.which_EIT,
                     prepared.start_VE, steps=100, lr=settings.lr,
                 )  # fmt: skip
+                prepared = replace(prepared, start_VE=start_VE)
             ready.append({**row, "prepared": prepared})
         problem.load(range(concepts), ready)
         curves[name] = [steady_loss(problem, draws)]
@@ -158,25 +146,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, oracle = LatentDiffusion.load(options.model or MODEL), Oracle.load()
+    model, oracle = open_latent_model(LatentModelSettings(model=options.model or MODEL, device="cpu")), Oracle.load()
     began = time.process_time()
     prompts = [world.caption_of(n, "heldout", detail="full") for n in range(options.prompts)]
-    text = torch.cat([text_conditions(model, prompts[at : at + 100], SIZE)[0] for at in range(0, len(prompts), 100)])
+    text = torch.cat([text_conditions(model, prompts[at : at + 100])[0] for at in range(0, len(prompts), 100)])
     with torch.no_grad():
         z = draw(model, text, [str(n) for n in range(len(prompts))], options.sampling_steps, options.guidance)
-        pictures = [
-            p
-            for at in range(0, len(z), 100)
-            for p in model.pipeline.image_processor.postprocess(model.decode(z[at : at + 100]), output_type="pil")
-        ]
+        pictures = [to_picture(x) for at in range(0, len(z), 100) for x in model.decode(z[at : at + 100])]
     encoded = encode_pictures(model, pictures)
     drawn = time.process_time()
     share = options.held_out / options.prompts
-    settings = InverterTraining(steps=options.steps, batch=32, lr=1e-3, noise_rows=2, held_out=share)
+    settings = Training(steps=options.steps, batch=32, lr=1e-3, noise_rows=2, held_out=share)
     latent = (int(z.shape[1]), int(z.shape[2]), int(z.shape[3]))
-    shape = InverterShape(latent, (text.shape[1], text.shape[2]), patch=2, width=128, layers=4, heads=4)
+    shape = InverterShape(latent=latent, text=(text.shape[1], text.shape[2]), patch=2, width=128, layers=4, heads=4)
     pairs = Pairs(encoded.numpy().astype(np.float16), prompts)
-    inverter, measures = train_inverter(model, pairs, shape, settings, size=SIZE, seed=0, report=print)
+    inverter, measures = train_inverter(model, pairs, shape, settings, seed=0, report=print)
     trained = time.process_time()
     held = split(len(prompts), share, 0)[1]
     with torch.no_grad():
@@ -186,11 +170,11 @@ def main() -> None:
         again = {}
         for name, latent_text in (("inverted latent", inverted), ("true latent", text[held]), ("mean latent", mean)):
             z_again = draw(model, latent_text, ids, options.sampling_steps, options.guidance)
-            drawn_again = model.pipeline.image_processor.postprocess(model.decode(z_again), output_type="pil")
+            drawn_again = [to_picture(x) for x in model.decode(z_again)]
             again[name] = kept(oracle, [pictures[n] for n in held], drawn_again)
         some = encoded[held[:32]]
         decoded = model.decode(some)
-        empty = text_conditions(model, [""], SIZE)[0].expand(len(some), -1, -1)
+        empty = text_conditions(model, [""])[0].expand(len(some), -1, -1)
         free = {
             name: float(np.mean(psnr(model.decode(round_trip(model, some, condition, 20)), decoded)))
             for name, condition in (

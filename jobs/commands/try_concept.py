@@ -65,32 +65,26 @@ def draw_sheet(
 
     from stages.concepts.samples import concept_tokens, generate, load_learned, without_concept
     from stages.concepts.samples import sheet as page
-    from stages.models.unet import LatentDiffusion, read_geometry
-    from stages.models.words import encoders_of
+    from stages.models.families import open_latent_model
+    from stages.models.settings import LatentModelSettings
 
     row = load_learned(rows, name)
     words = json.loads(row["tokens"])
     text = concept_tokens(prompt, row["name"], words)
     plain = without or without_concept(text)
-    path = model or config["model"]
-    revision = None if model else config.get("revision")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = read_geometry(path, revision=revision, size=config.get("size")).size
-    loaded = LatentDiffusion.load(
-        path, revision=revision, variant=config.get("variant"), dtype=config.get("dtype", "float32"), device=device
-    )
+    learned_on = {name: config[name] for name in LatentModelSettings.model_fields if name in config}
+    own = {"model": model, "revision": None} if model else {}
+    opened = open_latent_model(LatentModelSettings(**learned_on | own | {"device": device}))
     table = np.asarray(row["embeddings"], dtype=np.float32)
-    table = table.reshape(-1, sum(encoder.width for encoder in encoders_of(loaded.pipeline)))[: len(words)]
+    table = table.reshape(-1, sum(opened.geometry.word_widths))[: len(words)]
     pictures = generate(
-        loaded,
+        opened,
         [plain] * count + [text] * count,
         words,
         torch.from_numpy(table),
         seeds=[seed + number for number in range(count)] * 2,
         steps=steps,
         guidance=guidance,
-        size=size,
     )
     page(pictures, columns=count).save(sheet)
     return plain, sheet

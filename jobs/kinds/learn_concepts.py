@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-import micro
 from jobs.schema.base import JobBase
 from jobs.schema.concept_input import absolute, concept_source, folder_of
 from jobs.schema.panel import Panel
-from pipeline.contract import Settings, StageSpec
-from stages.models.names import ModelName
+from pipeline.contract import StageSpec
+from stages.concepts.settings import ConceptLearning, LearnConceptsSettings, LegoSettings, Templates
 
 if TYPE_CHECKING:
     import pipeline.run.driver
@@ -24,68 +23,14 @@ COLUMNS = ("id", "status", "name", "tokens", "embeddings")
 CHECKPOINTS = "_checkpoints"
 
 
-class Learning(Settings):
-    """How words are learned. The paper publishes none of these numbers."""
-
-    steps: int = Field(3000, ge=1)
-    """Most steps a concept makes; a multiple of `window`."""
-    pictures: int = Field(4, ge=1)
-    """Pictures a concept and step, half of them without the concept."""
-    lr: float = Field(2e-3, gt=0)
-    """Learning rate of AdamW, on the new words alone."""
-    separation: bool = True
-    """Subject separation. Off: only pictures with the concept, as in textual inversion."""
-    context: Literal["paper", "normalised", "none"] = "normalised"
-    """Form of the context loss: raw dot products, cosines over a temperature (ReVersion's), or none."""
-    context_weight: float = Field(0.01, ge=0)
-    """Weight of the context loss."""
-    temperature: float = Field(0.07, gt=0)
-    """Of the normalised form."""
-    skew: float = Field(0.0, ge=0, le=1)
-    """Draw noisy timesteps more often: 0 is uniform, ReVersion's importance sampling is 0.5."""
-    window: int = Field(100, ge=1)
-    """Steps over which losses are averaged for the curve and for stopping."""
-    tolerance: float = Field(0.0, ge=0)
-    """Smallest gain of a window's loss, as a share, that counts as progress."""
-    patience: int | None = Field(None, ge=1)
-    """Windows without progress after which a concept stops. Left out: all steps are made."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Learning:
-        if self.steps % self.window:
-            raise ValueError(f"steps ({self.steps}) is no multiple of window ({self.window})")
-        if self.separation and self.pictures % 2:
-            raise ValueError(f"pictures ({self.pictures}) is odd: half of them show the subject without the concept")
-        return self
-
-
-class Prompts(Settings):
+class Prompts(Templates):
     """Prompts of the training pictures, with ``{subject}`` and ``{concept}``; a row's own replace them."""
 
-    without: str = "Photo of a {subject}"
-    """Pictures without the concept."""
-    with_: str = Field("Photo of a {subject} that is {concept}", alias="with")
+    with_: str = Field(Templates().with_, alias="with")
     """Pictures with it."""
-    plain: str = "Photo of a {concept}"
-    """Pictures with it, when there is no subject separation."""
 
 
-class SampleSettings(Settings):
-    """Pictures of each learned concept on new subjects, for the report."""
-
-    subjects: tuple[str, ...] = Field(min_length=1)
-    """Nouns that take the subject's place."""
-    prompt: str | None = None
-    """With ``{subject}`` and ``{concept}``; the concept's own prompt when left out."""
-    count: int = Field(2, ge=1)
-    """Pictures a subject."""
-    steps: int = Field(30, ge=1)
-    """Sampling steps."""
-    guidance: float = Field(7.5, ge=1)
-    """Guidance scale."""
-
-
-class LearnConcepts(JobBase):
+class LearnConcepts(JobBase, ConceptLearning):
     """Word embeddings for concepts (adjectives, verbs, relations), learned from a few pictures each through a frozen
     text-to-image model, many concepts in one batch. Method: Lego (Motamed, Paudel and Van Gool, ECCV 2024).
 
@@ -95,32 +40,12 @@ class LearnConcepts(JobBase):
     """
 
     job: Literal["learn-concepts"] = "learn-concepts"
-    model: ModelName = str(micro.MODELS / "stable-diffusion")
-    """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
-    revision: str | None = None
-    """Of the hub repository."""
-    variant: str | None = None
-    """Of the weight files, for instance ``fp16``."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the frozen networks; words and optimiser are float32."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
-    size: int | None = Field(None, ge=8)
-    """Side of the training pictures in pixels; the model's own when left out."""
-    learning: Learning = Learning()
+    learning: LegoSettings = LegoSettings()
     prompts: Prompts = Prompts()
-    samples: SampleSettings | None = None
-    """Left out: no sample pictures."""
     start: str | None = None
     """Folder of a trained inverter (job ``train-inverter``) that moves each word to a good start first."""
-    slots: int = Field(8, ge=1)
-    """Concepts in one batch; each brings `learning.pictures` pictures a step."""
-    max_words: int = Field(4, ge=1)
-    """Most new words a concept has, subjects included: the height of the column ``embeddings``."""
     pictures_root: str | None = None
     """Folder that relative picture addresses start from. Left out: the folder of the input's first file."""
-    checkpoint_seconds: float = Field(120.0, ge=0)
-    """A killed worker loses at most so much of the concepts in flight."""
     shard_rows: int = Field(32, ge=1)
     """Concepts a shard: what one worker takes at a time."""
 
@@ -128,27 +53,15 @@ class LearnConcepts(JobBase):
         return concept_source(self.input)
 
     def stage(self) -> StageSpec:
-        return StageSpec(
-            "stages.concepts.stage:LearnConcepts",
-            {
-                "model": self.model,
-                "revision": self.revision,
-                "variant": self.variant,
-                "dtype": self.dtype,
-                "device": self.device,
-                "size": self.size,
-                "settings": self.learning.model_dump(),
-                "templates": self.prompts.model_dump(by_alias=False),
-                "samples": None if self.samples is None else self.samples.model_dump(),
-                "inverter": self.start,
-                "slots": self.slots,
-                "max_words": self.max_words,
-                "seed": self.seed,
-                "root": folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root,
-                "checkpoints": None if self.output is None else f"{absolute(self.output)}/{CHECKPOINTS}",
-                "checkpoint_seconds": self.checkpoint_seconds,
-            },
+        settings = self.part(
+            LearnConceptsSettings,
+            settings=self.learning,
+            templates=self.prompts,
+            inverter=self.start,
+            root=folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root,
+            checkpoints=None if self.output is None else f"{absolute(self.output)}/{CHECKPOINTS}",
         )
+        return StageSpec.of("stages.concepts.stage:LearnConcepts", settings)
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Write a file a word, and drop the checkpoints: the words are committed."""

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-import micro
 from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
-from pipeline.contract import Settings, StageSpec
-from stages.models.names import ModelName
+from pipeline.contract import StageSpec
+from stages.inverter.settings import DrawPairsSettings, InvertTextSettings, Network, Training
+from stages.models.settings import LatentModelSettings
 
 if TYPE_CHECKING:
     import pipeline.run.driver
@@ -22,63 +22,7 @@ MEASURES = "inverter/measures.json"
 FOLDER = "inverter"
 
 
-class ModelJob(JobBase):
-    """A job around one frozen Stable Diffusion model."""
-
-    model: ModelName = str(micro.MODELS / "stable-diffusion")
-    """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
-    revision: str | None = None
-    """Of the hub repository."""
-    variant: str | None = None
-    """Of the weight files, for instance ``fp16``."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the frozen networks."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
-    size: int | None = Field(None, ge=8)
-    """Side of the pictures in pixels; the model's own when left out."""
-    batch: int = Field(16, ge=1)
-    """Pictures in one pass."""
-
-    def model_params(self) -> dict[str, Any]:
-        """What every stage around the model takes."""
-        names = ("model", "revision", "variant", "dtype", "device", "size", "batch")
-        return {name: getattr(self, name) for name in names}
-
-
-class Network(Settings):
-    """The inverter's size."""
-
-    patch: int = Field(2, ge=1)
-    """Side of a patch, in latent pixels."""
-    width: int = Field(256, ge=8)
-    """Width of the transformer."""
-    layers: int = Field(6, ge=1)
-    """Its layers."""
-    heads: int = Field(8, ge=1)
-    """Its attention heads."""
-
-
-class Training(Settings):
-    """How the inverter is trained."""
-
-    steps: int = Field(10_000, ge=1)
-    """Optimiser steps."""
-    batch: int = Field(64, ge=1)
-    """Pictures in each."""
-    lr: float = Field(5e-4, gt=0)
-    """Peak learning rate."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Of AdamW."""
-    noise_weight: float = Field(0.1, ge=0)
-    """Weight of the noise-prediction loss under the inverted text latent."""
-    noise_rows: int = Field(16, ge=0)
-    """Pictures of each batch that it is measured on; 0 turns it off."""
-    held_out: float = Field(0.05, gt=0, lt=1)
-    """Share of the pictures kept for the final measures."""
-
-
-class TrainInverter(ModelJob):
+class TrainInverter(JobBase, DrawPairsSettings):
     """Pictures drawn from known prompts by a frozen text-to-image model, and a latent inversion module trained on them
     that gives back a picture's text latent in one pass.
 
@@ -87,46 +31,38 @@ class TrainInverter(ModelJob):
     """
 
     job: Literal["train-inverter"] = "train-inverter"
-    steps: int = Field(30, ge=1)
-    """Sampling steps."""
-    guidance: float = Field(7.5, ge=1)
-    """Guidance scale of the pictures."""
     network: Network = Network()
     training: Training = Training()
     checkpoint_seconds: float = Field(120.0, ge=0)
     """Training that is killed loses at most so much."""
 
     def stage(self) -> StageSpec:
-        params = self.model_params() | {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
-        return StageSpec("stages.inverter.model:DrawPairs", params)
+        return StageSpec.of("stages.inverter.stage:DrawPairs", self.part(DrawPairsSettings))
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Train the inverter on what the workers drew."""
         import tempfile
 
-        from stages.inverter.model import InverterShape, InverterTraining, text_conditions, train_inverter
-        from stages.models.unet import LatentDiffusion, read_geometry
+        from stages.inverter.model import InverterShape
+        from stages.inverter.training import text_conditions, train_inverter
+        from stages.models.families import open_latent_model
 
         target = finished.output.path.rstrip("/")
-        geometry = read_geometry(self.model, revision=self.revision, size=self.size)
-        model = LatentDiffusion.load(
-            self.model, revision=self.revision, variant=self.variant, dtype=self.dtype, device=_device(self.device)
-        )
-        text, pooled = text_conditions(model, [""], geometry.size)
+        model = open_latent_model(self.part(LatentModelSettings))
+        text, pooled = text_conditions(model, [""])
         shape = InverterShape(
-            latent=geometry.latent_shape,
+            latent=model.geometry.latent_shape,
             text=(text.shape[1], text.shape[2]),
             pooled=0 if pooled is None else pooled.shape[1],
             **self.network.model_dump(),
         )
         with tempfile.TemporaryDirectory() as scratch:
-            pairs = gather(finished, geometry.latent_shape, f"{scratch}/latents")
+            pairs = gather(finished, model.geometry.latent_shape, f"{scratch}/latents")
             inverter, measures = train_inverter(
                 model,
                 pairs,
                 shape,
-                InverterTraining(**self.training.model_dump()),
-                size=geometry.size,
+                self.training,
                 seed=self.seed,
                 checkpoint=f"{target}/{CHECKPOINT}",
                 checkpoint_seconds=self.checkpoint_seconds,
@@ -144,21 +80,16 @@ class TrainInverter(ModelJob):
         ]
 
 
-class InvertText(ModelJob):
+class InvertText(JobBase, InvertTextSettings):
     """Text latents of pictures, read off by a trained inverter in one pass each: a condition without a caption.
 
     Rows need a column ``image``. The column ``text_latent`` is what the model's text encoder would have given.
     """
 
     job: Literal["invert-text"] = "invert-text"
-    inverter: str
-    """Output folder of a ``train-inverter`` job on the same model."""
-    image: str = "image"
-    """Column with the picture."""
 
     def stage(self) -> StageSpec:
-        params = self.model_params() | {"inverter": self.inverter, "image": self.image}
-        return StageSpec("stages.inverter.model:InvertText", params)
+        return StageSpec.of("stages.inverter.stage:InvertText", self.part(InvertTextSettings))
 
 
 _CARD = """## Use the inverter
@@ -182,7 +113,7 @@ def gather(finished: pipeline.run.driver.Finished, latent: tuple[int, int, int],
     import numpy as np
     import pyarrow.compute as pc
 
-    from stages.inverter.model import Pairs
+    from stages.inverter.training import Pairs
 
     prompts: list[str] = []
     with open(path, "wb") as file:
@@ -194,14 +125,6 @@ def gather(finished: pipeline.run.driver.Finished, latent: tuple[int, int, int],
     if not prompts:
         raise ValueError("no picture was drawn, so there is nothing to train on: see the failed rows")
     return Pairs(np.memmap(path, dtype=np.float16, mode="r", shape=(len(prompts), *latent)), prompts)
-
-
-def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def draw_training(view: View) -> Any:

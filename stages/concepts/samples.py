@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.models.unet import LatentDiffusion
-from stages.models.words import encode, encoders_of, tokenize
+from stages.models.latent import Condition, LatentModel
+from stages.models.pictures import to_picture
+from stages.models.words import encode, tokenize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +24,7 @@ BATCH = 16
 
 @torch.no_grad()
 def generate(
-    model: LatentDiffusion,
+    model: LatentModel,
     prompts: Sequence[str],
     words: Sequence[str],
     vectors_VE: torch.Tensor,
@@ -31,7 +32,6 @@ def generate(
     seeds: Sequence[int],
     steps: int,
     guidance: float,
-    size: int,
     batch: int = BATCH,
 ) -> list[Image]:
     """A picture a prompt by the model's own pipeline, as if the new words stood in its vocabulary.
@@ -43,49 +43,30 @@ def generate(
         vectors_VE: Their vectors.
         seeds: One a prompt: a picture does not depend on the others beside it.
         steps, guidance: Of the sampler.
-        size: Side in pixels.
         batch: Pictures in one pass.
     """
     made: list[Image] = []
     for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
+        condition = _conditions(model, prompts[start : start + batch], words, vectors_VE, guided=guidance > 1)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]]
-        latents = model.pipeline(
-            **_conditions(model, part, words, vectors_VE, size, guided=guidance > 1),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=size,
-            width=size,
-            generator=generators,
-            output_type="latent",
-        ).images
-        pixels = model.decode(latents)
-        made += model.pipeline.image_processor.postprocess(pixels, output_type="pil")
+        z_BCHW = model.draw(condition, steps=steps, guidance=guidance, generators=generators)
+        made += [to_picture(x_CHW) for x_CHW in model.decode(z_BCHW).cpu()]
     return made
 
 
 def _conditions(
-    model: LatentDiffusion,
-    prompts: Sequence[str],
-    words: Sequence[str],
-    vectors_VE: torch.Tensor,
-    size: int,
-    guided: bool,
-) -> dict[str, torch.Tensor]:
-    encoders = encoders_of(model.pipeline)
+    model: LatentModel, prompts: Sequence[str], words: Sequence[str], vectors_VE: torch.Tensor, *, guided: bool
+) -> Condition:
+    """The condition of prompts with new words; under guidance with that of the model's empty prompt."""
+    encoders = model.text_encoders
     tokens = [[tokenize(encoder, prompt, words) for prompt in prompts] for encoder in encoders]
     ids, which = ([torch.stack([pair[i] for pair in one]).to(model.device) for one in tokens] for i in (0, 1))
     new_BVE = vectors_VE.to(model.device).expand(len(prompts), -1, -1)
-    text_BTK, pooled_BP = encode(encoders, ids, which, new_BVE)
-    made = {"prompt_embeds": text_BTK}
+    condition = model.text_condition(*encode(encoders, ids, which, new_BVE))
     if guided:
-        empty = model.condition([""] * len(prompts), size=size, guided=True)
-        made["negative_prompt_embeds"] = empty["null_text_BLE"]
-        if model.kind == "sdxl":
-            made["negative_pooled_prompt_embeds"] = empty["null_pooled_BE"]
-    if model.kind == "sdxl" and pooled_BP is not None:
-        made["pooled_prompt_embeds"] = pooled_BP
-    return made
+        empty = model.condition([""] * len(prompts), guided=True)
+        condition |= {name: value for name, value in empty.items() if name.startswith("null_")}
+    return condition
 
 
 def without_concept(prompt: str) -> str:

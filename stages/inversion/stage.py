@@ -30,7 +30,8 @@ from stages.inversion.settings import (
     LboMethod,
     NullTextMethod,
 )
-from stages.inverter.model import InvertText, TextInverter
+from stages.inverter.model import TextInverter
+from stages.inverter.stage import text_columns
 from stages.models.pictures import fit_picture, to_picture
 from stages.models.sampler import sample
 from stages.models.schedule import Schedule, make_schedule
@@ -145,7 +146,7 @@ class InvertImages:
             latent("latent", doc="z_T: the seed that regenerates the picture"),
         ]
         if inverter is not None:
-            columns += InvertText.describe(inverter, model, revision=revision, size=size).columns
+            columns += text_columns(inverter, geometry.latent_shape)
         if any(method.ilb for method in chosen):
             columns.append(latent("latent_0", doc="z_0 as boosted, scaled as the U-Net sees it"))
         if any(isinstance(method, BelmMethod | EdictMethod) for method in chosen):

@@ -54,6 +54,8 @@ def to_picture(x_CHW: torch.Tensor) -> Image:
 def encode_pictures(model: LatentModel, pictures: Sequence[Image]) -> torch.Tensor:
     """Latents (B, C, H, W) of pictures, cropped to the model's size.
 
-    Bicubic, where inversion fits by Lanczos: words and inverters that were learned from such latents stay as they are.
+    Bicubic and with channels last, where inversion fits by Lanczos and has them first: words and inverters that were
+    learned from such latents stay as they are, to the last bit.
     """
-    return model.encode(torch.stack([fit_picture(one, model.geometry.size, resample="bicubic") for one in pictures]))
+    x_BCHW = torch.stack([fit_picture(one, model.geometry.size, resample="bicubic") for one in pictures])
+    return model.encode(x_BCHW.contiguous(memory_format=torch.channels_last))

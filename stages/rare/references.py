@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pipeline.contract import Row
-from stages.concepts.table import ConceptError, open_picture, picture_list
+from stages.concepts.concept import ConceptError, open_picture, picture_list
 from stages.inversion.stage import InvertImages
 from stages.models.pictures import fit_picture, to_picture
 

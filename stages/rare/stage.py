@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from pipeline.contract import Column, Row, StageInfo, failed, ok
+from stages.concepts.concept import ConceptError
 from stages.concepts.samples import sheet
-from stages.concepts.table import ConceptError
 from stages.engine.methods import Method
 from stages.engine.randomness import row_generator
 from stages.inversion.metrics import noise_statistics

@@ -25,8 +25,8 @@ from pipeline.input.rows import Span
 from pipeline.run.driver import make_plan
 from stages.concepts.samples import concept_tokens, sheet, without_concept
 from stages.inverter.model import TextInverter
-from stages.models.unet import LatentDiffusion
-from stages.models.words import encoders_of
+from stages.models.families import open_latent_model
+from stages.models.settings import LatentModelSettings
 from tests.support.tiny_stable_diffusion import build
 
 LEARNING = {"steps": 4, "window": 2}
@@ -299,5 +299,5 @@ def test_train_inverter_job_writes_an_inverter_that_reads_pictures(folder, tmp_p
     use = InvertText.model_validate({"input": "x", "model": folder, "inverter": str(tmp_path / "out"), "device": "cpu"})
     assert use.stage().describe().columns[0].name == "text_latent"
     (given,) = use.stage().build()([{"id": "0", "image": Image.new("RGB", (16, 16))}])
-    model = LatentDiffusion.load(folder)
-    assert given["text_latent"].shape == (16, encoders_of(model.pipeline)[0].width)
+    model = open_latent_model(LatentModelSettings(model=folder, device="cpu"))
+    assert given["text_latent"].shape == (16, model.text_encoders[0].width)

@@ -10,14 +10,23 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.concepts.concept import ConceptError, read_concept
+from stages.concepts.draws import draw, skewed
 from stages.concepts.losses import context_loss
-from stages.concepts.stage import LearnConcepts, LegoProblem, LegoSettings, _skewed, draw, prepare
-from stages.concepts.table import ConceptError, Templates, read_concept
+from stages.concepts.prepare import prepare
+from stages.concepts.problem import LegoProblem
+from stages.concepts.settings import LearnConceptsSettings, LegoSettings, Templates
+from stages.concepts.stage import LearnConcepts
 from stages.engine.checkpoint import read_checkpoint, write_checkpoint
 from stages.engine.solver import solve
-from stages.models.unet import LatentDiffusion
-from stages.models.words import Encoder, encode, encoders_of, tokenize, word_id
+from stages.models.families import open_latent_model
+from stages.models.settings import LatentModelSettings
+from stages.models.words import Encoder, encode, tokenize, word_id
 from tests.support.tiny_stable_diffusion import WORDS, build, tokenizer
+
+
+def opened(folder):
+    return open_latent_model(LatentModelSettings(model=folder, device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +36,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return LatentDiffusion.load(folder)
+    return opened(folder)
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    return LatentDiffusion.load(build(tmp_path_factory.mktemp("sdxl"), "sdxl"))
+    return opened(build(tmp_path_factory.mktemp("sdxl"), "sdxl"))
 
 
 def pictures(seed: int, count: int = 2) -> list[Image.Image]:
@@ -56,11 +65,13 @@ def concept_row(number: int, **changes) -> dict:
 
 
 def learn(model, rows, settings, slots, **options):
-    problem = LegoProblem(model, settings, size=16, slots=slots, max_words=4, seed=7, **options)
-    ready = (
-        {**row, "prepared": prepare(row, model, settings, Templates(), size=16, max_words=4, root="")} for row in rows
-    )
+    problem = LegoProblem(model, settings, slots=slots, max_words=4, seed=7, **options)
+    ready = ({**row, "prepared": prepare(row, model, settings, Templates(), max_words=4, root="")} for row in rows)
     return {row["id"]: row for row in solve(problem, ready)}
+
+
+def stage_of(folder, **options):
+    return LearnConcepts(LearnConceptsSettings(model=folder, device="cpu", **options))
 
 
 # --- the plain loop: one concept, the tokenizer and vocabulary table extended, torch's own AdamW
@@ -151,7 +162,7 @@ def test_one_concept_equals_a_plain_textual_inversion_loop(folder, model, separa
     expected, losses = plain_loop(folder, row, settings, seed=7)
     words = 3 if separation else 2  # without separation no prompt holds the subject's token
     vectors = learned["embeddings"][:words]
-    start = prepare(row, model, settings, Templates(), size=16, max_words=4, root="").start_VE.numpy()[:words]
+    start = prepare(row, model, settings, Templates(), max_words=4, root="").start_VE.numpy()[:words]
     assert np.abs(vectors - start).max() > 0.02  # it has moved
     assert np.abs(vectors - expected.numpy()[:words]).max() < 1e-4
     curve = json.loads(learned["curve"])
@@ -164,7 +175,7 @@ def test_v_prediction_equals_the_plain_loop(tmp_path):
     folder = build(tmp_path / "v", prediction="v_prediction")
     settings = LegoSettings(steps=10, window=10)
     row = concept_row(0)
-    learned = learn(LatentDiffusion.load(folder), [row], settings, slots=1)[row["id"]]
+    learned = learn(opened(folder), [row], settings, slots=1)[row["id"]]
     assert np.abs(learned["embeddings"][:3] - plain_loop(folder, row, settings, 7)[0].numpy()).max() < 1e-4
 
 
@@ -191,7 +202,7 @@ def test_sdxl_learns_both_encoders_words(sdxl):
     rows = [concept_row(i) for i in range(3)]
     together = learn(sdxl, rows, settings, slots=3)
     for row in rows:
-        prepared = prepare(row, sdxl, settings, Templates(), size=16, max_words=4, root="")
+        prepared = prepare(row, sdxl, settings, Templates(), max_words=4, root="")
         vectors = together[row["id"]]["embeddings"]
         assert vectors.shape == (4, 32 + 24)
         moved = np.abs(vectors[:3] - prepared.start_VE.numpy())
@@ -210,7 +221,7 @@ def test_prompts_with_new_words_encode_as_in_diffusers(kind, model, sdxl, tmp_pa
 
     frozen = {"sd": model, "sdxl": sdxl}[kind]
     frozen.pipeline.save_pretrained(tmp_path)
-    encoders = encoders_of(frozen.pipeline)
+    encoders = frozen.text_encoders
     words = ["<frozen-1>", "<frozen-2>"]
     new_BVE = torch.randn((2, 2, sum(e.width for e in encoders)), generator=torch.Generator().manual_seed(1))
     prompts = ["a <frozen-1> star in <frozen-2>", "photo of a robot that is<frozen-2>, <frozen-1>!"]
@@ -311,7 +322,7 @@ def test_draws_are_balanced_replayable_and_skewed_as_asked():
     assert torch.equal(again.noise_KCHW, draw(settings, 0, "x", 5, shown, (1, 1, 1), 1000).noise_KCHW)
     assert not torch.equal(again.noise_KCHW, draw(settings, 0, "y", 5, shown, (1, 1, 1), 1000).noise_KCHW)
     u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
-    x = _skewed(u, 0.5)
+    x = skewed(u, 0.5)
     assert torch.allclose(
         x - 0.5 * torch.sin(math.pi * x) / math.pi, u, atol=1e-9
     )  # the inverse of the distribution function
@@ -344,7 +355,7 @@ def test_draws_are_balanced_replayable_and_skewed_as_asked():
     ],
 )
 def test_a_bad_concept_is_an_error_row_and_the_others_go_on(folder, changes, message):
-    stage = LearnConcepts(folder, settings={"steps": 2, "window": 2}, slots=2, device="cpu")
+    stage = stage_of(folder, settings={"steps": 2, "window": 2}, slots=2)
     rows = {row["id"]: row for row in stage([concept_row(0), concept_row(1, **changes), concept_row(2)])}
     assert [rows[f"concept-{i}"]["status"] for i in range(3)] == ["ok", "failed", "ok"]
     assert message in rows["concept-1"]["error"]
@@ -367,12 +378,12 @@ def test_several_subjects_have_a_token_each(model):
     learned = learn(model, [row], LegoSettings(steps=4, window=4), slots=1)[row["id"]]
     assert json.loads(learned["words"]) == ["frozen", "ice", "red star", "robot"]
     with pytest.raises(ConceptError, match="max_words is 3"):
-        prepare(row, model, LegoSettings(), Templates(), size=16, max_words=3, root="")
+        prepare(row, model, LegoSettings(), Templates(), max_words=3, root="")
 
 
 def test_without_separation_or_context_less_is_asked_for(folder):
     settings = {"steps": 2, "window": 2, "separation": False, "context": "none", "pictures": 3}
-    stage = LearnConcepts(folder, settings=settings, device="cpu")
+    stage = stage_of(folder, settings=settings)
     (row,) = stage([concept_row(0, without=None, positive=None, negative=None)])
     assert row["status"] == "ok"
     assert row["pictures"] == 2
@@ -392,9 +403,9 @@ def test_a_concept_stops_when_its_windows_bring_nothing(model):
 def test_a_concept_whose_loss_is_not_finite_fails_alone(model):
     settings = LegoSettings(steps=4, window=2)
     rows = [concept_row(0), concept_row(1)]
-    ready = [{**r, "prepared": prepare(r, model, settings, Templates(), size=16, max_words=4, root="")} for r in rows]
+    ready = [{**r, "prepared": prepare(r, model, settings, Templates(), max_words=4, root="")} for r in rows]
     ready[1]["prepared"].z_ICHW.fill_(float("nan"))
-    problem = LegoProblem(model, settings, size=16, slots=2, max_words=4, seed=7)
+    problem = LegoProblem(model, settings, slots=2, max_words=4, seed=7)
     learned = {row["id"]: row for row in solve(problem, ready)}
     assert "lower lr" in learned["concept-1"]["error"]
     alone = learn(model, rows[:1], settings, slots=1)["concept-0"]["embeddings"]
@@ -408,11 +419,9 @@ def test_a_killed_run_goes_on_from_its_checkpoints_and_ends_equal(model, tmp_pat
 
     def start():
         problem = LegoProblem(
-            model, settings, size=16, slots=2, max_words=4, seed=7, checkpoints=str(tmp_path), checkpoint_seconds=0.0
+            model, settings, slots=2, max_words=4, seed=7, checkpoints=str(tmp_path), checkpoint_seconds=0.0
         )
-        ready = (
-            {**r, "prepared": prepare(r, model, settings, Templates(), size=16, max_words=4, root="")} for r in rows
-        )
+        ready = ({**r, "prepared": prepare(r, model, settings, Templates(), max_words=4, root="")} for r in rows)
         return problem, ready
 
     problem, ready = start()

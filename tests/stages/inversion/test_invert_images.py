@@ -107,17 +107,19 @@ def test_an_inverter_takes_the_place_of_captions(folder, tmp_path: Path) -> None
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from jobs.kinds.invert_images import InvertImages as Job
-    from stages.inverter.model import InverterShape, InvertText, TextInverter
+    from stages.inverter.model import InverterShape, TextInverter
+    from stages.inverter.settings import InvertTextSettings
+    from stages.inverter.stage import InvertText
 
     torch.manual_seed(0)
-    shape = InverterShape((4, 8, 8), (16, 32), patch=4, width=32, layers=2, heads=4)
+    shape = InverterShape(latent=(4, 8, 8), text=(16, 32), patch=4, width=32, layers=2, heads=4)
     TextInverter(shape).save(str(tmp_path))
     rows = [{"id": "a", "image": picture(1), "method": "ddim", "prompt": "red star"}]
     options = {"steps": 3, "device": "cpu", "inverter": str(tmp_path)}
     (row,) = InvertImages(folder, [{"method": "ddim"}], **options)(rows)
     columns = {column.name: column for column in InvertImages.describe(folder, [{"method": "ddim"}], **options).columns}
     assert columns["text_latent"].shape == np.shape(row["text_latent"]) == (16, 32)
-    (read,) = InvertText(str(tmp_path), folder, device="cpu")(rows)
+    (read,) = InvertText(InvertTextSettings(inverter=str(tmp_path), model=folder, device="cpu"))(rows)
     np.testing.assert_allclose(row["text_latent"].astype(np.float32), read["text_latent"], rtol=1e-3, atol=1e-3)
     (captioned,) = InvertImages(folder, [{"method": "ddim"}], steps=3, device="cpu")(rows)
     assert np.abs(captioned["latent"] - row["latent"]).max() > 1e-4

@@ -13,53 +13,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.contract import Row
+from stages.concepts.settings import Templates
 from stages.models.words import slug
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FUNCTION_WORDS = frozenset(
-    (
-        *(
-            "a",
-            "an",
-            "the",
-            "in",
-            "on",
-            "of",
-            "at",
-            "by",
-            "to",
-            "from",
-            "with",
-            "without",
-            "into",
-            "onto",
-            "out",
-            "over",
-        ),
-        *("under", "above", "below", "and", "or", "is", "are", "that", "as", "like"),
-    )
-)
+FUNCTION_WORDS = frozenset({
+    "a", "an", "the", "in", "on", "of", "at", "by", "to", "from", "with", "without", "into", "onto", "out", "over",
+    "under", "above", "below", "and", "or", "is", "are", "that", "as", "like",
+})  # fmt: skip
 """Words of a concept that stay ordinary text unless angle brackets say otherwise."""
 
 MAX_PIXELS = 64_000_000
+"""A training picture with more is refused before it is decoded."""
 
 
 class ConceptError(ValueError):
     """What is wrong with one concept, in words its author can act on."""
-
-
-@dataclass(frozen=True)
-class Templates:
-    """Prompts of the training pictures; ``{subject}`` and ``{concept}`` are filled in.
-
-    The first two are Lego's own (section 3), the third is textual inversion's.
-    """
-
-    without: str = "Photo of a {subject}"
-    with_: str = "Photo of a {subject} that is {concept}"
-    plain: str = "Photo of a {concept}"
 
 
 @dataclass(frozen=True)
@@ -167,7 +138,7 @@ def read_concept(row: Row, templates: Templates, *, separation: bool = True, con
         negative=per_word["negative"],
         subjects=subjects,
         subject_tokens=tuple(f"<{name}-subject-{i + 1}>" for i in range(len(subjects))),
-        templates=_checked(name, Templates(**(vars(templates) | prompts))),
+        templates=_checked(name, Templates(**(templates.model_dump() | prompts))),
     )
 
 

@@ -1,0 +1,244 @@
+"""Training of an inverter on pictures that the frozen model drew from known prompts.
+
+Legend: M pictures in all, B of a batch, C H W latents, T text positions, K width of the text condition, P width of the
+pooled condition.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stages.engine.checkpoint import read_checkpoint, write_checkpoint
+from stages.engine.randomness import row_generator, row_seed
+from stages.inverter.model import InverterShape, TextInverter
+from stages.inverter.settings import Training
+from stages.models.denoising_loss import DenoisingLoss
+from stages.models.latent import LatentModel
+
+CHUNK = 64
+"""Prompts or pictures in one pass where nothing is learned."""
+STANDARD = 512
+"""Prompts whose text latents give mean and deviation."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures that a model drew, and the prompts they were drawn from.
+
+    Attributes:
+        z_MCHW: Their latents, an array or a memory map.
+        prompts: One a picture.
+    """
+
+    z_MCHW: np.ndarray
+    prompts: Sequence[str]
+
+    def latents(self, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+        """z_BCHW of some of them, float32."""
+        return torch.from_numpy(np.ascontiguousarray(self.z_MCHW[numbers])).float().to(device)
+
+    def texts(self, numbers: np.ndarray) -> list[str]:
+        """Their prompts."""
+        return [self.prompts[number] for number in numbers]
+
+
+def text_conditions(model: LatentModel, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the frozen text encoder makes of prompts: (B, T, K), and (B, P) for SDXL, float32."""
+    condition = model.condition(prompts)
+    pooled = condition.get("pooled_BE")
+    return condition["text_BLE"].float(), None if pooled is None else pooled.float()
+
+
+def split(count: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training and of the held-out pictures, a fixed random choice.
+
+    Raises:
+        ValueError: Too few to train on any.
+    """
+    order = np.random.default_rng([seed, count]).permutation(count)
+    held = max(1, round(count * held_out))
+    if count - held < 1:
+        raise ValueError(f"{count} pictures are too few to train on: generate at least 2")
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def warm_cosine(step: int, steps: int) -> float:
+    """Share of the peak learning rate: 5 % of the steps rise, the rest falls along a cosine to zero."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1, steps - warm))))
+
+
+def train_inverter(
+    model: LatentModel,
+    pairs: Pairs,
+    shape: InverterShape,
+    settings: Training,
+    *,
+    seed: int,
+    checkpoint: str | None = None,
+    checkpoint_seconds: float = 120.0,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[TextInverter, dict[str, Any]]:
+    """Train an inverter; goes on from the checkpoint where there is one.
+
+    The loss is the error of the text latents plus, with a small weight, the frozen model's noise-prediction loss under
+    the inverted ones (ours).
+
+    Args:
+        model: The frozen model that drew the pictures.
+        pairs: Its pictures.
+        shape: Of the inverter.
+        settings: See there.
+        seed: Everything random is drawn from (seed, step).
+        checkpoint: File of the checkpoint.
+        checkpoint_seconds: Time between two of them.
+        report: Takes a line of progress about every twentieth of the way.
+
+    Returns:
+        The inverter, and its measures on the held-out pictures with the training curve (JSON-able).
+    """
+    torch.manual_seed(row_seed(seed, "inverter", "weights"))
+    inverter = TextInverter(shape).to(model.device)
+    trained, held = split(len(pairs.prompts), settings.held_out, seed)
+    _standardise(inverter, model, pairs, trained, seed)
+    noise_loss = DenoisingLoss(model)
+    optimiser = torch.optim.AdamW(inverter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, settings.steps))
+    first, curve = _resume(checkpoint, inverter, optimiser, schedule)
+    saved = time.monotonic()
+    inverter.train()
+    for step in range(first, settings.steps):
+        generator = row_generator(seed, "inverter", f"step {step}")
+        chosen = trained[torch.randint(len(trained), (settings.batch,), generator=generator).numpy()]
+        z_BCHW = pairs.latents(chosen, model.device)
+        text_BTK, pooled_BP = text_conditions(model, pairs.texts(chosen))
+        guess_BTK, guess_BP = inverter(z_BCHW)
+        error = _standard_error(inverter, guess_BTK, text_BTK, guess_BP, pooled_BP)
+        noise = torch.zeros((), device=model.device)
+        if settings.noise_rows:
+            noise = _noise_error(noise_loss, z_BCHW, guess_BTK, guess_BP, settings.noise_rows, generator)
+        optimiser.zero_grad(set_to_none=True)
+        (error + settings.noise_weight * noise).backward()
+        nn.utils.clip_grad_norm_(inverter.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if (step + 1) % max(1, settings.steps // 20) == 0 or step + 1 == settings.steps:
+            curve.append({"step": step + 1, "error": error.item(), "noise_loss": noise.item()})
+            report(f"inverter: step {step + 1} of {settings.steps}, error {curve[-1]['error']:.4f}")
+        if checkpoint and time.monotonic() - saved > checkpoint_seconds:
+            _keep(checkpoint, inverter, optimiser, step + 1, curve)
+            saved = time.monotonic()
+    if checkpoint:
+        _keep(checkpoint, inverter, optimiser, settings.steps, curve)
+    inverter.eval().requires_grad_(False)
+    return inverter, measure(model, inverter, pairs, held) | {"curve": curve, "trained_on": len(trained)}
+
+
+def _standard_error(
+    inverter: TextInverter,
+    guess_BTK: torch.Tensor,
+    text_BTK: torch.Tensor,
+    guess_BP: torch.Tensor | None,
+    pooled_BP: torch.Tensor | None,
+) -> torch.Tensor:
+    """Mean squared error in units of the training latents' variance: 1 for the mean latent."""
+    error = ((guess_BTK - text_BTK) / inverter.std_TK).square().mean()
+    if guess_BP is None or pooled_BP is None:
+        return error
+    return error + ((guess_BP - pooled_BP) / inverter.std_P).square().mean()
+
+
+def _noise_error(
+    noise_loss: DenoisingLoss,
+    z_BCHW: torch.Tensor,
+    guess_BTK: torch.Tensor,
+    guess_BP: torch.Tensor | None,
+    rows: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The noise-prediction loss of the first so many pictures under their inverted text latents."""
+    t_B = torch.randint(noise_loss.timesteps, (rows,), generator=generator).to(z_BCHW.device)
+    noise_BCHW = torch.randn((rows, *z_BCHW.shape[1:]), generator=generator).to(z_BCHW.device)
+    pooled_BP = None if guess_BP is None else guess_BP[:rows]
+    return noise_loss(z_BCHW[:rows], noise_BCHW, t_B, guess_BTK[:rows], pooled_BP).mean()
+
+
+@torch.no_grad()
+def _standardise(inverter: TextInverter, model: LatentModel, pairs: Pairs, trained: np.ndarray, seed: int) -> None:
+    """Mean and deviation of each number of the text latent over some hundred training prompts."""
+    some = np.random.default_rng([seed, 1]).choice(trained, min(len(trained), STANDARD), replace=False)
+    parts = [text_conditions(model, pairs.texts(some[at : at + CHUNK])) for at in range(0, len(some), CHUNK)]
+    text = torch.cat([part[0] for part in parts]).double()
+    # The start token's latent never changes: a floor keeps it from being divided by nothing.
+    floor = 0.05 * text.std(0).mean().clamp(min=1e-6)
+    inverter.mean_TK.copy_(text.mean(0))
+    inverter.std_TK.copy_(text.std(0, unbiased=False).clamp(min=float(floor)))
+    if inverter.shape.pooled:
+        pooled = torch.cat([part[1] for part in parts if part[1] is not None]).double()
+        inverter.mean_P.copy_(pooled.mean(0))
+        inverter.std_P.copy_(pooled.std(0, unbiased=False).clamp(min=1e-4))
+
+
+@torch.no_grad()
+def measure(model: LatentModel, inverter: TextInverter, pairs: Pairs, held: np.ndarray) -> dict[str, float]:
+    """Error and cosine of the text latents of held-out pictures, beside those of the mean latent."""
+    sums = np.zeros(5)
+    for at in range(0, len(held), CHUNK):
+        chosen = held[at : at + CHUNK]
+        z_BCHW = pairs.latents(chosen, model.device)
+        text, _ = text_conditions(model, pairs.texts(chosen))
+        mean = inverter.mean_TK.expand_as(text)
+        for place, guess in ((0, inverter(z_BCHW)[0]), (2, mean)):
+            sums[place] += float((guess - text).square().mean((1, 2)).sum())
+            # Of the departures from the mean: raw cosines are all near one, for every latent shares its large numbers.
+            sums[place + 1] += float(torch.cosine_similarity((guess - mean).flatten(1), (text - mean).flatten(1)).sum())
+        sums[4] += len(chosen)
+    mse, cosine, mean_mse, _, count = sums
+    return {
+        "held_out": int(count),
+        "mse": mse / count,
+        "cosine": cosine / count,
+        "mean_latent_mse": mean_mse / count,
+        "explained": 1 - mse / mean_mse if mean_mse else 0.0,
+    }
+
+
+# --- checkpoints
+
+
+def _keep(
+    path: str, inverter: TextInverter, optimiser: torch.optim.AdamW, step: int, curve: list[dict[str, Any]]
+) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in inverter.state_dict().items()}
+    for number, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"adam.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    write_checkpoint(path, tensors, {"step": step, "curve": curve})
+
+
+def _resume(
+    path: str | None, inverter: TextInverter, optimiser: torch.optim.AdamW, schedule: torch.optim.lr_scheduler.LambdaLR
+) -> tuple[int, list[dict[str, Any]]]:
+    found = read_checkpoint(path) if path else None
+    if found is None:
+        return 0, []
+    tensors, meta = found
+    inverter.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("adam."):
+            _, number, name = key.split(".")
+            states.setdefault(int(number), {})[name] = tensor
+    plain = optimiser.state_dict()
+    optimiser.load_state_dict({"state": states, "param_groups": plain["param_groups"]})
+    for _ in range(meta["step"]):
+        schedule.step()
+    return meta["step"], meta["curve"]
