@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 
 import micro
-from stages.embed import Embed
+from stages.embed.settings import EmbedSettings
+from stages.embed.stage import Embed
 
 MICRO = Path(micro.__file__).with_name("models")
 RESULTS = Path(__file__).with_name("results")
@@ -185,7 +186,8 @@ def measure(
     with tempfile.TemporaryDirectory() as place:
         work, folder = Path(place), str(Path(place) / "model")
         save_random(name, folder, dtype)
-        stage = Embed(folder, precision=precision, batch_size=batch, threads=threads, device=device)
+        settings = EmbedSettings(encoder=folder, precision=precision, batch_size=batch, threads=threads)
+        stage = Embed(settings, device)
         model = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype).to(device).eval()
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         size = stage.batch_size

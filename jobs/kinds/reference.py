@@ -12,6 +12,7 @@ from pydantic import ByteSize, Field, model_validator
 from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
 from pipeline.contract import Settings, StageSpec
+from stages.embed.settings import AdoptSettings, ComputedEmbeddings, EmbedSettings, StoredEmbeddings
 from stages.models.names import ModelName
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class IndexSettings(Settings):
     """Rows of a partial index, at least; what is lost when building is killed."""
 
 
-class Reference(JobBase):
+class Reference(ComputedEmbeddings, JobBase):
     """Embeds pictures with a CLIP-family image encoder, and makes of the embeddings what searching and inverting need:
     Gaussian statistics and a nearest-neighbour index.
 
@@ -44,24 +45,12 @@ class Reference(JobBase):
     """
 
     job: Literal["reference"] = "reference"
-    encoder: ModelName | None = None
-    """Folder or hub id of a CLIP, OpenCLIP (converted) or SigLIP model, or of a pipeline with an image encoder."""
-    revision: str | None = None
-    """Of the encoder on the hub: branch, tag or commit."""
     text_encoder: ModelName | None = None
     """Folder or hub id of the text encoder that `latentmill search` uses. Left out: the one beside the encoder."""
     given: Literal["pictures", "embeddings"] = "pictures"
     """What the input's rows hold: pictures in ``image``, or finished embeddings in ``embedding``."""
     dim: int | None = Field(None, ge=1)
     """Width of given embeddings. Left out: the encoder's."""
-    dtype: Literal["float16", "float32"] = "float32"
-    """How embeddings are stored."""
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"
-    """What the encoder computes in; ``float16`` on a GPU."""
-    batch_size: int | None = Field(None, ge=1)
-    """Pictures a batch. Left out: found from the device's memory."""
-    threads: int = Field(2, ge=1)
-    """Threads a worker that prepare pictures for the encoder."""
     shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf"
     """Of the covariance, towards a multiple of the identity: a fixed share in [0, 1], or Ledoit and Wolf's estimate."""
     index: IndexSettings = IndexSettings()
@@ -78,11 +67,10 @@ class Reference(JobBase):
         return self
 
     def stage(self) -> StageSpec:
-        common = {"encoder": self.encoder, "revision": self.revision, "dtype": self.dtype}
         if self.given == "pictures":
-            own = {"precision": self.precision, "batch_size": self.batch_size, "threads": self.threads}
-            return StageSpec("stages.embed:Embed", {**common, **own})
-        return StageSpec("stages.embed:Adopt", {**common, "dim": self._width()})
+            return StageSpec.of("stages.embed.stage:Embed", self.part(EmbedSettings))
+        adopted = AdoptSettings(dim=self._width(), **dict(self.part(StoredEmbeddings)))
+        return StageSpec.of("stages.embed.stage:Adopt", adopted)
 
     def _width(self) -> int:
         from stages.models.clip import embedding_width

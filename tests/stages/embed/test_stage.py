@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from index import gaussian
-from stages import embed
+from stages.embed.preparation import Preparation
+from stages.embed.settings import AdoptSettings, EmbedSettings
+from stages.embed.stage import Adopt, Embed
 from stages.models import clip
 from tests.support.tiny_kandinsky import build_prior
 from tests.support.tiny_stable_diffusion import tokenizer
@@ -38,7 +40,7 @@ def _processors() -> dict[str, object]:
 @pytest.mark.parametrize("name", ["clip", "clip, small crop", "siglip", "no resizing"])
 def test_preparation_equals_the_processor(name: str) -> None:
     processor = _processors()[name]
-    preparation = embed.Preparation(processor, "cpu")
+    preparation = Preparation(processor, "cpu")
     assert preparation.is_split
     for picture in _pictures():
         wanted = processor(images=picture, return_tensors="pt").pixel_values
@@ -53,7 +55,7 @@ def test_an_unusual_processor_does_the_work_itself() -> None:
     processor = CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False
     )
-    preparation = embed.Preparation(processor, "cpu")
+    preparation = Preparation(processor, "cpu")
     assert not preparation.is_split
     picture = _pictures()[1]
     wanted = processor(images=picture, return_tensors="pt").pixel_values
@@ -74,7 +76,7 @@ def test_embeddings_equal_a_plain_loop(prior: str) -> None:
 
     model = CLIPVisionModelWithProjection.from_pretrained(prior, subfolder="image_encoder").eval()
     processor = CLIPImageProcessor.from_pretrained(prior, subfolder="image_processor")
-    stage = embed.Embed(prior, batch_size=4, device="cpu")
+    stage = Embed(EmbedSettings(encoder=prior, batch_size=4), device="cpu")
     found = {row["id"]: row for row in stage(_rows())}
     assert len(found) == len(_rows())
     for row in _rows():
@@ -133,11 +135,11 @@ def test_plain_models_give_their_own_features(build: Callable[[Path], str], tmp_
         tokens = words(prompts, padding="max_length", max_length=16, return_tensors="pt")
         attended = {} if build is _siglip else {"attention_mask": tokens.attention_mask}
         text_BE = model.get_text_features(input_ids=tokens.input_ids, **attended).pooler_output
-    stage = embed.Embed(folder, batch_size=4, device="cpu")
+    stage = Embed(EmbedSettings(encoder=folder, batch_size=4), device="cpu")
     assert stage.preparation.is_split
     found = {row["id"]: row["embedding"] for row in stage(_rows()[: len(pictures)])}
     assert np.allclose(np.stack([found[str(i)] for i in range(len(pictures))]), wanted_BE, atol=1e-5)
-    assert embed.Embed.describe(folder).columns[0].shape == (wanted_BE.shape[1],)
+    assert Embed.describe(EmbedSettings(encoder=folder)).columns[0].shape == (wanted_BE.shape[1],)
     assert np.allclose(clip.TextEncoder(folder)(prompts), text_BE, atol=1e-5)
     assert clip.has_text_encoder(folder)
     assert clip.identity(folder, "image")["fingerprint"] == clip.identity(folder, "text")["fingerprint"]
@@ -156,7 +158,7 @@ def test_missing_weights_are_refused_not_drawn_at_random(tmp_path: Path) -> None
 
 
 def test_order_and_split_change_no_byte(prior: str) -> None:
-    stage = embed.Embed(prior, batch_size=4, device="cpu")
+    stage = Embed(EmbedSettings(encoder=prior, batch_size=4), device="cpu")
     rows = _rows()
     once = {row["id"]: row["embedding"].tobytes() for row in stage(rows)}
     other = {}
@@ -166,7 +168,7 @@ def test_order_and_split_change_no_byte(prior: str) -> None:
 
 
 def test_the_summary_is_of_what_was_stored(prior: str) -> None:
-    stage = embed.Embed(prior, batch_size=4, dtype="float16", device="cpu")
+    stage = Embed(EmbedSettings(encoder=prior, batch_size=4, dtype="float16"), device="cpu")
     stored_NE = np.stack([row["embedding"] for row in stage(_rows())])
     assert stored_NE.dtype == np.float16
     found = gaussian.Moments.from_arrays(stage.take_summary())
@@ -176,7 +178,7 @@ def test_the_summary_is_of_what_was_stored(prior: str) -> None:
 
 
 def test_rows_without_a_picture_fail_alone(prior: str) -> None:
-    stage = embed.Embed(prior, batch_size=4, device="cpu")
+    stage = Embed(EmbedSettings(encoder=prior, batch_size=4), device="cpu")
     rows = [{"id": "none"}, *_rows()[:2], {"id": "text", "image": "no picture"}]
     found = {row["id"]: row for row in stage(rows)}
     assert {name: row["status"] for name, row in found.items()} == {
@@ -187,7 +189,7 @@ def test_rows_without_a_picture_fail_alone(prior: str) -> None:
 
 
 def test_out_of_memory_halves_the_batch(prior: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = embed.Embed(prior, batch_size=8, device="cpu")
+    stage = Embed(EmbedSettings(encoder=prior, batch_size=8), device="cpu")
     wanted = {row["id"]: row["embedding"] for row in stage(_rows())}
     real = stage._forward
 
@@ -204,7 +206,7 @@ def test_out_of_memory_halves_the_batch(prior: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_given_embeddings_are_checked() -> None:
-    stage = embed.Adopt(3, dtype="float16")
+    stage = Adopt(AdoptSettings(dim=3, dtype="float16"))
     rows = [
         {"id": "list", "embedding": [1.0, 2.0, 2.0]},
         {"id": "array", "embedding": np.array([0.0, 0.0, 4.0], np.float32)},
@@ -223,19 +225,22 @@ def test_given_embeddings_are_checked() -> None:
 
 
 def test_description_needs_no_weights(prior: str, tmp_path: Path) -> None:
-    info = embed.Embed.describe(prior, dtype="float16", batch_size=4)
+    info = Embed.describe(EmbedSettings(encoder=prior, dtype="float16", batch_size=4))
     assert info.columns[0].shape == (24,)
     assert info.columns[0].dtype == "float16"
-    other = embed.Embed.describe(build_prior(tmp_path / "other", seed=1))
+    other = Embed.describe(EmbedSettings(encoder=build_prior(tmp_path / "other", seed=1)))
     assert info.models["image_encoder"]["fingerprint"] != other.models["image_encoder"]["fingerprint"]
-    copied = embed.Embed.describe(build_prior(tmp_path / "same"))
+    copied = Embed.describe(EmbedSettings(encoder=build_prior(tmp_path / "same")))
     assert info.models["image_encoder"]["fingerprint"] == copied.models["image_encoder"]["fingerprint"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_finds_its_batch_and_agrees_with_the_cpu(prior: str) -> None:
-    gpu, cpu = embed.Embed(prior, device="cuda"), embed.Embed(prior, batch_size=4, device="cpu")
+    gpu, cpu = (
+        Embed(EmbedSettings(encoder=prior), device="cuda"),
+        Embed(EmbedSettings(encoder=prior, batch_size=4), device="cpu"),
+    )
     assert gpu.batch_size >= 1
     a = {row["id"]: row["embedding"] for row in gpu(_rows())}
     b = {row["id"]: row["embedding"] for row in cpu(_rows())}

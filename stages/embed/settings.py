@@ -1,0 +1,46 @@
+"""How embeddings are made, or taken over: the settings of both stages. Plain models; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.contract import Settings
+from stages.models.names import ModelName
+
+
+class StoredEmbeddings(Settings):
+    """Whose embeddings they are, and how they are stored."""
+
+    encoder: ModelName | None = None
+    """Folder or hub id of a CLIP, OpenCLIP (converted) or SigLIP model, or of a pipeline with an image encoder."""
+    revision: str | None = None
+    """Of the encoder on the hub: branch, tag or commit."""
+    dtype: Literal["float16", "float32"] = "float32"
+    """How embeddings are stored."""
+
+
+class ComputedEmbeddings(StoredEmbeddings):
+    """How they are made."""
+
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What the encoder computes in; ``float16`` on a GPU."""
+    batch_size: int | None = Field(None, ge=1)
+    """Pictures a batch. Left out: found from the device's memory."""
+    threads: int = Field(2, ge=1)
+    """Threads a worker that prepare pictures for the encoder."""
+
+
+class EmbedSettings(ComputedEmbeddings):
+    """Pictures to embeddings."""
+
+    encoder: ModelName
+    """There is no embedding without one."""
+
+
+class AdoptSettings(StoredEmbeddings):
+    """Embeddings that were made elsewhere."""
+
+    dim: int = Field(ge=1)
+    """Width that every embedding must have."""

@@ -1,0 +1,211 @@
+"""Pictures to image embeddings, fast: preparation in threads, batches of one shape, statistics on the way.
+
+Legend: B rows of a batch, H W C picture, E embedding width. Embeddings are the raw projected vectors, norm kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+
+from index.gaussian import Accumulator
+from pipeline.contract import Column, Row, StageInfo, failed, ok
+from stages.embed.preparation import Preparation
+from stages.embed.settings import AdoptSettings, EmbedSettings, StoredEmbeddings
+from stages.engine.device import chosen_device
+from stages.engine.passthrough import in_batches
+from stages.models.clip import ImageEncoder, embedding_width, identity
+
+CPU_BATCH = 32
+MOST_BATCH = 512  # encoders of this family gain nothing beyond it
+MEMORY_SHARE = 0.6  # of the device's free memory
+
+
+class Statistics:
+    """Counts and Gaussian sums of a shard's embeddings, as they are stored."""
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+        self._sums = Accumulator(dim)
+
+    def add(self, z_BE: np.ndarray) -> None:
+        self._sums.add(z_BE)
+
+    def take(self) -> dict[str, np.ndarray]:
+        """The shard's sums as arrays; starts the next shard's."""
+        arrays = self._sums.moments().to_arrays()
+        self._sums = Accumulator(self._dim)
+        return arrays
+
+
+def _columns(dim: int, settings: StoredEmbeddings) -> tuple[Column, ...]:
+    return (
+        Column("embedding", "tensor", (dim,), settings.dtype, doc="raw projected image embedding, norm kept"),
+        Column("norm", "float32", doc="Euclidean norm of the embedding"),
+    )
+
+
+class Embed:
+    """Rows with a picture in ``image`` to rows with its ``embedding`` and ``norm``.
+
+    A batch that does not fit into the device's memory is halved.
+
+    Args:
+        device: None: a GPU where there is one.
+    """
+
+    Settings = EmbedSettings
+
+    def __init__(self, settings: EmbedSettings, device: str | None = None) -> None:
+        self.device = chosen_device(device)
+        precision = getattr(torch, settings.precision)
+        self.encoder = ImageEncoder(settings.encoder, settings.revision, self.device, precision)
+        self.dtype, self.threads = settings.dtype, settings.threads
+        self.preparation = Preparation(self.encoder.processor, self.device)
+        self.statistics = Statistics(embedding_width(settings.encoder, settings.revision))
+        self.batch_size = settings.batch_size or self._fitting_batch()
+
+    @staticmethod
+    def describe(settings: EmbedSettings) -> StageInfo:
+        dim = embedding_width(settings.encoder, settings.revision)
+        models = {"image_encoder": identity(settings.encoder, "image", settings.revision)}
+        return StageInfo(_columns(dim, settings), models, {"embedding.precision": settings.precision})
+
+    def take_summary(self) -> dict[str, np.ndarray]:
+        return self.statistics.take()
+
+    @torch.inference_mode()
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
+        running: tuple[list[Row], torch.Tensor] | None = None
+        for batch, pixels in self._prepared(rows):
+            good = [(row, picture) for row, picture in zip(batch, pixels, strict=True) if torch.is_tensor(picture)]
+            yield from (failed(r, str(p)) for r, p in zip(batch, pixels, strict=True) if not torch.is_tensor(p))
+            if not good:
+                continue
+            z_BE = self._encode([picture for _, picture in good])
+            if running is not None:  # read back while the device works on the next batch
+                yield from self._outputs(*running)
+            running = [row for row, _ in good], z_BE
+        if running is not None:
+            yield from self._outputs(*running)
+
+    def _prepared(self, rows: Iterable[Row]) -> Iterator[tuple[list[Row], list[torch.Tensor | str]]]:
+        """Batches of rows with their prepared pictures (or why there is none), two batches ahead of the device."""
+        waiting: deque[tuple[Row, Future[torch.Tensor | str]]] = deque()
+        source = iter(rows)
+        with ThreadPoolExecutor(self.threads) as pool:
+            while True:
+                ahead = 3 * self.batch_size - len(waiting)
+                waiting.extend((row, pool.submit(self._prepare, row)) for row in islice(source, max(ahead, 0)))
+                if not waiting:
+                    return
+                batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
+                yield [row for row, _ in batch], [future.result() for _, future in batch]
+
+    def _prepare(self, row: Row) -> torch.Tensor | str:
+        picture = row.get("image")
+        if picture is None:
+            return "there is no picture in the column 'image'; map one to it with input.columns"
+        try:
+            return self.preparation.one(picture)
+        except Exception as error:  # whatever a processor says about one picture must not stop the others
+            return f"the picture cannot be prepared for the encoder: {error}"
+
+    def _encode(self, pictures: list[torch.Tensor]) -> torch.Tensor:
+        """Embeddings (B, E), still on the device. Batches are filled up to one shape, so that shapes never change."""
+        done: list[torch.Tensor] = []
+        while pictures:
+            part = pictures[: self.batch_size]
+            padding = [part[-1]] * (self.batch_size - len(part))
+            try:
+                z_BE = self._forward(self.preparation.batch(part + padding))
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                torch.cuda.empty_cache()
+                continue
+            done.append(z_BE[: len(part)])
+            pictures = pictures[len(part) :]
+        return torch.cat(done)
+
+    def _forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.encoder.embed(pixels_BCHW)
+
+    def _outputs(self, rows: list[Row], z_BE: torch.Tensor) -> Iterator[Row]:
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and fails its row below
+            stored_BE = z_BE.float().cpu().numpy().astype(self.dtype)
+        exact_BE = stored_BE.astype(np.float64)
+        norm_B = np.linalg.norm(exact_BE, axis=1)
+        self.statistics.add(exact_BE[np.isfinite(norm_B)])
+        for row, z_E, norm in zip(rows, stored_BE, norm_B, strict=True):
+            if np.isfinite(norm):
+                yield ok(row, embedding=z_E, norm=float(norm))
+            else:
+                yield failed(row, f"the embedding does not fit {self.dtype}, or is not a number; try float32")
+
+    @torch.inference_mode()
+    def _fitting_batch(self) -> int:
+        """Rows a batch by the device's memory: what a row costs is measured on batches of 2 and 4."""
+        if not self.device.startswith("cuda"):
+            return CPU_BATCH
+        size = self.encoder.model.config.image_size
+
+        def peak(rows: int) -> int:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._forward(torch.zeros(rows, 3, size, size, device=self.device))
+            return torch.cuda.max_memory_allocated()
+
+        row_bytes = max(1, (peak(4) - peak(2)) // 2)
+        free, _ = torch.cuda.mem_get_info()
+        fitting = int(MEMORY_SHARE * free / row_bytes)
+        return 1 << max(0, min(fitting, MOST_BATCH).bit_length() - 1)
+
+
+class Adopt:
+    """Rows with an ``embedding`` that was made elsewhere: checked, counted, stored as they are."""
+
+    Settings = AdoptSettings
+
+    def __init__(self, settings: AdoptSettings) -> None:
+        self.settings = settings
+        self.statistics = Statistics(settings.dim)
+
+    @staticmethod
+    def describe(settings: AdoptSettings) -> StageInfo:
+        encoder, revision = settings.encoder, settings.revision
+        models = {} if encoder is None else {"image_encoder": identity(encoder, "image", revision)}
+        return StageInfo(_columns(settings.dim, settings), models, {"embedding.adopted": "true"})
+
+    def take_summary(self) -> dict[str, np.ndarray]:
+        return self.statistics.take()
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
+        return in_batches(rows, 1024, self._checked)
+
+    def _checked(self, rows: list[Row]) -> Iterator[Row]:
+        dim, dtype = self.settings.dim, self.settings.dtype
+        good: list[np.ndarray] = []
+        for row in rows:
+            try:
+                with np.errstate(over="ignore"):
+                    z_E = np.asarray(row["embedding"], dtype=np.float64).astype(dtype)
+            except (TypeError, ValueError, KeyError) as error:
+                yield failed(row, f"the column 'embedding' holds no list of numbers: {error}")
+                continue
+            if z_E.shape != (dim,):
+                yield failed(row, f"the embedding has shape {z_E.shape}, expected ({dim},)")
+            elif not np.isfinite(z_E).all():
+                yield failed(row, f"the embedding does not fit {dtype}, or is not a number")
+            else:
+                good.append(z_E)
+                norm = float(np.linalg.norm(z_E.astype(np.float64)))
+                yield ok(row, embedding=z_E, norm=norm)
+        if good:
+            self.statistics.add(np.stack(good))
