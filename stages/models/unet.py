@@ -368,6 +368,8 @@ def _usage(settings: LatentModelSettings, text_latent: str) -> Usage:
     changes = {key: value for key, value in (settings.scheduler or {}).items() if key in known}
     changes["clip_sample"] = False
     options = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+    if settings.revision is not None:
+        given += f', revision="{settings.revision}"'
     lines += [
         f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, torch_dtype=torch.float32)',
         f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})",

@@ -238,6 +238,12 @@ def test_an_autoencoder_of_another_latent_space_is_refused(
 # --- cards
 
 
+def test_a_card_names_the_revision(folders: dict[str, str]) -> None:
+    plain = read_geometry(LatentModelSettings(model=folders["sd"])).usage.load
+    pinned = read_geometry(LatentModelSettings(model=folders["sd"], revision="v2")).usage.load
+    assert pinned == plain.replace(", torch_dtype", ', revision="v2", torch_dtype')
+
+
 def test_the_lines_of_a_card_make_the_same_model(folders: dict[str, str], tmp_path: Path) -> None:
     vae = rescaled(tiny_stable_diffusion.build(tmp_path / "other", seed=1), tmp_path / "vae")
     settings = LatentModelSettings(
