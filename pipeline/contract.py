@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict
 Row = dict[str, Any]
 """One row. Always has ``id`` (str). Rows that leave a stage also have ``status`` and ``error``."""
 
+Form = Literal["text", "text?", "picture", "value"]
+"""How a stage takes an input's column. ``text``: a str, or None where the cell is empty; anything else fails its row.
+``text?``: the same, but None for anything else (one of several columns that may hold the text). ``picture``: decoded,
+from whatever form the input has it in. ``value``: as it is found."""
 Kind = Literal["string", "int64", "float32", "float64", "bool", "json", "image", "tensor"]
 
 
@@ -44,11 +48,14 @@ class StageInfo:
         columns: The columns the stage adds to a row, beside ``id``, ``status`` and ``error``.
         models: Role -> ``{"path": ..., "revision": ..., "fingerprint": ...}``; part of the run fingerprint.
         metadata: File-level key-value metadata (scheduler config, VAE scaling factor, ...).
+        reads: The columns that the stage takes of a row, and in which form. Others are neither handed on nor decoded,
+            and the plan can say what an input lacks. None: everything is handed on as it is found.
     """
 
     columns: tuple[Column, ...]
     models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    reads: Mapping[str, Form] | None = None
 
 
 class Settings(BaseModel):

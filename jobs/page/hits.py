@@ -85,9 +85,7 @@ def _span_of(spans: Sequence[Span], row: int) -> Span:
 
 def _pictures(output: Output, wanted: dict[int, list[int]]) -> dict[tuple[int, int], Image]:
     """Pictures of rows, read again from the job's input as far as it is still there."""
-    from pipeline.input.pictures import PictureError, decode_picture
-    from pipeline.input.read import picture_bytes, read_rows, wanted_columns
-    from pipeline.input.rows import Encoded, as_encoded
+    from pipeline.input.read import prepare, read_rows, wanted_columns
     from pipeline.input.source import Source, SourceError
     from pipeline.run.plan import read_shards
 
@@ -98,12 +96,9 @@ def _pictures(output: Output, wanted: dict[int, list[int]]) -> dict[tuple[int, i
             try:
                 span = _span_of(shard.spans, row)
                 raw = next(read_rows(source, (span,), 0, 1, wanted_columns(source, ())))
-                value = raw.values.get("image")
-                if "image" in source.images:
-                    value = as_encoded(value)
-                if isinstance(value, Encoded):
-                    folder = span.path.rpartition("/")[0]
-                    found[shard.index, row] = decode_picture(picture_bytes(value, source, folder), source.max_pixels)
-            except (SourceError, PictureError, OSError, StopIteration):
+                read, _ = prepare(raw, source, span.path.rpartition("/")[0], {"image": "picture"})
+            except (SourceError, OSError, StopIteration):
                 continue
+            if read is not None and read.get("image") is not None:
+                found[shard.index, row] = read["image"]
     return found

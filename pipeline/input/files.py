@@ -135,7 +135,7 @@ def resolve(source: Source) -> Source:
         if source.format not in (None, "micro-world") or not all(e.startswith(GENERATED) for e in source.path):
             raise SourceError(f"{GENERATED} cannot be mixed with other inputs or formats")
         return replace(source, format="micro-world")
-    paths, formats = [], Counter[str]()
+    paths, formats, stems = [], Counter[str](), {"images": set[str](), "text": set[str]()}
     ids = source.id
     for entry in source.path:
         place = _place(entry, source)
@@ -157,10 +157,13 @@ def resolve(source: Source) -> Source:
             found = format_of(info["name"])
             if found is not None:
                 formats[found] += 1
+                if found in stems:
+                    stems[found].add(info["name"].rpartition(".")[0])
             elif place.kind == "file":
                 known = ", ".join(FORMATS)
                 raise SourceError(f"{entry}: the name does not tell the format; set format to one of {known}")
             if count >= SAMPLED_NAMES:
+                stems["text"].discard(info["name"].rpartition(".")[0])  # its picture may come next
                 break
         if count < 0:
             nothing = "matches no file" if place.kind == "pattern" else "holds no file"
@@ -169,6 +172,8 @@ def resolve(source: Source) -> Source:
     if format is None:
         if not formats:
             raise SourceError(f"{', '.join(source.path)}: no file of a known format; set format, or check the path")
+        if set(formats) == set(stems) and stems["text"] <= stems["images"]:
+            del formats["text"]  # captions, each beside its picture
         if len(formats) > 1:
             mixed = " and ".join(sorted(formats))
             raise SourceError(f"{', '.join(source.path)}: holds {mixed}; set format, or name the files with a glob")
@@ -201,6 +206,8 @@ def list_files(source: Source) -> Iterator[InputFile]:
                 and not base.lower().endswith(SUFFIXES[source.format])
                 and (format_of(base) != source.format)
             ):
+                continue
+            if source.format == "images" and format_of(base) == "text":
                 continue
             if source.format == "datasets" and (base.startswith("cache-") or base.startswith("tmp")):
                 continue

@@ -6,9 +6,10 @@ that is damaged comes out with ``error`` set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipeline.contract import Form
 from pipeline.input.formats.arrays import NPY
 from pipeline.input.formats.columnar import DATASETS, PARQUET
 from pipeline.input.formats.concepts import CONCEPTS
@@ -17,12 +18,16 @@ from pipeline.input.formats.images import IMAGES
 from pipeline.input.formats.text import JSONL, TEXT
 from pipeline.input.formats.webdataset import WEBDATASET
 from pipeline.input.formats.world import MICRO_WORLD
+from pipeline.input.forms import FormError, as_picture, as_text, missing
 from pipeline.input.pictures import PictureError, decode_picture
-from pipeline.input.rows import Encoded, Format, Raw, Span, Wanted, as_encoded, open_input
+from pipeline.input.rows import Encoded, Format, Raw, Span, Wanted, open_input
 from pipeline.input.source import Source, SourceError
 from pipeline.input.variants import repeated
 from pipeline.storage import patiently
 
+OWN_COLUMNS = ("id", "status", "error")
+"""What rows carry through a stage beside its columns."""
+LONGEST_PATH = 200
 FORMATS: dict[str, Format] = {
     "parquet": PARQUET,
     "jsonl": JSONL,
@@ -79,31 +84,51 @@ def read_rows(source: Source, spans: tuple[Span, ...], skip: int, count: int, wa
             return
 
 
-def prepare(raw: Raw, source: Source, folder: str) -> tuple[dict[str, Any] | None, str | None]:
+def prepare(
+    raw: Raw, source: Source, folder: str, reads: Mapping[str, Form] | None = None
+) -> tuple[dict[str, Any] | None, str | None]:
     """A row as the stage gets it, its pictures decoded: (row, None), or (None, why not).
 
-    Columns that are only kept are left out: the stage has no use for them, and a damaged picture in one is no reason to
-    fail the row.
+    Columns that the stage does not read, or that are only kept, are left out: a damaged picture in one is no reason to
+    fail the row. So are somebody else's ``status`` and ``error``, which say nothing of this run.
 
     Args:
         folder: Of the row's file; relative picture paths start there.
+        reads: Columns that the stage takes, and in which form; None: all, as they are found.
     """
     if raw.error is not None:
         return None, raw.error
     row: dict[str, Any] = {"id": raw.id}
     for name, value in raw.values.items():
-        if name == "id" or (source.columns and name not in source.columns and name not in source.variants):
+        if name in OWN_COLUMNS or not _handed_on(name, source, reads):
             continue
-        if name in source.images:
-            value = as_encoded(value)
-        if isinstance(value, Encoded):
-            try:
-                row[name] = decode_picture(picture_bytes(value, source, folder), source.max_pixels)
-            except PictureError as error:
-                return None, f"{name}: {error}"
-        else:
-            row[name] = value
+        try:
+            row[name] = _formed(name, value, source, folder, (reads or {}).get(name, "value"))
+        except (FormError, PictureError) as error:
+            return None, f"{name}: {error}"
     return row, None
+
+
+def _handed_on(name: str, source: Source, reads: Mapping[str, Form] | None) -> bool:
+    if name in source.variants:
+        return True
+    return (not source.columns or name in source.columns) and (reads is None or name in reads)
+
+
+def _formed(name: str, value: Any, source: Source, folder: str, form: Form) -> Any:
+    """The value in the form that the stage takes it in."""
+    if form in ("text", "text?"):
+        try:
+            return as_text(value)
+        except FormError:
+            if form == "text":
+                raise
+            return None
+    if name in source.images or (form == "picture" and not missing(value)):
+        value = as_picture(value)
+    if isinstance(value, Encoded):
+        return decode_picture(picture_bytes(value, source, folder), source.max_pixels)
+    return value
 
 
 def picture_bytes(value: Encoded, source: Source, folder: str) -> bytes:
@@ -119,6 +144,13 @@ def picture_bytes(value: Encoded, source: Source, folder: str) -> bytes:
         try:
             with open_input(path, source) as handle:
                 value.data = patiently(handle.read)
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise PictureError(f"{path}: {error.strerror or 'cannot be read'}") from None
+        except OSError as error:
+            raise PictureError(f"{_shown(path)}: {error.strerror or 'cannot be read'}") from None
+        except (ValueError, ImportError) as error:  # no such protocol, or no address at all
+            raise PictureError(f"{_shown(path)}: {error}") from None
     return value.data
+
+
+def _shown(path: str) -> str:
+    """A path that may be anything, even a picture written as text, at a length that can be read."""
+    return path if len(path) <= LONGEST_PATH else f"{path[:60]}... ({len(path):,} characters)"

@@ -143,17 +143,6 @@ def own_id(source: Source, values: Mapping[str, Any], span: Span, row: int) -> s
     return str(value)
 
 
-def as_encoded(value: Any) -> Encoded:
-    """A picture in any of the forms that inputs have it in: bytes, a path, a struct of both, nothing."""
-    if value is None or isinstance(value, Encoded):
-        return value or Encoded()
-    if isinstance(value, Mapping):
-        return Encoded(value.get("bytes"), value.get("path"))
-    if isinstance(value, str):
-        return Encoded(None, value)
-    return Encoded(bytes(value))
-
-
 def picture_type() -> pa.DataType:
     """What `datasets` stores an Image feature as: these names, in this order."""
     import pyarrow as pa

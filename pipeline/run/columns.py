@@ -6,16 +6,23 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 
+from pipeline.contract import Form
 from pipeline.input.files import InputFile, list_files
 from pipeline.input.read import reader_of
-from pipeline.input.rows import Raw, Span
+from pipeline.input.rows import Look, Raw, Span
 from pipeline.input.source import Source, SourceError
-from pipeline.output.kept import Values, typed_field
+from pipeline.output.kept import Settling, Values, typed_field
+from pipeline.output.schema import noted
 
 SAMPLE_ROWS = 200
+CAPTIONED_FILES = 20
+CAPTIONS = ("caption", "text", "prompt")
+"""Names that captions go by, in this order."""
+Reads = Mapping[str, Form] | None
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,11 @@ class Seen:
         return typed_field(name, found)
 
 
-def look(source: Source, keep: tuple[str, ...], limit: int | None) -> Seen:
+def look(source: Source, keep: tuple[str, ...], limit: int | None, reads: Reads) -> Seen:
     """Read the beginning of a resolved input, and as much more as it takes to find the columns that are asked for.
+
+    Args:
+        reads: What the stage takes of a row.
 
     Raises:
         SourceError: A column that is asked for is nowhere, or is there twice.
@@ -59,7 +69,7 @@ def look(source: Source, keep: tuple[str, ...], limit: int | None) -> Seen:
     schema = reader.schema(source, first)
     asked = _asked(source, keep)
     if schema is not None:
-        check_file(source, first, schema, keep)
+        check_file(source, first, schema, keep, reads)
     sample: tuple[Raw, ...] = ()
     if schema is None or keep:
         everything = replace(source, id=None)  # ids are checked by the scan, which names the row
@@ -90,8 +100,10 @@ def _check(source: Source, asked: list[tuple[str, str]], available: list[str]) -
             raise SourceError(f"images: {name!r} is not one of the mapped columns {', '.join(source.columns)}")
 
 
-def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: tuple[str, ...]) -> None:
+def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: tuple[str, ...], reads: Reads) -> None:
     """Whether a file has the columns that every file has to have (kept ones may be missing), and each once.
+
+    A name that stands twice in a header or schema means two columns, and there is no telling which is meant.
 
     Raises:
         SourceError: It has not; the message names the file.
@@ -99,10 +111,54 @@ def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: tuple[s
     for key, column in _asked(source, keep):
         if column not in schema.names and key != "keep":
             raise SourceError(f"{key}: {file.path} has no column {column!r}; {_offer(column, schema.names)}")
+    named = {column: key for key, column in _asked(source, keep)}
+    if not source.columns:
+        named |= {name: "input" for name in (schema.names if reads is None else reads) if name not in named}
+    for column, key in named.items():
         count = schema.names.count(column)
         if count > 1:
             times = "twice" if count == 2 else f"{count} times"
             raise SourceError(f"{key}: {file.path} has the column {column!r} {times}; give each a name of its own")
+
+
+class Watched:
+    """Follows the scan of an input: whether each file has the columns it has to have, what types the kept ones take.
+
+    Attributes:
+        kept: Settles those types.
+    """
+
+    def __init__(self, source: Source, keep: tuple[str, ...], reads: Reads) -> None:
+        self._source, self._keep, self._reads = source, keep, reads
+        columns = {name: source.columns.get(name, name) for name in keep if name not in source.variants}
+        self.kept = Settling(columns)
+
+    def look(self, rows: int | None) -> Look | None:
+        """What a file's scan shows its rows to, where they have a say; only the first ``rows`` of them count."""
+        if not self.kept.columns:
+            return None
+
+        def shown(row: int, values: Mapping[str, Any]) -> None:
+            if rows is None or row < rows:
+                self.kept.row(values)
+
+        return shown
+
+    def file(self, file: InputFile, schema: pa.Schema) -> None:
+        """A file that tells its columns.
+
+        Raises:
+            SourceError: It lacks one, has one twice, or has a kept one in a type that does not go with another file's.
+        """
+        check_file(self._source, file, schema, self._keep, self._reads)
+        self.kept.file(file.path, schema)
+
+    def settled(self, schema: pa.Schema) -> pa.Schema:
+        """The output's schema, now that all of the input has been scanned."""
+        for name in self.kept.columns:
+            index = schema.get_field_index(name)
+            schema = schema.set(index, self.kept.field(schema.field(index)))
+        return noted(schema)
 
 
 def _offer(column: str, available: list[str]) -> str:
@@ -143,3 +199,30 @@ def _found_late(source: Source, missing: set[str]) -> dict[str, pa.Field | None]
 
 class _AllFound(Exception):
     """Ends a scan that has seen enough."""
+
+
+def unused_captions(source: Source, seen: Seen, reads: Reads) -> list[str]:
+    """A note, where the input has captions and the stage looks for them under another name."""
+    wanted = [name for name, form in (reads or {}).items() if form == "text"]
+    if source.columns or not wanted or set(wanted) & set(seen.names):
+        return []
+    here = next((name for name in CAPTIONS if name in seen.names and _holds_text(source, name)), None)
+    if here is None:
+        return []
+    columns = {name: name for name in (reads or {}) if name in seen.names} | {wanted[0]: here}
+    mapped = ", ".join(f"{name}: {column}" for name, column in columns.items())
+    return [
+        f"the captions in the input's column {here!r} are not used: the job reads them from {wanted[0]!r}. "
+        f"To use them, write: columns: {{{mapped}}}"
+    ]
+
+
+def _holds_text(source: Source, column: str) -> bool:
+    """Whether the first row of one of the first files has a text there: pictures have the column, text or not."""
+    plain = replace(source, variants={}, id=None)
+    for file in islice(list_files(source), CAPTIONED_FILES):
+        for raw in reader_of(plain).rows(plain, Span(file.name, file.path, 0, 1), {"text": column}):
+            text = raw.values.get("text")
+            if isinstance(text, str) and text.strip():
+                return True
+    return False

@@ -304,6 +304,7 @@ def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJo
         columns=tuple(Column(**{**column, "shape": tuple(column["shape"])}) for column in plan["stage_columns"]),
         output=output.folder.root if output.folder.local else spec.output,
         storage_options=spec.storage_options,
+        reads=plan.get("reads"),
         decode_threads=resources.decode_threads,
         encode_threads=resources.encode_threads,
     )
@@ -328,7 +329,7 @@ def calibrate(
     job = WorkerJob(
         stage=spec.stage, source=drafted.source, wanted=drafted.wanted, kept=drafted.kept,
         schema=encode_schema(drafted.schema), columns=drafted.info.columns, output=spec.output,
-        storage_options=spec.storage_options, decode_threads=resources.decode_threads,
+        storage_options=spec.storage_options, reads=drafted.info.reads, decode_threads=resources.decode_threads,
         encode_threads=resources.encode_threads,
     )  # fmt: skip
     try:

@@ -26,8 +26,7 @@ from pipeline.input.rows import FileScan, Span, Wanted
 from pipeline.input.source import Source, SourceError
 from pipeline.output import parquet
 from pipeline.output import schema as columns_of
-from pipeline.output.kept import Settling
-from pipeline.run.columns import check_file, look
+from pipeline.run.columns import Watched, look, unused_captions
 from pipeline.storage import Folder
 
 SPANS_A_GROUP = 20_000
@@ -141,10 +140,11 @@ class Draft:
     Attributes:
         source: Resolved.
         wanted: What is read of each row.
-        schema: The output's, by what the beginning of the input tells of kept columns; `settled` says the last word.
+        schema: The output's, as far as the beginning of the input tells the kept columns' types.
         kept: Names of the columns copied from the input.
         fields: What goes into the fingerprint beside the input's content, by dotted name.
         bytes_per_row: Estimate.
+        notes: What the user should know of the input, by what has been seen so far.
     """
 
     source: Source
@@ -154,6 +154,7 @@ class Draft:
     kept: tuple[str, ...]
     fields: Mapping[str, Any]
     bytes_per_row: float
+    notes: tuple[str, ...] = ()
 
 
 # --- what the run is ---------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def draft(spec: RunSpec) -> Draft:
     source = resolve(spec.source)
     info = spec.stage.describe()
     wanted = wanted_columns(source, spec.keep)
-    seen = look(source, spec.keep, spec.limit)
+    seen = look(source, spec.keep, spec.limit, info.reads)
     kept = {name: (wanted or {}).get(name, name) for name in spec.keep}
     fields = [seen.field(name, column) for name, column in kept.items()]
     try:
@@ -178,7 +179,9 @@ def draft(spec: RunSpec) -> Draft:
     except ValueError as error:
         raise PlanError(str(error)) from None
     size = sum(columns_of.sample_bytes(seen.rows, column) for column in kept.values())
-    return Draft(source, wanted, info, schema, spec.keep, _fields(spec, source, info, schema), size + _row_bytes(info))
+    settled, size = _fields(spec, source, info, schema), size + _row_bytes(info)
+    notes = unused_captions(source, seen, info.reads)
+    return Draft(source, wanted, info, schema, spec.keep, settled, size, tuple(notes))
 
 
 def _row_bytes(info: StageInfo) -> float:
@@ -235,19 +238,8 @@ def _fields(spec: RunSpec, source: Source, info: StageInfo, schema: pa.Schema) -
     return plain
 
 
-def settling(drafted: Draft) -> Settling:
-    """What settles the types of the kept columns while the input is scanned."""
-    source, wanted = drafted.source, drafted.wanted or {}
-    return Settling({name: wanted.get(name, name) for name in drafted.kept if name not in source.variants})
-
-
-def settled(drafted: Draft, kept: Settling) -> pa.Schema:
-    """The output's schema once all of the input has been scanned."""
-    schema = drafted.schema
-    for name in kept.columns:
-        index = schema.get_field_index(name)
-        schema = schema.set(index, kept.field(schema.field(index)))
-    return columns_of.noted(schema)
+def _watched(drafted: Draft) -> Watched:
+    return Watched(drafted.source, drafted.kept, drafted.info.reads)
 
 
 def fingerprint(fields: Mapping[str, Any], content: str) -> str:
@@ -289,9 +281,9 @@ def _file_ids(source: Source, file: InputFile, scan: FileScan | None) -> Iterato
 
 def survey_input(
     source: Source, every: int, limit: int | None, totals: Survey, seen: Callable[[InputFile, FileScan], None],
-    kept: Settling | None = None,
+    columns: Watched | None = None,
 ) -> Iterator[Shard]:  # fmt: skip
-    """Scan a resolved source and cut it into shards; ``totals``, ``seen`` and ``kept`` follow along.
+    """Scan a resolved source and cut it into shards; ``totals``, ``seen`` and ``columns`` follow along.
 
     Raises:
         SourceError: A file cannot be read, or lacks a column; two rows share an id; there are no rows.
@@ -307,12 +299,10 @@ def survey_input(
         begun = totals.rows
         begins = partial(_begins, begun, every)
         left = None if limit is None else limit - begun
-        shown = partial(_shown, kept, left) if kept is not None and kept.columns else None
+        shown = columns.look(left) if columns is not None else None
         scan = reader_of(source).scan(source, file, begins, shown)
-        if scan.schema is not None:
-            check_file(source, file, scan.schema, tuple(kept.columns if kept is not None else ()))
-            if kept is not None:
-                kept.file(file.path, scan.schema)
+        if columns is not None and scan.schema is not None:
+            columns.file(file, scan.schema)
         rows = scan.rows if left is None else min(scan.rows, left)
         seen(file, scan)
         content.update(f"{file.name}\0{rows}\0{scan.digest}\n".encode())
@@ -343,18 +333,12 @@ def survey_input(
     if suspects := unique.suspects():
         _name_duplicates(source, limit, suspects)
     totals.content = content.hexdigest()
-    totals.notes += kept.notes() if kept is not None else []
+    totals.notes += columns.kept.notes() if columns is not None else []
 
 
 def _begins(begun: int, every: int, row: int) -> bool:
     """Whether a shard of ``every`` rows begins at a row of a file whose first one is row ``begun`` of the input."""
     return (begun + row) % every == 0
-
-
-def _shown(kept: Settling, rows: int | None, row: int, values: Mapping[str, Any]) -> None:
-    """Let a row count for the kept columns' types, if it is among the first ``rows``."""
-    if rows is None or row < rows:
-        kept.row(values)
 
 
 def _name_duplicates(source: Source, limit: int | None, suspects: set[int]) -> None:
@@ -383,8 +367,10 @@ def make_plan(spec: RunSpec) -> Plan:
         PlanError: Columns clash or are missing.
     """
     drafted = draft(spec)
-    totals, kept = Survey(), settling(drafted)
-    for _ in survey_input(drafted.source, spec.shard_rows, spec.limit, totals, lambda file, scan: None, kept):
+    totals = Survey()
+    for _ in survey_input(
+        drafted.source, spec.shard_rows, spec.limit, totals, lambda file, scan: None, _watched(drafted)
+    ):
         pass
     return _plan(drafted, totals)
 
@@ -400,7 +386,7 @@ def _plan(drafted: Draft, totals: Survey) -> Plan:
         models=drafted.info.models,
         fingerprint=fingerprint(drafted.fields, totals.content),
         estimated_bytes=int(totals.rows * drafted.bytes_per_row),
-        notes=tuple(totals.notes),
+        notes=(*drafted.notes, *totals.notes),
     )
 
 
@@ -416,14 +402,14 @@ def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) ->
     Returns:
         What ``plan.json`` holds.
     """
-    totals, kept = Survey(), settling(drafted)
+    totals, columns = Survey(), _watched(drafted)
     files, spans = _Rows(folder, "files.parquet", _FILES), _Rows(folder, "shards.parquet", _SPANS)
 
     def seen(file: InputFile, scan: FileScan) -> None:
         files.add((file.name, file.size, file.version, scan.digest, scan.rows))
 
     try:
-        for shard in survey_input(drafted.source, spec.shard_rows, spec.limit, totals, seen, kept):
+        for shard in survey_input(drafted.source, spec.shard_rows, spec.limit, totals, seen, columns):
             for s in shard.spans:
                 path = s.path.encode(errors="surrogateescape")
                 spans.add((shard.index, shard.ids, s.name, path, s.start, s.stop, s.offset))
@@ -448,7 +434,8 @@ def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) ->
         "keep": list(spec.keep),
         "stage_columns": [asdict(column) for column in drafted.info.columns],
         "metadata": dict(drafted.info.metadata),
-        "schema": columns_of.encode_schema(settled(drafted, kept)),
+        "reads": drafted.info.reads and dict(drafted.info.reads),
+        "schema": columns_of.encode_schema(columns.settled(drafted.schema)),
     }
     folder.write("plan.json", json.dumps(content, indent=1, default=str).encode())
     loaded: dict[str, Any] = json.loads(json.dumps(content, default=str))

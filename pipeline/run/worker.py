@@ -25,10 +25,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.contract import Column, Row, StageSpec, failed
+from pipeline.contract import Column, Form, Row, StageSpec, failed
+from pipeline.input.forms import FormError, as_picture, short
 from pipeline.input.pictures import PictureError, encode_picture
 from pipeline.input.read import picture_bytes, prepare, read_rows
-from pipeline.input.rows import Encoded, Raw, Span, Wanted, as_encoded
+from pipeline.input.rows import Encoded, Raw, Span, Wanted
 from pipeline.input.source import Source
 from pipeline.output import commit, parquet
 from pipeline.output.commit import Record
@@ -60,6 +61,7 @@ class WorkerJob:
 
     Attributes:
         schema: The output's, encoded by `pipeline.output.schema.encode_schema`.
+        reads: Which columns the stage takes, and in which form; None: all, as they are found.
         measured: Numeric columns of the stage.
     """
 
@@ -71,6 +73,7 @@ class WorkerJob:
     columns: tuple[Column, ...]
     output: str
     storage_options: Mapping[str, Any]
+    reads: Mapping[str, Form] | None = None
     decode_threads: int = 2
     encode_threads: int = 2
 
@@ -208,7 +211,8 @@ class Worker:
         self._decoders = ThreadPoolExecutor(max(1, job.decode_threads), "latentmill-decode")
         self._encoders = ThreadPoolExecutor(max(1, job.encode_threads), "latentmill-encode")
         self._writer = ThreadPoolExecutor(1, "latentmill-write")
-        self._slow_rows = bool(job.source.images) or job.source.format in ("images", "webdataset", "micro-world")
+        pictured = bool(job.source.images) or "picture" in (job.reads or {}).values()
+        self._slow_rows = pictured or job.source.format in ("images", "webdataset", "micro-world")
         self.done = 0
         """Rows of the current task that are through the stage; read by another thread."""
 
@@ -218,10 +222,10 @@ class Worker:
         decoded = []
         for position, raw, folder in raws:
             try:
-                row, problem = prepare(raw, self.job.source, folder)
+                row, problem = prepare(raw, self.job.source, folder, self.job.reads)
             except Exception as error:  # whatever a decoder throws is this row's trouble alone
                 row, problem = None, f"cannot be decoded: {type(error).__name__}: {error}"
-            decoded.append((position, raw, row, problem))
+            decoded.append((position, raw, row, problem and short(problem)))
         return decoded
 
     def _raws(self, task: Task) -> Iterator[list[tuple[int, Raw, str]]]:
@@ -255,8 +259,8 @@ class Worker:
                 continue
             kept[name] = None
             if readable and value is not None:
-                with suppress(PictureError):
-                    kept[name] = Encoded(picture_bytes(as_encoded(value), self.job.source, folder))
+                with suppress(PictureError, FormError):
+                    kept[name] = Encoded(picture_bytes(as_picture(value), self.job.source, folder))
         return kept
 
     # --- rows through the stage ---------------------------------------------------------------------------------------

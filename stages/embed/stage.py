@@ -74,7 +74,9 @@ class Embed:
     def describe(settings: EmbedSettings) -> StageInfo:
         dim = embedding_width(settings.encoder, settings.revision)
         models = {"image_encoder": identity(settings.encoder, "image", settings.revision)}
-        return StageInfo(_columns(dim, settings), models, {"embedding.precision": settings.precision})
+        return StageInfo(
+            _columns(dim, settings), models, {"embedding.precision": settings.precision}, {"image": "picture"}
+        )
 
     def take_summary(self) -> dict[str, np.ndarray]:
         return self.statistics.take()
@@ -181,7 +183,9 @@ class Adopt:
     def describe(settings: AdoptSettings) -> StageInfo:
         encoder, revision = settings.encoder, settings.revision
         models = {} if encoder is None else {"image_encoder": identity(encoder, "image", revision)}
-        return StageInfo(_columns(settings.dim, settings), models, {"embedding.adopted": "true"})
+        return StageInfo(
+            _columns(settings.dim, settings), models, {"embedding.adopted": "true"}, {"embedding": "value"}
+        )
 
     def take_summary(self) -> dict[str, np.ndarray]:
         return self.statistics.take()

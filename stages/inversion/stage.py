@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from pipeline.contract import Column, Row, StageInfo, batches, failed, ok
+from pipeline.contract import Column, Form, Row, StageInfo, batches, failed, ok
 from stages.engine.solver import Occupancy, solve
 from stages.inversion import null_text
 from stages.inversion import pairs as exact_pair
@@ -199,6 +199,7 @@ class InvertImages:
                 "guidance": str(guidance),
                 **({"inverter": inverter} if inverter is not None else {}),
             },
+            reads=_reads(captions=prompt is None and inverter is None, edits=edit_guidance is not None),
         )
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
@@ -463,3 +464,13 @@ class InvertImages:
         )
         for i, picture in zip(asked, edited, strict=True):
             outputs[i]["edited"] = to_picture(picture.cpu())
+
+
+def _reads(captions: bool, edits: bool) -> dict[str, Form]:
+    """The columns that are taken of a row."""
+    reads: dict[str, Form] = {"image": "picture"}
+    if captions:
+        reads["prompt"] = "text"
+    if edits:
+        reads["edit_prompt"] = "text"
+    return reads

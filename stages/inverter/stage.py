@@ -53,6 +53,7 @@ class DrawPairs(_Batched):
             ),
             models=geometry.fingerprints(),
             metadata={"vae_scaling_factor": str(geometry.scaling_factor)},
+            reads={"prompt": "text"},
         )
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
@@ -98,6 +99,7 @@ class InvertText(_Batched):
             columns=text_columns(settings.inverter, geometry.latent_shape),
             models=geometry.fingerprints(),
             metadata={"inverter": settings.inverter},
+            reads={settings.image: "picture"},
         )
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.contract import Column, Row, StageInfo, batches, failed
+from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
 from stages.engine.device import chosen_device
 from stages.models import clip, kandinsky
 from stages.models.fingerprint import describe_model
@@ -21,6 +21,9 @@ from stages.ovi.summary import Summary
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 """Where the prompt is looked for, in this order."""
+_READS: dict[str, Form] = {
+    **dict.fromkeys(PROMPT_COLUMNS, "text?"), **dict.fromkeys(("objects", "relation", "count"), "value"),
+}  # fmt: skip
 CHUNK = 256
 _INTERNAL = frozenset({"key", "variable", "start", "text", "seen"})
 
@@ -114,7 +117,7 @@ class InvertPrompts:
             columns += _CLIP_SCORE if "clip" in settings.scores else ()
             columns += _ORACLE_SCORES if "oracle" in settings.scores else ()
             models |= kandinsky.identity(settings.decoder)
-        return StageInfo(tuple(columns), models)
+        return StageInfo(tuple(columns), models, reads=_READS)
 
     def take_summary(self) -> dict[str, np.ndarray]:
         return self.summary.take()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.input.files import InputFile
+from pipeline.input.forms import as_picture
 from pipeline.input.rows import (
     Begins,
     FileScan,
@@ -19,7 +20,6 @@ from pipeline.input.rows import (
     Raw,
     Span,
     Wanted,
-    as_encoded,
     file_digest,
     is_picture,
     open_input,
@@ -69,7 +69,7 @@ def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> li
         shape = getattr(kind, "shape", None)
         array, kind = array.storage, kind.storage_type
     if picture:
-        return [as_encoded(value) for value in array.to_pylist()]
+        return [as_picture(value) for value in array.to_pylist()]
     listed = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not listed or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         return array.to_pylist()
@@ -88,23 +88,28 @@ def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> li
 
 
 def _arrow_rows(
-    source: Source, span: Span, wanted: Wanted, batches: Iterator[pa.RecordBatch | pa.Table], pictures: set[str]
+    source: Source, span: Span, wanted: Wanted, batches: Iterator[pa.RecordBatch | pa.Table], schema: pa.Schema
 ) -> Iterator[Raw]:
-    row = span.start
+    row, own, pictures = span.start, _is_output(schema), _picture_names(schema)
     for batch in batches:
         columns = {}
-        for kind in batch.schema:
-            column = batch.column(kind.name)
+        for index, kind in enumerate(batch.schema):  # by number: a name that nobody asks for may stand twice
+            column = batch.column(index)
             array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
             columns[kind.name] = column_values(array, kind, kind.name in pictures)
         names = list(columns)
         for cells in zip(*columns.values(), strict=True) if names else ((),) * batch.num_rows:
             values = dict(zip(names, cells, strict=True))
             raw = Raw(own_id(source, values, span, row), picked(values, wanted))
-            if values.get("status") == "failed" and "error" in values:
+            if own and values.get("status") == "failed":
                 raw.error = f"failed in the step before: {values['error']}"
             yield raw
             row += 1
+
+
+def _is_output(schema: pa.Schema) -> bool:
+    """Whether a run wrote it: only there do ``status`` and ``error`` say that a row failed in the step before."""
+    return {"status", "error"} <= set(schema.names) and b"latentmill" in (schema.metadata or {})
 
 
 def _read_columns(source: Source, schema: pa.Schema, wanted: Wanted, path: str) -> list[str] | None:
@@ -116,7 +121,7 @@ def _read_columns(source: Source, schema: pa.Schema, wanted: Wanted, path: str) 
     if lost:
         raise SourceError(f"{path}: has no column {lost[0]!r}; it has {', '.join(schema.names)}")
     needed = [name for name in needed if name not in missing]  # a kept column that this file lacks is null in its rows
-    if {"status", "error"} <= set(schema.names) and b"latentmill" in (schema.metadata or {}):
+    if _is_output(schema):
         needed += [name for name in ("status", "error") if name not in needed]
     return needed
 
@@ -160,7 +165,6 @@ def _parquet_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     parquet, handle = _parquet(source, span.path)
     with handle:
         columns = _read_columns(source, parquet.schema_arrow, wanted, span.path)
-        pictures = _picture_names(parquet.schema_arrow)
         first = 0
         for index in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(index)
@@ -168,7 +172,7 @@ def _parquet_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
             if lo < hi:
                 part = Span(span.name, span.path, lo, hi)
                 batches = _group_batches(parquet, index, columns, lo - first, hi - lo, span.path)
-                yield from _arrow_rows(source, part, wanted, batches, pictures)
+                yield from _arrow_rows(source, part, wanted, batches, parquet.schema_arrow)
             first += group.num_rows
             if first >= span.stop:
                 break
@@ -239,7 +243,7 @@ def _datasets_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
                 if at >= span.stop:
                     return
 
-        yield from _arrow_rows(source, span, wanted, batches(), _picture_names(stream.schema))
+        yield from _arrow_rows(source, span, wanted, batches(), stream.schema)
 
 
 PARQUET = Format(_parquet_scan, _parquet_rows, _parquet_schema)

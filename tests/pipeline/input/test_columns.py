@@ -20,7 +20,7 @@ from pipeline.input.source import SourceError
 from pipeline.output.schema import table
 from pipeline.run.plan import draft, make_plan
 from tests.support.faulty import data
-from tests.support.lengths import rows_of, spec_of
+from tests.support.plain_stages import rows_of, spec_of
 
 
 def _two_files(folder: Path, one: pa.Array, other: pa.Array) -> Path:
