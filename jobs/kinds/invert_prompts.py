@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from jobs.page.html import Html, picture, table
+from jobs.page.view import View
 from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
@@ -19,8 +21,6 @@ from stages.ovi.settings import InvertPromptsSettings, PromptInversion, Score
 
 if TYPE_CHECKING:
     import pipeline.run.driver
-    from jobs.page.html import Html
-    from jobs.page.view import View
     from pipeline.input.source import Source
 
 SUMMARY_FILE = "methods.json"
@@ -94,9 +94,9 @@ def summarise(
 
     found: dict[str, dict[str, float | None]] = {}
     sums: dict[tuple[str, str], list[float]] = {}
-    for table in tables:
-        for label in pc.unique(table.column("method").drop_null()).to_pylist():
-            part = table.filter(pc.equal(table.column("method"), label))
+    for shard in tables:
+        for label in pc.unique(shard.column("method").drop_null()).to_pylist():
+            part = shard.filter(pc.equal(shard.column("method"), label))
             found.setdefault(label, {})
             for name in MEASURES:
                 if name in part.column_names:
@@ -141,7 +141,6 @@ def summarise(
 
 
 def _draw_methods(view: View) -> Html:
-    from jobs.page.html import Html, table
 
     try:
         with view.output.open_file(SUMMARY_FILE) as file:
@@ -159,7 +158,6 @@ def _figure(value: float | None) -> str:
 
 def _draw_grid(view: View) -> Html:
     """One line a prompt, one column a method."""
-    from jobs.page.html import Html, picture, table
 
     if view.columns.get("image") != "image":
         return Html()

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from jobs.page import charts
+from jobs.page.html import escape, picture, tag, words
+from jobs.page.view import View
 from jobs.schema.base import JobBase
 from jobs.schema.concept_input import absolute, concept_source, folder_of
 from jobs.schema.panel import Panel
@@ -16,7 +19,6 @@ from stages.concepts.settings import ConceptLearning, LearnConceptsSettings, Leg
 
 if TYPE_CHECKING:
     import pipeline.run.driver
-    from jobs.page.view import View
     from pipeline.input.source import Source
 
 COLUMNS = ("id", "status", "name", "tokens", "embeddings")
@@ -159,7 +161,6 @@ def _drop_checkpoints(output: str) -> None:
 
 def draw_concepts(view: View) -> Any:
     """Training pictures and samples, concept by concept."""
-    from jobs.page.html import escape, picture, tag, words
 
     columns = ["name", "words", "training", "loss", "steps", *(["samples"] if "samples" in view.columns else [])]
     blocks = []
@@ -180,8 +181,6 @@ def draw_concepts(view: View) -> Any:
 
 def draw_curves(view: View) -> Any:
     """Loss, context loss and norms over the steps, for a few concepts."""
-    from jobs.page import charts
-    from jobs.page.html import tag
 
     rows = view.rows(["name", "tokens", "curve"], 8)
     if not rows:

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ByteSize, Field, model_validator
 
+from jobs.page import charts
+from jobs.page.hits import hits
+from jobs.page.html import Exhibit, Html, escape, gallery, table
+from jobs.page.view import View
 from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
 from pipeline.contract import Settings, StageSpec
@@ -18,8 +22,6 @@ from stages.models.names import ModelName
 if TYPE_CHECKING:
     import pipeline.run.driver
     from index.reference import Origin, Shard
-    from jobs.page.html import Html
-    from jobs.page.view import View
     from pipeline.output.dataset import Output
     from pipeline.storage import Folder
 
@@ -145,9 +147,9 @@ def shards_of(finished: pipeline.run.driver.Finished) -> Iterator[Shard]:
     from index.reference import Shard
 
     tables = finished.tables(["id", "status", "embedding"])
-    for record, table in zip(finished.output.records(), tables, strict=True):
-        rows_N = np.flatnonzero(table["status"].to_numpy(zero_copy_only=False) == "ok")
-        good = table.take(rows_N).combine_chunks()
+    for record, rows in zip(finished.output.records(), tables, strict=True):
+        rows_N = np.flatnonzero(rows["status"].to_numpy(zero_copy_only=False) == "ok")
+        good = rows.take(rows_N).combine_chunks()
         column = good["embedding"]
         width = column.type.list_size
         flat = np.concatenate([np.asarray(chunk.flatten()) for chunk in column.chunks] or [np.empty(0, np.float32)])
@@ -168,7 +170,6 @@ def _upload(folder: Path, target: Folder, below: str) -> None:
 
 
 def _facts(view: View) -> Html:
-    from jobs.page.html import Html, table
 
     try:
         opened = _open(view)
@@ -194,7 +195,6 @@ def _facts(view: View) -> Html:
 
 
 def _norms(view: View) -> Html:
-    from jobs.page import charts
 
     return charts.histogram(view.values("norm"), "norm of the embedding")
 
@@ -202,8 +202,6 @@ def _norms(view: View) -> Html:
 def _spread(view: View) -> Html:
     import numpy as np
     import torch
-
-    from jobs.page.html import Html, table
 
     try:
         opened = _open(view)
@@ -219,9 +217,6 @@ def _spread(view: View) -> Html:
 def _examples(view: View) -> Html:
     import numpy as np
     import torch
-
-    from jobs.page.hits import hits
-    from jobs.page.html import Exhibit, Html, escape, gallery
 
     try:
         opened = _open(view)

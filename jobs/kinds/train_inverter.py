@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from jobs.page import charts
+from jobs.page.html import escape, table, tag
+from jobs.page.view import View
 from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
@@ -15,7 +18,6 @@ from stages.models.settings import LatentModelSettings
 
 if TYPE_CHECKING:
     import pipeline.run.driver
-    from jobs.page.view import View
 
 CHECKPOINT = "_checkpoints/inverter.safetensors"
 MEASURES = "inverter/measures.json"
@@ -129,8 +131,6 @@ def gather(finished: pipeline.run.driver.Finished, latent: tuple[int, int, int],
 
 def draw_training(view: View) -> Any:
     """The training curve and the measures on held-out pictures."""
-    from jobs.page import charts
-    from jobs.page.html import escape, table, tag
 
     with view.output.open_file(MEASURES, "rb") as file:
         measures = json.loads(file.read())
