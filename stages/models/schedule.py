@@ -109,7 +109,7 @@ class Schedule:
         return z_BCHW + alpha * m_BCHW
 
 
-def changed(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
     """A scheduler's configuration with parameters, and perhaps its class (``class``), replaced.
 
     Raises:
@@ -120,7 +120,7 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dic
     given = dict(changes or {})
     name = given.pop("class", config.get("_class_name"))
     made = {**config, **given, **({} if name is None else {"_class_name": name})}
-    check(made)
+    check_config(made)
     if given:
         known = inspect.signature(getattr(diffusers, name or "DDIMScheduler")).parameters
         if unknown := sorted(set(given) - set(known)):
@@ -128,7 +128,7 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dic
     return made
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a scheduler whose configuration says something else than a chain of betas or a flow.
 
     Raises:
@@ -161,7 +161,7 @@ def noise_levels(config: Mapping[str, Any]) -> torch.Tensor:
     """
     import diffusers
 
-    check(config)
+    check_config(config)
     name = config.get("_class_name", "DDIMScheduler")
     if name in FLOW_SCHEDULERS:
         raise ValueError(f"the model's scheduler is {name}: a flow has no noise-prediction loss")
@@ -186,7 +186,7 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     """
     from diffusers import DDIMScheduler
 
-    check(config)
+    check_config(config)
     scheduler = DDIMScheduler.from_config({**config, "clip_sample": False, "thresholding": False})
     train_steps = scheduler.config.num_train_timesteps
     if not 1 <= steps <= train_steps:

@@ -18,7 +18,7 @@ import torch
 from stages.engine.device import chosen_device
 from stages.models.latent import DTYPES, Condition, Geometry, Place, Predict, Usage
 from stages.models.memory import peak_bytes
-from stages.models.schedule import Schedule, changed, make_schedule
+from stages.models.schedule import Schedule, changed_config, make_schedule
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings
 from stages.models.words import Encoder
 
@@ -90,7 +90,7 @@ class StableDiffusion:
         down = 2 ** (len(unet["block_out_channels"]) - 1)
         if size % (factor * down):
             raise ValueError(f"size {size} is no multiple of {factor * down}, which model {path!r} needs")
-        effective = changed(scheduler, settings.scheduler)
+        effective = changed_config(scheduler, settings.scheduler)
         if effective.get("_class_name") in FLOW_SCHEDULERS:
             raise ValueError(f"model {path!r} has a U-Net, which a {effective['_class_name']} does not run")
         text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))

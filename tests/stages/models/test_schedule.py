@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.models.schedule import ddim_schedule, flow_schedule, make_schedule
+from stages.models.schedule import ddim_schedule, flow_schedule, make_schedule, noise_levels
 
 SD = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False,
@@ -67,3 +67,25 @@ def test_steps_out_of_range() -> None:
         ddim_schedule(SD, 0)
     with pytest.raises(ValueError, match="between 1 and 1000"):
         ddim_schedule(SD, 1001)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}, "noise levels are not understood here"),
+        ({}, "has no beta_start"),
+        ({**SD, "beta_schedule": "sigmoid"}, "'sigmoid' is none of linear, scaled_linear"),
+    ],
+)
+def test_what_is_no_chain_of_betas_is_refused_and_not_read_as_one(config: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_schedule(config, 10)
+
+
+def test_noise_levels_are_the_scheduler_s_own() -> None:
+    from diffusers import PNDMScheduler
+
+    wanted = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod.double()
+    assert torch.equal(noise_levels({**SD, "_class_name": "PNDMScheduler"}), wanted)
+    with pytest.raises(ValueError, match="a flow has no noise-prediction loss"):
+        noise_levels({"_class_name": "FlowMatchEulerDiscreteScheduler"})
