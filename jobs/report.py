@@ -25,7 +25,7 @@ def write_report(output: str, job: JobBase | None = None, storage_options: Mappi
         The page's address.
 
     Raises:
-        pipeline.output.dataset.OutputError: There is no run in the folder.
+        pipeline.output.planfile.OutputError: There is no run in the folder.
     """
     from pipeline.output.dataset import Output
     from pipeline.storage import Folder
@@ -42,7 +42,8 @@ def write_report(output: str, job: JobBase | None = None, storage_options: Mappi
 
 
 def _step_part(output: str, step: Mapping[str, str], storage_options: Mapping[str, Any] | None) -> StepPart:
-    from pipeline.output.dataset import Output, OutputError
+    from pipeline.output.dataset import Output
+    from pipeline.output.planfile import OutputError
 
     href = f"{step['output'].removeprefix(output.rstrip('/') + '/').rstrip('/')}/{REPORT_FILE}"
     try:

@@ -18,7 +18,7 @@ from jobs.report import write_report
 from jobs.schema import reading
 from jobs.schema.base import Job, JobBase
 from jobs.schema.reading import JobFileError
-from pipeline.run.progress import Progress
+from pipeline.output.progress import Progress
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run_job(
             connected to, else a local one that starts and stops with this call.
         limit: Only the first so many rows.
         overrides: ``key=value`` settings that replace what `config` says; not for a job model.
-        progress: Called with a `pipeline.run.progress.Progress` about twice a second.
+        progress: Called with a `pipeline.output.progress.Progress` about twice a second.
 
     Raises:
         JobFileError: The job cannot be used; the message names the key.

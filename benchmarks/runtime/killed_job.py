@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from pipeline.output.dataset import Output, verify
+from pipeline.output.dataset import Output
+from pipeline.output.verify import verify
 
 
 def run_killed_once(config: dict[str, Any], folder: Path, kill_at: int, every: float = 2.0) -> dict[str, Any]:

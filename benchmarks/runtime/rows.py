@@ -23,9 +23,10 @@ import numpy as np
 
 from pipeline.contract import Column, Row, StageInfo, StageSpec, ok
 from pipeline.input.source import Source
-from pipeline.output.dataset import Output, verify
+from pipeline.output.dataset import Output
+from pipeline.output.progress import Progress
+from pipeline.output.verify import verify
 from pipeline.run.driver import Resources, RunSpec, run
-from pipeline.run.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 

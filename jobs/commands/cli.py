@@ -107,7 +107,8 @@ def status(
     from jobs.commands.progress_line import line
     from jobs.kinds.chain import read_listing
     from jobs.page.amounts import duration
-    from pipeline.output.dataset import Output, OutputError
+    from pipeline.output.dataset import Output
+    from pipeline.output.planfile import OutputError
 
     with errors():
         steps = read_listing(out) or [{"name": "", "output": out}]
@@ -152,11 +153,11 @@ def verify(
     from dataclasses import asdict
 
     from jobs.kinds.chain import read_listing
-    from pipeline.output import dataset as outputs
+    from pipeline.output.verify import verify as verified
 
     with errors():
         steps = read_listing(out) or [{"name": "", "output": out}]
-        reports = {step["name"]: outputs.verify(step["output"], checksums=checksums) for step in steps}
+        reports = {step["name"]: verified(step["output"], checksums=checksums) for step in steps}
     if as_json:
         plain = {name: asdict(report) for name, report in reports.items()}
         everything = {"ok": all(report.ok for report in reports.values()), "steps": plain}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from jobs.page.amounts import duration, rate
-from pipeline.run.progress import Progress
+from pipeline.output.progress import Progress
 
 PLAIN_INTERVAL = 30.0
 _BAR = 20

@@ -87,7 +87,7 @@ def _pictures(output: Output, wanted: dict[int, list[int]]) -> dict[tuple[int, i
     """Pictures of rows, read again from the job's input as far as it is still there."""
     from pipeline.input.read import prepare, read_rows, wanted_columns
     from pipeline.input.source import Source, SourceError
-    from pipeline.run.plan import read_shards
+    from pipeline.output.planfile import read_shards
 
     source = Source.from_json(output.plan["source"])
     found: dict[tuple[int, int], Image] = {}

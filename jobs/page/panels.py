@@ -12,7 +12,7 @@ from jobs.page.view import View
 from jobs.schema.panel import Panel
 
 if TYPE_CHECKING:
-    from pipeline.output.dataset import Record
+    from pipeline.output.commit import Record
 
 _PICTURES = 24
 _MEASURES = 24

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from pipeline.output.dataset import Output, Record, Status
+    from pipeline.output.commit import Record
+    from pipeline.output.dataset import Output, Status
 
 ColumnKind = Literal["image", "text", "number", "bool", "vector", "other"]
 _OWN = frozenset({"id", "status", "error"})

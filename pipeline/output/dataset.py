@@ -1,4 +1,4 @@
-"""An output folder: its plan, its commit records, its state, and whether it is whole.
+"""An output folder: its plan, its commit records, its tables, its state.
 
 ``OUT/data/part-*.parquet``, ``OUT/README.md`` and ``OUT/_SUCCESS`` are what readers see. ``OUT/_latentmill/`` is the
 bookkeeping: ``plan.json``, ``files.parquet``, ``shards.parquet``, ``records/``, ``attempts/`` (until published),
@@ -17,25 +17,17 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.input.files import OWN, resolve
-from pipeline.input.ids import Uniqueness, digest
-from pipeline.input.source import Source, SourceError
+from pipeline.input.files import OWN
 from pipeline.output import lock, parquet
-from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_errors, read_summary, record_name
-from pipeline.output.schema import decode_schema, means, merge_measures
-from pipeline.run.plan import Shard, expected_ids, read_shards
-from pipeline.run.progress import Progress
-from pipeline.storage import Folder, checksum
+from pipeline.output.commit import ATTEMPTS, RECORDS, Record, fold_errors, read_summary
+from pipeline.output.planfile import PLAN, OutputError, load_plan, own_folder
+from pipeline.output.progress import Progress
+from pipeline.output.schema import means, merge_measures
+from pipeline.storage import Folder
 
-PLAN, PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/plan.json", f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
+PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
 READERS = 16
-NAMED_PROBLEMS = 100
-
-
-class OutputError(ValueError):
-    """The folder is not a run's output, or is damaged; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +47,6 @@ class Status:
     holder: Mapping[str, Any] | None
     errors: Mapping[str, int]
     measures: Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """Whether an output holds every planned id exactly once, in files that match their records.
-
-    Attributes:
-        ok: Nothing is wrong and everything is there.
-        planned: Planned rows; found: rows read; rows_ok, rows_failed: by status.
-        problems: What is wrong, one sentence each, naming file or id and what to do; at most 100.
-        foreign: Files in ``data/`` that no record names.
-    """
-
-    ok: bool
-    planned: int
-    found: int
-    rows_ok: int
-    rows_failed: int
-    problems: tuple[str, ...]
-    foreign: tuple[str, ...]
 
 
 @dataclass
@@ -258,153 +230,3 @@ class Output:
         """Whether a file in ``data/`` has the name of one of this plan's shards."""
         match = re.fullmatch(r"part-(\d+)-of-(\d+)\.parquet", name)
         return bool(match) and f"data/{name}" == self.part(int(match[1])) and int(match[1]) < int(self.plan["shards"])  # type: ignore[index]
-
-
-def own_folder(folder: Folder) -> Folder:
-    return replace(folder, root=folder.path(OWN))
-
-
-def load_plan(folder: Folder) -> dict[str, Any] | None:
-    """The plan in a folder; None if there is none.
-
-    Raises:
-        OutputError: It is damaged.
-    """
-    try:
-        plan: dict[str, Any] = json.loads(folder.read(PLAN))
-        decode_schema(plan["schema"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise OutputError(f"{folder.url}/{PLAN} is damaged ({error}); name another output folder") from None
-    return plan
-
-
-# --- verify ----------------------------------------------------------------------------------------------------------
-
-
-def verify(
-    path: str,
-    storage_options: Mapping[str, Any] | None = None,
-    checksums: bool = True,
-    input_options: Mapping[str, Any] | None = None,
-) -> VerifyReport:
-    """Read the whole output and check it: records, files, sizes, checksums, and every planned id exactly once.
-
-    The ids of each shard are compared with the plan: with those that follow from its spans, or, where ids come from the
-    input's content, with their digest.
-
-    Args:
-        checksums: Also compare each file's digest with its record (reads all bytes; otherwise only ids are read).
-        input_options: fsspec's, to name the missing ids when they have to be read from the input.
-
-    Raises:
-        OutputError: There is no run in the folder.
-    """
-    output = Output.open(path, storage_options)
-    problems: list[str] = []
-    listed = output.listings()
-    unique = Uniqueness()
-    tally = Tally()
-    schema = decode_schema(output.plan["schema"])
-    found = 0
-    records = set(output.folder.listing(RECORDS))
-    for shard in read_shards(output.own):
-        if record_name(shard.index).rpartition("/")[2] not in records:
-            problems.append(f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again")
-            continue
-        record = output.record(record_name(shard.index))
-        name = output.locate(record, listed)
-        if name is None:
-            problems.append(f"the file of shard {shard.index} is missing or cut short; run the job again")
-            continue
-        tally.add(record)
-        problem, ids = _check_file(output, record, name, schema, checksums)
-        found += len(ids)
-        unique.add(ids)
-        problem = problem or _check_ids(output, shard, ids, input_options)
-        if problem is not None:
-            problems.append(f"{name}: {problem}")
-    if suspects := unique.suspects():
-        problems += _twice(output, suspects, listed)
-    foreign = tuple(sorted(f"data/{name}" for name in listed["data"] if not output.is_published(name)))
-    problems += [f"{name} is not this run's; move it away, or run the job again to set it aside" for name in foreign]
-    if not output.folder.exists(SUCCESS):
-        problems.append("the output is not published (_SUCCESS is missing); run the job again")
-    planned = int(output.plan["rows"])
-    shown = tuple(problems[:NAMED_PROBLEMS])
-    return VerifyReport(not problems, planned, found, tally.ok, tally.failed, shown, foreign)
-
-
-def _check_file(
-    output: Output, record: Record, name: str, schema: pa.Schema, checksums: bool
-) -> tuple[str | None, list[str]]:
-    """A problem with one file, if there is one, and the ids in it."""
-    try:
-        with parquet.handle(output.folder, name) as handle:
-            if checksums and checksum(handle) != record.checksum:
-                return "its bytes are not those that were committed; delete it and run the job again", []
-            file = pq.ParquetFile(handle)
-            kind = file.schema_arrow
-            stored = file.read(["id", "status"], use_threads=output.folder.local)
-    except (pa.ArrowException, OSError) as error:
-        return f"cannot be read ({error}); delete it and run the job again", []
-    ids, statuses = stored["id"].to_pylist(), Counter(stored["status"].to_pylist())
-    if not kind.equals(schema, check_metadata=False):
-        return "its columns are not the planned ones; delete it and run the job again", ids
-    if (statuses["ok"], statuses["failed"]) != (record.rows_ok, record.rows_failed) or len(ids) != record.rows:
-        return f"holds {dict(statuses)}, its record says {record.rows_ok} ok, {record.rows_failed} failed", ids
-    return None, ids
-
-
-def _check_ids(output: Output, shard: Shard, ids: list[str], input_options: Mapping[str, Any] | None) -> str | None:
-    if shard.ids is not None and digest(ids) == shard.ids:
-        return None
-    source = Source.from_json(output.plan["source"], input_options)
-    try:
-        planned = expected_ids(resolve(source) if source.format is None else source, shard)
-    except (SourceError, OSError) as error:
-        return f"its ids are not the planned ones (and the input cannot be read to name them: {error})"
-    if planned == ids:
-        return None
-    missing = list((Counter(planned) - Counter(ids)).elements())
-    extra = list((Counter(ids) - Counter(planned)).elements())
-    if not missing and not extra:
-        return "its rows are not in the planned order"
-    return f"{len(missing)} planned ids are missing (such as {missing[:1]}), {len(extra)} are extra ({extra[:1]})"
-
-
-def _twice(output: Output, suspects: set[int], listed: Mapping[str, Mapping[str, int]]) -> list[str]:
-    places: dict[str, str] = {}
-    problems = []
-    for record in output.records():
-        name = output.locate(record, listed)
-        if name is None:
-            continue
-        ids = parquet.read(output.folder, name, ["id"])["id"].to_pylist()
-        for own, hashed in zip(ids, Uniqueness.hashes(ids, len(ids)), strict=True):
-            if int(hashed) in suspects:
-                if own in places:
-                    problems.append(f"id {own!r} is in {places[own]} and in {name}")
-                places[own] = name
-    return problems
-
-
-class Leftovers:
-    """Attempts and summaries that no record names: those of losers, of the dead, and of strangers.
-
-    What lies there is listed first; each record then spares its own, and `remove` deletes the rest.
-    """
-
-    def __init__(self, output: Output) -> None:
-        self._folder = output.folder
-        self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)}
-        self._names |= {f"{RECORDS}/{name}" for name in output.folder.listing(RECORDS) if name.endswith(".tmp")}
-
-    def spare(self, record: Record) -> None:
-        self._names.discard(f"{ATTEMPTS}/{record.file}")
-        self._names.difference_update(f"{SUMMARIES}/{name}" for name in record.summary)
-
-    def remove(self) -> None:
-        for name in sorted(self._names):
-            self._folder.remove(name)

@@ -7,7 +7,9 @@ import json
 from typing import Any
 
 from pipeline.output.commit import ATTEMPTS, Record
-from pipeline.output.dataset import SET_ASIDE, SUCCESS, Leftovers, Output, OutputError, Tally
+from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
+from pipeline.output.leftovers import Leftovers
+from pipeline.output.planfile import OutputError
 from pipeline.output.schema import decode_schema
 
 CARD = "README.md"

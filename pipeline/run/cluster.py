@@ -13,13 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    from pipeline.output.commit import Record
-    from pipeline.run.driver import Resources
-    from pipeline.run.worker import Piece, Task, WorkerJob
+from pipeline.run.tasks import Outcome, Resources, Task, WorkerJob
 
 OBJECT_STORE_BYTES = 200 * 2**20
 """Of a Ray that we start: nothing but descriptors and records passes through it."""
@@ -31,21 +27,6 @@ that come and go in every layer; fetching them anew each time costs page faults 
 
 class ClusterError(RuntimeError):
     """There is no Ray to work on; the message says what was tried."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a task.
-
-    Attributes:
-        kind: ``done``; ``retry``: storage failed, nothing is committed; ``died``: the worker, or its device; ``fatal``.
-        result: The record or piece of a task that is done.
-        reason: Why it is not done.
-    """
-
-    kind: Literal["done", "retry", "died", "fatal"]
-    result: Record | Piece | None = None
-    reason: str = ""
 
 
 class _Actor:
@@ -65,7 +46,7 @@ class _Actor:
 
     def process(self, task: Task) -> Outcome:
         from pipeline.input.source import SourceError
-        from pipeline.run.worker import ContractError, Poisoned
+        from pipeline.run.guard import ContractError, Poisoned
 
         try:
             return Outcome("done", self.worker.process(task))

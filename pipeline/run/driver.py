@@ -14,28 +14,20 @@ from pipeline.input.files import OWN
 from pipeline.input.read import wanted_columns
 from pipeline.input.source import Source
 from pipeline.output.commit import record_name
-from pipeline.output.dataset import SET_ASIDE, SUCCESS, Leftovers, Output, OutputError, Tally, load_plan, own_folder
+from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
+from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock
+from pipeline.output.planfile import OutputError, load_plan, own_folder, read_shards
+from pipeline.output.progress import Progress
 from pipeline.output.publish import publish, set_aside
 from pipeline.output.schema import encode_schema
-from pipeline.run.dispatch import Dispatcher, Reporter, Stopped
-from pipeline.run.plan import (
-    Draft,
-    Plan,
-    PlanError,
-    PlanMismatch,
-    RunSpec,
-    Survey,
-    check_input,
-    differences,
-    draft,
-    make_plan,
-    read_shards,
-    survey_input,
-    write_plan,
-)  # fmt: skip
-from pipeline.run.progress import Progress
-from pipeline.run.worker import Task, WorkerJob
+from pipeline.run.cluster import ClusterError, Meters, Pool, connected
+from pipeline.run.dispatch import Dispatcher, Stopped
+from pipeline.run.draft import Draft, PlanError, RunSpec, draft
+from pipeline.run.plan import Plan, PlanMismatch, check_input, differences, make_plan, write_plan
+from pipeline.run.reporter import Reporter
+from pipeline.run.survey import Survey, survey
+from pipeline.run.tasks import Resources, Task, WorkerJob
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:
@@ -54,27 +46,6 @@ ROUNDS = 3
 
 class RunError(RuntimeError):
     """The run cannot start or go on; the message says why and what to do (no Ray, no workers ...)."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a worker gets, and how many workers there may be. No part of the fingerprint.
-
-    Attributes:
-        min_workers: The run starts work as soon as one worker is ready, and says so while fewer than this are.
-        max_workers: Upper bound of the pool; None: as many as the cluster holds.
-        cpus, gpus, memory: Reserved with Ray for each worker (memory in bytes).
-        decode_threads: Threads that read and decode beside the device.
-        encode_threads: Threads that encode pictures of the output.
-    """
-
-    min_workers: int = 1
-    max_workers: int | None = 1
-    cpus: float = 1
-    gpus: float = 0
-    memory: int | None = None
-    decode_threads: int = 2
-    encode_threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -273,8 +244,6 @@ def _compute(
     address: str | None, tally: Tally, done: set[int],
 ) -> None:  # fmt: skip
     """Dispatch the shards that are not done; ``tally`` follows."""
-    from pipeline.run.cluster import ClusterError, Meters, Pool, connected
-
     left = int(output.plan["shards"]) - len(done)
     todo = (shard for shard in read_shards(output.own) if shard.index not in done)
     try:
@@ -320,12 +289,10 @@ def calibrate(
     Raises:
         RunError: No Ray, or the stage cannot be built.
     """
-    from pipeline.run.cluster import ClusterError, Pool, connected
-
     every = prod(len(values) for values in spec.source.variants.values())
     rows = -(-rows // every) * every
     drafted = draft(replace(spec, limit=rows))
-    shard = next(survey_input(drafted.source, rows, rows, Survey(), lambda file, scan: None))
+    shard = next(survey(drafted.source, rows, rows, Survey(), lambda file, scan: None))
     job = WorkerJob(
         stage=spec.stage, source=drafted.source, wanted=drafted.wanted, kept=drafted.kept,
         schema=encode_schema(drafted.schema), columns=drafted.info.columns, output=spec.output,

@@ -16,7 +16,7 @@ from jobs.run import run_job
 from jobs.schema import reading
 from jobs.schema.base import JobBase
 from jobs.schema.reading import JobFileError
-from pipeline.run.progress import Progress
+from pipeline.output.progress import Progress
 
 SMALL = {"cpus": 0.5}
 

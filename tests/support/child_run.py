@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.contract import StageSpec
 from pipeline.input.source import Source
 from pipeline.run import driver as runtime
-from pipeline.run.plan import RunSpec
+from pipeline.run.draft import RunSpec
 from pipeline.storage import Folder
 
 

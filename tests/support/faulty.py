@@ -17,10 +17,13 @@ from pipeline.contract import Column, Row, StageInfo, StageSpec, failed, ok
 from pipeline.input.source import Source
 from pipeline.output import commit
 from pipeline.output.dataset import Output, Tally
+from pipeline.output.planfile import read_shards
 from pipeline.output.publish import publish
+from pipeline.run.draft import RunSpec, draft
 from pipeline.run.driver import Resources, _worker_job
-from pipeline.run.plan import RunSpec, draft, read_shards, write_plan
-from pipeline.run.worker import Task, Worker
+from pipeline.run.plan import write_plan
+from pipeline.run.tasks import Task
+from pipeline.run.worker import Worker
 from pipeline.storage import Folder
 
 STEPS = ("check_attempt", "write_summary", "write_record")

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.contract import Column, Row, StageInfo, StageSpec, ok
 from pipeline.input.source import Source
-from pipeline.output.dataset import verify
-from pipeline.run.plan import RunSpec
+from pipeline.output.verify import verify
+from pipeline.run.draft import RunSpec
 from tests.support.faulty import data, run_plain
 
 

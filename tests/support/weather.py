@@ -15,8 +15,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.input.source import Source
-from pipeline.output.dataset import Output, verify
+from pipeline.output.dataset import Output
 from pipeline.output.lock import Lock, OutputLocked
+from pipeline.output.verify import verify
 from pipeline.run.driver import Resources, run
 from pipeline.storage import Folder
 from tests.support.faulty import commit_plain, data, run_plain, spec_for

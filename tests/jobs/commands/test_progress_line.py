@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from jobs.commands import progress_line
-from pipeline.run.progress import Progress
+from pipeline.output.progress import Progress
 
 
 def test_plain_progress_is_a_line_at_each_phase_and_each_event() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.output.dataset import verify
+from pipeline.output.verify import verify
 from tests.support import ROOT
 
 COMMAND = [sys.executable, "-m", "tests.support.slow_cli"]

@@ -30,8 +30,9 @@ ROWS = 23
 
 def compute_here(spec, output, lock, reporter, resources, max_failed, address, tally, done) -> None:
     """One worker in this process, in place of the cluster."""
-    from pipeline.run.plan import read_shards
-    from pipeline.run.worker import Task, Worker
+    from pipeline.output.planfile import read_shards
+    from pipeline.run.tasks import Task
+    from pipeline.run.worker import Worker
 
     worker = Worker(pipeline.run.driver._worker_job(spec, output, resources))
     for shard in read_shards(output.own):

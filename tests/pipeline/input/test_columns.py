@@ -18,7 +18,8 @@ import pytest
 
 from pipeline.input.source import SourceError
 from pipeline.output.schema import table
-from pipeline.run.plan import draft, make_plan
+from pipeline.run.draft import draft
+from pipeline.run.plan import make_plan
 from tests.support.faulty import data
 from tests.support.plain_stages import rows_of, spec_of
 

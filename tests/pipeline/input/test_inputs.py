@@ -18,8 +18,8 @@ from PIL import Image
 from pipeline.contract import Column, Row, StageInfo, StageSpec, ok
 from pipeline.input.pictures import PictureError, decode_picture
 from pipeline.input.source import Source
-from pipeline.output.dataset import verify
-from pipeline.run.plan import RunSpec
+from pipeline.output.verify import verify
+from pipeline.run.draft import RunSpec
 from tests.support.faulty import data, run_plain, spec_for
 
 LIMIT = 100_000_000

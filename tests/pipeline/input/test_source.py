@@ -22,7 +22,7 @@ from pipeline.input.ids import Uniqueness
 from pipeline.input.read import read_rows, wanted_columns
 from pipeline.input.rows import Span
 from pipeline.input.source import Source, SourceError
-from pipeline.run.plan import Survey, survey_input
+from pipeline.run.survey import Survey, survey
 
 TEXTS = [f'text {i}, "quoted"\nand {"é" * (i % 5)} a second line' for i in range(47)]
 
@@ -30,7 +30,7 @@ TEXTS = [f'text {i}, "quoted"\nand {"é" * (i % 5)} a second line' for i in rang
 def _rows(source: Source, every: int = 10, limit: int | None = None) -> list[tuple[str, dict[str, Any]]]:
     """All rows as shards of ``every`` rows give them."""
     source = resolve(source)
-    shards = list(survey_input(source, every, limit, Survey(), lambda file, scan: None))
+    shards = list(survey(source, every, limit, Survey(), lambda file, scan: None))
     assert [shard.rows for shard in shards[:-1]] == [every] * (len(shards) - 1)
     wanted = wanted_columns(source, ())
     return [(raw.id, raw.values) for shard in shards for raw in read_rows(source, shard.spans, 0, shard.rows, wanted)]
@@ -95,7 +95,7 @@ def test_a_shard_can_be_entered_at_any_row(
     """As when a shard that kills its workers is tried in halves, or a search shows a row of the input again."""
     source = resolve(replace(write(tmp_path), variants=variants))
     wanted = wanted_columns(source, ())
-    for shard in survey_input(source, 11, None, Survey(), lambda file, scan: None):
+    for shard in survey(source, 11, None, Survey(), lambda file, scan: None):
         whole = list(read_rows(source, shard.spans, 0, shard.rows, wanted))
         assert len(whole) == shard.rows
         for skip in range(shard.rows):

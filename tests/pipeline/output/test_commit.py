@@ -17,10 +17,10 @@ import pytest
 from pipeline.contract import Column, Row, StageInfo, StageSpec, ok
 from pipeline.output import commit
 from pipeline.output.commit import Attempt, Record, check_attempt, write_record
-from pipeline.output.dataset import verify
 from pipeline.output.lock import NAME, Lock, OutputLocked, holder
 from pipeline.output.schema import table
-from pipeline.run.worker import ContractError
+from pipeline.output.verify import verify
+from pipeline.run.guard import ContractError
 from pipeline.storage import Folder
 from tests.support.faulty import data, run_plain, spec_for
 

@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from pipeline.output.dataset import Output, verify
+from pipeline.output.dataset import Output
 from pipeline.output.lock import OutputLocked
+from pipeline.output.progress import Progress
+from pipeline.output.verify import verify
+from pipeline.run.draft import RunSpec
 from pipeline.run.driver import Resources, run
-from pipeline.run.plan import PlanMismatch, RunSpec
-from pipeline.run.progress import Progress
+from pipeline.run.plan import PlanMismatch
 from tests.support.faulty import STEPS, data, run_plain, spec_for
 
 pytestmark = pytest.mark.fault

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.output.dataset import verify
+from pipeline.output.verify import verify
 from tests.support.faulty import data, run_plain, spec_for
 
 SCRIPT = """

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.input.source import SourceError
-from pipeline.run.plan import PlanError, draft, make_plan, read_shards, write_plan
+from pipeline.output.planfile import read_shards
+from pipeline.run.draft import PlanError, draft
+from pipeline.run.plan import make_plan, write_plan
 from pipeline.storage import Folder
 from tests.support.faulty import spec_for
 

@@ -12,9 +12,11 @@ import pytest
 
 from pipeline.contract import StageSpec
 from pipeline.input.source import Source
-from pipeline.output.dataset import Output, OutputError, verify
+from pipeline.output.dataset import Output
+from pipeline.output.planfile import OutputError
+from pipeline.output.progress import Progress
+from pipeline.output.verify import verify
 from pipeline.run.driver import Finished, Resources, calibrate, run
-from pipeline.run.progress import Progress
 from tests.support.faulty import data, run_plain, spec_for
 
 LINES = [f"line {i}" for i in range(60)]

@@ -1,0 +1,36 @@
+"""Shards: the units of work that an input is cut into, and the ids that belong to one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.input.read import read_rows
+from pipeline.input.rows import Span
+from pipeline.input.source import Source
+
+LINE_IDS = ("parquet", "jsonl", "csv", "text", "datasets", "npy")
+"""Formats whose ids, where the user names no column, are ``<file>#<row>``."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: some spans of files.
+
+    Attributes:
+        ids: Digest of its ids in order, if they come from the input's content; None: they follow from the spans.
+    """
+
+    index: int
+    spans: tuple[Span, ...]
+    ids: str | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(span.stop - span.start for span in self.spans)
+
+
+def expected_ids(source: Source, shard: Shard) -> list[str]:
+    """The ids of a shard, read from the input (the user's ids) or made from its spans."""
+    if shard.ids is None and source.id is None and not source.variants and source.format in LINE_IDS:
+        return [f"{span.name}#{row}" for span in shard.spans for row in range(span.start, span.stop)]
+    return [raw.id for raw in read_rows(source, shard.spans, 0, shard.rows, {})]

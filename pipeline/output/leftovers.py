@@ -1,0 +1,26 @@
+"""What lies in an output folder and belongs to no record."""
+
+from __future__ import annotations
+
+from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record
+from pipeline.output.dataset import Output
+
+
+class Leftovers:
+    """Attempts and summaries that no record names: those of losers, of the dead, and of strangers.
+
+    What lies there is listed first; each record then spares its own, and `remove` deletes the rest.
+    """
+
+    def __init__(self, output: Output) -> None:
+        self._folder = output.folder
+        self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)}
+        self._names |= {f"{RECORDS}/{name}" for name in output.folder.listing(RECORDS) if name.endswith(".tmp")}
+
+    def spare(self, record: Record) -> None:
+        self._names.discard(f"{ATTEMPTS}/{record.file}")
+        self._names.difference_update(f"{SUMMARIES}/{name}" for name in record.summary)
+
+    def remove(self) -> None:
+        for name in sorted(self._names):
+            self._folder.remove(name)

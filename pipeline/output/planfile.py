@@ -1,0 +1,128 @@
+"""A plan on disk: ``plan.json`` (small), ``files.parquet`` (a row a file) and ``shards.parquet`` (a row a span).
+
+They lie in the bookkeeping folder of an output; the plan exists once ``plan.json`` does, which is written last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.input.files import OWN, InputFile
+from pipeline.input.rows import FileScan, Span
+from pipeline.input.shards import Shard
+from pipeline.output import parquet
+from pipeline.output.schema import decode_schema
+from pipeline.storage import Folder
+
+PLAN = f"{OWN}/plan.json"
+SPANS_A_GROUP = 20_000
+_FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.string()), ("digest", pa.string()),
+                    ("rows", pa.int64())])  # fmt: skip
+_SPANS = pa.schema([("shard", pa.int64()), ("ids", pa.string()), ("name", pa.string()), ("path", pa.binary()),
+                    ("start", pa.int64()), ("stop", pa.int64()), ("offset", pa.int64())])  # fmt: skip
+
+
+class OutputError(ValueError):
+    """The folder is not a run's output, or is damaged; the message says what to do."""
+
+
+def own_folder(folder: Folder) -> Folder:
+    return replace(folder, root=folder.path(OWN))
+
+
+def load_plan(folder: Folder) -> dict[str, Any] | None:
+    """The plan in a folder; None if there is none.
+
+    Raises:
+        OutputError: It is damaged.
+    """
+    try:
+        plan: dict[str, Any] = json.loads(folder.read(PLAN))
+        decode_schema(plan["schema"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise OutputError(f"{folder.url}/{PLAN} is damaged ({error}); name another output folder") from None
+    return plan
+
+
+class Tables:
+    """The plan's two tables while the input is scanned; a context manager that leaves whole files or none."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._files, self._spans = _Rows(folder, "files.parquet", _FILES), _Rows(folder, "shards.parquet", _SPANS)
+
+    def file(self, file: InputFile, scan: FileScan) -> None:
+        self._files.add((file.name, file.size, file.version, scan.digest, scan.rows))
+
+    def shard(self, shard: Shard) -> None:
+        for s in shard.spans:
+            path = s.path.encode(errors="surrogateescape")
+            self._spans.add((shard.index, shard.ids, s.name, path, s.start, s.stop, s.offset))
+
+    def __enter__(self) -> Tables:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        for table in (self._files, self._spans):
+            if kind is None:
+                table.close()
+            else:
+                table.abandon()
+
+
+class _Rows:
+    """A Parquet file written a few thousand tuples at a time."""
+
+    def __init__(self, folder: Folder, name: str, schema: pa.Schema) -> None:
+        self._upload = folder.begin(name)
+        self._writer = pq.ParquetWriter(self._upload, schema, compression="zstd")
+        self._schema, self._rows = schema, list[tuple[Any, ...]]()
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= SPANS_A_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self._schema)
+        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, self._schema, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._rows = []
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+        self._upload.close()
+
+    def abandon(self) -> None:
+        self._upload.abandon()
+
+
+def _table_rows(folder: Folder, name: str) -> Iterator[tuple[Any, ...]]:
+    for batch in parquet.batches(folder, name):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def read_files(folder: Folder) -> Iterator[tuple[Any, ...]]:
+    """The input's files as the plan saw them: name, size, version, digest, rows."""
+    yield from _table_rows(folder, "files.parquet")
+
+
+def read_shards(folder: Folder) -> Iterator[Shard]:
+    """The plan's shards in order, a few thousand spans in memory at a time."""
+    index, ids, spans = -1, None, list[Span]()
+    for shard, own, name, path, start, stop, offset in _table_rows(folder, "shards.parquet"):
+        if shard != index and spans:
+            yield Shard(index, tuple(spans), ids)
+            spans = []
+        index, ids = shard, own
+        spans.append(Span(name, path.decode(errors="surrogateescape"), start, stop, offset))
+    if spans:
+        yield Shard(index, tuple(spans), ids)

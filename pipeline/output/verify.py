@@ -1,0 +1,151 @@
+"""Whether an output is whole: every planned id exactly once, in files that match their records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.input.files import resolve
+from pipeline.input.ids import Uniqueness, digest
+from pipeline.input.shards import Shard, expected_ids
+from pipeline.input.source import Source, SourceError
+from pipeline.output import parquet
+from pipeline.output.commit import RECORDS, Record, record_name
+from pipeline.output.dataset import SUCCESS, Output, Tally
+from pipeline.output.planfile import read_shards
+from pipeline.output.schema import decode_schema
+from pipeline.storage import checksum
+
+NAMED_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Whether an output holds every planned id exactly once, in files that match their records.
+
+    Attributes:
+        ok: Nothing is wrong and everything is there.
+        planned: Planned rows; found: rows read; rows_ok, rows_failed: by status.
+        problems: What is wrong, one sentence each, naming file or id and what to do; at most 100.
+        foreign: Files in ``data/`` that no record names.
+    """
+
+    ok: bool
+    planned: int
+    found: int
+    rows_ok: int
+    rows_failed: int
+    problems: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+def verify(
+    path: str,
+    storage_options: Mapping[str, Any] | None = None,
+    checksums: bool = True,
+    input_options: Mapping[str, Any] | None = None,
+) -> VerifyReport:
+    """Read the whole output and check it: records, files, sizes, checksums, and every planned id exactly once.
+
+    The ids of each shard are compared with the plan: with those that follow from its spans, or, where ids come from the
+    input's content, with their digest.
+
+    Args:
+        checksums: Also compare each file's digest with its record (reads all bytes; otherwise only ids are read).
+        input_options: fsspec's, to name the missing ids when they have to be read from the input.
+
+    Raises:
+        OutputError: There is no run in the folder.
+    """
+    output = Output.open(path, storage_options)
+    problems: list[str] = []
+    listed = output.listings()
+    unique = Uniqueness()
+    tally = Tally()
+    schema = decode_schema(output.plan["schema"])
+    found = 0
+    records = set(output.folder.listing(RECORDS))
+    for shard in read_shards(output.own):
+        if record_name(shard.index).rpartition("/")[2] not in records:
+            problems.append(f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again")
+            continue
+        record = output.record(record_name(shard.index))
+        name = output.locate(record, listed)
+        if name is None:
+            problems.append(f"the file of shard {shard.index} is missing or cut short; run the job again")
+            continue
+        tally.add(record)
+        problem, ids = _check_file(output, record, name, schema, checksums)
+        found += len(ids)
+        unique.add(ids)
+        problem = problem or _check_ids(output, shard, ids, input_options)
+        if problem is not None:
+            problems.append(f"{name}: {problem}")
+    if suspects := unique.suspects():
+        problems += _twice(output, suspects, listed)
+    foreign = tuple(sorted(f"data/{name}" for name in listed["data"] if not output.is_published(name)))
+    problems += [f"{name} is not this run's; move it away, or run the job again to set it aside" for name in foreign]
+    if not output.folder.exists(SUCCESS):
+        problems.append("the output is not published (_SUCCESS is missing); run the job again")
+    planned = int(output.plan["rows"])
+    shown = tuple(problems[:NAMED_PROBLEMS])
+    return VerifyReport(not problems, planned, found, tally.ok, tally.failed, shown, foreign)
+
+
+def _check_file(
+    output: Output, record: Record, name: str, schema: pa.Schema, checksums: bool
+) -> tuple[str | None, list[str]]:
+    """A problem with one file, if there is one, and the ids in it."""
+    try:
+        with parquet.handle(output.folder, name) as handle:
+            if checksums and checksum(handle) != record.checksum:
+                return "its bytes are not those that were committed; delete it and run the job again", []
+            file = pq.ParquetFile(handle)
+            kind = file.schema_arrow
+            stored = file.read(["id", "status"], use_threads=output.folder.local)
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be read ({error}); delete it and run the job again", []
+    ids, statuses = stored["id"].to_pylist(), Counter(stored["status"].to_pylist())
+    if not kind.equals(schema, check_metadata=False):
+        return "its columns are not the planned ones; delete it and run the job again", ids
+    if (statuses["ok"], statuses["failed"]) != (record.rows_ok, record.rows_failed) or len(ids) != record.rows:
+        return f"holds {dict(statuses)}, its record says {record.rows_ok} ok, {record.rows_failed} failed", ids
+    return None, ids
+
+
+def _check_ids(output: Output, shard: Shard, ids: list[str], input_options: Mapping[str, Any] | None) -> str | None:
+    if shard.ids is not None and digest(ids) == shard.ids:
+        return None
+    source = Source.from_json(output.plan["source"], input_options)
+    try:
+        planned = expected_ids(resolve(source) if source.format is None else source, shard)
+    except (SourceError, OSError) as error:
+        return f"its ids are not the planned ones (and the input cannot be read to name them: {error})"
+    if planned == ids:
+        return None
+    missing = list((Counter(planned) - Counter(ids)).elements())
+    extra = list((Counter(ids) - Counter(planned)).elements())
+    if not missing and not extra:
+        return "its rows are not in the planned order"
+    return f"{len(missing)} planned ids are missing (such as {missing[:1]}), {len(extra)} are extra ({extra[:1]})"
+
+
+def _twice(output: Output, suspects: set[int], listed: Mapping[str, Mapping[str, int]]) -> list[str]:
+    places: dict[str, str] = {}
+    problems = []
+    for record in output.records():
+        name = output.locate(record, listed)
+        if name is None:
+            continue
+        ids = parquet.read(output.folder, name, ["id"])["id"].to_pylist()
+        for own, hashed in zip(ids, Uniqueness.hashes(ids, len(ids)), strict=True):
+            if int(hashed) in suspects:
+                if own in places:
+                    problems.append(f"id {own!r} is in {places[own]} and in {name}")
+                places[own] = name
+    return problems

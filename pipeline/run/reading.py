@@ -1,0 +1,156 @@
+"""Rows in: one thread reads them, some decode their pictures, ahead of the stage."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pipeline.contract import Row
+from pipeline.input.forms import FormError, as_picture, short
+from pipeline.input.pictures import PictureError
+from pipeline.input.read import picture_bytes, prepare, read_rows
+from pipeline.input.rows import Encoded, Raw
+from pipeline.output.schema import kept_value, picture_columns
+from pipeline.run.tasks import Task, WorkerJob
+
+T = TypeVar("T")
+CHUNK_ROWS = 256
+CHUNK_PICTURES = 4
+AHEAD = 4
+"""Chunks read and decoded ahead of the stage, for each decoding thread."""
+
+
+@dataclass
+class Found:
+    """A row of the input on its way to the stage.
+
+    Attributes:
+        position: Its place in the shard.
+        raw: As it was read.
+        folder: Of its file; the paths of its pictures are relative to it.
+        row: As the stage gets it. None: it cannot be had, and `problem` says why.
+    """
+
+    position: int
+    raw: Raw
+    folder: str
+    row: Row | None = None
+    problem: str | None = None
+
+
+class Reader:
+    """Reads the rows of one task after another.
+
+    Args:
+        schema: The output's.
+    """
+
+    def __init__(self, job: WorkerJob, schema: pa.Schema) -> None:
+        self._job, self._schema, self._pictures = job, schema, picture_columns(schema)
+        self._threads = max(1, job.decode_threads)
+        self._decoders = ThreadPoolExecutor(self._threads, "latentmill-decode")
+        pictured = bool(job.source.images) or "picture" in (job.reads or {}).values()
+        self._slow_rows = pictured or job.source.format in ("images", "webdataset", "micro-world")
+
+    def rows(self, task: Task) -> Iterator[list[Found]]:
+        """A task's rows in order, decoded, in chunks."""
+        submitted = (self._decoders.submit(self._decoded, chunk) for chunk in self._chunks(task))
+        for chunk in ahead(submitted, AHEAD * self._threads):
+            yield chunk.result()
+
+    def undecoded(self, task: Task) -> Iterator[Raw]:
+        """A task's rows as they were found."""
+        return read_rows(self._job.source, task.spans, task.start, task.stop - task.start, self._job.wanted)
+
+    def _chunks(self, task: Task) -> Iterator[list[Found]]:
+        size = CHUNK_PICTURES if self._slow_rows else CHUNK_ROWS
+        chunk: list[Found] = []
+        folder_of = _folders(task)
+        for position, raw in enumerate(self.undecoded(task), task.start):
+            if any(isinstance(value, Encoded) for value in raw.values.values()):
+                size = CHUNK_PICTURES
+            chunk.append(Found(position, raw, folder_of(position)))
+            if len(chunk) >= size:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def _decoded(self, chunk: list[Found]) -> list[Found]:
+        for found in chunk:
+            try:
+                found.row, found.problem = prepare(found.raw, self._job.source, found.folder, self._job.reads)
+            except Exception as error:  # whatever a decoder throws is this row's trouble alone
+                found.row, found.problem = None, f"cannot be decoded: {type(error).__name__}: {error}"
+            found.problem = found.problem and short(found.problem)
+        return chunk
+
+    def kept(self, raw: Raw, folder: str, readable: bool) -> dict[str, Any]:
+        """The columns that are copied. A picture that could not be read stays null: readers would stumble over it."""
+        kept: dict[str, Any] = {}
+        for name in self._job.kept:
+            value = raw.values.get(name)
+            if name not in self._pictures:
+                kept[name] = kept_value(value, self._schema.field(name))
+                continue
+            kept[name] = None
+            if readable and value is not None:
+                with suppress(PictureError, FormError):
+                    kept[name] = Encoded(picture_bytes(as_picture(value), self._job.source, folder))
+        return kept
+
+
+def _folders(task: Task) -> Callable[[int], str]:
+    """Position in the shard -> folder of the file that the row comes from."""
+    edges, folders, at = list[int](), list[str](), 0
+    for span in task.spans:
+        at += span.stop - span.start
+        edges.append(at)
+        folders.append(span.path.rpartition("/")[0])
+    if len(set(folders)) == 1:
+        return lambda position: folders[0]
+    return lambda position: folders[bisect_right(edges, position)]
+
+
+def ahead(items: Iterable[T], limit: int) -> Iterator[T]:
+    """Iterate in a thread of its own, up to ``limit`` items ahead of the consumer."""
+    buffer: queue.Queue[Any] = queue.Queue(limit)
+    end, stopped = object(), threading.Event()
+    problem: list[BaseException] = []
+
+    def put(item: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                buffer.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+        except BaseException as error:
+            problem.append(error)
+        put(end)
+
+    thread = threading.Thread(target=work, daemon=True, name="latentmill-read")
+    thread.start()
+    try:
+        while (item := buffer.get()) is not end:
+            yield item
+        if problem:
+            raise problem[0]
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,111 @@
+"""What travels between the driver and its workers: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.contract import Column, Form, StageSpec
+from pipeline.input.rows import Span, Wanted
+from pipeline.input.source import Source
+from pipeline.output.commit import Record
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a worker gets, and how many workers there may be. No part of the fingerprint.
+
+    Attributes:
+        min_workers: The run starts work as soon as one worker is ready, and says so while fewer than this are.
+        max_workers: Upper bound of the pool; None: as many as the cluster holds.
+        cpus, gpus, memory: Reserved with Ray for each worker (memory in bytes).
+        decode_threads: Threads that read and decode beside the device.
+        encode_threads: Threads that encode pictures of the output.
+    """
+
+    min_workers: int = 1
+    max_workers: int | None = 1
+    cpus: float = 1
+    gpus: float = 0
+    memory: int | None = None
+    decode_threads: int = 2
+    encode_threads: int = 2
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """All a worker has to know, once.
+
+    Attributes:
+        schema: The output's, encoded by `pipeline.output.schema.encode_schema`.
+        reads: Which columns the stage takes, and in which form; None: all, as they are found.
+        measured: Numeric columns of the stage.
+    """
+
+    stage: StageSpec
+    source: Source
+    wanted: Wanted
+    kept: tuple[str, ...]
+    schema: str
+    columns: tuple[Column, ...]
+    output: str
+    storage_options: Mapping[str, Any]
+    reads: Mapping[str, Form] | None = None
+    decode_threads: int = 2
+    encode_threads: int = 2
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.columns if c.kind in ("int64", "float32", "float64", "bool"))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a shard that were written by themselves, because the shard as a whole killed its workers."""
+
+    start: int
+    stop: int
+    file: str
+    size: int
+    checksum: str
+    ok: int
+    failed: int
+    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+    summary: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows ``start`` to ``stop`` of a shard.
+
+    Attributes:
+        spans: The whole shard's.
+        whole: Commit the shard; else write a piece.
+        condemned: Why this (single) row must not be given to the stage any more.
+        pieces: Put these together and commit the shard.
+    """
+
+    shard: int
+    spans: tuple[Span, ...]
+    start: int
+    stop: int
+    whole: bool = True
+    condemned: str | None = None
+    pieces: tuple[Piece, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task.
+
+    Attributes:
+        kind: ``done``; ``retry``: storage failed, nothing is committed; ``died``: the worker, or its device; ``fatal``.
+        result: The record or piece of a task that is done.
+        reason: Why it is not done.
+    """
+
+    kind: Literal["done", "retry", "died", "fatal"]
+    result: Record | Piece | None = None
+    reason: str = ""
