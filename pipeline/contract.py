@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Row = dict[str, Any]
 """One row. Always has ``id`` (str). Rows that leave a stage also have ``status`` and ``error``."""
@@ -77,6 +77,20 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
+def added(**options: Any) -> Any:
+    """A field that is newer than some plans: null unless it is asked for, and then left out of what is written, so that
+    the fingerprints of jobs that do without it stay what they were.
+
+    Args:
+        options: As `pydantic.Field` takes them.
+    """
+    return Field(default=None, exclude_if=_is_null, **options)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None
+
+
 @runtime_checkable
 class Stage(Protocol):
     """Maps rows to rows: in any order, exactly one out for each one in, the id kept.
@@ -94,7 +108,8 @@ class StageSpec:
 
     The class names the class of its settings in its attribute ``Settings``, is built as ``Class(settings)`` and offers
     ``describe(settings) -> StageInfo`` as a static or class method, cheap and without loading weights. A class without
-    the attribute takes ``params`` as keyword arguments in both places.
+    the attribute takes ``params`` as keyword arguments in both places. A class that was moved says in ``known_as``
+    under which import path plans and fingerprints go on to know it.
 
     It may offer ``take_summary() -> dict[str, numpy.ndarray]``, called after each shard: it returns, and resets, what
     the stage wants kept beside the shard's commit record. It may offer ``shrink() -> bool``, called after an
@@ -121,6 +136,11 @@ class StageSpec:
 
     def describe(self) -> StageInfo:
         return self._called(self.load_class().describe)
+
+    @property
+    def name(self) -> str:
+        """What plans and fingerprints call the stage, wherever it lies now."""
+        return str(getattr(self.load_class(), "known_as", self.target))
 
     def _called(self, function: Any) -> Any:
         kind = getattr(self.load_class(), "Settings", None)

@@ -116,7 +116,7 @@ def _row_bytes(info: StageInfo) -> float:
 def _file_note(spec: RunSpec, info: StageInfo) -> str:
     """What every file says about where it comes from."""
     models = {role: dict(model) for role, model in info.models.items()}
-    note = {"version": columns_of.SCHEMA_VERSION, "stage": spec.stage.target, "seed": spec.seed, "models": models}
+    note = {"version": columns_of.SCHEMA_VERSION, "stage": spec.stage.name, "seed": spec.seed, "models": models}
     return json.dumps({**note, "metadata": dict(info.metadata), "config": spec.config}, sort_keys=True, default=str)
 
 
@@ -140,7 +140,7 @@ def _fields(spec: RunSpec, source: Source, info: StageInfo, schema: pa.Schema) -
         "limit": spec.limit,
         "seed": spec.seed,
         "keep": list(spec.keep),
-        "stage": spec.stage.target,
+        "stage": spec.stage.name,
         "output columns": [f"{f.name}: {f.type}" for f in schema],
         "layout version": columns_of.SCHEMA_VERSION,
         **dict(_flat(spec.config, "config")),

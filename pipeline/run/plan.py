@@ -112,7 +112,7 @@ def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) ->
         "fields": dict(drafted.fields),
         "input_content": totals.content,
         "source": drafted.source.to_json(),
-        "stage": {"target": spec.stage.target, "params": dict(spec.stage.params)},
+        "stage": {"target": spec.stage.name, "params": dict(spec.stage.params)},
         "config": dict(spec.config),
         "seed": spec.seed,
         "shard_rows": spec.shard_rows,
@@ -129,10 +129,22 @@ def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) ->
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ. What the config already says is not said again for the stage's parameters."""
-    found = {n: (old.get(n), new.get(n)) for n in [*old, *(n for n in new if n not in old)] if old.get(n) != new.get(n)}
+    """Fields that differ. What the config already says is not said again for the stage's parameters.
+
+    A field that one side lacks and that is null on the other does not differ: options that are new since a plan was
+    made are null unless they are asked for.
+    """
+    names = [*old, *(name for name in new if name not in old)]
+    found = {n: (old.get(n), new.get(n)) for n in names if _said(old.get(n)) != _said(new.get(n))}
     said = [pair for name, pair in found.items() if name.startswith("config.")]
     return {name: pair for name, pair in found.items() if not (name.startswith("stage.") and pair in said)}
+
+
+def _said(value: Any) -> Any:
+    """A value without what is null in it."""
+    if isinstance(value, Mapping):
+        return {key: _said(part) for key, part in value.items() if part is not None}
+    return [_said(part) for part in value] if isinstance(value, list) else value
 
 
 def check_input(source: Source, folder: Folder, limit: int | None) -> dict[str, tuple[Any, Any]]:

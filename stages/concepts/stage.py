@@ -32,6 +32,7 @@ class LearnConcepts:
     A row that is no usable concept fails with what is to be mended; a concept whose loss is not finite fails alone.
     """
 
+    known_as = "stages.lego:LearnConcepts"
     Settings = LearnConceptsSettings
 
     def __init__(self, settings: LearnConceptsSettings) -> None:

@@ -59,6 +59,7 @@ class Embed:
         device: None: a GPU where there is one.
     """
 
+    known_as = "stages.embed:Embed"
     Settings = EmbedSettings
 
     def __init__(self, settings: EmbedSettings, device: str | None = None) -> None:
@@ -173,6 +174,7 @@ class Embed:
 class Adopt:
     """Rows with an ``embedding`` that was made elsewhere: checked, counted, stored as they are."""
 
+    known_as = "stages.embed:Adopt"
     Settings = AdoptSettings
 
     def __init__(self, settings: AdoptSettings) -> None:

@@ -75,6 +75,8 @@ class InvertImages:
         slots: Rows at once.
     """
 
+    known_as = "stages.invert_images:InvertImages"
+
     def __init__(
         self, model: str, methods: Sequence[Mapping[str, Any]], *, revision: str | None = None,
         variant: str | None = None, dtype: str = "float32", device: str | None = None, steps: int = 50,

@@ -36,6 +36,7 @@ class _Batched:
 class DrawPairs(_Batched):
     """Prompts -> pictures that the frozen model draws of them, with the latents an inverter is trained on."""
 
+    known_as = "stages.text_inverter:DrawPairs"
     Settings = DrawPairsSettings
 
     def __init__(self, settings: DrawPairsSettings) -> None:
@@ -80,6 +81,7 @@ def _with_prompt(row: Row) -> Row:
 class InvertText(_Batched):
     """Pictures -> text latents, one pass of a trained inverter each."""
 
+    known_as = "stages.text_inverter:InvertText"
     Settings = InvertTextSettings
 
     def __init__(self, settings: InvertTextSettings) -> None:

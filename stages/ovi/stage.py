@@ -59,6 +59,7 @@ class InvertPrompts:
         device: None: CUDA where there is one.
     """
 
+    known_as = "stages.invert_prompts:InvertPrompts"
     Settings = InvertPromptsSettings
 
     def __init__(self, settings: InvertPromptsSettings, device: str | None = None) -> None:

@@ -117,6 +117,8 @@ class RareConcepts:
         slots: Pictures at once.
     """
 
+    known_as = "stages.rare_concepts:RareConcepts"
+
     def __init__(
         self, model: str, methods: Sequence[Mapping[str, Any]], *, clip: str, inversion: Mapping[str, Any],
         revision: str | None = None, variant: str | None = None, dtype: str = "float32", device: str | None = None,
