@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from index import record
+from pipeline import record
 
 if TYPE_CHECKING:
     import torch
@@ -367,7 +367,7 @@ def save(path: Path, statistics: Moments, gaussian: Gaussian, facts: Mapping[str
         "ledoit_wolf": statistics.ledoit_wolf(),
         **facts,
     }
-    record.write_atomically(path.with_suffix(".json"), json.dumps(described, indent=2) + "\n")
+    record.write_facts(path.with_suffix(".json"), described)
 
 
 def load(path: Path) -> tuple[Gaussian, dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from index import record
+from pipeline import record
 
 SCAN_ROWS = 65536  # rows that a scan holds as float32 at once
 FLAT_ROWS = 20_000  # below it, exact search is quick enough to need no structure

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from index import gaussian, neighbours, record
+from index import gaussian, neighbours
+from pipeline import record
+from pipeline.storage import Folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -240,7 +242,7 @@ def _fetched(address: str) -> Path:
                 base = name.rpartition("/")[2]
                 if base and base != "reference.json":
                     filesystem.get_file(name, str(copy / base))
-            record.write_atomically(copy / "reference.json", facts.decode())
+            Folder.at(str(copy)).write("reference.json", facts)
         return copy
     raise FileNotFoundError(f"no finished reference at {address}: run a job file with `job: reference` to make one")
 
@@ -345,7 +347,7 @@ def build(
         "shrinkage": normal.shrinkage,
         "index": {name: built[name] for name in ("factory", "nprobe", "recall", "queries", "index_bytes", "checksum")},
     }
-    record.write_atomically(folder / "reference.json", json.dumps(described, indent=2) + "\n")
+    record.write_facts(folder / "reference.json", described)
     return described
 
 

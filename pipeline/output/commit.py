@@ -3,7 +3,8 @@
 Steps, each a function so that a reader (or a fault test) can stop between any two: `Attempt` writes
 ``attempts/<shard>.<token>.parquet`` and syncs it; `check_attempt` reads the footer back; `write_summary` leaves what
 the stage wants kept; `write_record` creates ``records/<shard>.json`` unless there is one. Whoever dies before the last
-step has changed nothing; whoever comes second finds the record, and its own attempt is swept.
+step has changed nothing; whoever comes second finds the record, and its own attempt is swept. (`pipeline.record` says
+why the parts of an index are committed otherwise.)
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     import numpy as np
-    from index import neighbours, record
+    from index import neighbours
+    from pipeline import record
 
     folder, where, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     seen = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pipeline.run.driver
-from index import gaussian, neighbours, record
+from index import gaussian, neighbours
 from index.reference import Reference, ReferenceMismatch
 from jobs.commands.search import find, write_page
 from jobs.run import run_job
 from jobs.schema.reading import JobFileError, load
+from pipeline import record
+from pipeline.storage import checksum
 from stages.models import clip
 from tests.support import ROOT
 from tests.support.tiny_kandinsky import build_prior
@@ -135,7 +138,8 @@ def test_another_encoder_is_refused_in_a_sentence(made: Path, tmp_path: Path) ->
 def _files(folder: Path) -> dict[str, str]:
     names = ("vectors.npy", "rows.arrow", "index.faiss", "gaussian.safetensors", "reference.json")
     lists = [path.name for path in (folder / "reference").glob("index.ivfdata")]
-    return {name: record.checksum(folder / "reference" / name) for name in (*names, *lists)}
+    contents = {name: (folder / "reference" / name).read_bytes() for name in (*names, *lists)}
+    return {name: checksum(io.BytesIO(content)) for name, content in contents.items()}
 
 
 @pytest.mark.parametrize("place", ["vectors.npy", "part-00001.faiss", "index.merged", "index.faiss"])
