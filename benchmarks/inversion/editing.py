@@ -22,8 +22,10 @@ import micro
 from micro import world
 from micro.oracle import Oracle, Reading
 from stages.engine.randomness import row_normal
-from stages.inversion.settings import DdimMethod, FixedPointMethod, LboMethod, RenoiseMethod
+from stages.inversion.settings import DdimMethod, FixedPointMethod, InvertImagesSettings, LboMethod, RenoiseMethod
 from stages.inversion.stage import InvertImages
+from stages.models.pictures import to_picture
+from stages.models.sampler import sample
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = str(micro.MODELS / "stable-diffusion")
@@ -83,10 +85,11 @@ def main() -> None:
     oracle, rows = Oracle.load(), edits(options.pictures)
     results: dict[str, dict[str, float]] = {}
     for guidance in options.guidances:
-        settings = [method.model_dump(mode="json") for method in METHODS]
-        stage = InvertImages(
-            options.model or MODEL, settings, device="cpu", steps=options.steps, pictures=False, edit_guidance=guidance
-        )
+        settings = InvertImagesSettings(
+            model=options.model or MODEL, methods=METHODS, device="cpu", steps=options.steps, pictures=False,
+            edit_guidance=guidance,
+        )  # fmt: skip
+        stage = InvertImages(settings)
         asked = [{**row, "id": f"{row['id']}/{m.label}", "method": m.label} for row in rows for m in METHODS]
         done = {row["id"]: row["edited"] for row in stage(asked)}
         latents = row_normal(stage.geometry.latent_shape, 1, [row["id"] for row in rows], "seed")
@@ -106,12 +109,12 @@ def main() -> None:
 
 
 def draw(stage: InvertImages, rows: list[dict[str, Any]], latents: torch.Tensor, guidance: float) -> list[Image.Image]:
-    """The new captions from given seeds, by the plain pipeline."""
-    drawn: list[Image.Image] = stage.model.pipeline(
-        [row["edit_prompt"] for row in rows], latents=latents, num_inference_steps=len(stage.schedule),
-        guidance_scale=guidance, output_type="pil",
-    ).images  # fmt: skip
-    return drawn
+    """The new captions from given noise."""
+    condition = stage.model.condition([row["edit_prompt"] for row in rows], guided=guidance > 1)
+    schedule = stage.model.schedule(stage.settings.steps)
+    z_BCHW = sample(stage.model.predictor(guidance), schedule, latents, condition)
+    with torch.no_grad():
+        return [to_picture(picture) for picture in stage.model.decode(z_BCHW)]
 
 
 if __name__ == "__main__":

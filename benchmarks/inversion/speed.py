@@ -21,15 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import micro
 from benchmarks.inversion.table import photograph_rows, world_rows
 from benchmarks.ovi.setting import RESULTS, machine
 from pipeline.contract import Row, batches
 from stages.engine.solver import Occupancy, solve
 from stages.inversion.engine import InversionProblem, choose
-from stages.inversion.settings import DdimMethod, FixedPointMethod, InversionMethod, LboMethod
+from stages.inversion.schemes import Scheme
+from stages.inversion.settings import DdimMethod, FixedPointMethod, InversionMethod, InvertImagesSettings, LboMethod
 from stages.inversion.stage import InvertImages
-from stages.models.unet import LatentDiffusion, read_geometry
 
 METHODS: tuple[InversionMethod, ...] = (
     DdimMethod(),
@@ -60,23 +59,23 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=12, help="pictures of the turn one at a time")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = str(micro.MODELS / "stable-diffusion")
-    model, geometry = LatentDiffusion.load(path), read_geometry(path)
     photographs = photograph_rows(4)
     rows = world_rows(options.pictures - len(photographs)) + photographs
     order = np.random.default_rng(0).permutation(len(rows))
-    stage = InvertImages.from_loaded(model, geometry, METHODS, steps=options.steps, slots=options.slots)
-    ready = list(stage._prepared(METHODS[0], [rows[i] for i in order], {}))
+    settings = InvertImagesSettings(methods=METHODS, steps=options.steps, slots=options.slots, device="cpu")
+    stage = InvertImages(settings)
+    ready = list(stage.prepared(stage.schemes[METHODS[0].label], [rows[i] for i in order], {}))
     looked_at = {row["id"] for row in ready[:16]}
     found: dict[str, Any] = {}
     for method in METHODS:
+        scheme = stage.schemes[method.label]
 
         def problem(
-            slots: int, kind: type[InversionProblem] = InversionProblem, method: InversionMethod = method
+            slots: int, kind: type[InversionProblem] = InversionProblem, scheme: Scheme = scheme
         ) -> InversionProblem:
             return kind(
-                stage.predict, stage.schedule, method.rule(1.0), slots=slots, latent_shape=geometry.latent_shape,
-                device=stage.device,
+                scheme.predict, scheme.schedule, scheme.method.rule(1.0), slots=slots,
+                latent_shape=stage.geometry.latent_shape, device=stage.device,
             )  # fmt: skip
 
         def static(
@@ -103,7 +102,7 @@ def main() -> None:
             noises[name] = {row["id"]: row["noise"] for row in done}
             judged = [row for row in done if row["id"] in looked_at]
             truth_BCHW = torch.stack([row["z"] for row in judged])
-            mse = float((stage._regenerated(method, judged) - truth_BCHW).square().mean())
+            mse = float((stage.regenerated(scheme, judged) - truth_BCHW).square().mean())
             found[method.label][name] = {
                 "cpu_seconds_an_image": seconds, "images_a_second": 1 / seconds, "pictures": len(some),
                 "occupancy": occupancy.share, "passes": float(np.mean([row["forwards"] for row in done])),

@@ -30,13 +30,16 @@ from stages.inversion.settings import (
     ExactMethod,
     FixedPointMethod,
     InversionMethod,
+    InvertImagesSettings,
     LboMethod,
     NewtonMethod,
     NullTextMethod,
     RenoiseMethod,
 )
 from stages.inversion.stage import InvertImages
-from stages.models.unet import LatentDiffusion, read_geometry
+from stages.models.families import open_latent_model
+from stages.models.latent import LatentModel
+from stages.models.settings import LatentModelSettings
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -113,11 +116,12 @@ def photograph_rows(tiles: int) -> list[dict[str, Any]]:
 
 
 def measure(
-    model: LatentDiffusion, geometry: Any, methods: tuple[InversionMethod, ...], rows: list[dict[str, Any]],
-    steps: int, guidance: float, slots: int,
+    model: LatentModel, methods: tuple[InversionMethod, ...], rows: list[dict[str, Any]], steps: int,
+    guidance: float, slots: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     for method in methods:
-        stage = InvertImages.from_loaded(model, geometry, [method], steps=steps, guidance=guidance, slots=slots)
+        settings = InvertImagesSettings(methods=(method,), steps=steps, guidance=guidance, slots=slots, pictures=False)
+        stage = InvertImages(settings, model)
         started = time.perf_counter()
         done = list(stage([{**row, "method": method.label} for row in rows]))
         seconds = (time.perf_counter() - started) / len(rows)
@@ -194,7 +198,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, geometry = LatentDiffusion.load(options.model), read_geometry(options.model)
+    model = open_latent_model(LatentModelSettings(model=options.model))
     sets = {"world": world_rows(options.pictures)} if options.pictures else {}
     if options.tiles >= 0:
         sets["photographs"] = photograph_rows(options.tiles)
@@ -209,7 +213,7 @@ def main() -> None:
                 chosen = tuple(m for m in methods if not options.methods or m.label in options.methods)
                 if guidance > 1:
                     chosen = tuple(m for m in chosen if not isinstance(m, NullTextMethod))
-                for result in measure(model, geometry, chosen, rows, steps, guidance, options.slots):
+                for result in measure(model, chosen, rows, steps, guidance, options.slots):
                     line = {**result, "rows_of": name, "extra_state": extra}
                     results = [r for r in results if of(r) != of(line)] + [line]
                     print(json.dumps(line), flush=True)

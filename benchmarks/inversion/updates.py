@@ -26,11 +26,11 @@ class AndersonBias(LatentBias):
     def wants_gradient(self, made_B: torch.Tensor, state: Fit) -> None:
         return None
 
-    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
-        state = state._replace(history=state.history.push(seen.x_BCHW, seen.g_BCHW))
-        return state.history.mix().view_as(seen.x_BCHW), state
+    def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+        state = state._replace(history=state.history.push(point.x_BCHW, point.g_BCHW))
+        return state.history.mix().view_as(point.x_BCHW), state
 
-    def result(self, seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
+    def result(self, point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
         return x_BCHW
 
 
@@ -42,11 +42,11 @@ class JacobianFreeBias(LatentBias):
     def wants_gradient(self, made_B: torch.Tensor, state: Fit) -> None:
         return None
 
-    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
-        return seen.x_BCHW - self.rate * seen.r_BCHW / seen.step.scale, state
+    def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+        return point.x_BCHW - self.rate * point.r_BCHW / point.step.scale, state
 
-    def result(self, seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return seen.g_BCHW if self.bias == "input" else x_BCHW
+    def result(self, point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return point.g_BCHW if self.bias == "input" else x_BCHW
 
 
 class GradientBias(LatentBias):
@@ -56,30 +56,30 @@ class GradientBias(LatentBias):
     def least(self) -> int:
         return super().least + 1
 
-    def spent(self, seen: Evaluation) -> torch.Tensor:
+    def spent(self, point: Evaluation) -> torch.Tensor:
         """Passes made on the fit itself: the output bias's base is not one."""
-        return seen.made_B - (1 if self.bias == "output" else 0)
+        return point.made_B - (1 if self.bias == "output" else 0)
 
     def wants_gradient(self, made_B: torch.Tensor, state: Fit) -> torch.Tensor:
         return ((made_B > 0) | (self.bias == "input")) & (state.mode_B != SEARCH)
 
-    def result(self, seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
-        updated_BCHW = seen.g_BCHW if self.bias == "input" else x_BCHW
-        return super().result(seen, state, updated_BCHW)
+    def result(self, point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
+        updated_BCHW = point.g_BCHW if self.bias == "input" else x_BCHW
+        return super().result(point, state, updated_BCHW)
 
 
 class GaussNewtonBias(GradientBias):
     """Steepest descent on |r|^2 / 2 with line search: a gradient (two passes) and a trial (one), in turns."""
 
-    def done(self, seen: Evaluation) -> torch.Tensor:
-        cost_B = torch.where(self.spent(seen) % 3 == 0, 2, 1)
-        over_B = (seen.residual_B <= self.tolerance) | (seen.made_B + cost_B > self.limit)
-        return over_B & ~self.is_base(seen)
+    def done(self, point: Evaluation) -> torch.Tensor:
+        cost_B = torch.where(self.spent(point) % 3 == 0, 2, 1)
+        over_B = (point.residual_B <= self.tolerance) | (point.made_B + cost_B > self.limit)
+        return over_B & ~self.is_base(point)
 
-    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
-        tried_B = self.spent(seen) % 3 == 0
+    def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+        tried_B = self.spent(point) % 3 == 0
         x_BCHW, state = line_search(
-            seen, state._replace(mode_B=torch.where(tried_B, SEARCH, DIFFERENTIATE)), seen.g_BCHW
+            point, state._replace(mode_B=torch.where(tried_B, SEARCH, DIFFERENTIATE)), point.g_BCHW
         )
         return x_BCHW, state._replace(mode_B=torch.where(tried_B, DIFFERENTIATE, SEARCH))
 
@@ -89,23 +89,23 @@ class AdamBias(GradientBias):
 
     rate, betas, eps = 0.01, (0.9, 0.999), 1e-8
 
-    def done(self, seen: Evaluation) -> torch.Tensor:
-        over_B = (seen.residual_B <= self.tolerance) | (seen.made_B + 2 > self.limit)
-        return over_B & ~self.is_base(seen)
+    def done(self, point: Evaluation) -> torch.Tensor:
+        over_B = (point.residual_B <= self.tolerance) | (point.made_B + 2 > self.limit)
+        return over_B & ~self.is_base(point)
 
-    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+    def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
         # The moments lie where the line search, which Adam has not, keeps its slope and residual.
-        if (slope := seen.gradient_BCHW) is None:
-            return seen.x_BCHW, state
+        if (slope := point.gradient_BCHW) is None:
+            return point.x_BCHW, state
         beta1, beta2 = self.betas
         first_BCHW = torch.lerp(state.slope_BCHW, slope, 1 - beta1)
         second_BCHW = state.r_BCHW * beta2 + slope.square() * (1 - beta2)
-        count_B = (self.spent(seen) // 2).double()
+        count_B = (self.spent(point) // 2).double()
         mean, square = (
             moment / per_row((1 - beta**count_B).float(), moment)
             for moment, beta in ((first_BCHW, beta1), (second_BCHW, beta2))
         )
-        x_BCHW = seen.x_BCHW - self.rate * mean / (square.sqrt() + self.eps)
+        x_BCHW = point.x_BCHW - self.rate * mean / (square.sqrt() + self.eps)
         return x_BCHW, state._replace(slope_BCHW=first_BCHW, r_BCHW=second_BCHW)
 
 

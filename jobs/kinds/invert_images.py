@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
-
-import micro
 from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
-from stages.engine.methods import Methods
-from stages.inversion.settings import AnyInversionMethod, LboMethod
-from stages.models.names import ModelName
-from stages.models.settings import LatentModelSettings
+from stages.inversion.settings import InvertImagesSettings
 
 if TYPE_CHECKING:
     from jobs.page.html import Html
@@ -28,7 +22,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-class InvertImages(JobBase):
+class InvertImages(JobBase, InvertImagesSettings):
     """Pictures inverted through a frozen Stable Diffusion model (DDIM inversion, fixed points, LBO, ILB, ...): one
     row for each picture and method. The latent regenerates its picture in plain diffusers.
 
@@ -36,51 +30,6 @@ class InvertImages(JobBase):
     """
 
     job: Literal["invert-images"] = "invert-images"
-    model: ModelName = str(micro.MODELS / "stable-diffusion")
-    """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    variant: str | None = None
-    """Of the weight files, for instance ``fp16``."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the networks; latents stay float32."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
-    methods: Methods[AnyInversionMethod] = (LboMethod(),)
-    """How pictures are inverted; a plain string stands for ``{method: ...}``. Each makes one row a picture."""
-    steps: int = Field(50, ge=1)
-    """Sampling steps; the picture is regenerated with as many."""
-    guidance: float = Field(1.0, ge=1)
-    """Guidance scale of inversion and regeneration alike. Above 1 every evaluation is two U-Net passes, and harder."""
-    prompt: str | None = None
-    """One prompt for every picture ("" for none). Left out: the row's own, empty where it has none."""
-    inverter: str | None = None
-    """Output of a ``train-inverter`` job on the same model: what it reads out of each picture stands in for a caption,
-    and is stored as ``text_latent``. Not together with `prompt`."""
-    negative: str | None = None
-    """Negative prompt, under guidance."""
-    size: int | None = Field(None, ge=8)
-    """Side of the pictures in pixels; the model's own when left out."""
-    fit: Literal["crop", "pad", "stretch"] = "crop"
-    """Pictures of another shape: the middle square, white borders, or both sides resized."""
-    reconstruct: bool = True
-    """Regenerate each picture and measure it (`steps` more passes a row)."""
-    pictures: bool = True
-    """Keep the fitted picture and its reconstruction beside the latents."""
-    edit_guidance: float | None = Field(None, ge=1)
-    """Also regenerate under the input's column ``edit_prompt`` with this guidance, as ``edited``."""
-    lpips: bool = False
-    """Measure LPIPS too; needs torchvision and its weights, and is null without."""
-    store: Literal["float32", "float16"] = "float32"
-    """dtype of stored latents. What is measured is regenerated from the stored numbers."""
-    slots: int = Field(16, ge=1)
-    """Rows at once."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> InvertImages:
-        if self.inverter is not None and self.prompt is not None:
-            raise ValueError("inverter: it takes the place of captions; leave out `prompt`")
-        return self
 
     def source(self) -> Source:
         from dataclasses import replace
@@ -88,23 +37,16 @@ class InvertImages(JobBase):
         return replace(self.input.source(), variants={"method": tuple(method.label for method in self.methods)})
 
     def stage(self) -> StageSpec:
-        names = (
-            "model", "revision", "variant", "dtype", "device", "steps", "guidance", "prompt", "negative", "size", "fit",
-            "reconstruct", "pictures", "edit_guidance", "inverter", "lpips", "store", "slots",
-        )  # fmt: skip
-        methods = [method.model_dump(mode="json") for method in self.methods]
-        return StageSpec(
-            "stages.inversion.stage:InvertImages", {"methods": methods} | {name: getattr(self, name) for name in names}
-        )
+        return StageSpec.of("stages.inversion.stage:InvertImages", self.part(InvertImagesSettings))
 
     def card(self) -> str:
         from jobs.kinds.regeneration import lines
         from stages.models.families import read_geometry
 
-        geometry = read_geometry(LatentModelSettings(model=self.model, revision=self.revision, size=self.size))
-        said = 'row["prompt"]' if self.inverter is None else geometry.usage.text_latent
+        geometry = read_geometry(self)
+        told = 'row["prompt"]' if self.inverter is None else geometry.usage.text_latent
         return _CARD.format(
-            lines=lines(geometry, steps=self.steps, guidance=self.guidance, negative=self.negative, said=said)
+            lines=lines(geometry, steps=self.steps, guidance=self.guidance, negative=self.negative, said=told)
         )
 
     def panels(self) -> list[Panel]:

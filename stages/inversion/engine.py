@@ -82,12 +82,12 @@ class Rule(Generic[State]):
         """loss_B, differentiable in x: |r|^2 / 2."""
         return (step.down(x_BCHW, m_BCHW) - prev_BCHW).flatten(1).square().sum(1) / 2
 
-    def done(self, seen: Evaluation) -> torch.Tensor:
+    def done(self, point: Evaluation) -> torch.Tensor:
         """done_B: rows for which this evaluation is the step's last."""
-        over_B = seen.made_B >= self.limit
-        return over_B if self.tolerance is None else over_B | (seen.residual_B <= self.tolerance)
+        over_B = point.made_B >= self.limit
+        return over_B if self.tolerance is None else over_B | (point.residual_B <= self.tolerance)
 
-    def update(self, seen: Evaluation, state: State) -> tuple[torch.Tensor, State]:
+    def update(self, point: Evaluation, state: State) -> tuple[torch.Tensor, State]:
         """The next x, and the next state. For rows that are `done` that x is the result z_t."""
         raise NotImplementedError
 
@@ -221,11 +221,11 @@ class InversionProblem(Generic[State]):
         m_BCHW, gradient_BCHW = self._evaluate(step)
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
         residual_B = r_BCHW.flatten(1).norm(dim=1) / self.prev_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
-        seen = Evaluation(self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW)
-        x_BCHW, self.state = self.rule.update(seen, self.state)
+        point = Evaluation(self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW)
+        x_BCHW, self.state = self.rule.update(point, self.state)
         self.broken_B |= self.active_B & ~x_BCHW.flatten(1).isfinite().all(dim=1)
         going_B = self.active_B & ~self.broken_B
-        moved_B = going_B & self.rule.done(seen)
+        moved_B = going_B & self.rule.done(point)
         self.x_BCHW = torch.where(per_row(going_B, x_BCHW), x_BCHW, self.x_BCHW)
         self.prev_BCHW = torch.where(per_row(moved_B, x_BCHW), x_BCHW, self.prev_BCHW)
         rows = torch.arange(self.slots, device=self.device)

@@ -41,26 +41,26 @@ class Exact(Rule[Descent]):
         rate_B = torch.full((len(z_BCHW),), self.rate, device=z_BCHW.device)
         return Descent(rate_B, torch.full_like(rate_B, torch.inf), torch.zeros_like(rate_B, dtype=torch.int64))
 
-    def _reached(self, seen: Evaluation) -> torch.Tensor:
-        return (seen.made_B > 1) & (_error(seen) <= self.enough)
+    def _reached(self, point: Evaluation) -> torch.Tensor:
+        return (point.made_B > 1) & (_error(point) <= self.enough)
 
-    def done(self, seen: Evaluation) -> torch.Tensor:
-        return super().done(seen) | self._reached(seen)
+    def done(self, point: Evaluation) -> torch.Tensor:
+        return super().done(point) | self._reached(point)
 
-    def update(self, seen: Evaluation, state: Descent) -> tuple[torch.Tensor, Descent]:
+    def update(self, point: Evaluation, state: Descent) -> tuple[torch.Tensor, Descent]:
         # The first evaluation, at z_prev, only gives the DDIM inverse.
-        error_B, start_B = _error(seen), seen.made_B == 1
+        error_B, start_B = _error(point), point.made_B == 1
         gained_B = error_B < state.best_B
         stalled_B = torch.where(gained_B | start_B, 0, state.stalled_B + 1)
         halve_B = stalled_B >= PATIENCE
         rate_B = torch.where(halve_B, state.rate_B / 2, state.rate_B)
-        warm_B = ((seen.made_B - 1) / max(self.warmup, 1)).clamp(max=1.0)
-        x_BCHW = seen.x_BCHW - per_row(rate_B * warm_B, seen.x_BCHW) * seen.r_BCHW
-        x_BCHW = torch.where(per_row(start_B, x_BCHW), seen.step.explicit(seen.prev_BCHW, seen.m_BCHW), x_BCHW)
-        x_BCHW = torch.where(per_row(self._reached(seen), x_BCHW), seen.x_BCHW, x_BCHW)
+        warm_B = ((point.made_B - 1) / max(self.warmup, 1)).clamp(max=1.0)
+        x_BCHW = point.x_BCHW - per_row(rate_B * warm_B, point.x_BCHW) * point.r_BCHW
+        x_BCHW = torch.where(per_row(start_B, x_BCHW), point.step.explicit(point.prev_BCHW, point.m_BCHW), x_BCHW)
+        x_BCHW = torch.where(per_row(self._reached(point), x_BCHW), point.x_BCHW, x_BCHW)
         best_B = torch.where(gained_B & ~start_B, error_B, state.best_B)
         return x_BCHW, Descent(rate_B, best_B, torch.where(halve_B, 0, stalled_B))
 
 
-def _error(seen: Evaluation) -> torch.Tensor:
-    return seen.r_BCHW.flatten(1).square().sum(1)
+def _error(point: Evaluation) -> torch.Tensor:
+    return point.r_BCHW.flatten(1).square().sum(1)

@@ -16,5 +16,5 @@ class Ddim(Rule[tuple[()]]):
     Agrees with diffusers' `DDIMInverseScheduler` without clipping.
     """
 
-    def update(self, seen: Evaluation, state: tuple[()]) -> tuple[torch.Tensor, tuple[()]]:
-        return seen.step.explicit(seen.prev_BCHW, seen.m_BCHW), state
+    def update(self, point: Evaluation, state: tuple[()]) -> tuple[torch.Tensor, tuple[()]]:
+        return point.step.explicit(point.prev_BCHW, point.m_BCHW), state

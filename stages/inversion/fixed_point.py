@@ -27,8 +27,8 @@ class FixedPoint(Rule[State]):
     def __init__(self, iterations: int, tolerance: float = 0.0) -> None:
         self.limit, self.tolerance = iterations + 1, tolerance
 
-    def update(self, seen: Evaluation, state: State) -> tuple[torch.Tensor, State]:
-        return seen.g_BCHW, state
+    def update(self, point: Evaluation, state: State) -> tuple[torch.Tensor, State]:
+        return point.g_BCHW, state
 
 
 class Averaged(FixedPoint[tuple[torch.Tensor]]):
@@ -37,10 +37,10 @@ class Averaged(FixedPoint[tuple[torch.Tensor]]):
     def blank(self, z_BCHW: torch.Tensor) -> tuple[torch.Tensor]:
         return (torch.zeros_like(z_BCHW),)
 
-    def update(self, seen: Evaluation, state: tuple[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+    def update(self, point: Evaluation, state: tuple[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
         (before_BCHW,) = state
-        first_B = per_row(seen.made_B == 1, before_BCHW)
-        return torch.where(first_B, seen.g_BCHW, (seen.g_BCHW + before_BCHW) / 2), (seen.g_BCHW,)
+        first_B = per_row(point.made_B == 1, before_BCHW)
+        return torch.where(first_B, point.g_BCHW, (point.g_BCHW + before_BCHW) / 2), (point.g_BCHW,)
 
 
 class History(NamedTuple):
@@ -103,6 +103,6 @@ class Anderson(FixedPoint[History]):
     def blank(self, z_BCHW: torch.Tensor) -> History:
         return History.blank(z_BCHW, self.window)
 
-    def update(self, seen: Evaluation, state: History) -> tuple[torch.Tensor, History]:
-        state = state.push(seen.x_BCHW, seen.g_BCHW)
-        return state.mix().view_as(seen.x_BCHW), state
+    def update(self, point: Evaluation, state: History) -> tuple[torch.Tensor, History]:
+        state = state.push(point.x_BCHW, point.g_BCHW)
+        return state.mix().view_as(point.x_BCHW), state

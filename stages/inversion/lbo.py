@@ -123,40 +123,40 @@ class LatentBias(Rule[Fit]):
             return last_BCHW
         return torch.where(per_row(state.steps_B > 1, last_BCHW), 2 * last_BCHW - before_BCHW, last_BCHW)
 
-    def is_base(self, seen: Evaluation) -> torch.Tensor:
+    def is_base(self, point: Evaluation) -> torch.Tensor:
         """Rows whose evaluation is the output bias's base, at z_prev: no point of the fit."""
-        return (seen.made_B == 1) & (self.bias == "output")
+        return (point.made_B == 1) & (self.bias == "output")
 
     def wants_gradient(self, made_B: torch.Tensor, state: Fit) -> torch.Tensor | None:
         return state.mode_B == DIFFERENTIATE
 
-    def done(self, seen: Evaluation) -> torch.Tensor:
-        return super().done(seen) & ~self.is_base(seen)
+    def done(self, point: Evaluation) -> torch.Tensor:
+        return super().done(point) & ~self.is_base(point)
 
-    def update(self, seen: Evaluation, state: Fit) -> tuple[torch.Tensor, Fit]:
-        base_B, done_B = self.is_base(seen), self.done(seen)
-        gained_B = ~base_B & (seen.residual_B < state.best_B)
+    def update(self, point: Evaluation, state: Fit) -> tuple[torch.Tensor, Fit]:
+        base_B, done_B = self.is_base(point), self.done(point)
+        gained_B = ~base_B & (point.residual_B < state.best_B)
         state = state._replace(
-            best_B=torch.where(gained_B, seen.residual_B, state.best_B),
-            best_BCHW=torch.where(per_row(gained_B, seen.x_BCHW), seen.x_BCHW, state.best_BCHW),
+            best_B=torch.where(gained_B, point.residual_B, state.best_B),
+            best_BCHW=torch.where(per_row(gained_B, point.x_BCHW), point.x_BCHW, state.best_BCHW),
         )
-        x_BCHW, state = self.next_point(seen, state, gained_B)
+        x_BCHW, state = self.next_point(point, state, gained_B)
         if self.bias == "output":
-            start_BCHW = seen.step.up(seen.prev_BCHW, seen.m_BCHW + self._guess(state))
+            start_BCHW = point.step.up(point.prev_BCHW, point.m_BCHW + self._guess(state))
             x_BCHW = torch.where(per_row(base_B, x_BCHW), start_BCHW, x_BCHW)
-            state = state._replace(base_BCHW=torch.where(per_row(base_B, x_BCHW), seen.m_BCHW, state.base_BCHW))
-        x_BCHW = torch.where(per_row(done_B, x_BCHW), self.result(seen, state, x_BCHW), x_BCHW)
-        return x_BCHW, self.ended(seen, state, done_B, x_BCHW)
+            state = state._replace(base_BCHW=torch.where(per_row(base_B, x_BCHW), point.m_BCHW, state.base_BCHW))
+        x_BCHW = torch.where(per_row(done_B, x_BCHW), self.result(point, state, x_BCHW), x_BCHW)
+        return x_BCHW, self.ended(point, state, done_B, x_BCHW)
 
-    def next_point(self, seen: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+    def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
         """The safeguarded update: the point that each row evaluates next."""
-        state = state._replace(history=state.history.push(seen.x_BCHW, seen.g_BCHW))
-        x_BCHW, state = line_search(seen, state, state.history.mix().view_as(seen.x_BCHW))
-        iterated_B = (state.mode_B == ITERATE) & ~self.is_base(seen)
+        state = state._replace(history=state.history.push(point.x_BCHW, point.g_BCHW))
+        x_BCHW, state = line_search(point, state, state.history.mix().view_as(point.x_BCHW))
+        iterated_B = (state.mode_B == ITERATE) & ~self.is_base(point)
         searched_B = state.mode_B == SEARCH
         stalled_B = torch.where(gained_B, 0, state.stalled_B + iterated_B)
         # A gradient costs three passes with its trial: not begun when the budget ends before that.
-        stuck_B = iterated_B & (stalled_B >= PATIENCE) & (seen.made_B + 3 <= self.limit)
+        stuck_B = iterated_B & (stalled_B >= PATIENCE) & (point.made_B + 3 <= self.limit)
         following_B = torch.where(state.mode_B == DIFFERENTIATE, SEARCH, torch.where(stuck_B, DIFFERENTIATE, ITERATE))
         x_BCHW = torch.where(per_row(stuck_B, x_BCHW), state.best_BCHW, x_BCHW)
         return x_BCHW, state._replace(
@@ -164,13 +164,13 @@ class LatentBias(Rule[Fit]):
             history=state.history.forget(stuck_B | searched_B),
         )  # fmt: skip
 
-    def result(self, seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
+    def result(self, point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
         """z_t of a row that stops here: the next point, or the best one where this evaluation came out worse."""
-        return torch.where(per_row(seen.residual_B <= state.best_B, x_BCHW), x_BCHW, state.best_BCHW)
+        return torch.where(per_row(point.residual_B <= state.best_B, x_BCHW), x_BCHW, state.best_BCHW)
 
-    def ended(self, seen: Evaluation, state: Fit, done_B: torch.Tensor, z_BCHW: torch.Tensor) -> Fit:
+    def ended(self, point: Evaluation, state: Fit, done_B: torch.Tensor, z_BCHW: torch.Tensor) -> Fit:
         """With the step's m* noted for the next one's warm start."""
-        keep, m_BCHW = per_row(done_B, z_BCHW), (seen.prev_BCHW - seen.step.scale * z_BCHW) / seen.step.weight
+        keep, m_BCHW = per_row(done_B, z_BCHW), (point.prev_BCHW - point.step.scale * z_BCHW) / point.step.weight
         if self.bias == "output":
             m_BCHW = m_BCHW - state.base_BCHW
         return state._replace(
@@ -179,7 +179,7 @@ class LatentBias(Rule[Fit]):
         )  # fmt: skip
 
 
-def line_search(seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+def line_search(point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, Fit]:
     """Steepest descent on |r|^2 / 2 with the step length that is exact for a linear residual: one trial evaluation
     gives the residual's change along the gradient (Gauss-Newton in one direction; ours).
 
@@ -187,22 +187,22 @@ def line_search(seen: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> tuple[tor
         x with, for rows that were differentiated, the trial point, and for rows that were on trial the best point on
         the line; and what the trial needs.
     """
-    change = state.r_BCHW - seen.r_BCHW
+    change = state.r_BCHW - point.r_BCHW
     share_B = (state.r_BCHW * change).flatten(1).sum(1) / change.flatten(1).square().sum(1).clamp(min=1e-30)
     # The trial stands one step length from the start; the best length is `share` of it.
-    best_BCHW = seen.x_BCHW + per_row((1 - share_B) * state.length_B, x_BCHW) * state.slope_BCHW
+    best_BCHW = point.x_BCHW + per_row((1 - share_B) * state.length_B, x_BCHW) * state.slope_BCHW
     x_BCHW = torch.where(per_row(state.mode_B == SEARCH, x_BCHW), best_BCHW, x_BCHW)
-    if (slope_BCHW := seen.gradient_BCHW) is None:
+    if (slope_BCHW := point.gradient_BCHW) is None:
         return x_BCHW, state
     # |r|^2 / |J'r|^2: the exact step when J is a multiple of a rotation.
     steepness_B = slope_BCHW.flatten(1).square().sum(1).clamp(min=1e-30)
-    length_B = seen.r_BCHW.flatten(1).square().sum(1) / steepness_B
+    length_B = point.r_BCHW.flatten(1).square().sum(1) / steepness_B
     differentiated_B = state.mode_B == DIFFERENTIATE
     keep = per_row(differentiated_B, x_BCHW)
-    x_BCHW = torch.where(keep, seen.x_BCHW - per_row(length_B, x_BCHW) * slope_BCHW, x_BCHW)
+    x_BCHW = torch.where(keep, point.x_BCHW - per_row(length_B, x_BCHW) * slope_BCHW, x_BCHW)
     return x_BCHW, state._replace(
         slope_BCHW=torch.where(keep, slope_BCHW, state.slope_BCHW),
-        r_BCHW=torch.where(keep, seen.r_BCHW, state.r_BCHW),
+        r_BCHW=torch.where(keep, point.r_BCHW, state.r_BCHW),
         length_B=torch.where(differentiated_B, length_B, state.length_B),
     )
 

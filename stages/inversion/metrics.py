@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     pass
 
 
-def measure_pictures(seen_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> dict[str, list[float]]:
-    """PSNR (dB) and SSIM of each row in [0, 1], by torchmetrics; `seen` is clipped first. Identical rows have infinite
+def measure_pictures(made_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> dict[str, list[float]]:
+    """PSNR (dB) and SSIM of each row in [0, 1], by torchmetrics; `made` is clipped first. Identical rows have infinite
     PSNR.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    seen, wanted = ((x.float() / 2 + 0.5).clamp(0, 1) for x in (seen_BCHW, x_BCHW))
-    psnr_B = peak_signal_noise_ratio(seen, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    ssim_B = structural_similarity_index_measure(seen, wanted, data_range=1.0, reduction="none")
+    made, wanted = ((x.float() / 2 + 0.5).clamp(0, 1) for x in (made_BCHW, x_BCHW))
+    psnr_B = peak_signal_noise_ratio(made, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    ssim_B = structural_similarity_index_measure(made, wanted, data_range=1.0, reduction="none")
     return {"psnr": psnr_B.flatten().tolist(), "ssim": ssim_B.flatten().tolist()}  # type: ignore[union-attr]
 
 
@@ -35,15 +35,15 @@ def load_lpips(device: torch.device | str) -> Callable[[torch.Tensor, torch.Tens
     except (ImportError, OSError):
         return None
 
-    def lpips(seen_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> list[float]:
-        pairs = zip(seen_BCHW.float().clamp(-1, 1), x_BCHW.float(), strict=True)
-        return [float(measure(seen[None], wanted[None])) for seen, wanted in pairs]
+    def lpips(made_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> list[float]:
+        pairs = zip(made_BCHW.float().clamp(-1, 1), x_BCHW.float(), strict=True)
+        return [float(measure(made[None], wanted[None])) for made, wanted in pairs]
 
     return lpips
 
 
 def noise_statistics(z_BCHW: torch.Tensor) -> dict[str, list[float]]:
-    """How Gaussian each row's seed is: mean, standard deviation, excess kurtosis, and the mean correlation of
+    """How Gaussian each row's noise is: mean, standard deviation, excess kurtosis, and the mean correlation of
     neighbours.
 
     White noise has 0, 1, 0, 0 (ours: the correlation is of values one step apart, over rows and columns of each

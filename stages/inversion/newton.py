@@ -51,15 +51,15 @@ class Newton(Rule[Best]):
         distance_B = (offset.square().sum(1) + 1e-12).sqrt()
         return mismatch_B + self.prior / (1 - step.alpha.flatten() ** 2) * distance_B
 
-    def update(self, seen: Evaluation, state: Best) -> tuple[torch.Tensor, Best]:
-        mismatch_B = (seen.g_BCHW - seen.x_BCHW).flatten(1).abs().sum(1)
+    def update(self, point: Evaluation, state: Best) -> tuple[torch.Tensor, Best]:
+        mismatch_B = (point.g_BCHW - point.x_BCHW).flatten(1).abs().sum(1)
         better_B = mismatch_B < state.mismatch_B
-        g_BCHW = torch.where(per_row(better_B, seen.g_BCHW), seen.g_BCHW, state.g_BCHW)
+        g_BCHW = torch.where(per_row(better_B, point.g_BCHW), point.g_BCHW, state.g_BCHW)
         state = Best(torch.where(better_B, mismatch_B, state.mismatch_B), g_BCHW)
-        if (slope := seen.gradient_BCHW) is None:
+        if (slope := point.gradient_BCHW) is None:
             return g_BCHW, state
-        value_B = self.loss(seen.x_BCHW, seen.m_BCHW, seen.prev_BCHW, seen.step)
+        value_B = self.loss(point.x_BCHW, point.m_BCHW, point.prev_BCHW, point.step)
         softening_B = self.eta**2 * slope.flatten(1).square().mean(1).clamp(min=1e-12)
         n = slope[0].numel()
-        moved = seen.x_BCHW - per_row(value_B, slope) * slope / (n * (slope.square() + per_row(softening_B, slope)))
-        return torch.where(per_row(self.done(seen), moved), g_BCHW, moved), state
+        moved = point.x_BCHW - per_row(value_B, slope) * slope / (n * (slope.square() + per_row(softening_B, slope)))
+        return torch.where(per_row(self.done(point), moved), g_BCHW, moved), state

@@ -1,6 +1,6 @@
 """Null-text inversion (Mokady et al., 2023): the negative condition is learned, a vector for every timestep and row.
 
-Extra state: S x L x E numbers a row are stored beside the seed. Rows share a timestep; each stops its inner iterations
+Extra state: S x L x E numbers a row are stored beside the noise. Rows share a timestep; each stops its inner iterations
 by itself.
 
 Legend: B rows; S steps; L text tokens, E their width; `path_BSCHW` the S + 1 latents of the pivot, z_0 first.

@@ -30,7 +30,7 @@ class ReNoise(Rule[tuple[torch.Tensor]]):
     def blank(self, z_BCHW: torch.Tensor) -> tuple[torch.Tensor]:
         return (torch.zeros_like(z_BCHW),)
 
-    def update(self, seen: Evaluation, state: tuple[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+    def update(self, point: Evaluation, state: tuple[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
         (before_BCHW,) = state
-        average_B = per_row(self.done(seen) & (seen.step.t_B < self.average_below), before_BCHW)
-        return torch.where(average_B, (seen.g_BCHW + before_BCHW) / 2, seen.g_BCHW), (seen.g_BCHW,)
+        average_B = per_row(self.done(point) & (point.step.t_B < self.average_below), before_BCHW)
+        return torch.where(average_B, (point.g_BCHW + before_BCHW) / 2, point.g_BCHW), (point.g_BCHW,)

@@ -1,4 +1,5 @@
-"""How a picture becomes a noise latent: the settings of every method. Plain models; nothing heavy is imported.
+"""How a picture becomes a noise latent: the settings of every method, and of the stage. Plain models; nothing heavy is
+imported.
 
 Each method's own text says which of it is published and which is ours. A method without extra state is a `Rule` of
 `stages.inversion.engine`, which its settings know.
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.contract import Settings
-from stages.engine.methods import Method
+from stages.engine.methods import Method, Methods
+from stages.models.settings import LatentModelSettings
 
 if TYPE_CHECKING:
     from stages.inversion.engine import Rule
@@ -254,3 +256,41 @@ AnyInversionMethod = Annotated[
     | NullTextMethod,
     Field(discriminator="method"),
 ]
+
+
+class InvertImagesSettings(LatentModelSettings):
+    """What the stage `stages.inversion.stage` is told, and the job `invert-images` beside its input and output."""
+
+    methods: Methods[AnyInversionMethod] = (LboMethod(),)
+    """How pictures are inverted; a plain string stands for ``{method: ...}``. Each makes one row a picture."""
+    steps: int = Field(50, ge=1)
+    """Sampling steps; the picture is regenerated with as many."""
+    guidance: float = Field(1.0, ge=1)
+    """Guidance scale of inversion and regeneration alike. Above 1 every evaluation is two U-Net passes, and harder."""
+    prompt: str | None = None
+    """One prompt for every picture ("" for none). Left out: the row's own, empty where it has none."""
+    inverter: str | None = None
+    """Output of a ``train-inverter`` job on the same model: what it reads out of each picture stands in for a caption,
+    and is stored as ``text_latent``. Not together with `prompt`."""
+    negative: str | None = None
+    """Negative prompt, under guidance."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """Pictures of another shape: the middle square, white borders, or both sides resized."""
+    reconstruct: bool = True
+    """Regenerate each picture and measure it (`steps` more passes a row)."""
+    pictures: bool = True
+    """Keep the fitted picture and its reconstruction beside the latents."""
+    edit_guidance: float | None = Field(None, ge=1)
+    """Also regenerate under the input's column ``edit_prompt`` with this guidance, as ``edited``."""
+    lpips: bool = False
+    """Measure LPIPS too; needs torchvision and its weights, and is null without."""
+    store: Literal["float32", "float16"] = "float32"
+    """dtype of stored latents. What is measured is regenerated from the stored numbers."""
+    slots: int = Field(16, ge=1)
+    """Rows at once."""
+
+    @model_validator(mode="after")
+    def _one_source_of_text(self) -> InvertImagesSettings:
+        if self.inverter is not None and self.prompt is not None:
+            raise ValueError("inverter: it takes the place of captions; leave out `prompt`")
+        return self

@@ -91,7 +91,7 @@ def invert(asked: Sequence[Asked], stage: InvertImages, *, root: str, fit: Fit) 
         root: Folder that relative addresses start from.
         fit: What is done with a picture of another shape.
     """
-    (label,) = stage.methods
+    (label,) = stage.schemes
     found: dict[str, References | str] = {}
     rows: list[Row] = []
     opened: dict[str, list[Image]] = {}

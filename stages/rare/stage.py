@@ -26,8 +26,8 @@ from stages.concepts.samples import sheet
 from stages.engine.methods import Method
 from stages.engine.randomness import row_generator
 from stages.inversion.metrics import noise_statistics
+from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import NOISE_STATISTICS, InvertImages
-from stages.inversion.stage import parse as parse_inversion
 from stages.models.clip import ImageEncoder, TextEncoder, identity
 from stages.models.fingerprint import describe_model, describe_stable_diffusion
 from stages.models.pictures import fit_picture, to_picture
@@ -129,15 +129,18 @@ class RareConcepts:
     ) -> None:  # fmt: skip
         if device in (None, "auto"):
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = LatentDiffusion.load(model, revision=revision, variant=variant, dtype=dtype, device=device)
+        self.model = LatentDiffusion.load(
+            model, revision=revision, variant=variant, dtype=dtype, device=device, size=size
+        )
         self.geometry = read_geometry(model, revision=revision, size=size)
         self.methods = {method.label: method for method in parse(methods)}
         self.scores, self.candidates, self.most, self.seed = tuple(scores), candidates, most, seed
         self.steps, self.guidance, self.negative = steps, guidance, negative
         self.fit, self.root, self.store, self.slots = fit, root, np.dtype(store), slots
-        self.inversion = InvertImages.from_loaded(
-            self.model, self.geometry, parse_inversion([inversion]), steps=steps, guidance=1.0, slots=slots
+        inverting = InvertImagesSettings.model_validate(
+            {"methods": [inversion], "steps": steps, "slots": slots, "pictures": False}
         )
+        self.inversion = InvertImages(inverting, self.model)
         self.dataset = None
         if seeds is not None:
             self.dataset = SeedDataset(seeds, by, describe_model(model, revision, "unet")["fingerprint"])

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from stages.inversion.metrics import noise_statistics
+from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import InvertImages
 from stages.models.pictures import fit_picture, to_picture
 from tests.support import tiny_stable_diffusion
@@ -34,6 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_stable_diffusion.build(tmp_path_factory.mktemp("model"))
 
 
+def told(folder: str, methods=({"method": "ddim"},), **options) -> InvertImagesSettings:
+    return InvertImagesSettings(model=folder, methods=methods, device="cpu", **options)
+
+
 def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
@@ -41,8 +46,9 @@ def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
 
 def test_every_method_gives_every_row_once_with_declared_columns(folder) -> None:
     options = {"steps": 3, "slots": 2, "edit_guidance": 2.0}
-    stage = InvertImages(folder, METHODS, device="cpu", **options)
-    columns = {column.name: column for column in InvertImages.describe(folder, METHODS, **options).columns}
+    settings = told(folder, METHODS, **options)
+    stage = InvertImages(settings)
+    columns = {column.name: column for column in InvertImages.describe(settings).columns}
     rows = [
         {
             "id": f"{i}/{label}",
@@ -83,9 +89,7 @@ def test_guidance_tightens_lbo_s_tolerance_unless_one_is_given(folder) -> None:
     row = {"id": "a", "image": picture(0), "prompt": "red star"}
 
     def residual(guidance: float, **method: float) -> float:
-        stage = InvertImages(
-            folder, [{"method": "lbo", "passes": 60, **method}], device="cpu", steps=10, guidance=guidance
-        )
+        stage = InvertImages(told(folder, [{"method": "lbo", "passes": 60, **method}], steps=10, guidance=guidance))
         (done,) = stage([row])
         return float(np.median(done["residual"]))  # a random network's step may have no solution
 
@@ -96,8 +100,8 @@ def test_guidance_tightens_lbo_s_tolerance_unless_one_is_given(folder) -> None:
 
 def test_captions_rows_and_fixed(folder) -> None:
     given = [{"id": "a", "image": picture(1), "prompt": "red star"}]
-    own = next(iter(InvertImages(folder, [{"method": "ddim"}], device="cpu", steps=2, slots=1)(given)))
-    fixed = next(iter(InvertImages(folder, [{"method": "ddim"}], device="cpu", steps=2, slots=1, prompt="")(given)))
+    own = next(iter(InvertImages(told(folder, steps=2, slots=1))(given)))
+    fixed = next(iter(InvertImages(told(folder, steps=2, slots=1, prompt=""))(given)))
     assert (own["prompt"], fixed["prompt"]) == ("red star", "")
     assert np.abs(own["latent"] - fixed["latent"]).max() > 1e-4
 
@@ -115,13 +119,13 @@ def test_an_inverter_takes_the_place_of_captions(folder, tmp_path: Path) -> None
     shape = InverterShape(latent=(4, 8, 8), text=(16, 32), patch=4, width=32, layers=2, heads=4)
     TextInverter(shape).save(str(tmp_path))
     rows = [{"id": "a", "image": picture(1), "method": "ddim", "prompt": "red star"}]
-    options = {"steps": 3, "device": "cpu", "inverter": str(tmp_path)}
-    (row,) = InvertImages(folder, [{"method": "ddim"}], **options)(rows)
-    columns = {column.name: column for column in InvertImages.describe(folder, [{"method": "ddim"}], **options).columns}
+    settings = told(folder, steps=3, inverter=str(tmp_path))
+    (row,) = InvertImages(settings)(rows)
+    columns = {column.name: column for column in InvertImages.describe(settings).columns}
     assert columns["text_latent"].shape == np.shape(row["text_latent"]) == (16, 32)
     (read,) = InvertText(InvertTextSettings(inverter=str(tmp_path), model=folder, device="cpu"))(rows)
     np.testing.assert_allclose(row["text_latent"].astype(np.float32), read["text_latent"], rtol=1e-3, atol=1e-3)
-    (captioned,) = InvertImages(folder, [{"method": "ddim"}], steps=3, device="cpu")(rows)
+    (captioned,) = InvertImages(told(folder, steps=3))(rows)
     assert np.abs(captioned["latent"] - row["latent"]).max() > 1e-4
 
     card = Job(input="x", model=folder, inverter=str(tmp_path), steps=3, methods=["ddim"]).card()

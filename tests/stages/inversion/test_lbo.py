@@ -71,13 +71,13 @@ def test_the_first_point_carries_the_last_output(start) -> None:
         x, state = rule.begin(z, step, state)
         # The row ends the step at the point that this output gives.
         z_next = step.up(z, outputs[k])
-        seen = Evaluation(x, outputs[k], z, step, step.down(x, outputs[k]) - z, torch.tensor([1.0]), torch.tensor([1]))
-        state = rule.ended(seen, state, yes, z_next)
+        point = Evaluation(x, outputs[k], z, step, step.down(x, outputs[k]) - z, torch.tensor([1.0]), torch.tensor([1]))
+        state = rule.ended(point, state, yes, z_next)
         z = z_next
     point, _ = rule.begin(z, schedule.at(torch.tensor([3])), state)
-    foreseen = {"none": None, "last": outputs[2], "linear": 2 * outputs[2] - outputs[1]}[start]
+    expected = {"none": None, "last": outputs[2], "linear": 2 * outputs[2] - outputs[1]}[start]
     step = schedule.at(torch.tensor([3]))
-    wanted = z if foreseen is None else step.up(z, foreseen)
+    wanted = z if expected is None else step.up(z, expected)
     torch.testing.assert_close(point, wanted, rtol=1e-3, atol=1e-3)
 
 

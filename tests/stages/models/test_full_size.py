@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import InvertImages
 from tests.support import full_size
 from tests.support.tiny_stable_diffusion import tokenizer
@@ -28,13 +29,16 @@ def test_a_published_size_loads_and_inverts(kind: str, tmp_path: Path) -> None:
     if kind not in ASKED:
         pytest.skip(f"asked for with LATENTMILL_FULL_SIZE={kind}")
     assert full_size.build(kind, tmp_path, tokenizer(77)) == full_size.PARAMETERS[kind]
+    gpu = torch.cuda.is_available()
     methods = [{"method": "ddim"}, {"method": "lbo", "passes": 2}]
-    described = InvertImages.describe(str(tmp_path), methods, steps=STEPS, size=SIZE)
+    settings = InvertImagesSettings(
+        model=str(tmp_path), methods=methods, steps=STEPS, size=SIZE, slots=1, dtype="float16" if gpu else "float32"
+    )
+    described = InvertImages.describe(settings)
     shapes = {column.name: column.shape for column in described.columns if column.kind == "tensor"}
     assert shapes["latent"] == (4, SIZE // 8, SIZE // 8)
     assert shapes["residual"] == (STEPS,)
-    gpu = torch.cuda.is_available()
-    stage = InvertImages(str(tmp_path), methods, steps=STEPS, size=SIZE, slots=1, dtype="float16" if gpu else "float32")
+    stage = InvertImages(settings)
     assert stage.model.kind == ("sdxl" if kind == "sdxl" else "sd")
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     for method in ("ddim", "lbo"):
