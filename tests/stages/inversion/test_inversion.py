@@ -14,9 +14,11 @@ from stages.inversion.fixed_point import Anderson, Averaged, FixedPoint
 from stages.inversion.newton import Newton
 from stages.inversion.null_text import generate_null_text, learn_null_text
 from stages.inversion.renoise import ReNoise
+from stages.models.families import open_latent_model, read_geometry
+from stages.models.latent import LatentModel
 from stages.models.sampler import sample
 from stages.models.schedule import ddim_schedule
-from stages.models.unet import LatentDiffusion, read_geometry
+from stages.models.settings import LatentModelSettings
 from tests.support import tiny_stable_diffusion
 
 SHAPE = (4, 8, 8)
@@ -31,15 +33,16 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
-    return LatentDiffusion.load(tiny_stable_diffusion.build(tmp_path_factory.mktemp("sd")))
+def model(tmp_path_factory: pytest.TempPathFactory) -> LatentModel:
+    folder = tiny_stable_diffusion.build(tmp_path_factory.mktemp("sd"))
+    return open_latent_model(LatentModelSettings(model=folder, device="cpu"))
 
 
 @pytest.fixture(scope="module")
-def work(model: LatentDiffusion):
+def work(model: LatentModel):
     """Three latents with their conditions, and the schedule."""
     z = torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(1)) * 0.8
-    condition = model.condition(["red star", "blue circle", ""], size=16, guided=True)
+    condition = model.condition(["red star", "blue circle", ""], guided=True)
     return z, condition, ddim_schedule(CONFIG, STEPS)
 
 
@@ -329,10 +332,11 @@ def test_null_text_is_the_published_loop(model, work) -> None:
 
 def test_sdxl_and_v_prediction_run(tmp_path) -> None:
     folder = tiny_stable_diffusion.build(tmp_path / "xl", "sdxl", prediction="v_prediction")
-    loaded, geometry = LatentDiffusion.load(folder), read_geometry(folder)
-    assert (geometry.kind, geometry.latent_shape, geometry.size) == ("sdxl", SHAPE, 16)
+    settings = LatentModelSettings(model=folder, device="cpu")
+    loaded, geometry = open_latent_model(settings), read_geometry(settings)
+    assert (type(loaded).__name__, geometry.latent_shape, geometry.size) == ("StableDiffusionXL", SHAPE, 16)
     z = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(2)) * 0.5
-    condition = loaded.condition(["red star", "ring"], size=16, guided=True)
+    condition = loaded.condition(["red star", "ring"], guided=True)
     schedule = ddim_schedule(geometry.scheduler, 4)
     rule = Anderson(30, tolerance=1e-6)
     problem = InversionProblem(loaded.predictor(1.5), schedule, rule, slots=2, latent_shape=SHAPE)
@@ -346,7 +350,7 @@ def test_sdxl_and_v_prediction_run(tmp_path) -> None:
 
 def test_what_cannot_be_inverted_is_said(tmp_path) -> None:
     with pytest.raises(ValueError, match="no diffusers folder"):
-        read_geometry(str(tmp_path))
+        read_geometry(LatentModelSettings(model=str(tmp_path)))
     folder = tiny_stable_diffusion.build(tmp_path / "sd")
     with pytest.raises(ValueError, match="multiple of 4"):
-        read_geometry(folder, size=18)
+        read_geometry(LatentModelSettings(model=folder, size=18))
