@@ -1,4 +1,4 @@
-"""The embedding stage against the model's own processor and a plain loop of transformers."""
+"""The stages against a plain loop of transformers."""
 
 from __future__ import annotations
 
@@ -8,58 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from index import gaussian
-from stages.embed.preparation import Preparation
 from stages.embed.settings import AdoptSettings, EmbedSettings
 from stages.embed.stage import Adopt, Embed
 from stages.models import clip
+from tests.support.pictures import awkward_pictures
 from tests.support.tiny_kandinsky import build_prior
 from tests.support.tiny_stable_diffusion import tokenizer
-
-SIZES = ((32, 32), (37, 53), (200, 31), (64, 199), (33, 32))
-
-
-def _pictures(seed: int = 0) -> list[Image.Image]:
-    rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in SIZES]
-
-
-def _processors() -> dict[str, object]:
-    from transformers import CLIPImageProcessor, SiglipImageProcessor
-
-    return {
-        "clip": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        "clip, small crop": CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 31, "width": 20}),
-        "siglip": SiglipImageProcessor(size={"height": 24, "width": 40}),
-        "no resizing": CLIPImageProcessor(do_resize=False, crop_size={"height": 30, "width": 30}),
-    }
-
-
-@pytest.mark.parametrize("name", ["clip", "clip, small crop", "siglip", "no resizing"])
-def test_preparation_equals_the_processor(name: str) -> None:
-    processor = _processors()[name]
-    preparation = Preparation(processor, "cpu")
-    assert preparation.is_split
-    for picture in _pictures():
-        wanted = processor(images=picture, return_tensors="pt").pixel_values
-        found = preparation.batch([preparation.one(picture)])
-        assert found.shape == wanted.shape
-        assert (found - wanted).abs().max() < 1e-5
-
-
-def test_an_unusual_processor_does_the_work_itself() -> None:
-    from transformers import CLIPImageProcessor
-
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False
-    )
-    preparation = Preparation(processor, "cpu")
-    assert not preparation.is_split
-    picture = _pictures()[1]
-    wanted = processor(images=picture, return_tensors="pt").pixel_values
-    assert torch.equal(preparation.batch([preparation.one(picture)]), wanted)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +24,7 @@ def prior(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _rows() -> list[dict[str, object]]:
-    return [{"id": str(i), "image": picture} for i, picture in enumerate(_pictures() * 3)]
+    return [{"id": str(i), "image": picture} for i, picture in enumerate(awkward_pictures() * 3)]
 
 
 def test_embeddings_equal_a_plain_loop(prior: str) -> None:
@@ -128,7 +84,7 @@ def test_plain_models_give_their_own_features(build: Callable[[Path], str], tmp_
     folder = build(tmp_path / "model")
     model = AutoModel.from_pretrained(folder).eval()
     processor, words = AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)
-    pictures, prompts = _pictures(), ["a red star", "a photo of a large blue circle in ice", "heart"]
+    pictures, prompts = awkward_pictures(), ["a red star", "a photo of a large blue circle in ice", "heart"]
     with torch.no_grad():
         pixels = torch.cat([processor(images=picture, return_tensors="pt").pixel_values for picture in pictures])
         wanted_BE = model.get_image_features(pixel_values=pixels).pooler_output
@@ -143,18 +99,6 @@ def test_plain_models_give_their_own_features(build: Callable[[Path], str], tmp_
     assert np.allclose(clip.TextEncoder(folder)(prompts), text_BE, atol=1e-5)
     assert clip.has_text_encoder(folder)
     assert clip.identity(folder, "image")["fingerprint"] == clip.identity(folder, "text")["fingerprint"]
-
-
-def test_missing_weights_are_refused_not_drawn_at_random(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = _clip(tmp_path / "model")
-    weights = load_file(f"{folder}/model.safetensors")
-    del weights["visual_projection.weight"]
-    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
-    clip.TextEncoder(folder)
-    with pytest.raises(clip.ModelError, match=r"1 weights are missing, among them visual_projection"):
-        clip.ImageEncoder(folder)
 
 
 def test_order_and_split_change_no_byte(prior: str) -> None:
@@ -245,3 +189,15 @@ def test_gpu_finds_its_batch_and_agrees_with_the_cpu(prior: str) -> None:
     a = {row["id"]: row["embedding"] for row in gpu(_rows())}
     b = {row["id"]: row["embedding"] for row in cpu(_rows())}
     assert all(np.abs(a[name] - b[name]).max() < 1e-3 * np.abs(b[name]).max() for name in b)
+
+
+def test_missing_weights_are_refused_not_drawn_at_random(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = _clip(tmp_path / "model")
+    weights = load_file(f"{folder}/model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    clip.TextEncoder(folder)
+    with pytest.raises(clip.ModelError, match=r"1 weights are missing, among them visual_projection"):
+        clip.ImageEncoder(folder)
