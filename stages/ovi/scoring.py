@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from stages.models.clip import ImageEncoder
 
 
+ASKED = ("objects", "relation", "count")
+"""Columns of the miniature prompt sets that say what a picture must show."""
+
+
 def embedding_measures(rows: list[Row], reference: Reference | None) -> list[Row]:
     """Adds `norm` and `text_cosine`, and against a reference `mahalanobis` (squared, over E) and the nearest image.
 
@@ -63,7 +67,7 @@ def clip_scores(rows: list[Row], encoder: ImageEncoder) -> list[Row]:
 
 
 def asked_of(row: Row) -> dict[str, Any] | None:
-    """What a prompt of the miniature world asks for, by its columns `objects`, `relation`, `count`.
+    """What a prompt of the miniature world asks for (`ASKED`).
 
     None where the row does not say.
 

@@ -22,7 +22,7 @@ from stages.ovi.summary import Summary
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 """Where the prompt is looked for, in this order."""
 _READS: dict[str, Form] = {
-    **dict.fromkeys(PROMPT_COLUMNS, "text?"), **dict.fromkeys(("objects", "relation", "count"), "value"),
+    **dict.fromkeys(PROMPT_COLUMNS, "text?"), **dict.fromkeys(scoring.ASKED, "value"),
 }  # fmt: skip
 CHUNK = 256
 _INTERNAL = frozenset({"key", "variable", "start", "text", "seen"})
