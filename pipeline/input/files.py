@@ -12,9 +12,11 @@ from typing import Any, cast
 import fsspec
 
 from pipeline.input.source import FORMATS, SUFFIXES, Format, Source, SourceError
+from pipeline.input.streams import COMPRESSED
 from pipeline.storage import patiently
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+LINES = ("jsonl", "csv", "text")
+"""Formats that may be compressed as a whole."""
 GENERATED = "micro-world://"
 OWN = "_latentmill"
 """Folder of a run's bookkeeping inside its output folder; `pipeline.output.dataset` fills it."""
@@ -44,7 +46,7 @@ def format_of(name: str) -> str | None:
     for format, suffixes in SUFFIXES.items():
         if name.endswith(suffixes):
             return format
-        if format in ("jsonl", "csv", "text") and name.endswith(tuple(s + c for s in suffixes for c in COMPRESSED)):
+        if format in LINES and name.endswith(tuple(s + c for s in suffixes for c in COMPRESSED if c != ".tgz")):
             return format
     return None
 

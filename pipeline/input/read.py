@@ -20,8 +20,9 @@ from pipeline.input.formats.webdataset import WEBDATASET
 from pipeline.input.formats.world import MICRO_WORLD
 from pipeline.input.forms import FormError, as_picture, as_text, missing
 from pipeline.input.pictures import PictureError, decode_picture
-from pipeline.input.rows import Encoded, Format, Raw, Span, Wanted, open_input
+from pipeline.input.rows import Encoded, Format, Raw, Span, Wanted
 from pipeline.input.source import Source, SourceError
+from pipeline.input.streams import open_input
 from pipeline.input.variants import repeated
 from pipeline.storage import patiently
 

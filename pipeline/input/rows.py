@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
-
-import fsspec
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.input.source import Source, SourceError
-from pipeline.storage import patiently
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,7 +65,7 @@ class FileScan:
     """What a scan found: number of rows, a digest of what they are, byte offsets of the rows that begin shards.
 
     ``keys``: the rows' natural keys where the format has them (ids derive from them and have to be checked).
-    ``schema``: the columns with their types, where the file tells.
+    ``schema``: the columns with their types, where the file tells. ``notes``: what the user should know of it.
     """
 
     rows: int
@@ -76,6 +73,7 @@ class FileScan:
     offsets: Mapping[int, int] = field(default_factory=dict)
     keys: tuple[str, ...] | None = None
     schema: pa.Schema | None = None
+    notes: tuple[str, ...] = ()
 
 
 Wanted = Mapping[str, str] | None
@@ -105,13 +103,6 @@ class Format:
     scan: Scan
     rows: Callable[[Source, Span, Wanted], Iterator[Raw]]
     schema: Callable[[Source, InputFile], pa.Schema | None]
-
-
-def open_input(path: str, source: Source) -> IO[bytes]:
-    """Open an input file for reading, decompressed if its name says that it is compressed."""
-    if "://" not in path and not path.endswith((".gz", ".bz2", ".xz", ".zst")):
-        return open(path, "rb")
-    return patiently(lambda: fsspec.open(path, "rb", compression="infer", **source.storage_options).open())
 
 
 def file_digest(file: InputFile) -> str:

@@ -113,7 +113,8 @@ def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: tuple[s
             raise SourceError(f"{key}: {file.path} has no column {column!r}; {_offer(column, schema.names)}")
     named = {column: key for key, column in _asked(source, keep)}
     if not source.columns:
-        named |= {name: "input" for name in (schema.names if reads is None else reads) if name not in named}
+        everything = [name for name in schema.names if name] if reads is None else reads
+        named |= {name: "input" for name in everything if name not in named}
     for column, key in named.items():
         count = schema.names.count(column)
         if count > 1:

@@ -68,6 +68,7 @@ def survey(
             columns.file(file, scan.schema)
         rows = scan.rows if left is None else min(scan.rows, left)
         seen(file, scan)
+        totals.notes += scan.notes
         content.update(f"{file.name}\0{rows}\0{scan.digest}\n".encode())
         totals.files, totals.bytes = totals.files + 1, totals.bytes + file.size
         checked = _file_ids(source, file, scan)

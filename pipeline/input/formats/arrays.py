@@ -19,10 +19,10 @@ from pipeline.input.rows import (
     Wanted,
     derived_id,
     file_digest,
-    open_input,
     picked,
 )
 from pipeline.input.source import Source, SourceError
+from pipeline.input.streams import open_input
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -22,12 +22,12 @@ from pipeline.input.rows import (
     Wanted,
     file_digest,
     is_picture,
-    open_input,
     own_id,
     picked,
     picture_type,
 )  # fmt: skip
 from pipeline.input.source import Source, SourceError
+from pipeline.input.streams import open_input
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.input.files import InputFile, version_of
-from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, open_input, picked, untold
+from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, picked, untold
 from pipeline.input.source import SUFFIXES, Source, SourceError
+from pipeline.input.streams import open_input
 
 Pictures = list[tuple[str, int, str]]
 """Address, size and version of each."""

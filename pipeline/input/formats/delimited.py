@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.input.files import InputFile
-from pipeline.input.formats.text import check_encoding, read_lines
+from pipeline.input.formats.text import read_lines
 from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, own_id, picked
 from pipeline.input.source import Source, SourceError
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 csv.field_size_limit(1 << 27)
+
+
+def _decoded(line: bytes) -> str:
+    return line.decode(errors="surrogateescape")
 
 
 class _Counted:
@@ -32,7 +37,7 @@ class _Counted:
         if not self.position and line.startswith(b"\xef\xbb\xbf"):
             self.position, line = 3, line[3:]
         self.position += len(line)
-        return line.decode(errors="surrogateescape")
+        return _decoded(line)
 
 
 def _csv_header(source: Source, path: str) -> tuple[list[str], str, int]:
@@ -43,22 +48,28 @@ def _csv_header(source: Source, path: str) -> tuple[list[str], str, int]:
         first = next(counted)
     except StopIteration:
         return [], ",", 0
-    counts = {sign: first.count(sign) for sign in ",;\t"}
+    bare = re.sub(r'"[^"]*("|$)', "", first)  # a sign within quotes belongs to a name
+    counts = {sign: bare.count(sign) for sign in ",;\t"}
     delimiter = max(counts, key=lambda sign: counts[sign]) if any(counts.values()) else ","
     counted = _Counted(read_lines(source, path, 0), 0)
-    names = next(csv.reader(counted, delimiter=delimiter))
+    try:
+        names = next(csv.reader(counted, delimiter=delimiter))
+    except csv.Error as error:
+        raise SourceError(f"{path}: its header cannot be read ({error}); save it with line ends of today") from None
+    if not all(map(_valid, names)):
+        raise SourceError(f"{path}: its header is not UTF-8; save it as UTF-8")
     return names, delimiter, counted.position
 
 
 def _csv_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
     names, delimiter, start = _csv_header(source, file.path)
     digest, offsets, rows = hashlib.blake2b(digest_size=16), {}, 0
+    lines, last = list[bytes](), list[bytes]()
 
     def hashed() -> Iterator[bytes]:
-        for count, line in enumerate(read_lines(source, file.path, 0)):
-            if not count:
-                check_encoding(file, line[:2])
+        for line in read_lines(source, file.path, 0):
             digest.update(line)
+            lines.append(line)
             yield line
 
     counted = _Counted(hashed(), 0)
@@ -70,9 +81,27 @@ def _csv_scan(source: Source, file: InputFile, begins: Begins, look: Look | None
                     offsets[rows] = before
                 rows += 1
             before = counted.position
+            last, lines = lines, []
+        _check_end(file.path, rows, last, delimiter)
     except csv.Error as error:
         raise SourceError(f"{file.path}, after row {rows}: {error}; is a quote left open?") from None
     return FileScan(rows, digest.hexdigest(), offsets, schema=_schema(names))
+
+
+def _check_end(path: str, rows: int, last: list[bytes], delimiter: str) -> None:
+    """Refuse a file that ends inside a quoted cell: its last row holds whatever came after the quote.
+
+    Args:
+        last: The lines of its last row.
+    """
+    try:
+        for _ in csv.reader(map(_decoded, last), delimiter=delimiter, strict=True):
+            pass
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            where = f"row {rows - 1}, which begins with {_decoded(last[0])[:60].rstrip()!r}"
+            problem = f"{path} ends inside quotes that are opened in {where}; close them, or fetch the file again"
+            raise SourceError(problem) from None
 
 
 def _csv_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:

@@ -18,10 +18,10 @@ from pipeline.input.rows import (
     Wanted,
     file_digest,
     fixed,
-    open_input,
     picked,
 )
 from pipeline.input.source import Source
+from pipeline.input.streams import open_input
 
 
 def _images_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from typing import Any
 
 from pipeline.input.files import InputFile
 from pipeline.input.rows import (
@@ -18,35 +19,34 @@ from pipeline.input.rows import (
     Wanted,
     derived_id,
     fixed,
-    open_input,
     own_id,
     picked,
     untold,
 )  # fmt: skip
 from pipeline.input.source import Source, SourceError
+from pipeline.input.streams import check_text, decompressing, open_input
 
 LineLook = Callable[[int, bytes], None]
 
 
-def check_encoding(file: InputFile, first: bytes) -> None:
-    """Refuse UTF-16 by its first bytes: its lines do not end where ours do."""
-    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise SourceError(f"{file.path}: is UTF-16; convert it to UTF-8 first")
-
-
 def read_lines(source: Source, path: str, offset: int) -> Iterator[bytes]:
-    """Lines with their ends, from a byte on that begins one."""
-    with open_input(path, source) as handle:
+    """Lines with their ends, from a byte on that begins one.
+
+    Raises:
+        SourceError: The file is no text, or compressed and damaged.
+    """
+    with open_input(path, source) as handle, decompressing(path):
         if offset:
             handle.seek(offset)
-        yield from handle
+        for number, line in enumerate(handle):
+            if not number and not offset:
+                check_text(path, line[:16])
+            yield line
 
 
 def _scan(source: Source, file: InputFile, begins: Begins, blank: bool, line_look: LineLook | None = None) -> FileScan:
     digest, offsets, rows, position = hashlib.blake2b(digest_size=16), {}, 0, 0
     for line in read_lines(source, file.path, 0):
-        if not position:
-            check_encoding(file, line[:2])
         digest.update(line)
         if blank or line.strip():
             if begins(rows):
@@ -83,12 +83,17 @@ def _text_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
 def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     lines = (line for line in read_lines(source, span.path, span.offset) if line.strip())
     for row, line in enumerate(span.of(lines), span.start):
+        problem = ""
         try:
-            values = json.loads(_text(line, row == 0))
+            text = _text(line, row == 0)
+            values = json.loads(text)
         except (ValueError, RecursionError) as error:
             problem = f"row {row} of {span.name} is not JSON: {error}"
         else:
-            problem = "" if isinstance(values, dict) else f"row {row} of {span.name} is no JSON object"
+            if not isinstance(values, dict):
+                problem = f"row {row} of {span.name} is no JSON object"
+            elif twice := _twice(text, values if wanted is None else wanted.values()):
+                problem = f"row {row} of {span.name} has the key {twice!r} twice; there is no telling which is meant"
         if not problem:
             yield Raw(own_id(source, values, span, row), picked(values, wanted))
         elif source.id is None:
@@ -97,10 +102,26 @@ def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
             raise SourceError(f"{problem}, so its id {source.id!r} cannot be read; mend or remove the line")
 
 
+def _twice(text: str, names: Iterable[str]) -> str | None:
+    """The first of the names that stands twice among the keys of a JSON object."""
+    suspects = [name for name in names if text.count(f'"{name}"') > 1]
+    if not suspects:
+        return None
+    keys: list[str] = []
+
+    def seen(pairs: list[tuple[str, Any]]) -> None:
+        keys[:] = [key for key, _ in pairs]  # the outermost object comes last
+
+    json.loads(text, object_pairs_hook=seen)
+    return next((name for name in suspects if keys.count(name) > 1), None)
+
+
 def _jsonl_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
-    first = next((line for line in read_lines(source, file.path, 0) if line.strip()), b"")
-    if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+    first = next((line for line in read_lines(source, file.path, 0) if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t")
+    if first.startswith(b"["):
         raise SourceError(f"{file.path}: is a JSON array; write one JSON object a line (JSONL) instead")
+    if first.strip() == b"{":
+        raise SourceError(f"{file.path}: is JSON over several lines; write one JSON object a line (JSONL) instead")
 
     def parsed(row: int, line: bytes) -> None:
         assert look is not None

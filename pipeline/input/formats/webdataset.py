@@ -6,28 +6,39 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import numpy as np
 
 from pipeline.input.files import InputFile, printable
-from pipeline.input.rows import (
-    Begins,
-    Encoded,
-    FileScan,
-    Format,
-    Look,
-    Raw,
-    Span,
-    Wanted,
-    open_input,
-    own_id,
-    picked,
-    untold,
-)  # fmt: skip
+from pipeline.input.rows import Begins, Encoded, FileScan, Format, Look, Raw, Span, Wanted, own_id, picked, untold
 from pipeline.input.source import SUFFIXES, Source, SourceError
+from pipeline.input.streams import decompressing, open_input
+
+TEXTS = ("txt", "text", "caption")
+"""Members whose content is the column ``text`` too."""
+BEHIND_THE_END = 1 << 16
+"""Bytes behind the end mark that are looked at: writers pad to 10 kB, so another tar would begin within these."""
+
+
+@dataclass
+class _Sample:
+    """Members with the same key that stand one after the other: extension -> content (None: not read)."""
+
+    key: str
+    start: int
+    members: list[tarfile.TarInfo] = field(default_factory=list)
+    contents: dict[str, bytes | None] = field(default_factory=dict)
+    twice: str | None = None
+
+    def add(self, member: tarfile.TarInfo, extension: str, content: bytes | None) -> None:
+        if extension in self.contents:
+            self.twice = self.twice or member.name
+        self.members.append(member)
+        self.contents.setdefault(extension, content)
 
 
 def _split_key(member: str) -> tuple[str, str]:
@@ -37,89 +48,162 @@ def _split_key(member: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, int, list[tarfile.TarInfo]]]:
-    """Runs of members with the same key: key, offset of the first header, members."""
-    key, start, members = "", 0, list[tarfile.TarInfo]()
+def _hidden(member: str) -> bool:
+    """Members that carry nothing of their own: ``._000.jpg`` and ``__MACOSX/`` of macOS, ``.DS_Store``."""
+    folder, _, base = member.rpartition("/")
+    return base.startswith(".") or "__MACOSX" in folder.split("/")
+
+
+def _samples(tar: _Tar, reads: Callable[[int, str], bool]) -> Iterator[_Sample]:
+    """The tar's samples in order. Members are read as they are passed: a compressed tar cannot go back.
+
+    Args:
+        reads: Whether to read a member, by the sample's number from here on and the member's extension.
+    """
+    sample, number = None, -1
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # else a big tar's headers pile up
+        key, extension = _split_key(member.name)
+        if not extension or _hidden(member.name):
+            continue
         if not member.isfile():
+            tar.links += member.issym() or member.islnk()
             continue
-        found, extension = _split_key(member.name)
-        if not extension:
-            continue
-        if members and found != key:
-            yield key, start, members
-            members = []
-        if not members:
-            key, start = found, member.offset
-        members.append(member)
-    if members:
-        yield key, start, members
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            sample, number = _Sample(key, member.offset), number + 1
+        content = tar.extractfile(member).read() if reads(number, extension) else None  # type: ignore[union-attr]
+        sample.add(member, extension, content)
+    if sample is not None:
+        yield sample
+
+
+class _Member(tarfile.TarInfo):
+    """A header that tells how the tar ends: `tarfile` takes a damaged or cut one for the end, without a word."""
+
+    @classmethod
+    def fromtarfile(cls, tar: Any) -> _Member:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from None
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            tar.marked = False
+            raise
+
+
+class _Tar(tarfile.TarFile):
+    """Attributes: links: members left out because they only point at others; marked: whether an end mark was found."""
+
+    tarinfo = _Member
+    links = 0
+    marked = True
 
 
 @contextmanager
-def _opened(source: Source, path: str, offset: int) -> Iterator[tarfile.TarFile]:
-    """The tar from a member's header on."""
-    with open_input(path, source) as handle:
+def _opened(source: Source, path: str, offset: int) -> Iterator[tuple[_Tar, IO[bytes]]]:
+    """The tar from a member's header on, and the file under it.
+
+    Raises:
+        SourceError: It is none, or is found to be damaged in the course.
+    """
+    entered = False
+    with open_input(path, source) as handle, decompressing(path):
         handle.seek(offset)
-        with _tar(handle, path) as tar:
-            yield tar
-
-
-def _tar(handle: IO[bytes], path: str) -> tarfile.TarFile:
-    try:
-        return tarfile.open(fileobj=handle, mode="r:gz" if path.endswith(".tgz") else "r:")
-    except tarfile.TarError as error:
-        raise SourceError(f"{path}: is no readable tar ({error})") from None
+        try:
+            with _Tar.open(fileobj=handle, mode="r:") as tar:
+                assert isinstance(tar, _Tar)
+                entered = True
+                yield tar, handle
+        except tarfile.TarError as error:
+            problem = "is damaged; fetch it again or leave it out" if entered else "is no readable tar"
+            raise SourceError(f"{path}: {problem} ({error})") from None
 
 
 def _scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
-    digest, offsets, keys = hashlib.blake2b(digest_size=16), {}, list[str]()
-    with _opened(source, file.path, 0) as tar:
+    digest, offsets, keys, seen = hashlib.blake2b(digest_size=16), {}, list[str](), set[str]()
+
+    def reads(number: int, extension: str) -> bool:
+        return look is not None and extension.rpartition(".")[2] in (*TEXTS, "cls", "json", "npy")
+
+    with _opened(source, file.path, 0) as (tar, handle):
         try:
-            for key, start, members in _groups(tar):
+            for sample in _samples(tar, reads):
+                if sample.key in seen:
+                    raise SourceError(_apart(file.path, sample.key))
+                seen.add(sample.key)
                 if begins(len(keys)):
-                    offsets[len(keys)] = start
+                    offsets[len(keys)] = sample.start
                 if look is not None:
-                    look(len(keys), _sample(tar, key, members, file.name, pictures=False)[0])
-                keys.append(f"{file.name}/{key}")
-                for member in members:
+                    look(len(keys), _values(sample, file.name)[0])
+                keys.append(f"{file.name}/{sample.key}")
+                for member in sample.members:
                     digest.update(f"{member.name}\0{member.size}\0{member.mtime}\n".encode(errors="surrogateescape"))
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError) as error:
             last = f" after {keys[-1]}" if keys else ""
             problem = f"{file.path}: the tar is damaged{last} ({error}); fetch it again or leave it out"
             raise SourceError(problem) from None
-    return FileScan(len(keys), digest.hexdigest(), offsets, tuple(keys))
+        if tar.marked and handle.read(BEHIND_THE_END).strip(b"\0"):
+            raise SourceError(
+                f"{file.path}: holds more behind the end mark of its tar, after {keys[-1] if keys else 'no member'}; "
+                "were tars appended to each other? Give each a file of its own"
+            )
+        notes = _notes(file.path, tar, len(keys))
+    return FileScan(len(keys), digest.hexdigest(), offsets, tuple(keys), notes=notes)
+
+
+def _apart(path: str, key: str) -> str:
+    return (
+        f"{path}: the members of the sample {key!r} do not stand together, or are there twice; a sample is one run of "
+        "members with the same key. Pack it again in order (tar --sort=name)"
+    )
+
+
+def _notes(path: str, tar: _Tar, rows: int) -> tuple[str, ...]:
+    notes = []
+    if not tar.marked:
+        notes.append(f"{path}: the tar has no end mark and may be cut; {rows:,} samples are there")
+    if tar.links:
+        advice = "pack the files themselves (tar --dereference --hard-dereference)"
+        notes.append(f"{path}: {tar.links:,} links are left out; {advice}")
+    return tuple(notes)
 
 
 def _rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
-    with _opened(source, span.path, span.offset) as tar:
-        for row, (key, _, members) in enumerate(span.of(_groups(tar)), span.start):
-            values, problem = _sample(tar, key, members, span.name)
-            own = f"{span.name}/{key}" if source.id is None else own_id(source, values, span, row)
+    last = span.ahead + span.stop - span.start
+    with _opened(source, span.path, span.offset) as (tar, _):
+        samples = _samples(tar, lambda number, extension: span.ahead <= number < last)
+        for row, sample in enumerate(span.of(samples), span.start):
+            values, problem = _values(sample, span.name)
+            own = f"{span.name}/{sample.key}" if source.id is None else own_id(source, values, span, row)
             yield Raw(own, picked(values, wanted), problem)
 
 
-def _sample(
-    tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], place: str, pictures: bool = True
-) -> tuple[dict[str, Any], str | None]:
-    """The members' contents under their extensions, and what is wrong with one of them.
+def _values(sample: _Sample, place: str) -> tuple[dict[str, Any], str | None]:
+    """Contents under their extensions, under ``image`` and ``text``, and a JSON member's keys; and what is wrong.
 
-    Args:
-        pictures: Read them too; else they are `Encoded` without bytes.
+    A member always goes before a JSON key of the same name, whatever their order.
     """
-    values: dict[str, Any] = {"__key__": key}
-    problem = None
-    for member in members:
-        extension = _split_key(member.name)[1]
-        if not pictures and _is_picture(extension):
-            _add_picture(values, extension, Encoded())
-            continue
-        data = tar.extractfile(member).read()  # type: ignore[union-attr]
+    values: dict[str, Any] = {"__key__": sample.key}
+    problem = f"{sample.twice} in {place}: the sample has two members of that kind" if sample.twice else None
+    described: list[dict[str, Any]] = []
+    for extension, content in sample.contents.items():
         try:
-            _member(values, extension, data)
+            values[extension] = _member(extension, content)
         except ValueError as error:
-            problem = problem or f"{member.name} in {place}: {error}"
+            problem = problem or f"{sample.key}.{extension} in {place}: {error}"
+            continue
+        last = extension.rpartition(".")[2]
+        if _is_picture(extension):
+            values.setdefault("image", values[extension])
+        elif last in TEXTS:
+            values.setdefault("text", values[extension])
+        elif last == "json" and isinstance(values[extension], dict):
+            described.append(values[extension])
+    for keys in described:
+        for name, value in keys.items():
+            values.setdefault(name, value)
     return values, problem
 
 
@@ -127,29 +211,24 @@ def _is_picture(extension: str) -> bool:
     return f".{extension}".endswith(SUFFIXES["images"])
 
 
-def _add_picture(values: dict[str, Any], extension: str, picture: Encoded) -> None:
-    values[extension] = picture
-    values.setdefault("image", picture)
+def _member(extension: str, content: bytes | None) -> Any:
+    """What a member holds, by its extension; something of the same type where it was not read.
 
-
-def _member(values: dict[str, Any], extension: str, data: bytes) -> None:
-    """Add a tar member's content under its extension, and under ``image``, ``text`` or its own keys."""
+    Raises:
+        ValueError: It does not hold that.
+    """
     last = extension.rpartition(".")[2]
     if _is_picture(extension):
-        _add_picture(values, extension, Encoded(data))
-    elif last in ("txt", "text", "caption", "cls"):
-        values[extension] = data.decode()
-        if last != "cls":
-            values.setdefault("text", values[extension])
-    elif last == "json":
-        content = json.loads(data)
-        values[extension] = content
-        for name, value in content.items() if isinstance(content, dict) else ():
-            values.setdefault(name, value)
-    elif last == "npy":
-        values[extension] = np.load(io.BytesIO(data), allow_pickle=False)
-    else:
-        values[extension] = data
+        return Encoded(content)
+    if content is None:
+        return b""
+    if last in (*TEXTS, "cls"):
+        return content.decode("utf-8-sig")
+    if last == "json":
+        return json.loads(content)
+    if last == "npy":
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    return content
 
 
 WEBDATASET = Format(_scan, _rows, untold)
