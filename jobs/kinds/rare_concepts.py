@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-import micro
 from jobs.schema.base import JobBase
 from jobs.schema.concept_input import concept_source, folder_of
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
-from stages.engine.methods import Methods
-from stages.inversion.settings import AnyInversionMethod, BelmMethod, EdictMethod, LboMethod, NullTextMethod
-from stages.models.names import ModelName
-from stages.models.settings import LatentModelSettings
-from stages.rare.settings import AnySeedMethod
+from stages.rare.settings import RareConceptsSettings, RareDrawing, Score
 
 if TYPE_CHECKING:
     from jobs.page.html import Html
@@ -28,7 +23,7 @@ GALLERY_CONCEPTS = 16
 GALLERY_PICTURES = 4
 
 
-class RareConcepts(JobBase):
+class RareConcepts(JobBase, RareDrawing):
     """New pictures of concepts that a frozen Stable Diffusion model rarely draws: the seeds of a few pictures of each
     are interpolated, combined or optimised into new seeds, drawn and scored, and the best kept with seed, parents and
     score.
@@ -39,71 +34,16 @@ class RareConcepts(JobBase):
     """
 
     job: Literal["rare-concepts"] = "rare-concepts"
-    model: ModelName = str(micro.MODELS / "stable-diffusion")
-    """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    variant: str | None = None
-    """Of the weight files, for instance ``fp16``."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the networks; latents stay float32."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
-    methods: Methods[AnySeedMethod]
-    """How new seeds are made; a plain string stands for ``{method: ...}``. Each makes `count` rows a concept."""
     count: int = Field(10, ge=1)
     """Pictures that are kept of each concept and method."""
-    candidates: int = Field(1, ge=1)
-    """Pictures that are drawn for each one kept; the best by `score` stays."""
-    score: tuple[Literal["text", "image", "oracle"], ...] = Field(("text", "image"), min_length=1)
+    score: tuple[Score, ...] = Field(("text", "image"), min_length=1)
     """What is measured: CLIP similarity to the prompt, to the concept's own pictures, or what the miniature world's
     judge finds (needs the column ``objects``). The first decides between candidates, the next ones between equals."""
-    clip: ModelName = str(micro.MODELS / "prior")
-    """CLIP-family model that scores and that ``seed-select`` follows: a folder or hub id."""
-    clip_revision: str | None = None
-    """Of that model on the hub."""
-    oracle: str | None = None
-    """Folder of the oracle. Left out: the shipped one."""
-    inversion: AnyInversionMethod = LboMethod()
-    """How the concepts' pictures become seeds: a method of ``invert-images`` that needs a seed alone."""
-    seeds: str | None = None
-    """Output of an ``invert-images`` run with one method, for concepts whose row has no pictures."""
-    by: str = "concept"
-    """Its column with the concepts' names (``keep`` it there)."""
-    most: int = Field(16, ge=1)
-    """Pictures (or seeds) of a concept that are used: the first so many."""
-    steps: int = Field(50, ge=1)
-    """Sampling steps, of inversion and drawing."""
-    guidance: float = Field(7.5, ge=1)
-    """Guidance scale of drawing. Pictures are inverted without guidance."""
-    negative: str | None = None
-    """Negative prompt, under guidance."""
-    size: int | None = Field(None, ge=8)
-    """Side of the pictures in pixels; the model's own when left out."""
-    fit: Literal["crop", "pad", "stretch"] = "crop"
-    """Pictures of another shape: the middle square, white borders, or both sides resized."""
     pictures_root: str | None = None
     """Folder that relative picture addresses start from. Left out: the folder of the input's first file."""
-    store: Literal["float32", "float16"] = "float32"
-    """dtype of stored latents. Pictures are drawn from the stored numbers."""
-    slots: int = Field(16, ge=1)
-    """Pictures at once."""
     shard_rows: int = Field(500, ge=1)
     """Rows a shard. A shard inverts the pictures of its concepts, so it should hold whole concepts: a multiple of
     `count` times the number of methods."""
-
-    @field_validator("inversion", mode="before")
-    @classmethod
-    def _short_inversion(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RareConcepts:
-        if isinstance(self.inversion, BelmMethod | EdictMethod | NullTextMethod) or (
-            isinstance(self.inversion, LboMethod) and self.inversion.replay
-        ):
-            raise ValueError(f"inversion: {self.inversion.label} needs more than a seed; take lbo or a fixed point")
-        return self
 
     def source(self) -> Source:
         from dataclasses import replace
@@ -113,26 +53,15 @@ class RareConcepts(JobBase):
         return replace(concept_source(self.input), variants={"method": labels, "number": numbers})
 
     def stage(self) -> StageSpec:
-        names = (
-            "model", "revision", "variant", "dtype", "device", "seeds", "by", "steps", "guidance", "negative", "size",
-            "fit", "clip", "clip_revision", "oracle", "candidates", "most", "store", "slots", "seed",
-        )  # fmt: skip
-        return StageSpec(
-            "stages.rare.stage:RareConcepts",
-            {
-                "methods": [method.model_dump(mode="json") for method in self.methods],
-                "inversion": self.inversion.model_dump(mode="json"),
-                "scores": list(self.score),
-                "root": folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root,
-            }
-            | {name: getattr(self, name) for name in names},
-        )
+        root = folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root
+        settings = self.part(RareConceptsSettings, scores=self.score, root=root)
+        return StageSpec.of("stages.rare.stage:RareConcepts", settings)
 
     def card(self) -> str:
         from jobs.kinds.regeneration import lines
         from stages.models.families import read_geometry
 
-        geometry = read_geometry(LatentModelSettings(model=self.model, revision=self.revision, size=self.size))
+        geometry = read_geometry(self)
         shown = lines(geometry, steps=self.steps, guidance=self.guidance, negative=self.negative)
         return _CARD.format(lines=shown, score=self.score[0])
 

@@ -14,7 +14,6 @@ from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.inverter.settings import DrawPairsSettings, InvertTextSettings, Network, Training
-from stages.models.settings import LatentModelSettings
 
 if TYPE_CHECKING:
     import pipeline.run.driver
@@ -50,7 +49,7 @@ class TrainInverter(JobBase, DrawPairsSettings):
         from stages.models.families import open_latent_model
 
         target = finished.output.path.rstrip("/")
-        model = open_latent_model(self.part(LatentModelSettings))
+        model = open_latent_model(self)
         text, pooled = text_conditions(model, [""])
         shape = InverterShape(
             latent=model.geometry.latent_shape,

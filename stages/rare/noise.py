@@ -1,10 +1,11 @@
-"""New seeds from a few: interpolation, linear combination and norm-aware paths of noise latents.
+"""New noise from a few latents: interpolation, linear combination and norm-aware paths.
 
-Pure functions on flattened seeds, each naming its source. A seed of N numbers from a standard Gaussian has a norm that
-follows the chi distribution with N degrees of freedom: for large N all of them lie in a thin shell of radius sqrt(N),
-and samplers do badly on what lies elsewhere. Each method below keeps its results near the shell in a way of its own.
+Pure functions on flattened noise latents (z_T), each naming its source. N numbers from a standard Gaussian have a norm
+that follows the chi distribution with N degrees of freedom: for large N all such latents lie in a thin shell of radius
+sqrt(N), and samplers do badly on what lies elsewhere. Each method below keeps its results near the shell in a way of
+its own.
 
-Legend: B new seeds, K reference seeds, N numbers a seed, P points a path.
+Legend: B new latents, K reference latents, N numbers a latent, P points a path.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 import torch
 
 PARALLEL = 0.9995
-"""Cosine above which two seeds are interpolated along their chord: the sphere's formula divides by the sine."""
+"""Cosine above which two latents are interpolated along their chord: the sphere's formula divides by the sine."""
 
 
 def slerp(t_B: torch.Tensor, a_BN: torch.Tensor, b_BN: torch.Tensor) -> torch.Tensor:
     """Spherical linear interpolation (Shoemake, 1985): ``(sin((1-t) w) a + sin(t w) b) / sin(w)``, w the angle.
 
-    Two seeds of one norm give seeds of that norm. Nearly parallel ones are interpolated along their chord.
+    Two latents of one norm give latents of that norm. Nearly parallel ones are interpolated along their chord.
 
     Args:
         t_B: Positions, 0 at a and 1 at b.
@@ -48,7 +49,7 @@ def combine(w_BK: torch.Tensor, z_KN: torch.Tensor) -> torch.Tensor:
     """Linear combinations that are Gaussian again: ``w z / sqrt(sum w^2)``.
 
     The closed form of Bodin et al. (2024; named COG, later LOL) for a standard Gaussian. It is exact for independent
-    seeds; seeds that agree (inverted pictures of one thing) come out longer than sqrt(N).
+    latents; latents that agree (inverted pictures of one thing) come out longer than sqrt(N).
 
     Raises:
         ValueError: All weights of a row are zero.
@@ -60,7 +61,7 @@ def combine(w_BK: torch.Tensor, z_KN: torch.Tensor) -> torch.Tensor:
 
 
 def log_chi(norm: torch.Tensor, dimension: int) -> torch.Tensor:
-    """Log density of the chi distribution at some norms, float64: how likely a Gaussian seed of that norm is.
+    """Log density of the chi distribution at some norms, float64: how likely Gaussian noise of that norm is.
 
     ``(N-1) log r - r^2/2 - (N/2-1) log 2 - log Gamma(N/2)``; in float64, because it is a small difference of terms that
     are as large as N log N.

@@ -1,10 +1,11 @@
-"""Seeds optimised through the sampler, so that what comes out looks like a concept's pictures.
+"""Noise optimised through the sampler, so that what comes out looks like a concept's pictures.
 
 "Generating images of rare concepts using pre-trained diffusion models" (SeedSelect; Samuel et al., AAAI 2024), with the
 loss, weights and rates of the authors' code. Gradients run through every denoising step; each step is computed again on
 the way back, so that memory holds one U-Net pass and not all of them.
 
-Legend: B seeds; `z_BCHW` latents; `x_BCHW` pictures in [-1, 1]; E embedding width; S sampling steps.
+Legend: B rows; `z_BCHW` latents, the noise z_T where nothing else is said; `x_BCHW` pictures in [-1, 1]; E embedding
+width; S sampling steps.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Selected:
-    """Optimised seeds, and the loss of each at its start and before its last update."""
+    """Optimised noise, and the loss of each at its start and before its last update."""
 
     z_BCHW: torch.Tensor
     start_B: torch.Tensor
@@ -77,7 +78,7 @@ def clip_pixels(x_BCHW: torch.Tensor, encoder: ImageEncoder) -> torch.Tensor:
 def last_latents(
     predict: Predict, schedule: Schedule, z_BCHW: torch.Tensor, condition: Condition, count: int
 ) -> list[torch.Tensor]:
-    """The latents after each of the last `count` steps of DDIM sampling, z_0 first; differentiable in the seeds."""
+    """The latents after each of the last `count` steps of DDIM sampling, z_0 first; differentiable in the noise."""
     return [*deque(denoise(predict, schedule, z_BCHW, condition, recompute=True), maxlen=count)][::-1]
 
 
@@ -97,27 +98,27 @@ def select_loss(
     return SEMANTIC * distance_B + (latents[0] - target.latent_BCHW).square().flatten(1).mean(1)
 
 
-def optimise_seeds(
+def optimise_noise(
     z_BCHW: torch.Tensor, condition: Condition, target: Target, *, predict: Predict, schedule: Schedule,
     embed: Callable[[torch.Tensor], torch.Tensor], iterations: int, rate: float,
 ) -> Selected:  # fmt: skip
-    """AdamW on the seeds; every row has its own loss, so rows do not see each other.
+    """AdamW on the noise; every row has its own loss, so rows do not see each other.
 
     Args:
         schedule: At least three steps.
         embed: Latents to image embeddings, differentiable.
         iterations, rate: Updates; the rate falls to a tenth after three of them.
     """
-    seed_BCHW = z_BCHW.detach().clone()
+    noise_BCHW = z_BCHW.detach().clone()
 
     def slowed(steps_B: torch.Tensor) -> torch.Tensor:
         full, slow = (torch.full_like(steps_B, value, dtype=torch.float64) for value in (rate, rate / 10))
         return torch.where(steps_B < FAST, full, slow)
 
-    adam = RowAdamW(seed_BCHW, slowed)
-    start_B = loss_B = torch.zeros(len(seed_BCHW))
+    adam = RowAdamW(noise_BCHW, slowed)
+    start_B = loss_B = torch.zeros(len(noise_BCHW))
     for update in range(iterations):
-        variable = seed_BCHW.detach().clone().requires_grad_(True)
+        variable = noise_BCHW.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             latents = last_latents(predict, schedule, variable, condition, len(TAIL))
             each_B = select_loss(latents, target, embed)
@@ -125,7 +126,7 @@ def optimise_seeds(
         adam.step(gradient)
         loss_B = each_B.detach().cpu()
         start_B = loss_B if update == 0 else start_B
-    return Selected(seed_BCHW, start_B, loss_B)
+    return Selected(noise_BCHW, start_B, loss_B)
 
 
 def embedder(decode: Callable[[torch.Tensor], torch.Tensor], encoder: ImageEncoder) -> Callable[..., Any]:

@@ -1,25 +1,40 @@
-"""How new seeds are grown from the seeds of a concept's pictures: the settings of every method. Plain models; nothing
-heavy is imported.
+"""How new noise is grown from the noise of a concept's pictures, and how it is drawn and ranked: everything that the
+stage and the job `rare-concepts` can be told. Plain models; nothing heavy is imported.
 
-`stages.rare.noise` and `stages.rare.seed_select` hold the formulas, `stages.rare.stage` applies them.
+`stages.rare.noise` and `stages.rare.seed_select` hold the formulas, `stages.rare.candidates` applies them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from stages.engine.methods import Method
+import micro
+from stages.engine.methods import Method, Methods
+from stages.inversion.settings import AnyInversionMethod, LboMethod
+from stages.models.names import ModelName
+from stages.models.settings import LatentModelSettings
+
+Score = Literal["text", "image", "oracle"]
 
 
-class RandomMethod(Method):
+class NoiseMethod(Method):
+    """Base of all methods that make new noise."""
+
+    @property
+    def start_method(self) -> NoiseMethod:
+        """The method that grows the first noise: itself, unless it only improves another's."""
+        return self
+
+
+class RandomMethod(NoiseMethod):
     """Plain Gaussian seeds: what the model draws of the prompt alone. The baseline; needs no pictures."""
 
     method: Literal["random"] = "random"
 
 
-class SlerpMethod(Method):
+class SlerpMethod(NoiseMethod):
     """Spherical interpolation between two of the concept's seeds, drawn at random."""
 
     method: Literal["slerp"] = "slerp"
@@ -27,14 +42,14 @@ class SlerpMethod(Method):
     """Positions are drawn from (margin, 1 - margin): at an end the picture is one of the concept's own again."""
 
 
-class LinearMethod(Method):
+class LinearMethod(NoiseMethod):
     """Linear combinations of all the concept's seeds, weights uniform on the simplex, made Gaussian again in closed
     form (COG)."""
 
     method: Literal["linear"] = "linear"
 
 
-class NaoMethod(Method):
+class NaoMethod(NoiseMethod):
     """Points on norm-aware paths from the concept's norm-aware centroid to its seeds (NAO)."""
 
     method: Literal["nao"] = "nao"
@@ -47,7 +62,7 @@ class NaoMethod(Method):
     shorter or longer than a Gaussian one a path swings about the shell."""
 
 
-class SeedSelectMethod(Method):
+class SeedSelectMethod(NoiseMethod):
     """Seeds optimised through the whole sampler until their picture is near the concept's pictures (SeedSelect)."""
 
     method: Literal["seed-select"] = "seed-select"
@@ -61,12 +76,86 @@ class SeedSelectMethod(Method):
     """Sampling steps while optimising; fewer are cheaper. Left out: the job's."""
 
     @property
+    def start_method(self) -> NoiseMethod:
+        return GROWING[self.start]()
+
+    @property
     def budget(self) -> tuple[int, float]:
         """Updates and rate."""
         fresh = self.start == "random"
         return self.iterations or (30 if fresh else 5), self.rate or (0.1 if fresh else 0.05)
 
 
-AnySeedMethod = Annotated[
+GROWING: dict[str, type[NoiseMethod]] = {
+    "random": RandomMethod,
+    "slerp": SlerpMethod,
+    "linear": LinearMethod,
+    "nao": NaoMethod,
+}
+"""The methods that need no start from another."""
+
+AnyNoiseMethod = Annotated[
     RandomMethod | SlerpMethod | LinearMethod | NaoMethod | SeedSelectMethod, Field(discriminator="method")
 ]
+
+
+class RareDrawing(LatentModelSettings):
+    """What a job file calls by the same names as the stage."""
+
+    methods: Methods[AnyNoiseMethod]
+    """How new seeds are made; a plain string stands for ``{method: ...}``. Each makes `count` rows a concept."""
+    candidates: int = Field(1, ge=1)
+    """Pictures that are drawn for each one kept; the best by `score` stays."""
+    clip: ModelName = str(micro.MODELS / "prior")
+    """CLIP-family model that scores and that ``seed-select`` follows: a folder or hub id."""
+    clip_revision: str | None = None
+    """Of that model on the hub."""
+    oracle: str | None = None
+    """Folder of the oracle. Left out: the shipped one."""
+    inversion: AnyInversionMethod = LboMethod()
+    """How the concepts' pictures become seeds: a method of ``invert-images`` that needs a seed alone."""
+    seeds: str | None = None
+    """Output of an ``invert-images`` run with one method, for concepts whose row has no pictures."""
+    by: str = "concept"
+    """Its column with the concepts' names (``keep`` it there)."""
+    most: int = Field(16, ge=1)
+    """Pictures (or seeds) of a concept that are used: the first so many."""
+    steps: int = Field(50, ge=1)
+    """Sampling steps, of inversion and drawing."""
+    guidance: float = Field(7.5, ge=1)
+    """Guidance scale of drawing. Pictures are inverted without guidance."""
+    negative: str | None = None
+    """Negative prompt, under guidance."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """Pictures of another shape: the middle square, white borders, or both sides resized."""
+    store: Literal["float32", "float16"] = "float32"
+    """dtype of stored latents. Pictures are drawn from the stored numbers."""
+    slots: int = Field(16, ge=1)
+    """Pictures at once."""
+
+    @field_validator("inversion", mode="before")
+    @classmethod
+    def _short_inversion(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _noise_alone(self) -> RareDrawing:
+        if self.inversion.extra is not None:
+            raise ValueError(f"inversion: {self.inversion.label} needs more than a seed; take lbo or a fixed point")
+        return self
+
+
+class RareConceptsSettings(RareDrawing):
+    """All that the stage is told."""
+
+    scores: tuple[Score, ...] = Field(("text", "image"), min_length=1)
+    """What is measured; the first decides which candidate is kept, the next ones between equals."""
+    root: str = ""
+    """Folder that relative picture addresses start from."""
+    seed: int = Field(0, ge=0)
+    """Everything random is drawn from (seed, concept, number): all methods start from the same noise."""
+
+    @property
+    def follows_pictures(self) -> bool:
+        """Whether the CLIP direction of a concept's pictures is needed."""
+        return "image" in self.scores or any(isinstance(method, SeedSelectMethod) for method in self.methods)

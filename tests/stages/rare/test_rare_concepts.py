@@ -19,14 +19,18 @@ from pydantic import ValidationError
 from jobs.kinds.rare_concepts import RareConcepts as Job
 from stages.engine.randomness import row_generator
 from stages.models.clip import ImageEncoder
+from stages.models.families import open_latent_model, read_geometry
 from stages.models.fingerprint import describe_model
+from stages.models.latent import LatentModel
 from stages.models.sampler import sample
-from stages.models.schedule import make_schedule
-from stages.models.unet import LatentDiffusion, read_geometry
+from stages.models.settings import LatentModelSettings
+from stages.rare.candidates import new_noise
+from stages.rare.inverted import InvertedDataset
 from stages.rare.noise import slerp
-from stages.rare.references import SeedDataset, read_asked
-from stages.rare.seed_select import Target, centroid, clip_pixels, embedder, last_latents, optimise_seeds, select_loss
-from stages.rare.stage import RareConcepts, grow_seeds, parse
+from stages.rare.references import read_concept_row
+from stages.rare.seed_select import Target, centroid, clip_pixels, embedder, last_latents, optimise_noise, select_loss
+from stages.rare.settings import NoiseMethod, RareConceptsSettings
+from stages.rare.stage import RareConcepts
 from tests.support import tiny_kandinsky, tiny_stable_diffusion
 
 METHODS = [
@@ -52,8 +56,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(folder: str) -> LatentDiffusion:
-    return LatentDiffusion.load(folder)
+def model(folder: str) -> LatentModel:
+    return open_latent_model(LatentModelSettings(model=folder, device="cpu"))
 
 
 def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -84,7 +88,16 @@ def rows(labels=LABELS, concepts=("star", "ring"), count: int = 2) -> list[dict]
 
 
 def stage(folder: str, clip: str, methods=METHODS, **changes) -> RareConcepts:
-    return RareConcepts(folder, methods, clip=clip, device="cpu", **{**OPTIONS, **changes})
+    return RareConcepts(settings(folder, clip, methods, **changes))
+
+
+def settings(folder: str, clip: str, methods=METHODS, **changes) -> RareConceptsSettings:
+    return RareConceptsSettings(model=folder, methods=methods, clip=clip, device="cpu", **{**OPTIONS, **changes})
+
+
+def method(name: str, **options) -> NoiseMethod:
+    (found,) = RareConceptsSettings(methods=[{"method": name, **options}]).methods
+    return found
 
 
 def by_id(made) -> dict[str, dict]:
@@ -107,10 +120,10 @@ def test_clip_pixels_are_the_processors(clip: str, size: int) -> None:
     assert float((clip_pixels(x, encoder) - wanted).abs().max()) < (1e-5 if size == 32 else 2.5 / 255 / 0.26)
 
 
-def test_the_last_latents_are_the_samplers_and_checkpoints_do_not_change_gradients(model: LatentDiffusion) -> None:
-    schedule = make_schedule(model.pipeline.scheduler.config, 5)
+def test_the_last_latents_are_the_samplers_and_checkpoints_do_not_change_gradients(model: LatentModel) -> None:
+    schedule = model.schedule(5)
     predict = model.predictor(3.0)
-    condition = model.condition(["red star", "a ring"], size=16, guided=True)
+    condition = model.condition(["red star", "a ring"], guided=True)
     z = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(1)).requires_grad_(True)
     tail = last_latents(predict, schedule, z, condition, 3)
     torch.testing.assert_close(tail[0], sample(predict, schedule, z.detach(), condition), atol=1e-5, rtol=1e-5)
@@ -143,14 +156,14 @@ def test_the_loss_against_a_plain_loop() -> None:
         assert float(found[row]) == pytest.approx(total, rel=1e-5)
 
 
-def test_optimised_seeds_against_torch_adamw_row_by_row(model: LatentDiffusion, clip: str) -> None:
-    schedule = make_schedule(model.pipeline.scheduler.config, 3)
+def test_optimised_seeds_against_torch_adamw_row_by_row(model: LatentModel, clip: str) -> None:
+    schedule = model.schedule(3)
     predict, embed = model.predictor(2.0), embedder(model.decode, ImageEncoder(clip))
     generator = torch.Generator().manual_seed(4)
     z, latent = (torch.randn((2, 4, 8, 8), generator=generator) for _ in range(2))
     target = Target(torch.nn.functional.normalize(torch.randn((2, 24), generator=generator), dim=1), latent)
-    condition = model.condition(["red star", "a ring"], size=16, guided=True)
-    found = optimise_seeds(
+    condition = model.condition(["red star", "a ring"], guided=True)
+    found = optimise_noise(
         z, condition, target, predict=predict, schedule=schedule, embed=embed, iterations=5, rate=0.05
     )
     for row in range(2):
@@ -181,10 +194,10 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
 
 def test_new_seeds_are_the_formulas_at_their_weights() -> None:
     z = torch.randn((3, 4, 4, 4), generator=torch.Generator().manual_seed(0))
-    noise, none = grow_seeds(parse([{"method": "random"}])[0], z, generators(4))
+    noise, none = new_noise(method("random"), z, generators(4))
     assert float(none.abs().max()) == 0
     torch.testing.assert_close(noise[2], torch.randn((4, 4, 4), generator=generators(3)[2]))
-    made, weights = grow_seeds(parse([{"method": "slerp", "margin": 0.1}])[0], z, generators(40))
+    made, weights = new_noise(method("slerp", margin=0.1), z, generators(40))
     assert bool((weights.sum(1) - 1).abs().max() < 1e-6)
     assert bool(((weights > 0).sum(1) == 2).all())
     for own, weight in zip(made, weights, strict=True):
@@ -192,14 +205,14 @@ def test_new_seeds_are_the_formulas_at_their_weights() -> None:
         assert 0.1 <= float(weight[second]) <= 0.9
         wanted = slerp(weight[second : second + 1], z[first].view(1, -1), z[second].view(1, -1))
         torch.testing.assert_close(own.view(1, -1), wanted, atol=1e-5, rtol=1e-5)
-    made, weights = grow_seeds(parse([{"method": "linear"}])[0], z, generators(2000))
+    made, weights = new_noise(method("linear"), z, generators(2000))
     torch.testing.assert_close(weights.sum(1), torch.ones(2000))
     # Uniform on the simplex: each weight has mean 1/3 and variance 1/18.
     torch.testing.assert_close(weights.mean(0), torch.full((3,), 1 / 3), atol=0.02, rtol=0)
     torch.testing.assert_close(weights.var(0), torch.full((3,), 1 / 18), atol=0.005, rtol=0)
     wanted = torch.einsum("bk,kchw->bchw", weights, z) / weights.square().sum(1).sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
-    made, weights = grow_seeds(parse([{"method": "nao", "margin": 0.4, "updates": 30}])[0], z, generators(50))
+    made, weights = new_noise(method("nao", margin=0.4, updates=30), z, generators(50))
     assert bool(((weights > 0).sum(1) == 1).all())
     assert float(weights.max()) <= 0.6
     nearest = torch.nn.functional.cosine_similarity(made.flatten(1)[:, None], z.flatten(1)[None], dim=2).argmax(1)
@@ -211,7 +224,7 @@ def test_new_seeds_are_the_formulas_at_their_weights() -> None:
 
 def test_every_method_gives_every_row_once_with_declared_columns(folder: str, clip: str) -> None:
     given = rows()
-    columns = {c.name: c for c in RareConcepts.describe(folder, METHODS, clip=clip, candidates=2, **OPTIONS).columns}
+    columns = {c.name: c for c in RareConcepts.describe(settings(folder, clip, candidates=2)).columns}
     done = by_id(stage(folder, clip, candidates=2)(given))
     assert set(done) == {row["id"] for row in given}
     for name, row in done.items():
@@ -333,9 +346,9 @@ def inverted(folder: Path, unet: str, *, methods=("lbo",), by: str = "concept") 
 
 
 def test_seeds_are_found_by_name_or_by_id(tmp_path: Path) -> None:
-    dataset = SeedDataset(inverted(tmp_path / "out", "abc"), "concept", "abc")
+    dataset = InvertedDataset(inverted(tmp_path / "out", "abc"), "concept", "abc")
     asked = [
-        read_asked(key, {"id": key, "prompt": "x", **row}, 3)
+        read_concept_row(key, {"id": key, "prompt": "x", **row}, 3)
         for key, row in {
             "star": {}, "other": {"name": "ring"}, "listed": {"seeds": ["p6", "p0"]}, "gone": {"seeds": '["p1"]'},
             "moon": {},
@@ -350,19 +363,19 @@ def test_seeds_are_found_by_name_or_by_id(tmp_path: Path) -> None:
     assert "no inverted row with concept 'moon'" in ids["moon"]
     star = found["star"]
     assert not isinstance(star, str)
-    assert star.seed_KCHW[:, 0, 0, 0].tolist() == [0, 2, 3]
+    assert star.z_KCHW[:, 0, 0, 0].tolist() == [0, 2, 3]
     assert "another size" in str(dataset.find(asked[:1], (3, 1, 1), 3)["star"])
 
 
 def test_an_inversion_dataset_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
-        SeedDataset(inverted(tmp_path / "model", "abc"), "concept", "def")
+        InvertedDataset(inverted(tmp_path / "model", "abc"), "concept", "def")
     with pytest.raises(ValueError, match="2 methods"):
-        SeedDataset(inverted(tmp_path / "two", "abc", methods=("lbo", "ddim")), "concept", "abc")
+        InvertedDataset(inverted(tmp_path / "two", "abc", methods=("lbo", "ddim")), "concept", "abc")
     with pytest.raises(ValueError, match="no finished output"):
-        SeedDataset(str(tmp_path), "concept", "abc")
-    nameless = SeedDataset(inverted(tmp_path / "nameless", "abc", by="label"), "concept", "abc")
-    found = nameless.find([read_asked("star", {"id": "star", "prompt": "x"}, 3)], (4, 1, 1), 3)
+        InvertedDataset(str(tmp_path), "concept", "abc")
+    nameless = InvertedDataset(inverted(tmp_path / "nameless", "abc", by="label"), "concept", "abc")
+    found = nameless.find([read_concept_row("star", {"id": "star", "prompt": "x"}, 3)], (4, 1, 1), 3)
     assert "has no column 'concept'" in str(found["star"])
 
 
@@ -380,8 +393,8 @@ def test_job_file_errors_name_the_key() -> None:
     ):
         with pytest.raises(ValidationError, match=said):
             Job.model_validate({"input": "x", **wrong})
-    assert parse([{"method": "seed-select"}])[0].budget == (30, 0.1)  # type: ignore[attr-defined]
-    assert parse([{"method": "seed-select", "start": "nao"}])[0].budget == (5, 0.05)  # type: ignore[attr-defined]
+    assert method("seed-select").budget == (30, 0.1)  # type: ignore[attr-defined]
+    assert method("seed-select", start="nao").budget == (5, 0.05)  # type: ignore[attr-defined]
 
 
 def test_shipped_job_files_are_valid_and_plan_a_row_for_each_concept_method_and_number() -> None:
@@ -401,7 +414,7 @@ def test_shipped_job_files_are_valid_and_plan_a_row_for_each_concept_method_and_
         scan = reader_of(source).scan(source, file, lambda row: False)
         for raw in reader_of(source).rows(source, Span(file.name, file.path, 0, scan.rows), None):
             ids.append(raw.id)
-            asked = read_asked("key", {"id": raw.id, **raw.values}, 16)
+            asked = read_concept_row("key", {"id": raw.id, **raw.values}, 16)
             assert len(asked.pictures) == 4
             assert raw.values["objects"][0]["shape"] in asked.prompt
     assert len(set(ids)) == len(ids) == 4 * len(job.methods) * job.count
@@ -468,13 +481,13 @@ def test_a_chain_from_pictures_to_a_corpus_regenerates_by_the_documented_lines(
 def test_the_stage_names_what_it_was_made_with(folder: str, clip: str, tmp_path: Path) -> None:
     own = describe_model(folder, None, "unet")["fingerprint"]
     seeds = inverted(tmp_path / "out", own)
-    described = RareConcepts.describe(folder, METHODS, clip=clip, seeds=seeds, scores=("image", "oracle"), **OPTIONS)
+    described = RareConcepts.describe(settings(folder, clip, seeds=seeds, scores=("image", "oracle")))
     assert {"unet", "vae", "text_encoder", "clip_image", "oracle", "seeds"} <= set(described.models)
     assert "clip_text" not in described.models
     (tmp_path / "out" / "_SUCCESS").write_text("{} ")
-    again = RareConcepts.describe(folder, METHODS, clip=clip, seeds=seeds, scores=("image", "oracle"), **OPTIONS)
+    again = RareConcepts.describe(settings(folder, clip, seeds=seeds, scores=("image", "oracle")))
     assert again.models["seeds"]["fingerprint"] != described.models["seeds"]["fingerprint"]
-    assert read_geometry(folder).latent_shape in [column.shape for column in described.columns]
+    assert read_geometry(settings(folder, clip)).latent_shape in [column.shape for column in described.columns]
 
 
 def test_the_oracle_ranks_where_the_concept_says_what_it_is(folder: str, clip: str) -> None:
@@ -485,7 +498,7 @@ def test_the_oracle_ranks_where_the_concept_says_what_it_is(folder: str, clip: s
     def read(pictures):
         return [SimpleNamespace(things=(seen,) if np.asarray(p).mean() > level else ()) for p in pictures]
 
-    own.oracle = SimpleNamespace(read=read)
+    own.judge.oracle = SimpleNamespace(read=read)
     given = [{**row, "objects": [{"shape": "star"}]} for row in rows(["random"], ["star"], 8)]
     level = -1.0
     brightness = [np.asarray(row["image"]).mean() for row in own(given)]
