@@ -1,0 +1,79 @@
+"""Training of an inverter: it learns, and a killed training resumes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stages.engine.checkpoint import read_checkpoint
+from stages.inverter.model import InverterShape
+from stages.inverter.settings import Training
+from stages.inverter.training import Pairs, split, text_conditions, train_inverter
+from tests.support.concepts import opened
+from tests.support.tiny_stable_diffusion import WORDS, build
+
+SMALL = {"latent": (4, 8, 8), "patch": 4, "width": 32, "layers": 2, "heads": 4}
+
+
+def pairs(count: int = 24) -> Pairs:
+    """Prompts of two words and latents that give the words away."""
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 4, (2, count))
+    z = rng.normal(0, 0.1, (count, 4, 8, 8)).astype(np.float16)
+    for i in range(count):
+        z[i, first[i]] += 2
+        z[i, second[i], :, 4:] -= 3
+    names = [w for w in WORDS if len(w) > 3]
+    return Pairs(z, [f"{names[a]} {names[b + 4]}" for a, b in zip(first, second, strict=True)])
+
+
+def test_inverter_learns_and_beats_the_mean_latent(model):
+    settings = Training(steps=100, batch=8, lr=3e-3, noise_rows=2, held_out=0.2)
+    shape = InverterShape(text=(16, 32), **SMALL)
+    inverter, measures = train_inverter(model, pairs(40), shape, settings, seed=0)
+    assert measures["held_out"] == 8
+    assert measures["mse"] < 0.6 * measures["mean_latent_mse"]
+    assert measures["cosine"] > 0.6
+    # The reported error is the plain one.
+    data = pairs(40)
+    held = split(40, 0.2, 0)[1]
+    text, _ = text_conditions(model, [data.prompts[i] for i in held])
+    guess, _ = inverter(torch.from_numpy(data.z_MCHW[held]).float())
+    assert measures["mse"] == pytest.approx((guess - text).square().mean().item(), rel=1e-4)
+
+
+def test_training_killed_and_resumed_ends_equal(model, tmp_path):
+    shape = InverterShape(text=(16, 32), **SMALL)
+    path = str(tmp_path / "c.safetensors")
+
+    def trained(steps_seen=None, **options):
+        settings = Training(steps=12, batch=4, noise_rows=2)
+        return train_inverter(model, pairs(), shape, settings, seed=1, **options)
+
+    whole, _ = trained()
+
+    class Killed(Exception):
+        pass
+
+    def die(line: str) -> None:
+        if "step 7 " in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(checkpoint=path, checkpoint_seconds=-1.0, report=die)
+    assert read_checkpoint(path)[1]["step"] == 6
+    resumed, measures = trained(checkpoint=path, checkpoint_seconds=-1.0)
+    assert [point["step"] for point in measures["curve"]] == list(range(1, 13))
+    for name, tensor in whole.state_dict().items():
+        assert torch.allclose(tensor, resumed.state_dict()[name], atol=1e-6), name
+
+
+def test_sdxl_inverters_give_the_pooled_condition_too(tmp_path):
+    model = opened(build(tmp_path, "sdxl"))
+    shape = InverterShape(text=(16, 56), pooled=20, **SMALL)
+    settings = Training(steps=3, batch=4, noise_rows=2)
+    inverter, _ = train_inverter(model, pairs(), shape, settings, seed=0)
+    text, pooled = inverter(torch.zeros(2, 4, 8, 8))
+    assert text.shape == (2, 16, 56)
+    assert pooled.shape == (2, 20)
