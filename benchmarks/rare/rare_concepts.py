@@ -22,13 +22,21 @@ from PIL import Image
 import micro
 from micro import prompts, world
 from stages.models.fingerprint import describe_model
-from stages.rare.settings import LinearMethod, NaoMethod, RandomMethod, SeedMethod, SeedSelectMethod, SlerpMethod
+from stages.rare.settings import (
+    AnyNoiseMethod,
+    LinearMethod,
+    NaoMethod,
+    RandomMethod,
+    RareConceptsSettings,
+    SeedSelectMethod,
+    SlerpMethod,
+)
 from stages.rare.stage import RareConcepts
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def methods(steps: int) -> tuple[SeedMethod, ...]:
+def methods(steps: int) -> tuple[AnyNoiseMethod, ...]:
     """The methods of the table; `steps` are the sampling steps inside seed-select."""
     return (
         RandomMethod(),
@@ -56,7 +64,7 @@ def concepts(kind: str, count: int, shown: int) -> Iterator[dict[str, Any]]:
         yield {"name": name, "prompt": prompt.prompt, "objects": [asked], "pictures": pictures}
 
 
-def passes(method: SeedMethod, options: argparse.Namespace) -> int:
+def passes(method: AnyNoiseMethod, options: argparse.Namespace) -> int:
     """U-Net passes that a picture takes beyond the inversion; guidance doubles them, a backward pass counts as one."""
     drawn = 2 * options.steps
     if not isinstance(method, SeedSelectMethod):
@@ -65,10 +73,10 @@ def passes(method: SeedMethod, options: argparse.Namespace) -> int:
     return drawn + method.budget[0] * 2 * options.select_steps * 3
 
 
-def pictures_of(method: SeedMethod, options: argparse.Namespace) -> int:
+def pictures_of(method: AnyNoiseMethod, options: argparse.Namespace) -> int:
     """Pictures a concept: fewer by the method that optimises every seed from noise."""
-    dear = isinstance(method, SeedSelectMethod) and method.start == "random"
-    return min(options.pictures, options.select_pictures) if dear else int(options.pictures)
+    from_noise = isinstance(method, SeedSelectMethod) and method.start == "random"
+    return min(options.pictures, options.select_pictures) if from_noise else int(options.pictures)
 
 
 def rows(given: list[dict[str, Any]], label: str, pictures: int) -> list[dict[str, Any]]:
@@ -89,11 +97,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What is known after each kind."""
     torch.set_num_threads(options.threads)
     chosen = [m for m in methods(options.select_steps) if not options.methods or m.label in options.methods]
-    stage = RareConcepts(
-        options.model, [method.model_dump(mode="json") for method in chosen], clip=str(micro.MODELS / "prior"),
-        inversion={"method": "lbo"}, steps=options.steps, guidance=options.guidance, scores=("text", "image", "oracle"),
-        slots=options.slots, device="cpu", seed=options.seed,
+    settings = RareConceptsSettings(
+        model=options.model, methods=tuple(chosen), steps=options.steps, guidance=options.guidance,
+        scores=("text", "image", "oracle"), slots=options.slots, device="cpu", seed=options.seed,
     )  # fmt: skip
+    stage = RareConcepts(settings)
     found: dict[str, Any] = {
         "setting": {key: getattr(options, key) for key in ("concepts", "pictures", "select_pictures", "shown", "steps",
                                                             "guidance", "select_steps", "seed")},
