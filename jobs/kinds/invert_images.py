@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.page.html import Html, escape, picture, table, tag
+from jobs.page.view import View
 from jobs.schema.base import JobBase
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.inversion.settings import InvertImagesSettings
 
 if TYPE_CHECKING:
-    from jobs.page.html import Html
-    from jobs.page.view import View
     from pipeline.input.source import Source
 
 EXTRA_STATE = ("belm", "edict", "null-text")
@@ -68,7 +68,6 @@ Any row of a method without extra state regenerates its picture in plain diffuse
 
 def _draw_methods(view: View) -> Html:
     """A row a method; those that store more than a seed stand apart."""
-    from jobs.page.html import escape, table, tag
 
     config = {m.get("name") or m["method"]: m for m in view.config.get("methods", ())}
     columns = [name for name in MEASURES if name in view.columns]
@@ -91,7 +90,6 @@ def _draw_methods(view: View) -> Html:
 
 
 def _draw_grid(view: View) -> Html:
-    from jobs.page.html import Html, picture, table, tag
 
     if "reconstruction" not in view.columns:
         return Html()

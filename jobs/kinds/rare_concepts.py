@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from jobs.page.html import Html, escape, picture, table, tag, words
+from jobs.page.view import View
 from jobs.schema.base import JobBase
 from jobs.schema.concept_input import concept_source, folder_of
 from jobs.schema.panel import Panel
@@ -13,8 +15,6 @@ from pipeline.contract import StageSpec
 from stages.rare.settings import RareConceptsSettings, RareDrawing, Score
 
 if TYPE_CHECKING:
-    from jobs.page.html import Html
-    from jobs.page.view import View
     from pipeline.input.source import Source
 
 MEASURES = ("score", "clip_score", "clip_image", "bound", "success", "select_start", "select_loss", "seed_std")
@@ -84,7 +84,6 @@ concept. `parents` names the pictures a seed was grown from and what each counte
 
 
 def _draw_methods(view: View) -> Html:
-    from jobs.page.html import table
 
     columns = [name for name in MEASURES if name in view.columns]
     rows = view.rows(["method", *columns], 20_000)
@@ -101,7 +100,6 @@ def _draw_methods(view: View) -> Html:
 
 def _draw_concepts(view: View) -> Html:
     """A table a concept: its own pictures, and a line a method with its best ones."""
-    from jobs.page.html import escape, picture, table, tag, words
 
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     columns = ["concept", "prompt", "method", "image", "references", "score"]
