@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.kinds.chain import Chain
 from jobs.run import run_spec
-from jobs.schema.base import Job, JobBase
+from jobs.schema.base import Job, RowJob
 from jobs.schema.reading import JobFileError
 from pipeline.storage import Folder
 
@@ -22,7 +22,7 @@ class DryRun:
     """What a job would do. `plan` is None for a step whose input does not exist yet; `why` says so."""
 
     name: str
-    job: JobBase
+    job: RowJob
     output: str
     plan: Plan | None
     why: str = ""
@@ -82,7 +82,7 @@ def plan_job(
 
     steps = list(job.named_steps(output)) if isinstance(job, Chain) else [(job.job, job)]
     for number, (name, step) in enumerate(steps):
-        if not isinstance(step, JobBase):
+        if not isinstance(step, RowJob):
             continue
         target = step.output or output
         earlier = [str(before.output) for _, before in steps[:number]]

@@ -10,11 +10,11 @@ from jobs.page.html import shorten, tag
 from jobs.page.report import REPORT_FILE, StepPart, render, render_chain
 from jobs.page.view import View
 from jobs.schema import registry
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
 
 
-def write_report(output: str, job: JobBase | None = None, storage_options: Mapping[str, Any] | None = None) -> str:
+def write_report(output: str, job: RowJob | None = None, storage_options: Mapping[str, Any] | None = None) -> str:
     """Write the page of a run, or of a chain and its steps.
 
     Args:
@@ -53,7 +53,7 @@ def _step_part(output: str, step: Mapping[str, str], storage_options: Mapping[st
     return StepPart(step["name"], step["job"], href, view, own_panels(_stored_job(view)))
 
 
-def own_panels(job: JobBase | None) -> list[Panel]:
+def own_panels(job: RowJob | None) -> list[Panel]:
     """The job's own panels; a note in their place if it fails to name them."""
     if job is None:
         return []
@@ -64,11 +64,11 @@ def own_panels(job: JobBase | None) -> list[Panel]:
         return [Panel(job.job, lambda view: tag("p", message, class_="quiet"))]
 
 
-def _stored_job(view: View) -> JobBase | None:
+def _stored_job(view: View) -> RowJob | None:
     """The job as the plan remembers it; None where its kind is not installed or its settings have changed."""
     try:
         model = registry.find(view.config["job"])
         job = model.model_validate({**view.config, "input": "unused"})
     except (KeyError, ValueError):
         return None
-    return job if isinstance(job, JobBase) else None
+    return job if isinstance(job, RowJob) else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.kinds.chain import Chain, write_listing
 from jobs.report import write_report
 from jobs.schema import reading
-from jobs.schema.base import Job, JobBase
+from jobs.schema.base import Job, RowJob
 from jobs.schema.reading import JobFileError
 from pipeline.output.progress import Progress
 from pipeline.storage import Folder
@@ -116,12 +116,12 @@ class _Circumstances:
 def _run(job: Job, output: str, given: _Circumstances) -> JobResult:
     if isinstance(job, Chain):
         return _run_chain(job, output, given)
-    if isinstance(job, JobBase):
+    if isinstance(job, RowJob):
         return _run_rows(job, output, given)
     raise TypeError(f"{type(job).__name__} is neither a chain nor a job that maps rows")
 
 
-def _run_rows(job: JobBase, output: str, given: _Circumstances) -> JobResult:
+def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
     """Map the job's rows through its stage; then its own finish, and the report."""
     from pipeline.run.driver import run
 
@@ -193,7 +193,7 @@ def _one_ray(address: str | None, steps: Sequence[Job]) -> Iterator[None]:
     from pipeline.run.cluster import ClusterError, connected
     from pipeline.run.driver import RunError
 
-    cpus = max((step.resources.cpus for step in steps if isinstance(step, JobBase)), default=1.0)
+    cpus = max((step.resources.cpus for step in steps if isinstance(step, RowJob)), default=1.0)
     with ExitStack() as stack:
         if not all(Folder.at(str(step.output), step.storage_options).exists("_SUCCESS") for step in steps):
             try:
@@ -203,7 +203,7 @@ def _one_ray(address: str | None, steps: Sequence[Job]) -> Iterator[None]:
         yield
 
 
-def run_spec(job: JobBase, output: str, limit: int | None = None) -> RunSpec:
+def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
     """All that decides which bytes the job writes to a folder."""
     from pipeline.run.driver import RunSpec
 
@@ -220,7 +220,7 @@ def run_spec(job: JobBase, output: str, limit: int | None = None) -> RunSpec:
     )
 
 
-def description(job: JobBase) -> str:
+def description(job: RowJob) -> str:
     """What the dataset card says: the first paragraph of the model's docstring, the job's own words, its settings."""
     import yaml
 

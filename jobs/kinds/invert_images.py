@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.page.html import Html, escape, picture, table, tag
 from jobs.page.view import View
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.inversion.settings import InvertImagesSettings
@@ -22,7 +22,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-class InvertImages(JobBase, InvertImagesSettings):
+class InvertImages(RowJob, InvertImagesSettings):
     """Pictures inverted through a frozen Stable Diffusion model (DDIM inversion, fixed points, LBO, ILB, ...): one
     row for each picture and method. The latent regenerates its picture in plain diffusers.
 

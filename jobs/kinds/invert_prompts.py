@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from jobs.page.html import Html, picture, table
 from jobs.page.view import View
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.models.decoding import Decode
@@ -29,7 +29,7 @@ MEASURES = ("text_cosine", "norm", "mahalanobis", "nearest_cosine", "clip_score"
 GRID_PROMPTS = 16
 
 
-class InvertPrompts(PromptInversion, JobBase):
+class InvertPrompts(PromptInversion, RowJob):
     """Prompts inverted to CLIP image embeddings (optimisation-based visual inversion and its rivals), one row for each
     prompt and method; with a decoder also to pictures.
     """

@@ -11,7 +11,7 @@ from pydantic import Field
 from jobs.page import charts
 from jobs.page.html import escape, picture, tag, words
 from jobs.page.view import View
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.concept_input import absolute, concept_source, folder_of
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
@@ -32,7 +32,7 @@ class Prompts(Templates):
     """Pictures with it."""
 
 
-class LearnConcepts(JobBase, ConceptLearning):
+class LearnConcepts(RowJob, ConceptLearning):
     """Word embeddings for concepts (adjectives, verbs, relations), learned from a few pictures each through a frozen
     text-to-image model, many concepts in one batch. Method: Lego (Motamed, Paudel and Van Gool, ECCV 2024).
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jobs.page.html import Html, escape, picture, table, tag, words
 from jobs.page.view import View
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.concept_input import concept_source, folder_of
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
@@ -23,7 +23,7 @@ GALLERY_CONCEPTS = 16
 GALLERY_PICTURES = 4
 
 
-class RareConcepts(JobBase, RareDrawing):
+class RareConcepts(RowJob, RareDrawing):
     """New pictures of concepts that a frozen Stable Diffusion model rarely draws: the seeds of a few pictures of each
     are interpolated, combined or optimised into new seeds, drawn and scored, and the best kept with seed, parents and
     score.

@@ -13,7 +13,7 @@ from jobs.page import charts
 from jobs.page.hits import hits
 from jobs.page.html import Exhibit, Html, escape, gallery, table
 from jobs.page.view import View
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
 from pipeline.contract import Settings, StageSpec
 from stages.embed.settings import AdoptSettings, ComputedEmbeddings, EmbedSettings, StoredEmbeddings
@@ -39,7 +39,7 @@ class IndexSettings(Settings):
     """Rows of a partial index, at least; what is lost when building is killed."""
 
 
-class Reference(ComputedEmbeddings, JobBase):
+class Reference(ComputedEmbeddings, RowJob):
     """Embeds pictures with a CLIP-family image encoder, and makes of the embeddings what searching and inverting need:
     Gaussian statistics and a nearest-neighbour index.
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from jobs.page import charts
 from jobs.page.html import escape, table, tag
 from jobs.page.view import View
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.inverter.settings import DrawPairsSettings, InvertTextSettings, Network, Training
@@ -23,7 +23,7 @@ MEASURES = "inverter/measures.json"
 FOLDER = "inverter"
 
 
-class TrainInverter(JobBase, DrawPairsSettings):
+class TrainInverter(RowJob, DrawPairsSettings):
     """Pictures drawn from known prompts by a frozen text-to-image model, and a latent inversion module trained on them
     that gives back a picture's text latent in one pass.
 
@@ -81,7 +81,7 @@ class TrainInverter(JobBase, DrawPairsSettings):
         ]
 
 
-class InvertText(JobBase, InvertTextSettings):
+class InvertText(RowJob, InvertTextSettings):
     """Text latents of pictures, read off by a trained inverter in one pass each: a condition without a caption.
 
     Rows need a column ``image``. The column ``text_latent`` is what the model's text encoder would have given.

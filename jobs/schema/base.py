@@ -107,7 +107,7 @@ class Resources(Settings):
 
 
 class Job(Settings):
-    """Anything that a job file can describe. ``chain`` derives from it directly, row jobs from `JobBase`."""
+    """Anything that a job file can describe. ``chain`` derives from it directly, row jobs from `RowJob`."""
 
     job: str
     output: str | None = None
@@ -116,7 +116,7 @@ class Job(Settings):
     """For fsspec, when the output is remote: endpoint, keys, ... Never written to the output."""
 
 
-class JobBase(Job):
+class RowJob(Job):
     """A job that maps the rows of one dataset through a stage into another dataset.
 
     A job module subclasses it, adds its own fields, narrows ``job`` to a `Literal`, and implements `stage`.
@@ -154,5 +154,5 @@ class JobBase(Job):
 
     def own_settings(self) -> dict[str, Any]:
         """The job's own fields: with stage, source, seed, shard_rows and keep they decide what is written."""
-        common = set(JobBase.model_fields) - {"job"} | {"name"}
+        common = set(RowJob.model_fields) - {"job"} | {"name"}
         return self.model_dump(mode="json", exclude=common)

@@ -1,6 +1,6 @@
 """Which kinds of job there are. A kind's module is imported when a job file asks for it.
 
-A new job is one line in `KINDS` and one module with a `JobBase` subclass; see docs/architecture.md.
+A new job is one line in `KINDS` and one module with a `RowJob` subclass; see docs/architecture.md.
 """
 
 from __future__ import annotations

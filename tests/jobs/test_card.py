@@ -13,7 +13,7 @@ import yaml
 from skimage import data as photographs
 
 from jobs.run import JobResult, run_job
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from pipeline.output.dataset import Output
 from tests.support.toy_job import Toy
 
@@ -62,7 +62,7 @@ print(json.dumps({{
 
 
 def test_two_datasets_of_one_folder_name_do_not_share_a_cache(
-    tmp_path: Path, toy_job: type[JobBase], local_ray: str
+    tmp_path: Path, toy_job: type[RowJob], local_ray: str
 ) -> None:
     from datasets import load_dataset
 

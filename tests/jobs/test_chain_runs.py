@@ -14,7 +14,7 @@ from jobs.commands.cli import app
 from jobs.kinds.chain import Chain
 from jobs.run import run_job
 from jobs.schema import reading
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.reading import JobFileError
 from pipeline.output.progress import Progress
 
@@ -28,7 +28,7 @@ def rows(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_references_resolve_to_the_folders_of_their_steps(toy_job: type[JobBase]) -> None:
+def test_references_resolve_to_the_folders_of_their_steps(toy_job: type[RowJob]) -> None:
     steps = [
         {"job": "toy", "name": "one", "input": "a", "seed": 9},
         {"job": "toy", "name": "two"},
@@ -46,12 +46,12 @@ def test_references_resolve_to_the_folders_of_their_steps(toy_job: type[JobBase]
     assert {step.resources.workers.max for step in found.values()} == {3}
 
 
-def test_a_step_alone_and_in_a_chain_have_the_same_settings(toy_job: type[JobBase]) -> None:
+def test_a_step_alone_and_in_a_chain_have_the_same_settings(toy_job: type[RowJob]) -> None:
     """The name of a step is no setting of its job: renaming must not refuse to resume."""
     chain = reading.load({"job": "chain", "steps": [{"job": "toy", "name": "one", "input": "a", "mode": "lower"}]})
     assert isinstance(chain, Chain)
     (_, step), *_ = chain.named_steps("OUT")
-    assert isinstance(step, JobBase)
+    assert isinstance(step, RowJob)
     assert step.own_settings() == toy_job.model_validate({"input": "a", "mode": "lower"}).own_settings()
 
 
@@ -72,14 +72,14 @@ def test_a_step_alone_and_in_a_chain_have_the_same_settings(toy_job: type[JobBas
         (["toy"], "steps[0]: which job? The key is missing."),
     ],
 )
-def test_mistakes(toy_job: type[JobBase], steps: list[Any], said: str) -> None:
+def test_mistakes(toy_job: type[RowJob], steps: list[Any], said: str) -> None:
     with pytest.raises(JobFileError) as caught:
         reading.load({"job": "chain", "steps": steps})
     assert said in str(caught.value)
 
 
 def test_a_chain_runs_resumes_and_reports(
-    tmp_path: Path, rows: str, toy_job: type[JobBase], local_ray: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rows: str, toy_job: type[RowJob], local_ray: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     steps = [
@@ -132,7 +132,7 @@ def _check_commands(out: Path) -> None:
     assert runner.invoke(app, ["report", str(out)]).output.strip() == f"{out}/report.html"
 
 
-def test_a_dry_run_plans_what_can_be_planned(tmp_path: Path, rows: str, toy_job: type[JobBase]) -> None:
+def test_a_dry_run_plans_what_can_be_planned(tmp_path: Path, rows: str, toy_job: type[RowJob]) -> None:
     path = tmp_path / "chain.yaml"
     path.write_text(f"job: chain\nsteps:\n- {{job: toy, name: one, input: {rows}}}\n- {{job: toy, name: two}}\n")
     done = CliRunner().invoke(app, ["run-job", str(path), "-o", str(tmp_path / "out"), "--dry-run", "--json"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from jobs.run import run_spec
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.reading import load
 from pipeline.run.draft import draft
 from tests.support import ROOT
@@ -36,5 +36,5 @@ def test_a_job_is_described_as_it_was(kind: str, tmp_path: Path) -> None:
         return json.loads(json.dumps(plain).replace("INPUT", str(tmp_path)).replace("ROOT", str(ROOT)))
 
     job = load(here(OLD[kind]["job"]))
-    assert isinstance(job, JobBase)
+    assert isinstance(job, RowJob)
     assert draft(run_spec(job, str(tmp_path / "out"))).fields == here(OLD[kind]["fields"])

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.report import write_report
 from jobs.run import run_job
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 
 s3fs = pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -29,7 +29,7 @@ def options() -> Iterator[dict[str, Any]]:
 
 
 def test_a_run_ends_with_its_report(
-    tmp_path: Path, toy_job: type[JobBase], local_ray: str, options: dict[str, Any]
+    tmp_path: Path, toy_job: type[RowJob], local_ray: str, options: dict[str, Any]
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"row {n}"}) for n in range(4)))

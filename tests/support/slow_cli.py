@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from jobs.schema import registry
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from pipeline.contract import Column, Row, StageInfo, StageSpec, ok
 
 
-class Slow(JobBase):
+class Slow(RowJob):
     """Counts letters, slowly."""
 
     job: Literal["slow"] = "slow"

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from jobs.page import charts
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
 from pipeline.contract import Column, Row, StageInfo, StageSpec, failed, ok
 
 
-class Toy(JobBase):
+class Toy(RowJob):
     """Rewrites texts and measures them."""
 
     job: Literal["toy"] = "toy"

@@ -14,13 +14,13 @@ import micro
 from jobs.commands.cli import app
 from jobs.kinds.reference import Reference
 from jobs.schema import reading
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.reading import JobFileError
 from tests.support import ROOT
 
 
 @pytest.fixture
-def toy_file(tmp_path: Path, toy_job: type[JobBase]) -> Path:
+def toy_file(tmp_path: Path, toy_job: type[RowJob]) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(20)))
     path = tmp_path / "toy.yaml"
     path.write_text(f"job: toy\ninput: {tmp_path / 'rows.jsonl'}\nshard_rows: 8\n")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from jobs.commands.cli import app
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_USAGE
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from tests.support import ROOT
 
 runner = CliRunner()
@@ -72,7 +72,7 @@ def test_the_shell_completes(tmp_path: Path, typed: str, offered: str) -> None:
         (["-o", "{out}", "--set", "seed"], "write it as key=value"),
     ],
 )
-def test_unusable_requests(tmp_path: Path, toy_job: type[JobBase], arguments: list[str], said: str) -> None:
+def test_unusable_requests(tmp_path: Path, toy_job: type[RowJob], arguments: list[str], said: str) -> None:
     given = [argument.format(out=tmp_path / "out") for argument in arguments]
     done = runner.invoke(app, ["run-job", str(job_file(tmp_path)), *given])
     assert done.exit_code == EXIT_USAGE
@@ -86,7 +86,7 @@ def test_a_folder_without_a_run(tmp_path: Path, command: str) -> None:
     assert "there is no run in this folder" in done.stderr
 
 
-def test_a_plan_for_people(tmp_path: Path, toy_job: type[JobBase]) -> None:
+def test_a_plan_for_people(tmp_path: Path, toy_job: type[RowJob]) -> None:
     done = runner.invoke(app, ["run-job", str(job_file(tmp_path)), "-o", str(tmp_path / "out"), "--dry-run"])
     assert done.exit_code == 0, done.output
     words = done.output.split()
@@ -95,7 +95,7 @@ def test_a_plan_for_people(tmp_path: Path, toy_job: type[JobBase]) -> None:
     assert "changed, length, vector, grey" in " ".join(words)
 
 
-def test_calibration_gives_time_and_cost(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
+def test_calibration_gives_time_and_cost(tmp_path: Path, toy_job: type[RowJob], local_ray: str) -> None:
     path = job_file(tmp_path, "resources: {workers: 2, price_per_worker_hour: 3600, cpus: 0.5}\n", rows=60)
     arguments = ["run-job", str(path), "-o", str(tmp_path / "out"), "--dry-run", "--calibrate", "--sample", "8"]
     (plan,) = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
@@ -112,7 +112,7 @@ def test_calibration_gives_time_and_cost(tmp_path: Path, toy_job: type[JobBase],
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_says_when_workers_will_idle(tmp_path: Path, toy_job: type[JobBase]) -> None:
+def test_a_plan_says_when_workers_will_idle(tmp_path: Path, toy_job: type[RowJob]) -> None:
     path = str(job_file(tmp_path, "resources: {workers: {min: 1, max: 4}, cpus: 0.5}\n"))
     arguments = ["run-job", path, "-o", str(tmp_path / "out"), "--dry-run"]
     shown = " ".join(runner.invoke(app, arguments).output.split())
@@ -120,7 +120,7 @@ def test_a_plan_says_when_workers_will_idle(tmp_path: Path, toy_job: type[JobBas
     assert "busy" not in runner.invoke(app, [*arguments, "--set", "shard_rows=1"]).output
 
 
-def test_run_again_change_and_report(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
+def test_run_again_change_and_report(tmp_path: Path, toy_job: type[RowJob], local_ray: str) -> None:
     out = str(tmp_path / "out")
     arguments = ["run-job", str(job_file(tmp_path)), "-o", out]
     result = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
@@ -139,7 +139,7 @@ def test_run_again_change_and_report(tmp_path: Path, toy_job: type[JobBase], loc
     assert broken.output.startswith("NOT OK")
 
 
-def test_too_many_failed_rows_end_with_1(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
+def test_too_many_failed_rows_end_with_1(tmp_path: Path, toy_job: type[RowJob], local_ray: str) -> None:
     arguments = ["run-job", str(job_file(tmp_path)), "-o", str(tmp_path / "out")]
     done = runner.invoke(app, [*arguments, "--set", "max_failed_fraction=0.01"])
     assert done.exit_code == EXIT_INCOMPLETE
@@ -147,7 +147,7 @@ def test_too_many_failed_rows_end_with_1(tmp_path: Path, toy_job: type[JobBase],
 
 
 def test_ctrl_c_says_how_to_go_on(
-    tmp_path: Path, toy_job: type[JobBase], local_ray: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_job: type[RowJob], local_ray: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interrupt comes when the first shard would be handed out; the second run finishes the job."""
     from pipeline.run import dispatch
@@ -166,7 +166,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert runner.invoke(app, arguments).exit_code == 0
 
 
-def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, toy_job: type[JobBase], local_ray: str) -> None:
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, toy_job: type[RowJob], local_ray: str) -> None:
     path = job_file(tmp_path)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "fail \x1b[31m red"}) + "\n" + json.dumps({"text": "ok"}))
     done = runner.invoke(app, ["run-job", str(path), "-o", str(tmp_path / "out")])

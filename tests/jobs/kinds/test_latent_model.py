@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.reading import JobFileError, load
 from stages.models.settings import LatentModelSettings
 from tests.support.tiny_stable_diffusion import build
@@ -32,9 +32,9 @@ def written(path: Path, kind: str, model: str, *lines: str) -> str:
     return str(path)
 
 
-def read(path: Path, kind: str, model: str, *lines: str) -> JobBase:
+def read(path: Path, kind: str, model: str, *lines: str) -> RowJob:
     job = load(written(path, kind, model, *lines))
-    assert isinstance(job, JobBase)
+    assert isinstance(job, RowJob)
     return job
 
 

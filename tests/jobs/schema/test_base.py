@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import ValidationError
 
-from jobs.schema.base import Input, JobBase, Resources, Workers
+from jobs.schema.base import Input, Resources, RowJob, Workers
 from pipeline.contract import StageSpec
 
 
@@ -34,19 +34,19 @@ def test_input_and_resources_reach_the_pipeline_unchanged() -> None:
     assert (pool.min_workers, pool.max_workers, pool.cpus, pool.gpus, pool.memory) == (2, None, 3, 0.5, 10**9)
 
 
-def test_values_cannot_be_changed_after_validation(toy_job: type[JobBase]) -> None:
+def test_values_cannot_be_changed_after_validation(toy_job: type[RowJob]) -> None:
     job = toy_job(input="a")  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="frozen"):
         job.seed = 3  # type: ignore[misc]
 
 
-def test_own_settings_are_the_fields_that_are_not_common(toy_job: type[JobBase]) -> None:
+def test_own_settings_are_the_fields_that_are_not_common(toy_job: type[RowJob]) -> None:
     job = toy_job.model_validate({"input": "a", "output": "b", "seed": 3, "mode": "lower", "resources": {"cpus": 4}})
     assert job.own_settings() == {"job": "toy", "mode": "lower", "factor": 1.0}
 
 
 def test_a_job_without_a_stage_says_so() -> None:
-    class Silent(JobBase):
+    class Silent(RowJob):
         job: Literal["silent"] = "silent"
 
     with pytest.raises(NotImplementedError, match="Silent"):

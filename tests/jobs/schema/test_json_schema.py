@@ -9,12 +9,12 @@ import jsonschema
 import pytest
 
 from jobs.schema import reading
-from jobs.schema.base import JobBase
+from jobs.schema.base import RowJob
 from jobs.schema.json_schema import job_schema
 from jobs.schema.reading import JobFileError
 
 
-def test_the_schema_accepts_what_validation_accepts(tmp_path: Path, toy_job: type[JobBase]) -> None:
+def test_the_schema_accepts_what_validation_accepts(tmp_path: Path, toy_job: type[RowJob]) -> None:
     schema = json.loads(json.dumps(job_schema()))
     jsonschema.Draft202012Validator.check_schema(schema)
     check = jsonschema.Draft202012Validator(schema)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.schema import reading
-from jobs.schema.base import Input, JobBase, Resources, Workers
+from jobs.schema.base import Input, Resources, RowJob, Workers
 from jobs.schema.reading import JobFileError
 from pipeline.input.source import FORMATS
 from tests.support import ROOT
@@ -25,7 +25,7 @@ def complaint(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_a_minimal_file_becomes_its_model_with_defaults(tmp_path: Path, toy_job: type[JobBase]) -> None:
+def test_a_minimal_file_becomes_its_model_with_defaults(tmp_path: Path, toy_job: type[RowJob]) -> None:
     job = reading.load(write(tmp_path, "job: toy\ninput: rows.jsonl\n"))
     assert isinstance(job, toy_job)
     assert job.input == Input(path=("rows.jsonl",))
@@ -33,7 +33,7 @@ def test_a_minimal_file_becomes_its_model_with_defaults(tmp_path: Path, toy_job:
     assert job.resources == Resources()
 
 
-def test_every_mistake_is_told_with_line_key_and_remedy(tmp_path: Path, toy_job: type[JobBase]) -> None:
+def test_every_mistake_is_told_with_line_key_and_remedy(tmp_path: Path, toy_job: type[RowJob]) -> None:
     text = """\
 job: toy
 input:
@@ -75,7 +75,7 @@ resources:
         ("job: {a: b}\ninput: a\n", "unknown kind of job {'a': 'b'}"),
     ],
 )
-def test_single_mistakes(tmp_path: Path, toy_job: type[JobBase], text: str, said: str) -> None:
+def test_single_mistakes(tmp_path: Path, toy_job: type[RowJob], text: str, said: str) -> None:
     assert said in complaint(write(tmp_path, text))
 
 
@@ -90,7 +90,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert "cannot be read" in complaint(path)
 
 
-def test_overrides_replace_nested_values(tmp_path: Path, toy_job: type[JobBase]) -> None:
+def test_overrides_replace_nested_values(tmp_path: Path, toy_job: type[RowJob]) -> None:
     path = write(tmp_path, "job: toy\ninput: rows\nresources: {workers: 2}\n")
     changes = ["seed=7", "input.format=csv", "resources.workers.max=4", "keep=[a, b]", "factor=1e-3", "output=s3://b/o"]
     job = reading.load(path, changes)
@@ -102,7 +102,7 @@ def test_overrides_replace_nested_values(tmp_path: Path, toy_job: type[JobBase])
     assert "seeed: unknown key. Did you mean 'seed'?" in complaint(path, "seeed=3")
 
 
-def test_overrides_reach_steps_by_name_and_by_number(tmp_path: Path, toy_job: type[JobBase]) -> None:
+def test_overrides_reach_steps_by_name_and_by_number(tmp_path: Path, toy_job: type[RowJob]) -> None:
     text = "job: chain\nsteps:\n- {job: toy, name: one, input: a}\n- {job: toy, name: two}\n"
     path = write(tmp_path, text)
     chain = reading.load(path, ["steps.one.factor=3", "steps.1.factor=4"])
