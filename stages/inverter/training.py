@@ -165,7 +165,8 @@ def _noise_error(
     rows: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """The noise-prediction loss of the first so many pictures under their inverted text latents."""
+    """The noise-prediction loss of the first so many pictures under their inverted text latents (of all, if fewer)."""
+    rows = min(rows, len(z_BCHW))
     t_B = torch.randint(noise_loss.timesteps, (rows,), generator=generator).to(z_BCHW.device)
     noise_BCHW = torch.randn((rows, *z_BCHW.shape[1:]), generator=generator).to(z_BCHW.device)
     pooled_BP = None if guess_BP is None else guess_BP[:rows]

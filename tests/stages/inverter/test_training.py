@@ -69,6 +69,15 @@ def test_training_killed_and_resumed_ends_equal(model, tmp_path):
         assert torch.allclose(tensor, resumed.state_dict()[name], atol=1e-6), name
 
 
+def test_a_batch_may_be_smaller_than_the_rows_of_the_noise_loss(model):
+    shape = InverterShape(text=(16, 32), **SMALL)
+    curves = [
+        train_inverter(model, pairs(), shape, Training(steps=2, batch=4, noise_rows=rows), seed=1)[1]["curve"]
+        for rows in (4, 16)
+    ]
+    assert curves[0] == curves[1]
+
+
 def test_sdxl_inverters_give_the_pooled_condition_too(tmp_path):
     model = opened(build(tmp_path, "sdxl"))
     shape = InverterShape(text=(16, 56), pooled=20, **SMALL)
