@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import fsspec
 
 from pipeline.input.source import FORMATS, SUFFIXES, Format, Source, SourceError
 from pipeline.input.streams import COMPRESSED
+from pipeline.input.walk import LeftOut, underscored, walk
 from pipeline.storage import patiently
 
 LINES = ("jsonl", "csv", "text")
@@ -21,6 +23,8 @@ GENERATED = "micro-world://"
 OWN = "_latentmill"
 """Folder of a run's bookkeeping inside its output folder; `pipeline.output.dataset` fills it."""
 SAMPLED_NAMES = 1000
+MANY_FILES = ("datasets", "concepts")
+"""Formats whose rows are made of more files than those that are listed."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,6 @@ def version_of(info: dict[str, Any]) -> str:
     return ""
 
 
-def _walk(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Files below a folder in a fixed order, one directory listing in memory at a time; hidden ones left out."""
-    infos = sorted(patiently(lambda: fs.ls(folder, detail=True)), key=lambda info: info["name"])
-    for info in infos:
-        base = info["name"].rstrip("/").rpartition("/")[2]
-        if base.startswith((".", "_")) or info["name"].rstrip("/") == folder.rstrip("/"):
-            continue
-        if info["type"] == "directory":
-            yield from _walk(fs, info["name"])
-        else:
-            yield info
-
-
 def _is_pattern(path: str) -> bool:
     return any(sign in path for sign in "*?[")
 
@@ -84,11 +75,11 @@ class _Place:
     root: str
     kind: str  # file, folder, pattern
 
-    def infos(self) -> Iterator[dict[str, Any]]:
+    def infos(self, left: LeftOut) -> Iterator[dict[str, Any]]:
         if self.kind == "file":
             yield patiently(lambda: self.fs.info(self.path))
         elif self.kind == "folder":
-            yield from _walk(self.fs, self.path)
+            yield from walk(self.fs, self.path, left)
         else:
             found = patiently(lambda: self.fs.glob(self.path, detail=True))
             yield from (found[name] for name in sorted(found) if found[name]["type"] != "directory")
@@ -123,6 +114,37 @@ def _saved_dataset(place: _Place) -> bool:
     return place.kind == "folder" and any(patiently(partial(place.fs.exists, f"{place.path}/{mark}")) for mark in marks)
 
 
+class _Saved:
+    """What the bookkeeping of ``save_to_disk`` says of a folder: files of an earlier save may still lie there."""
+
+    def __init__(self, place: _Place) -> None:
+        self._place = place
+        self._states: dict[str, Any] = {}
+
+    def names(self, path: str) -> bool:
+        """Whether a data file belongs to the dataset that was saved last (caches never do)."""
+        folder, _, base = path.rpartition("/")
+        splits = self._read(f"{self._place.path}/dataset_dict.json").get("splits")
+        below = path[len(self._place.path) :].lstrip("/").partition("/")[0]
+        if splits is not None and below not in splits:
+            return False
+        files = self._read(f"{folder}/state.json").get("_data_files")
+        if files is None:
+            return not base.startswith(("cache-", "tmp"))
+        return base in {str(file.get("filename", "")).rpartition("/")[2] for file in files}
+
+    def _read(self, path: str) -> dict[str, Any]:
+        if path not in self._states:
+            try:
+                said = json.loads(patiently(partial(self._place.fs.cat_file, path)))
+            except (FileNotFoundError, NotADirectoryError):
+                said = {}
+            except ValueError as error:
+                raise SourceError(f"{path}: is no JSON ({error}); save the dataset again") from None
+            self._states[path] = said if isinstance(said, dict) else {}
+        return self._states[path]
+
+
 def resolve(source: Source) -> Source:
     """Settle the format, and what a finished run's output folder stands for.
 
@@ -137,7 +159,8 @@ def resolve(source: Source) -> Source:
         if source.format not in (None, "micro-world") or not all(e.startswith(GENERATED) for e in source.path):
             raise SourceError(f"{GENERATED} cannot be mixed with other inputs or formats")
         return replace(source, format="micro-world")
-    paths, formats, stems = [], Counter[str](), {"images": set[str](), "text": set[str]()}
+    paths, formats, hidden = [], Counter[str](), Counter[str]()
+    stems = {"images": set[str](), "text": set[str]()}
     ids = source.id
     for entry in source.path:
         place = _place(entry, source)
@@ -155,10 +178,10 @@ def resolve(source: Source) -> Source:
             formats["datasets"] += SAMPLED_NAMES
             continue
         count = -1
-        for count, info in enumerate(place.infos()):
+        for count, info in enumerate(place.infos(LeftOut())):
             found = format_of(info["name"])
             if found is not None:
-                formats[found] += 1
+                (hidden if place.kind == "folder" and underscored(info["name"]) else formats)[found] += 1
                 if found in stems:
                     stems[found].add(info["name"].rpartition(".")[0])
             elif place.kind == "file":
@@ -172,6 +195,7 @@ def resolve(source: Source) -> Source:
             raise SourceError(f"{entry}: {nothing}; check the path")
     format = source.format
     if format is None:
+        formats = formats or hidden
         if not formats:
             raise SourceError(f"{', '.join(source.path)}: no file of a known format; set format, or check the path")
         if set(formats) == set(stems) and stems["text"] <= stems["images"]:
@@ -183,10 +207,13 @@ def resolve(source: Source) -> Source:
     return replace(source, path=tuple(paths), format=format, id=ids)
 
 
-def list_files(source: Source) -> Iterator[InputFile]:
+def list_files(source: Source, left: LeftOut | None = None) -> Iterator[InputFile]:
     """The files of a resolved source, in the order of its entries and sorted within each.
 
     One directory's listing is held in memory at a time (a glob's matches are held together).
+
+    Args:
+        left: Counts what is left out.
 
     Raises:
         SourceError: An entry matches nothing.
@@ -198,9 +225,11 @@ def list_files(source: Source) -> Iterator[InputFile]:
     roots = [place.root for place in places]
     common = os.path.commonpath(roots) if len({root.startswith("/") for root in roots}) == 1 else ""
     assert source.format is not None
+    left = left or LeftOut()
     for entry, place in zip(source.path, places, strict=True):
         found = False
-        for info in place.infos():
+        saved = _Saved(place)
+        for info in place.infos(left):
             path = info["name"]
             base = path.rpartition("/")[2]
             if (
@@ -208,11 +237,16 @@ def list_files(source: Source) -> Iterator[InputFile]:
                 and not base.lower().endswith(SUFFIXES[source.format])
                 and (format_of(base) != source.format)
             ):
+                if source.format not in MANY_FILES and (source.format, format_of(base)) != ("images", "text"):
+                    left.by_suffix(base)
                 continue
             if source.format == "images" and format_of(base) == "text":
                 continue
-            if source.format == "datasets" and (base.startswith("cache-") or base.startswith("tmp")):
+            if source.format == "datasets" and not saved.names(path):
+                left.add("data files that state.json does not name")
                 continue
+            if info.get("islink"):
+                left.link()
             found = True
             name = path[len(common) :].lstrip("/") if path.startswith(common) else path
             address = place.fs.unstrip_protocol(path) if _remote(place.fs) else path

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
 
 from pipeline.input.source import Source, SourceError
 
@@ -129,8 +133,14 @@ def own_id(source: Source, values: Mapping[str, Any], span: Span, row: int) -> s
     if source.id is None:
         return derived_id(span.name, row)
     value = values.get(source.id)
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise SourceError(f"{span.name}, row {row}: the id column {source.id!r} is empty; every row needs an id")
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    if isinstance(value, (bytes, list, tuple, Mapping, np.ndarray, Encoded)):
+        kind = type(value).__name__
+        raise SourceError(f"{span.name}, row {row}: the id column {source.id!r} holds {kind}; write text or numbers")
     return str(value)
 
 

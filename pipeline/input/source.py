@@ -19,12 +19,15 @@ SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "csv": (".csv", ".tsv"),
     "text": (".txt",),
-    "images": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"),
+    "images": (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga",
+        ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif",
+    ),
     "webdataset": (".tar", ".tar.gz", ".tgz"),
     "datasets": (".arrow",),
     "npy": (".npy",),
     "concepts": ("concept.yaml",),
-}
+}  # fmt: skip
 """Format -> how the names of its files end; one whose rows are generated has none."""
 
 

@@ -125,6 +125,11 @@ def cell(value: Any, field: pa.Field) -> Any:
         raise CellError(f"column {field.name!r}: expected a picture, got {type(value).__name__}")
     if pa.types.is_integer(kind) and isinstance(value, float) and not value.is_integer():
         raise CellError(f"column {field.name!r}: {value} is no whole number")  # Arrow would cut it
+    if pa.types.is_string(kind) and isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise CellError(f"column {field.name!r}: {len(value)} bytes that are no UTF-8 text") from None
     if pa.types.is_string(kind) and not isinstance(value, str):
         return json.dumps(value, default=str)
     return value

@@ -17,6 +17,7 @@ from pipeline.input.read import reader_of
 from pipeline.input.rows import FileScan, Span
 from pipeline.input.shards import Shard
 from pipeline.input.source import Source, SourceError
+from pipeline.input.walk import LeftOut
 from pipeline.run.columns import Watched
 
 
@@ -56,7 +57,8 @@ def survey(
     ids: list[str] = []
     held = 0
     own_ids = source.id is not None
-    for file in list_files(source):
+    aside = LeftOut()
+    for file in list_files(source, aside):
         if limit is not None and totals.rows >= limit:
             break
         begun = totals.rows
@@ -97,6 +99,7 @@ def survey(
     if suspects := unique.suspects():
         _name_duplicates(source, limit, suspects)
     totals.content = content.hexdigest()
+    totals.notes += aside.notes()
     totals.notes += columns.kept.notes() if columns is not None else []
 
 

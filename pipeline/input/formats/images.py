@@ -35,14 +35,18 @@ def _images_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     yield Raw(span.name, picked(values, wanted))
 
 
-def _sidecar(source: Source, path: str) -> str | None:
-    """The caption in ``picture.txt`` beside ``picture.jpg``, if there is one."""
+def _sidecar(source: Source, path: str) -> str | bytes | None:
+    """The caption in ``picture.txt`` beside ``picture.jpg``, if there is one; bytes where it is not UTF-8."""
     stem = path[: -len(PurePosixPath(path).suffix)]
     try:
         with open_input(stem + ".txt", source) as handle:
-            return handle.read().decode(errors="replace").strip()
+            said = handle.read()
     except FileNotFoundError:
         return None
+    try:
+        return said.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:  # who reads it is told; a picture whose caption nobody reads is none the worse
+        return said
 
 
 IMAGES = Format(_images_scan, _images_rows, fixed(image="image", path="string", text="string"))
