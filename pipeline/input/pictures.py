@@ -8,6 +8,8 @@ import warnings
 import zlib
 from typing import TYPE_CHECKING
 
+from pipeline.input.colour import as_srgb
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -19,8 +21,9 @@ class PictureError(ValueError):
 def decode_picture(data: bytes, max_pixels: int) -> Image:
     """Encoded bytes to an upright 8-bit RGB picture.
 
-    Transparency (alpha, palette or colour-key) is laid over white, CMYK is converted, 16-bit grey is scaled to 8
-    bits, an animation gives its first frame, and the EXIF orientation is applied.
+    Colours are converted to sRGB by the embedded ICC profile (Adobe RGB, Display P3, printers' CMYK). Transparency
+    (alpha, palette or colour-key) is laid over white, CMYK is converted, 16-bit grey is scaled to 8 bits, an animation
+    gives its first frame, and the EXIF orientation is applied.
 
     Args:
         data: The file's bytes.
@@ -41,7 +44,7 @@ def decode_picture(data: bytes, max_pixels: int) -> Image:
                 if width * height > max_pixels:
                     raise PictureError(f"picture of {width}x{height} pixels is above the limit of {max_pixels}")
                 picture.load()
-                return _flatten(ImageOps.exif_transpose(picture))
+                return _flatten(as_srgb(ImageOps.exif_transpose(picture), picture.info.get("icc_profile")))
     except PictureError:
         raise
     except UnidentifiedImageError:

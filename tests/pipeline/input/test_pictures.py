@@ -1,0 +1,92 @@
+"""Colours by embedded profiles: a viewer and a model see the same."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from pipeline.input.pictures import decode_picture
+
+LIMIT = 1_000_000
+
+
+def _srgb() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def _turned() -> bytes:
+    """A profile whose red is sRGB's green and the other way round: what a viewer shows has both swapped."""
+    data = _srgb()
+    for old, new in ((b"rXYZ", b"tmp1"), (b"gXYZ", b"rXYZ"), (b"tmp1", b"gXYZ")):
+        data = data.replace(old, new)
+    return data
+
+
+def _saved(picture: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _pixel(data: bytes) -> list[int]:
+    picture = decode_picture(data, LIMIT)
+    assert picture.mode == "RGB"
+    return np.asarray(picture)[2, 2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("PNG", {}), ("JPEG", {"quality": 95, "subsampling": 0}), ("WEBP", {"lossless": True}), ("TIFF", {})],
+)
+def test_an_embedded_profile_says_what_the_numbers_mean(form: str, options: dict[str, object]) -> None:
+    red = Image.new("RGB", (8, 8), (220, 40, 90))
+    assert np.allclose(_pixel(_saved(red, form, icc_profile=_turned(), **options)), [40, 220, 90], atol=4)
+    assert np.allclose(_pixel(_saved(red, form, **options)), [220, 40, 90], atol=4)
+
+
+def test_pictures_in_srgb_stay_as_they_are() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for profile in (_srgb(), _srgb().replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))):
+        decoded = decode_picture(_saved(noise, "PNG", icc_profile=profile), LIMIT)
+        assert np.array_equal(np.asarray(decoded), np.asarray(noise))
+
+
+def test_transparency_is_laid_over_white_after_conversion() -> None:
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    assert np.allclose(_pixel(_saved(half, "PNG", icc_profile=_turned())), [127, 255, 127], atol=3)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert _pixel(_saved(clear, "PNG", icc_profile=_turned())) == [255, 255, 255]
+    keyed = Image.new("RGB", (8, 8), (255, 0, 0))
+    assert _pixel(_saved(keyed, "PNG", icc_profile=_turned(), transparency=(255, 0, 0))) == [255, 255, 255]
+
+
+def test_palettes_and_grey_under_a_colour_profile() -> None:
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert _pixel(_saved(palette, "PNG", icc_profile=_turned())) == [0, 255, 0]
+    grey = Image.new("L", (8, 8), 120)
+    assert np.allclose(_pixel(_saved(grey, "PNG", icc_profile=_turned())), [120, 120, 120], atol=2)
+
+
+@pytest.mark.parametrize("profile", [b"no profile at all", b"", _srgb()[:100], b"\0" * 600])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "CMYK"])
+def test_a_profile_that_cannot_be_used_is_passed_over(profile: bytes, mode: str) -> None:
+    form = "TIFF" if mode == "CMYK" else "PNG"
+    picture = Image.new("RGB", (8, 8), (200, 200, 200)).convert(mode)
+    assert np.allclose(_pixel(_saved(picture, form, icc_profile=profile)), [200, 200, 200], atol=1)
+
+
+def test_a_profile_for_other_pictures_is_passed_over() -> None:
+    picture = Image.new("CMYK", (8, 8), (0, 200, 200, 0))
+    assert _pixel(_saved(picture, "TIFF", icc_profile=_turned())) == _pixel(_saved(picture, "TIFF"))
+    turned = _saved(Image.new("RGB", (8, 4), (220, 40, 90)), "JPEG", icc_profile=_turned(), exif=_quarter_turn())
+    assert decode_picture(turned, LIMIT).size == (4, 8)
+
+
+def _quarter_turn() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
