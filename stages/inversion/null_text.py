@@ -111,7 +111,7 @@ def generate_null_text(
 
 
 def negative(condition: Condition, null_BLE: torch.Tensor) -> Condition:
-    """The negative condition with this embedding, in the place where `LatentDiffusion.forward` looks for the text."""
+    """The negative condition with this embedding, in the place where the model looks for the text."""
     made = {name: value for name, value in condition.items() if not name.startswith("null_")}
     made["text_BLE"] = null_BLE
     if "null_pooled_BE" in condition:

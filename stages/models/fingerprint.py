@@ -48,12 +48,6 @@ def describe_model(path: str, revision: str | None = None, subfolder: str = "") 
     }
 
 
-def describe_stable_diffusion(path: str, kind: str, revision: str | None = None) -> dict[str, dict[str, str]]:
-    """Part -> `describe_model` of every network of a Stable Diffusion pipeline; `kind` is ``sd`` or ``sdxl``."""
-    parts = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if kind == "sdxl" else [])]
-    return {part: describe_model(path, revision, part) for part in parts}
-
-
 def _weight_names(names: set[str]) -> list[str]:
     """The files that `from_pretrained` would load: safetensors before pickles, whole files before the split ones."""
     for suffix in ("safetensors", "bin"):

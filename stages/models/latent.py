@@ -77,10 +77,6 @@ class Geometry:
     parts: Mapping[str, Place]
     usage: Usage
 
-    @property
-    def kind(self) -> str:
-        return "sdxl" if len(self.word_widths) == 2 else "sd"
-
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Part -> path, revision and fingerprint, for `pipeline.contract.StageInfo.models`."""
         return {part: describe_model(place.path, place.revision, place.folder) for part, place in self.parts.items()}

@@ -47,10 +47,6 @@ class StableDiffusion:
         self.device: torch.device = self.unet.device
         self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
 
-    @property
-    def kind(self) -> str:
-        return self.geometry.kind
-
     # --- from a folder
 
     @classmethod
@@ -155,9 +151,7 @@ class StableDiffusion:
         return (Encoder(self.pipeline.tokenizer, self.pipeline.text_encoder),)
 
     @torch.no_grad()
-    def condition(
-        self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None, size: int | None = None
-    ) -> Condition:
+    def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
         text_BLE, null_BLE, *_ = self._encode_prompts(prompts, guided, negative)
         return {"text_BLE": text_BLE, **({"null_text_BLE": null_BLE} if guided else {})}
 
@@ -172,22 +166,21 @@ class StableDiffusion:
 
     # --- the U-Net
 
-    def _added(self, condition: Condition, prefix: str) -> dict[str, torch.Tensor] | None:
+    def _added(self, condition: Condition) -> dict[str, torch.Tensor] | None:
         """What the U-Net is told beside the text."""
         return None
 
-    def forward(
-        self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, *, null: bool = False
-    ) -> torch.Tensor:
-        """One U-Net call without guidance, on the prompt or (`null`) on the negative condition; output in float32."""
-        prefix, dtype = "null_" if null else "", self.dtypes["unet"]
-        return self.unet(
+    def forward(self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """One U-Net call without guidance; output in float32."""
+        dtype = self.dtypes["unet"]
+        m_BCHW: torch.Tensor = self.unet(
             z_BCHW.to(dtype),
             t_B,
-            encoder_hidden_states=condition[f"{prefix}text_BLE"].to(dtype),
-            added_cond_kwargs=self._added(condition, prefix),
+            encoder_hidden_states=condition["text_BLE"].to(dtype),
+            added_cond_kwargs=self._added(condition),
             return_dict=False,
-        )[0].float()
+        )[0]
+        return m_BCHW.float()
 
     def predictor(self, guidance: float = 1.0) -> Predict:
         """The U-Net's output under classifier-free guidance; one call on 2B rows when guidance is above 1."""
@@ -230,7 +223,7 @@ class StableDiffusion:
             z = torch.empty(1, C, H, W, dtype=self.dtypes["unet"], device="meta")
             t = torch.ones(1, dtype=torch.int64, device="meta")
             told = {key: value.to("meta") for key, value in self.condition([""]).items()}
-            text, added = told["text_BLE"].to(z.dtype), self._added(told, "")
+            text, added = told["text_BLE"].to(z.dtype), self._added(told)
             return peak_bytes(
                 self.unet, lambda net: net(z, t, text, added_cond_kwargs=added).sample, z, gradient=gradient
             )
@@ -263,16 +256,10 @@ class StableDiffusionXL(StableDiffusion):
         )
 
     @torch.no_grad()
-    def condition(
-        self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None, size: int | None = None
-    ) -> Condition:
+    def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
         text_BLE, null_BLE, pooled_BE, null_pooled_BE = self._encode_prompts(prompts, guided, negative)
         nulls = {"null_text_BLE": null_BLE, "null_pooled_BE": null_pooled_BE} if guided else {}
-        made = {**self.text_condition(text_BLE, pooled_BE), **nulls}
-        if size is not None:
-            sizes = made["time_ids_B6"].new_tensor([size, size, 0, 0, size, size])
-            made["time_ids_B6"] = sizes.repeat(len(text_BLE), 1)
-        return made
+        return {**self.text_condition(text_BLE, pooled_BE), **nulls}
 
     def text_condition(self, text_BLE: torch.Tensor, pooled_BE: torch.Tensor | None = None) -> Condition:
         if pooled_BE is None:
@@ -282,8 +269,8 @@ class StableDiffusionXL(StableDiffusion):
         sizes = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtypes["unet"], device=text_BLE.device)
         return {"text_BLE": text_BLE, "pooled_BE": pooled_BE, "time_ids_B6": sizes.repeat(len(text_BLE), 1)}
 
-    def _added(self, condition: Condition, prefix: str) -> dict[str, torch.Tensor]:
-        return {"text_embeds": condition[f"{prefix}pooled_BE"], "time_ids": condition["time_ids_B6"]}
+    def _added(self, condition: Condition) -> dict[str, torch.Tensor]:
+        return {"text_embeds": condition["pooled_BE"], "time_ids": condition["time_ids_B6"]}
 
 
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None,
@@ -375,18 +362,3 @@ def _usage(settings: LatentModelSettings, text_latent: str) -> Usage:
         f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})",
     ]
     return Usage(tuple(names), "\n".join(lines), text_latent)
-
-
-class LatentDiffusion(StableDiffusion):
-    @classmethod
-    def load(cls, path: str, **options: Any) -> Any:  # type: ignore[override]
-        from stages.models.families import open_latent_model
-
-        options["device"] = str(options.get("device", "cpu"))
-        return open_latent_model(LatentModelSettings(model=path, **options))
-
-
-def read_geometry(path: str, **options: Any) -> Geometry:
-    from stages.models import families
-
-    return families.read_geometry(LatentModelSettings(model=path, **options))

@@ -53,16 +53,6 @@ class Encoder:
         return weight.detach()
 
 
-def encoders_of(pipeline: Any) -> tuple[Encoder, ...]:
-    """The text encoders of a Stable Diffusion pipeline of diffusers: one, or SDXL's two."""
-    if getattr(pipeline, "text_encoder_2", None) is None:
-        return (Encoder(pipeline.tokenizer, pipeline.text_encoder),)
-    return (
-        Encoder(pipeline.tokenizer, pipeline.text_encoder, penultimate=True),
-        Encoder(pipeline.tokenizer_2, pipeline.text_encoder_2, penultimate=True),
-    )
-
-
 def slug(name: str) -> str:
     """A name as it may stand inside angle brackets: lowercase letters, digits, single hyphens.
 

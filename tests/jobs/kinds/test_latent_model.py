@@ -14,20 +14,28 @@ from stages.models.settings import LatentModelSettings
 from tests.support.tiny_stable_diffusion import build
 
 JOBS: dict[str, dict[str, Any]] = {
+    "invert-images": {},
+    "invert-text": {"inverter": "<folder>"},
     "learn-concepts": {},
+    "rare-concepts": {"methods": ["random"]},
     "train-inverter": {},
 }
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A model, which has a trained inverter in it, and another one of the same latent space."""
+    from stages.inverter.model import InverterShape, TextInverter
+
     root = tmp_path_factory.mktemp("models")
-    return build(root / "sd"), build(root / "other", seed=1)
+    folder = build(root / "sd")
+    TextInverter(InverterShape(latent=(4, 8, 8), text=(16, 32), patch=4, width=32, layers=1, heads=4)).save(folder)
+    return folder, build(root / "other", seed=1)
 
 
 def written(path: Path, kind: str, model: str, *lines: str) -> str:
     text = [f"job: {kind}", "input: rows.jsonl", f"model: {model}", *lines]
-    text += [f"{key}: {json.dumps(value)}" for key, value in JOBS[kind].items()]
+    text += [f"{key}: {json.dumps(value)}".replace("<folder>", model) for key, value in JOBS[kind].items()]
     path.write_text("\n".join(text) + "\n")
     return str(path)
 
@@ -48,7 +56,7 @@ def test_every_job_of_a_latent_model_takes_both(folders: tuple[str, str], tmp_pa
     )  # fmt: skip
     assert isinstance(plain, LatentModelSettings)
     before, after = plain.stage(), changed.stage()
-    assert (before.params["scheduler"], before.params["vae"]) == (None, None)
+    assert (before.params.get("scheduler"), before.params.get("vae")) == (None, None)
     assert after.params["scheduler"] == {"class": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
     described, again = before.describe(), after.describe()
     assert described.columns == again.columns
@@ -57,6 +65,11 @@ def test_every_job_of_a_latent_model_takes_both(folders: tuple[str, str], tmp_pa
         shown = json.loads(again.metadata["scheduler"])
         assert (shown["_class_name"], shown["timestep_spacing"]) == ("EulerDiscreteScheduler", "trailing")
         assert json.loads(described.metadata["scheduler"])["_class_name"] == "DDIMScheduler"
+    if kind in ("invert-images", "rare-concepts"):
+        card = changed.card()
+        assert "from_config(pipe.scheduler.config, timestep_spacing='trailing', clip_sample=False)" in card
+        assert f'AutoencoderKL.from_pretrained("{other}", subfolder="vae"' in card
+        assert "vae" not in plain.card()
 
 
 def test_a_scheduler_that_is_not_understood_is_an_error_of_the_file(folders: tuple[str, str], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_published_size_loads_and_inverts(kind: str, tmp_path: Path) -> None:
     assert shapes["latent"] == (4, SIZE // 8, SIZE // 8)
     assert shapes["residual"] == (STEPS,)
     stage = InvertImages(settings)
-    assert stage.model.kind == ("sdxl" if kind == "sdxl" else "sd")
+    assert type(stage.model).__name__ == ("StableDiffusionXL" if kind == "sdxl" else "StableDiffusion")
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     for method in ("ddim", "lbo"):
         (row,) = stage([{"id": method, "image": Image.fromarray(noise), "prompt": "photo of a star", "method": method}])
