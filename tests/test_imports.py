@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.imports import PACKAGES, circles, faults, read_house, read_imports, sources
+from tests.support.draw_imports import FIGURE, figure
+from tests.support.imports import (
+    PACKAGES,
+    Import,
+    check,
+    circles,
+    faults,
+    read_house,
+    read_imports,
+    sources,
+    unused,
+)
 
 HOUSE = """
 ```floors
@@ -43,6 +54,16 @@ def plant(root: Path, **more: str) -> list[str]:
         file.write_text(text)
     house = read_house(HOUSE)
     return faults(house, read_imports(root, PACKAGES, house.libraries), sources(root))
+
+
+def test_every_import_points_down_and_heavy_libraries_stay_where_they_may() -> None:
+    said = check()
+    assert not said, "\n".join(said)
+
+
+def test_the_figure_in_docs_is_the_one_that_the_sources_give() -> None:
+    drawn = "python -m tests.support.draw_imports draws it again"
+    assert FIGURE.read_text(encoding="utf-8") == figure(), drawn
 
 
 def test_a_tree_that_fits_is_let_pass(tmp_path: Path) -> None:
@@ -85,8 +106,6 @@ def test_a_circle_inside_a_room_is_found(tmp_path: Path) -> None:
 
 
 def test_separate_circles_are_told_apart() -> None:
-    from tests.support.imports import Import
-
     pairs = ["ab", "bc", "ca", "cd", "de", "ed", "ef"]
     found = circles(Import(source, 1, target) for source, target in pairs)
     assert sorted("".join(sorted(circle)) for circle in found) == ["abc", "de"]
@@ -95,8 +114,11 @@ def test_separate_circles_are_told_apart() -> None:
 def test_a_module_without_a_room_and_a_room_without_a_module_are_found(tmp_path: Path) -> None:
     assert plant(tmp_path, micro__world="") == ["micro/world.py stands in no room of docs/architecture.md"]
     (tmp_path / "micro/world.py").unlink()
+    for path in ("pipeline/storage.py", "pipeline/input/read.py", "stages/engine/solver.py"):
+        (tmp_path / path).write_text("")
     (tmp_path / "pipeline/storage.py").unlink()
-    said = faults(read_house(HOUSE), [], sources(tmp_path))
+    house = read_house(HOUSE)
+    said = faults(house, read_imports(tmp_path, PACKAGES, house.libraries), sources(tmp_path))
     assert said == ["docs/architecture.md has a room pipeline/storage.py, where nothing is"]
 
 
@@ -104,9 +126,15 @@ def test_heavy_libraries_are_found_where_they_may_not_be(tmp_path: Path) -> None
     assert plant(tmp_path, pipeline__run__plan="def plan():\n    import ray.data") == [
         "pipeline/run/plan.py:2 imports ray: not there"
     ]
-    assert plant(tmp_path, pipeline__run__plan="", index__reference="from torch import nn") == [
+    assert plant(tmp_path, index__reference="from torch import nn") == [
         "index/reference.py:1 imports torch at its top: only inside functions there"
     ]
+
+
+def test_a_permission_that_nothing_uses_is_found() -> None:
+    house = read_house(HOUSE)
+    found = [Import("stages/rare/stage.py", 1, "torch"), Import("pipeline/run/cluster.py", 2, "ray", late=True)]
+    assert unused(house, found) == ["docs/architecture.md lets index import torch, and nothing there does"]
 
 
 def test_a_job_that_loads_a_heavy_library_around_corners_is_found(tmp_path: Path) -> None:
