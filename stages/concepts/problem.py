@@ -272,8 +272,8 @@ class LegoProblem:
         if not self.checkpoints:
             return None
         settings = self.settings.model_dump()
-        said = [row["id"], self.seed, settings, prepared.tokens, self.width, prepared.with_I.tolist()]
-        digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=16)
+        described = [row["id"], self.seed, settings, prepared.tokens, self.width, prepared.with_I.tolist()]
+        digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16)
         for tensor in prepared.tensors():
             digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
         return f"{self.checkpoints.rstrip('/')}/{prepared.concept.name}-{digest.hexdigest()}.safetensors"

@@ -264,6 +264,22 @@ def test_settings_that_cannot_work_are_refused(folder):
     assert set(info.models) == {"unet", "vae", "text_encoder"}
 
 
+def test_the_job_is_its_stage_under_a_few_other_names(folder):
+    job = LearnConcepts.model_validate(
+        {"input": "/data/tree", "model": folder, "output": "/out", "seed": 3, "slots": 2, "learning": {"steps": 200},
+         "prompts": {"with": "a {concept} {subject}"}, "start": "inverter"}
+    )  # fmt: skip
+    params = job.stage().params
+    assert params["settings"]["steps"] == 200
+    assert params["templates"] == {
+        "without": "Photo of a {subject}", "with_": "a {concept} {subject}", "plain": "Photo of a {concept}"
+    }  # fmt: skip
+    assert job.own_settings()["prompts"]["with"] == "a {concept} {subject}"
+    found = {name: params[name] for name in ("inverter", "root", "checkpoints", "seed", "slots")}
+    wanted = {"inverter": "inverter", "root": "/data/tree", "checkpoints": "/out/_checkpoints", "seed": 3, "slots": 2}
+    assert found == wanted
+
+
 def test_train_inverter_job_writes_an_inverter_that_reads_pictures(folder, tmp_path):
     job = TrainInverter.model_validate(
         {
