@@ -48,13 +48,21 @@ def decode_picture(data: bytes, max_pixels: int) -> Image:
     except PictureError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"not a picture ({len(data)} bytes starting with {data[:8]!r})") from None
+        raise PictureError(f"not a picture ({len(data)} bytes starting with {data[:8]!r}){_instead(data)}") from None
     except Image.DecompressionBombError as error:
         raise PictureError(f"picture is too large: {error}") from None
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error, KeyError, IndexError,
             OverflowError, ZeroDivisionError, AttributeError, RuntimeError) as error:  # fmt: skip
         # Pillow's decoders raise all of these for damaged files.
         raise PictureError(f"damaged picture: {error or type(error).__name__}") from None
+
+
+def _instead(data: bytes) -> str:
+    """What is often found in a picture's place."""
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if b"<svg" in start:
+        return ": it is SVG, which has no pixels; render it first"
+    return ": it is an HTML page" if start.startswith((b"<!doctype html", b"<html", b"<head")) else ""
 
 
 def _flatten(picture: Image) -> Image:

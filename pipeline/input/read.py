@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.contract import Form
+from pipeline.input.fetch import picture_bytes
 from pipeline.input.formats.arrays import NPY
 from pipeline.input.formats.columnar import DATASETS, PARQUET
 from pipeline.input.formats.concepts import CONCEPTS
@@ -22,13 +23,10 @@ from pipeline.input.forms import FormError, as_picture, as_text, missing
 from pipeline.input.pictures import PictureError, decode_picture
 from pipeline.input.rows import Encoded, Format, Raw, Span, Wanted
 from pipeline.input.source import Source, SourceError
-from pipeline.input.streams import open_input
 from pipeline.input.variants import repeated
-from pipeline.storage import patiently
 
 OWN_COLUMNS = ("id", "status", "error")
 """What rows carry through a stage beside its columns."""
-LONGEST_PATH = 200
 FORMATS: dict[str, Format] = {
     "parquet": PARQUET,
     "jsonl": JSONL,
@@ -130,28 +128,3 @@ def _formed(name: str, value: Any, source: Source, folder: str, form: Form) -> A
     if isinstance(value, Encoded):
         return decode_picture(picture_bytes(value, source, folder), source.max_pixels)
     return value
-
-
-def picture_bytes(value: Encoded, source: Source, folder: str) -> bytes:
-    """The encoded bytes of a picture, fetched if only its place is known. They are kept on ``value``.
-
-    Raises:
-        PictureError: The file is not there, or there is neither bytes nor path.
-    """
-    if value.data is None:
-        if not value.path:
-            raise PictureError("no picture (null)")
-        path = value.path if "://" in value.path or value.path.startswith("/") else f"{folder}/{value.path}"
-        try:
-            with open_input(path, source) as handle:
-                value.data = patiently(handle.read)
-        except OSError as error:
-            raise PictureError(f"{_shown(path)}: {error.strerror or 'cannot be read'}") from None
-        except (ValueError, ImportError) as error:  # no such protocol, or no address at all
-            raise PictureError(f"{_shown(path)}: {error}") from None
-    return value.data
-
-
-def _shown(path: str) -> str:
-    """A path that may be anything, even a picture written as text, at a length that can be read."""
-    return path if len(path) <= LONGEST_PATH else f"{path[:60]}... ({len(path):,} characters)"

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.contract import Row
+from pipeline.input.fetch import picture_bytes
 from pipeline.input.forms import FormError, as_picture, short
 from pipeline.input.pictures import PictureError
-from pipeline.input.read import picture_bytes, prepare, read_rows
+from pipeline.input.read import prepare, read_rows
 from pipeline.input.rows import Encoded, Raw
 from pipeline.output.schema import kept_value, picture_columns
 from pipeline.run.tasks import Task, WorkerJob
