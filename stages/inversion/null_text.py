@@ -14,6 +14,7 @@ import torch
 
 from stages.engine.adamw import RowAdamW
 from stages.models.latent import Condition, Predict
+from stages.models.sampler import sample
 from stages.models.schedule import Schedule
 
 
@@ -103,17 +104,15 @@ def generate_null_text(
 ) -> torch.Tensor:
     """Guided sampling with each step's own negative embedding (index 0 next to the picture)."""
     text = {name: value for name, value in condition.items() if not name.startswith("null_")}
-    for k in range(len(schedule) - 1, -1, -1):
-        step = schedule.at(torch.full((len(z_BCHW),), k, device=z_BCHW.device))
-        base_BCHW = predict(z_BCHW, step.t_B, negative(condition, null_BSLE[:, k]))
-        z_BCHW = step.down(z_BCHW, base_BCHW + guidance * (predict(z_BCHW, step.t_B, text) - base_BCHW))
-    return z_BCHW
+
+    def guided(z_BCHW: torch.Tensor, t_B: torch.Tensor, null: Condition) -> torch.Tensor:
+        base_BCHW = predict(z_BCHW, t_B, null)
+        return base_BCHW + guidance * (predict(z_BCHW, t_B, text) - base_BCHW)
+
+    return sample(guided, schedule, z_BCHW, lambda k: negative(condition, null_BSLE[:, k]))
 
 
 def negative(condition: Condition, null_BLE: torch.Tensor) -> Condition:
-    """The negative condition with this embedding, in the place where the model looks for the text."""
-    made = {name: value for name, value in condition.items() if not name.startswith("null_")}
-    made["text_BLE"] = null_BLE
-    if "null_pooled_BE" in condition:
-        made["pooled_BE"] = condition["null_pooled_BE"]
-    return made
+    """The negative condition with this embedding as its text."""
+    null = {**condition, "null_text_BLE": null_BLE}
+    return {name: null.get(f"null_{name}", value) for name, value in condition.items() if not name.startswith("null_")}

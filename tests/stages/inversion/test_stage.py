@@ -11,10 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.inversion.metrics import noise_statistics
 from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import InvertImages
-from stages.models.pictures import fit_picture, to_picture
 from tests.support import tiny_stable_diffusion
 
 METHODS = [
@@ -139,59 +137,6 @@ def test_an_inverter_takes_the_place_of_captions(folder, tmp_path: Path) -> None
     assert np.abs(np.asarray(again).astype(int) - np.asarray(row["reconstruction"]).astype(int)).max() <= 2
     with pytest.raises(ValueError, match="leave out `prompt`"):
         Job(input="x", model=folder, inverter=str(tmp_path), prompt="a")
-
-
-def test_fitting_rules() -> None:
-    wide = Image.new("RGB", (40, 20), (255, 0, 0))
-    assert fit_picture(wide, 10, "crop").shape == (3, 10, 10)
-    assert bool((fit_picture(wide, 10, "crop")[0] == 1).all())
-    padded = fit_picture(wide, 10, "pad")
-    assert bool((padded[:, 0] == 1).all())
-    assert float(padded[1, 5, 5]) == -1
-    same = picture(2)
-    assert np.array_equal(np.asarray(to_picture(fit_picture(same, 16))), np.asarray(same))
-
-
-def test_noise_statistics_against_scipy() -> None:
-    from scipy.stats import kurtosis
-
-    z = torch.randn((2, 4, 32, 32), generator=torch.Generator().manual_seed(0))
-    z[1] = z[1].cumsum(-1)
-    found = noise_statistics(z)
-    flat = z.flatten(1).double().numpy()
-    np.testing.assert_allclose(found["seed_kurtosis"], kurtosis(flat, axis=1), atol=1e-9)
-    np.testing.assert_allclose(found["seed_std"], flat.std(1), rtol=1e-9)
-    assert abs(found["seed_autocorrelation"][0]) < 0.05 < found["seed_autocorrelation"][1]
-
-
-def test_job_file_errors_name_the_key() -> None:
-    from pydantic import ValidationError
-
-    from jobs.kinds.invert_images import InvertImages as Job
-
-    with pytest.raises(ValidationError, match="two are called 'lbo'"):
-        Job(input="x", methods=["lbo", "lbo"])
-    with pytest.raises(ValidationError, match="needs `passes` of at least 2"):
-        Job(input="x", methods=[{"method": "lbo", "bias": "output", "passes": 1}])
-    with pytest.raises(ValidationError, match="guidance"):
-        Job(input="x", guidance=0.5)
-
-
-def test_what_lbo_no_longer_offers_is_said_and_old_job_files_read_the_same() -> None:
-    from pydantic import ValidationError
-
-    from jobs.kinds.invert_images import InvertImages as Job
-
-    with pytest.raises(ValidationError, match="update gauss-newton was measured to be inferior"):
-        Job(input="x", methods=[{"method": "lbo", "update": "gauss-newton"}])
-    with pytest.raises(ValidationError, match="no longer offered"):
-        Job(input="x", methods=[{"method": "lbo", "rate": 0.5}])
-    old = {
-        "name": "", "ilb": None, "method": "lbo", "bias": "input", "update": "safeguarded", "warm_start": "linear",
-        "passes": 10, "tolerance": None, "rate": None, "window": 3, "replay": False,
-    }  # fmt: skip
-    (method,) = Job(input="x", methods=[old]).own_settings()["methods"]
-    assert method == old
 
 
 def test_a_finished_dataset_regenerates_by_the_documented_lines(tmp_path: Path, local_ray, monkeypatch) -> None:

@@ -1,0 +1,84 @@
+"""The walk up the schedule: there and back, rows that diverge, and other models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.engine.solver import solve
+from stages.inversion.engine import InversionProblem
+from stages.inversion.explicit import Ddim
+from stages.inversion.fixed_point import Anderson
+from stages.models.families import open_latent_model, read_geometry
+from stages.models.sampler import sample
+from stages.models.schedule import ddim_schedule
+from stages.models.settings import LatentModelSettings
+from stages.models.unet import StableDiffusionXL
+from tests.stages.inversion.plain import SHAPE, STEPS, rows_of
+from tests.support import tiny_stable_diffusion
+
+
+def test_generation_is_the_pipelines(model, work) -> None:
+    z, condition, schedule = work
+    wanted = model.pipeline(
+        prompt=["red star", "blue circle", ""],
+        latents=z,
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(sample(model.predictor(3.0), schedule, z, condition), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_diverged_row_leaves_nothing_to_its_slot_s_next_one(work) -> None:
+    """Not even in Anderson's memory."""
+    z, _condition, schedule = work
+
+    def explode(x, t, c):
+        return torch.where(c["bad_B"].view(-1, 1, 1, 1), torch.inf, 0.1 * x)
+
+    rows = [{"id": str(i), "z": z[i], "condition": {"bad_B": torch.tensor(i == 0)}} for i in range(3)]
+    problem = InversionProblem(explode, schedule, Anderson(5), slots=1, latent_shape=SHAPE)
+    assert [row.get("status") for row in solve(problem, rows)] == ["failed", None, None]
+
+
+def test_divergence_is_a_failed_row(work) -> None:
+    z, condition, schedule = work
+    calls = []
+
+    def explode(x, t, c):
+        calls.append(1)
+        return x * float("inf")
+
+    problem = InversionProblem(explode, schedule, Ddim(), slots=2, latent_shape=SHAPE)
+    rows = list(solve(problem, rows_of(z, condition)))
+    assert {row["status"] for row in rows} == {"failed"}
+    assert "diverged" in rows[0]["error"]
+    assert sorted(row["id"] for row in rows) == ["0", "1", "2"]
+
+
+def test_sdxl_and_v_prediction_run(tmp_path) -> None:
+    folder = tiny_stable_diffusion.build(tmp_path / "xl", "sdxl", prediction="v_prediction")
+    loaded = open_latent_model(LatentModelSettings(model=folder, device="cpu"))
+    geometry = loaded.geometry
+    assert isinstance(loaded, StableDiffusionXL)
+    assert (geometry.latent_shape, geometry.size) == (SHAPE, 16)
+    z = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(2)) * 0.5
+    condition = loaded.condition(["red star", "ring"], guided=True)
+    schedule = ddim_schedule(geometry.scheduler, 4)
+    rule = Anderson(30, tolerance=1e-6)
+    problem = InversionProblem(loaded.predictor(1.5), schedule, rule, slots=2, latent_shape=SHAPE)
+    seeds = torch.stack([r["noise"] for r in sorted(solve(problem, rows_of(z, condition)), key=lambda r: r["id"])])
+    torch.testing.assert_close(sample(loaded.predictor(1.5), schedule, seeds, condition), z, rtol=1e-3, atol=1e-3)
+    wanted = loaded.pipeline(
+        prompt=["red star", "ring"], latents=seeds, num_inference_steps=4, guidance_scale=1.5, output_type="latent"
+    ).images
+    torch.testing.assert_close(sample(loaded.predictor(1.5), schedule, seeds, condition), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_inverted_is_said(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no diffusers folder"):
+        read_geometry(LatentModelSettings(model=str(tmp_path)))
+    folder = tiny_stable_diffusion.build(tmp_path / "sd")
+    with pytest.raises(ValueError, match="multiple of 4"):
+        read_geometry(LatentModelSettings(model=folder, size=18))
