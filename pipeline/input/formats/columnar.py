@@ -57,7 +57,7 @@ def _shown(schema: pa.Schema) -> pa.Schema:
 
 
 def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> list[Any]:
-    """An Arrow column as Python values: pictures as `Encoded`, lists of numbers as numpy arrays.
+    """An Arrow column as Python values: pictures as `Encoded`, lists of numbers as numpy arrays (lists, if with nulls).
 
     An array whose field says so (``shape`` in its metadata, or a fixed-shape tensor type) gets its shape back.
     """
@@ -77,13 +77,21 @@ def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> li
     if noted:
         shape = tuple(json.loads(noted))
     valid = array.is_valid().to_numpy(zero_copy_only=False)
-    flat = array.flatten().to_numpy(zero_copy_only=False)
+    flat = array.flatten()
+    vectors = pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)  # a gap in one is NaN
+    gaps = bool(flat.null_count) and not vectors
+    if not gaps:
+        flat = flat.to_numpy(zero_copy_only=False)
     lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     ends = np.cumsum(lengths)
     values = []
     for end, length, there in zip(ends, lengths, valid, strict=True):
         value = flat[end - length : end] if there else None
-        values.append(value.reshape(shape) if value is not None and shape and value.size == np.prod(shape) else value)
+        if gaps and value is not None:  # numpy knows no null: it would make whole numbers to floats
+            value = value.to_pylist() if value.null_count else value.to_numpy(zero_copy_only=False)
+        if shape and isinstance(value, np.ndarray) and value.size == np.prod(shape):
+            value = value.reshape(shape)
+        values.append(value)
     return values
 
 
