@@ -66,6 +66,17 @@ class DdimMethod(InversionMethod):
         return Ddim()
 
 
+class UniInvMethod(InversionMethod):
+    """Uni-Inv: one network pass a step, at the point that the last step's output predicts."""
+
+    method: Literal["uni-inv"] = "uni-inv"
+
+    def rule(self, guidance: float) -> Rule[Any]:
+        from stages.inversion.explicit import UniInv
+
+        return UniInv()
+
+
 class FixedPointMethod(InversionMethod):
     """Fixed-point inversion (AIDI, FPI), with AIDI's averaging or Anderson acceleration."""
 
@@ -246,6 +257,7 @@ class NullTextMethod(InversionMethod):
 
 AnyInversionMethod = Annotated[
     DdimMethod
+    | UniInvMethod
     | FixedPointMethod
     | RenoiseMethod
     | ExactMethod
