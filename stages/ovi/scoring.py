@@ -55,14 +55,15 @@ def embedding_measures(rows: list[Row], reference: Reference | None) -> list[Row
 
 def clip_scores(rows: list[Row], encoder: ImageEncoder) -> list[Row]:
     """Adds `clip_score`, 100 max(cos(picture, prompt), 0) (Hessel et al., 2021, without their factor 2.5), and the
-    picture's own embedding as `seen`."""
+    picture's own embedding as `picture_embedding`."""
     if not rows:
         return []
     z_BE = encoder([row["image"] for row in rows])
     t_BE = torch.from_numpy(np.stack([row["text"] for row in rows])).float()
     score_B = (100 * nn.functional.cosine_similarity(z_BE, t_BE, dim=-1).clamp_min(0)).tolist()
     return [
-        {**row, "clip_score": score, "seen": z_E.numpy()} for row, score, z_E in zip(rows, score_B, z_BE, strict=True)
+        {**row, "clip_score": score, "picture_embedding": z_E.numpy()}
+        for row, score, z_E in zip(rows, score_B, z_BE, strict=True)
     ]
 
 

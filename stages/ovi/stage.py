@@ -25,7 +25,7 @@ _READS: dict[str, Form] = {
     **dict.fromkeys(PROMPT_COLUMNS, "text?"), **dict.fromkeys(scoring.ASKED, "value"),
 }  # fmt: skip
 CHUNK = 256
-_INTERNAL = frozenset({"key", "variable", "start", "text", "seen"})
+_INTERNAL = frozenset({"key", "variable", "start", "text", "picture_embedding"})
 
 _MEASURES = (
     Column("text_cosine", "float32", doc="cosine of embedding and text embedding"),
@@ -184,7 +184,7 @@ class InvertPrompts:
         if "clip" in self.scores or "frechet" in self.scores:
             rows = scoring.clip_scores(rows, self.image_encoder)
         if "frechet" in self.scores:
-            self.summary.observe(f"pictures.{label}", [row["seen"] for row in rows])
+            self.summary.observe(f"pictures.{label}", [row["picture_embedding"] for row in rows])
         if self.oracle is None:
             return rows
         good, bad = [], []

@@ -83,10 +83,10 @@ class Judge:
 
     def _against_pictures(self, rows: list[Row], centres: Sequence[torch.Tensor]) -> list[Row]:
         if "text" in self.scores:  # which has embedded them
-            seen_BE = torch.from_numpy(np.stack([row["seen"] for row in rows]))
+            z_BE = torch.from_numpy(np.stack([row["picture_embedding"] for row in rows]))
         else:
-            seen_BE = self.images([row["image"] for row in rows])
-        cosine_B = nn.functional.cosine_similarity(seen_BE, torch.stack(list(centres)), dim=1).clamp_min(0)
+            z_BE = self.images([row["image"] for row in rows])
+        cosine_B = nn.functional.cosine_similarity(z_BE, torch.stack(list(centres)), dim=1).clamp_min(0)
         return [row | {"clip_image": 100 * float(cosine)} for row, cosine in zip(rows, cosine_B, strict=True)]
 
     def best(self, measured: Sequence[Row]) -> int:
