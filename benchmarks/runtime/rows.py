@@ -103,7 +103,7 @@ def main() -> None:
     import ray
 
     os.environ.setdefault("RAY_worker_niceness", "0")
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     ray.init(address="local", num_cpus=asked.workers + 1, include_dashboard=False, object_store_memory=150_000_000,
              log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})  # fmt: skip
     measure(1000, asked.workers, asked.shard_rows)  # the driver's imports
