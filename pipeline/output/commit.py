@@ -1,10 +1,13 @@
 """The commit protocol: an attempt's file first, checked and durable, then the record that makes it the shard.
 
 Steps, each a function so that a reader (or a fault test) can stop between any two: `Attempt` writes
-``attempts/<shard>.<token>.parquet`` and syncs it; `check_attempt` reads the footer back; `write_summary` leaves what
-the stage wants kept; `write_record` creates ``records/<shard>.json`` unless there is one. Whoever dies before the last
-step has changed nothing; whoever comes second finds the record, and its own attempt is swept. (`pipeline.record` says
-why the parts of an index are committed otherwise.)
+``attempts/<run>-<shard>.<token>.parquet`` and syncs it; `check_attempt` reads the footer back; `write_summary` leaves
+what the stage wants kept; `write_record` creates ``records/<run>-<shard>.json`` unless there is one.
+Whoever dies before the last step has changed nothing; whoever comes second finds the record, and its own attempt is
+swept. (`pipeline.record` says why the parts of an index are committed otherwise.)
+
+A run is a plan: each has an id of its own, which every name bears, so that what a worker of an earlier plan leaves in
+the same folder, however late, counts for nothing. Plans of older code have none, nor have their names.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.input.files import OWN
 from pipeline.output import parquet
+from pipeline.output.planfile import planned_run
 from pipeline.storage import Folder
 
 ATTEMPTS, RECORDS, SUMMARIES = f"{OWN}/attempts", f"{OWN}/records", f"{OWN}/summaries"
@@ -30,6 +34,10 @@ NAMED_ERRORS = 20
 
 class CommitError(OSError):
     """What was written is not what reads back."""
+
+
+class Superseded(RuntimeError):
+    """The folder belongs to another run by now; nothing was committed."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Record:
         measures: Numeric stage column -> ``{"n", "sum", "min", "max"}`` over rows with status ok.
         errors: The commonest reasons of failed rows (digits folded) -> count; at most 20.
         summary: Names of the stage's summary files (npz), in row order; empty without.
+        run: Id of the run; empty in a folder that older code planned.
     """
 
     shard: int
@@ -63,6 +72,7 @@ class Record:
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     errors: Mapping[str, int] = field(default_factory=dict)
     summary: tuple[str, ...] = ()
+    run: str = ""
 
     @property
     def rows(self) -> int:
@@ -74,8 +84,19 @@ class Record:
         return Record(**{**plain, "summary": tuple(plain["summary"])})
 
 
-def record_name(shard: int) -> str:
-    return f"{RECORDS}/{shard:06d}.json"
+def file_name(run: str, shard: int, rest: str) -> str:
+    """The name of a file that a run leaves for one of its shards."""
+    return f"{run}-{shard:06d}{rest}" if run else f"{shard:06d}{rest}"
+
+
+def record_name(shard: int, run: str) -> str:
+    return f"{RECORDS}/{file_name(run, shard, '.json')}"
+
+
+def recorded_shard(name: str, run: str) -> int | None:
+    """The shard that a file among the records is for; None if it is no record of this run."""
+    match = re.fullmatch(r"(?:([0-9a-f]+)-)?(\d{6,})\.json", name)
+    return int(match[2]) if match and (match[1] or "") == run else None
 
 
 class Attempt:
@@ -143,11 +164,18 @@ def write_record(folder: Folder, record: Record) -> Record:
 
     Returns:
         The record that stands: this one, or the one of an attempt that was faster.
+
+    Raises:
+        Superseded: The folder holds another plan by now, or none.
     """
-    data = json.dumps(asdict(record)).encode()
-    if folder.create(record_name(record.shard), data):
+    name, data = record_name(record.shard, record.run), json.dumps(asdict(record)).encode()
+    if (now := planned_run(folder)) != record.run:
+        found = "holds no plan any more" if now is None else f"was planned anew (run {now})"
+        raise Superseded(f"{folder.url} {found}; what run {record.run or '(unnamed)'} made of shard {record.shard} is "
+                         "not committed")  # fmt: skip
+    if folder.create(name, data):
         return record
-    return Record.from_json(folder.read(record_name(record.shard)))
+    return Record.from_json(folder.read(name))
 
 
 def fold_errors(errors: Mapping[str, int]) -> dict[str, int]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.input.files import OWN
 from pipeline.output import lock, parquet
-from pipeline.output.commit import ATTEMPTS, RECORDS, Record, fold_errors, read_summary
+from pipeline.output.commit import ATTEMPTS, RECORDS, Record, fold_errors, read_summary, recorded_shard
 from pipeline.output.planfile import PLAN, OutputError, load_plan, own_folder
 from pipeline.output.progress import Progress
 from pipeline.output.schema import means, merge_measures
@@ -114,6 +114,11 @@ class Output:
         """The bookkeeping folder."""
         return own_folder(self.folder)
 
+    @property
+    def run(self) -> str:
+        """Id of the run; empty for a plan of older code."""
+        return str(self.plan.get("run") or "")
+
     def part(self, shard: int) -> str:
         """The published name of a shard."""
         total = int(self.plan["shards"])
@@ -121,10 +126,10 @@ class Output:
         return f"data/part-{shard:0{width}d}-of-{total:0{width}d}.parquet"
 
     def records(self) -> Iterator[Record]:
-        """The commit records, in shard order; a few are read at a time."""
-        names = [name for name in self.folder.listing(RECORDS) if re.fullmatch(r"\d+\.json", name)]
-        names.sort(key=lambda name: int(name[:-5]))
-        pending = (f"{RECORDS}/{name}" for name in names)
+        """The run's commit records, in shard order; a few are read at a time."""
+        shards = {name: recorded_shard(name, self.run) for name in self.folder.listing(RECORDS)}
+        found = sorted((shard, name) for name, shard in shards.items() if shard is not None)
+        pending = (f"{RECORDS}/{name}" for _, name in found)
         if self.folder.local:
             yield from map(self.record, pending)
             return
@@ -135,24 +140,29 @@ class Output:
                 window.extend(pool.submit(self.record, name) for name in islice(pending, 1))
 
     def record(self, name: str) -> Record:
-        """A commit record by its file's name.
+        """A commit record of this run by its file's name.
 
         Raises:
             OutputError: It is none.
         """
         try:
-            return Record.from_json(self.folder.read(name))
+            record = Record.from_json(self.folder.read(name))
+            if (record.run, record.shard) != (self.run, recorded_shard(name.rpartition("/")[2], self.run)):
+                raise ValueError(f"it says shard {record.shard} of run {record.run!r}")
+            return record
         except (ValueError, TypeError, KeyError) as error:
             problem = f"{self.path}/{name} is no commit record ({error}); delete it and run the job again"
             raise OutputError(problem) from None
 
     def locate(self, record: Record, listed: Mapping[str, Mapping[str, int]] | None = None) -> str | None:
-        """Where a record's file is: published, or still an attempt; None if it is nowhere or has another size.
+        """Where a record's file is: still an attempt, or published; None if it is nowhere or has another size.
+
+        The attempt's name is the record's alone; the published one may be taken by an earlier run's file of that size.
 
         Args:
             listed: Folder -> listing, to save a request a file.
         """
-        for name in (self.part(record.shard), f"{ATTEMPTS}/{record.file}"):
+        for name in (f"{ATTEMPTS}/{record.file}", self.part(record.shard)):
             parent, _, base = name.rpartition("/")
             size = listed[parent].get(base) if listed is not None else self.folder.size(name)
             if size == record.size:

@@ -1,13 +1,13 @@
-"""What lies in an output folder and belongs to no record."""
+"""What lies in an output folder and belongs to no record of its run."""
 
 from __future__ import annotations
 
-from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record
+from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, recorded_shard
 from pipeline.output.dataset import Output
 
 
 class Leftovers:
-    """Attempts and summaries that no record names: those of losers, of the dead, and of strangers.
+    """Attempts and summaries that no record names: those of losers, of the dead, and of strangers; and their records.
 
     What lies there is listed first; each record then spares its own, and `remove` deletes the rest.
     """
@@ -15,7 +15,8 @@ class Leftovers:
     def __init__(self, output: Output) -> None:
         self._folder = output.folder
         self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)}
-        self._names |= {f"{RECORDS}/{name}" for name in output.folder.listing(RECORDS) if name.endswith(".tmp")}
+        records = output.folder.listing(RECORDS)
+        self._names |= {f"{RECORDS}/{name}" for name in records if recorded_shard(name, output.run) is None}
 
     def spare(self, record: Record) -> None:
         self._names.discard(f"{ATTEMPTS}/{record.file}")

@@ -52,6 +52,12 @@ def load_plan(folder: Folder) -> dict[str, Any] | None:
     return plan
 
 
+def planned_run(folder: Folder) -> str | None:
+    """Id of the run whose plan is in a folder: empty for a plan of older code, None if there is no plan."""
+    plan = load_plan(folder)
+    return None if plan is None else str(plan.get("run") or "")
+
+
 class Tables:
     """The plan's two tables while the input is scanned; a context manager that leaves whole files or none."""
 

@@ -71,10 +71,11 @@ def verify(
     found = 0
     records = set(output.folder.listing(RECORDS))
     for shard in read_shards(output.own):
-        if record_name(shard.index).rpartition("/")[2] not in records:
+        recorded = record_name(shard.index, output.run)
+        if recorded.rpartition("/")[2] not in records:
             problems.append(f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again")
             continue
-        record = output.record(record_name(shard.index))
+        record = output.record(recorded)
         name = output.locate(record, listed)
         if name is None:
             problems.append(f"the file of shard {shard.index} is missing or cut short; run the job again")

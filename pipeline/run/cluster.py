@@ -46,13 +46,14 @@ class _Actor:
 
     def process(self, task: Task) -> Outcome:
         from pipeline.input.source import SourceError
+        from pipeline.output.commit import Superseded
         from pipeline.run.guard import ContractError, Poisoned
 
         try:
             return Outcome("done", self.worker.process(task))
         except Poisoned as error:
             return Outcome("died", reason=str(error))
-        except (ContractError, SourceError) as error:
+        except (ContractError, SourceError, Superseded) as error:
             return Outcome("fatal", reason=str(error))
         except OSError as error:
             return Outcome("retry", reason=f"{type(error).__name__}: {error}")

@@ -229,7 +229,7 @@ def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
     tally, done, listed, leftovers = Tally(), set[int](), output.listings(), Leftovers(output)
     for record in output.records():
         if output.locate(record, listed) is None:
-            output.folder.remove(record_name(record.shard))
+            output.folder.remove(record_name(record.shard, output.run))
             reporter.phase("planning", message=f"the file of shard {record.shard} is gone or cut; it is done again")
             continue
         tally.add(record)
@@ -273,6 +273,7 @@ def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJo
         columns=tuple(Column(**{**column, "shape": tuple(column["shape"])}) for column in plan["stage_columns"]),
         output=output.folder.root if output.folder.local else spec.output,
         storage_options=spec.storage_options,
+        run=output.run,
         reads=plan.get("reads"),
         decode_threads=resources.decode_threads,
         encode_threads=resources.encode_threads,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+from uuid import uuid4
 
 from pipeline.input.files import list_files
 from pipeline.input.read import reader_of
@@ -15,6 +16,9 @@ from pipeline.output.schema import encode_schema
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft, fingerprint, watched
 from pipeline.run.survey import Survey, survey
 from pipeline.storage import Folder
+
+RUN_DIGITS = 12
+"""Of a run's id: names bear it."""
 
 
 class PlanMismatch(PlanError):
@@ -108,6 +112,7 @@ def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) ->
     plan = _plan(drafted, totals)
     content = {
         "created": created,
+        "run": uuid4().hex[:RUN_DIGITS],
         **asdict(plan),
         "fields": dict(drafted.fields),
         "input_content": totals.content,

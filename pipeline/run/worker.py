@@ -98,20 +98,21 @@ class Worker:
         Raises:
             OSError: Nothing was committed; another attempt may succeed.
             ContractError, SourceError: No attempt will.
+            Superseded: The folder belongs to another run by now.
         """
         self.done, begun, started = 0, time.monotonic(), time.time()
         self._take_summary()  # what an attempt that failed left behind
         token = uuid4().hex[:12]
         part = "" if task.whole else f".{task.start}-{task.stop}"
         if task.pieces:
-            piece = self._writer.write(task, f"{task.shard:06d}.{token}.parquet", self._joined(task.pieces))
+            piece = self._writer.write(task, self._name(task, f".{token}.parquet"), self._joined(task.pieces))
             piece = replace(piece, summary=tuple(name for p in task.pieces for name in p.summary))
         else:
-            name = f"{task.shard:06d}{part}.{token}.parquet"
+            name = self._name(task, f"{part}.{token}.parquet")
             piece = self._writer.write(task, name, self._condemned(task) if task.condemned else self._tables(task))
             summary = self._take_summary() if not task.condemned else None
             if summary:
-                name = f"{task.shard:06d}{part}.{token}.npz"
+                name = self._name(task, f"{part}.{token}.npz")
                 commit.write_summary(self._folder, name, summary)
                 piece = replace(piece, summary=(name,))
         if not task.whole:
@@ -130,8 +131,12 @@ class Worker:
             measures=piece.measures,
             errors=piece.errors,
             summary=piece.summary,
+            run=self.job.run,
         )
         return commit.write_record(self._folder, record)
+
+    def _name(self, task: Task, rest: str) -> str:
+        return commit.file_name(self.job.run, task.shard, rest)
 
     def _joined(self, pieces: tuple[Piece, ...]) -> Iterator[pa.Table]:
         for piece in sorted(pieces, key=lambda piece: piece.start):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -158,10 +158,13 @@ def check_shards(
     if shards != 17:
         own = Path(commit_plain(spec)[0].path) / "_latentmill"
 
-        def put(*args: Any) -> None:
-            files = [path for name in ("attempts", "summaries", "records") for path in (own / name).iterdir()]
+        def copy(files: Iterable[Path]) -> None:
             fs.pipe({f"bucket/out-{shards}/_latentmill/{path.relative_to(own)}": path.read_bytes() for path in files})
 
+        def put(*args: Any) -> None:
+            copy(path for name in ("attempts", "summaries", "records") for path in (own / name).iterdir())
+
+        copy(path for path in own.iterdir() if path.is_file())  # the plan: records count for their own run alone
         patch.setattr("pipeline.run.driver._compute", put)
     spec = replace(spec, output=f"{scheme}://bucket/out-{shards}", storage_options=options)
     for resumed in (0, shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 from pipeline.output import commit
 from pipeline.output.commit import Attempt, Record, check_attempt, write_record
-from pipeline.output.schema import table
+from pipeline.output.planfile import PLAN
+from pipeline.output.schema import encode_schema, table
 from pipeline.storage import Folder
 
 VECTOR = pa.list_(pa.float16(), 2)
@@ -23,6 +25,7 @@ def _record(shard: int, token: str) -> Record:
 
 def test_first_record_stands(tmp_path: Path) -> None:
     folder = Folder.at(str(tmp_path))
+    folder.write(PLAN, json.dumps({"schema": encode_schema(SCHEMA)}).encode())
     assert write_record(folder, _record(3, "a")).attempt == "a"
     assert write_record(folder, _record(3, "b")).attempt == "a"
     assert [p.name for p in (tmp_path / commit.RECORDS).iterdir()] == ["000003.json"]
