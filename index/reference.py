@@ -217,7 +217,7 @@ def find(path: str | Path) -> Path:
         if (folder / "reference.json").exists():
             return folder
     raise FileNotFoundError(
-        f"no finished reference at {path}: run `latentmill run` on a job file with `job: reference` to make one"
+        f"no finished reference at {path}: run `latentmill run-job` on a job file with `job: reference` to make one"
     )
 
 

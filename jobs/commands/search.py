@@ -13,11 +13,10 @@ from jobs.commands.errors import errors
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from index.reference import Reference
     from jobs.page.hits import Hit
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def search(
@@ -45,10 +44,11 @@ def find(path: str, query: str, k: int) -> list[Hit]:
 
     Args:
         path: Output of a `reference` job.
-        query: The path of a picture, if a file with a picture's name is there; else a text.
+        query: The path or address of a picture, if it ends as a picture's name does and holds no space, or is there;
+            else a text.
 
     Raises:
-        ValueError: k exceeds the rows, or the reference's encoder cannot encode the query.
+        ValueError: k exceeds the rows, the picture is not there, or the reference's encoder cannot encode the query.
     """
     from index.reference import Reference
     from jobs.page.hits import hits
@@ -71,7 +71,7 @@ def embed(reference: Reference, query: str) -> torch.Tensor:
     from stages.models import clip
 
     logging.disable_progress_bar()  # of loading weights, which takes a moment
-    is_picture = query.lower().endswith(PICTURES) and Path(query).is_file()
+    is_picture = _names_picture(query)
     role, key = ("image", "encoder") if is_picture else ("text", "text_encoder")
     made_with = reference.facts[key]
     if made_with is None:
@@ -82,11 +82,34 @@ def embed(reference: Reference, query: str) -> torch.Tensor:
     place, revision = made_with["path"], made_with["revision"] or None
     require_encoder(reference.path, made_with, clip.identity(place, "image" if is_picture else "text", revision))
     if is_picture:
-        from pipeline.input.pictures import decode_picture
-
-        picture = decode_picture(Path(query).read_bytes(), 100_000_000)
+        picture = _picture(query)
         return clip.ImageEncoder(place, revision)([picture])
     return clip.TextEncoder(place, revision)([query])
+
+
+def _names_picture(query: str) -> bool:
+    """Whether a query is meant as the path of a picture: a text that happens to end in ``.png`` has spaces in it."""
+    from pipeline.input.source import SUFFIXES
+
+    return query.lower().endswith(SUFFIXES["images"]) and (not any(map(str.isspace, query)) or Path(query).is_file())
+
+
+def _picture(path: str) -> Image:
+    """The picture at a path or address.
+
+    Raises:
+        ValueError: It is not there, or is none.
+    """
+    from pipeline.input.fetch import picture_bytes
+    from pipeline.input.pictures import PictureError, decode_picture
+    from pipeline.input.rows import Encoded
+    from pipeline.input.source import Source
+
+    source = Source((path,))
+    try:
+        return decode_picture(picture_bytes(Encoded(None, path), source, "."), source.max_pixels)
+    except PictureError as error:
+        raise ValueError(f"the query names a picture, {path}: {error}") from None
 
 
 def print_table(query: str, found: Sequence[Hit]) -> None:

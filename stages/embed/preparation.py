@@ -6,6 +6,7 @@ Legend: B rows of a batch, H W C picture.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, floor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TOLERANCE = 1e-5
+EXTREME = 100
+"""A picture that would become longer than this many crops is resized within the crop alone."""
+REACH = 4
+"""Pixels that Pillow's filters read to either side, at most: of the picture, or of the result where that is smaller."""
+THINNEST = 200
+"""Ratio of the sides beyond which a processor that crops by itself is not asked: it resizes the whole picture first."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class PixelTransform:
         elif self.short is not None:
             long = int(self.short * max(width, height) / min(width, height))
             width, height = (self.short, long) if width <= height else (long, self.short)
+        if self.crop is not None and max(width, height) > EXTREME * max(self.crop):
+            return self._window(picture, width, height, self.crop)
         if picture.size != (width, height):
             picture = picture.resize((width, height), resample=self.resample)
         if self.crop is None or self.crop == (height, width):
@@ -72,6 +81,30 @@ class PixelTransform:
         if top < 0 or left < 0:
             raise ValueError(f"a picture of {width}x{height} is smaller than the crop of {self.crop[1]}x{self.crop[0]}")
         return np.asarray(picture)[top : top + self.crop[0], left : left + self.crop[1]]
+
+    def _window(self, picture: Image, width: int, height: int, crop: tuple[int, int]) -> np.ndarray:
+        """What the crop shows of the picture at this size, without the rest, which may be a million pixels long.
+
+        As `shape` gives it, but for rounding: of the picture only what the filter reaches is resized, across first and
+        then down, as Pillow does it.
+        """
+        high, wide = crop
+        top, left = (height - high) // 2, (width - wide) // 2
+        if top < 0 or left < 0:
+            raise ValueError(f"a picture of {width}x{height} is smaller than the crop of {wide}x{high}")
+        across, down = picture.width / width, picture.height / height  # pixels of the picture for one of the result
+        x, right = _reached(left, wide, across, picture.width)
+        y, bottom = _reached(top, high, down, picture.height)
+        part = picture.crop((x, y, right, bottom))
+        columns = (left * across - x, 0, (left + wide) * across - x, part.height)
+        part = part.resize((wide, part.height), self.resample, columns)
+        return np.asarray(part.resize((wide, high), self.resample, (0, top * down - y, wide, (top + high) * down - y)))
+
+
+def _reached(start: int, length: int, scale: float, limit: int) -> tuple[int, int]:
+    """The picture's pixels that a filter reads for ``length`` pixels of the result from ``start`` on."""
+    reach = REACH * max(1.0, scale)
+    return max(0, floor(start * scale - reach)), min(limit, ceil((start + length) * scale + reach))
 
 
 class Preparation:
@@ -95,6 +128,8 @@ class Preparation:
         """A picture, ready to be stacked: bytes (H, W, C), or the processor's own floats (C, H, W)."""
         if self._transform is not None:
             return torch.from_numpy(np.array(self._transform.shape(picture)))
+        if max(picture.size) > THINNEST * min(picture.size):
+            raise ValueError(f"{picture.width} and {picture.height} pixels are too unequal sides for this processor")
         return self._processor(images=picture, return_tensors="pt").pixel_values[0]
 
     def batch(self, pictures: list[torch.Tensor]) -> torch.Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from index import gaussian
+from stages.embed.preparation import PixelTransform
 from stages.embed.settings import AdoptSettings, EmbedSettings
 from stages.embed.stage import Adopt, Embed
 from stages.models import clip
@@ -201,3 +204,29 @@ def test_missing_weights_are_refused_not_drawn_at_random(tmp_path: Path) -> None
     clip.TextEncoder(folder)
     with pytest.raises(clip.ModelError, match=r"1 weights are missing, among them visual_projection"):
         clip.ImageEncoder(folder)
+
+
+def test_long_pictures_are_prepared_within_the_crop_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What resizing the whole picture and cropping it gives, without a picture of that size."""
+    transform = PixelTransform(64, None, 3, (64, 64), 1 / 255, (0.0,) * 3, (1.0,) * 3)
+    noise = np.random.default_rng(0).integers(0, 256, (1300, 9, 3), dtype=np.uint8)
+    for values in (noise, noise.transpose(1, 0, 2), noise[:, :1], np.repeat(noise, 80, axis=1).repeat(80, axis=0)):
+        picture = Image.fromarray(np.ascontiguousarray(values))
+        width, height = picture.size
+        long = int(64 * max(width, height) / min(width, height))
+        whole = picture.resize((64, long) if width <= height else (long, 64), resample=3)
+        top, left = (whole.height - 64) // 2, (whole.width - 64) // 2
+        expected = np.asarray(whole).astype(int)[top : top + 64, left : left + 64]
+        difference = abs(transform.shape(picture).astype(int) - expected)
+        assert difference.max() <= 8
+        assert difference.mean() < 0.1
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def watched(picture: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        sizes.append(size)
+        return resize(picture, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    assert transform.shape(Image.new("RGB", (65000, 1))).shape == (64, 64, 3)
+    assert max(max(size) for size in sizes) <= 64
