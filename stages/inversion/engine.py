@@ -61,10 +61,12 @@ class Rule(Generic[State]):
         limit: Most passes a row makes at a step; a gradient counts as one more.
         tolerance: A row goes on to its next step once its relative residual is at or below it; None: never before the
             limit.
+        advice: What a user can do about a row that this method cannot invert.
     """
 
     limit: int = 1
     tolerance: float | None = None
+    advice: str = "lower the guidance, or use method lbo"
 
     def blank(self, z_BCHW: torch.Tensor) -> State:
         """The state that rows start with; z only gives number, shape and device."""
@@ -258,7 +260,7 @@ class InversionProblem(Generic[State]):
                 outputs["path"] = self.path_BSCHW[slot].to("cpu", copy=True)
             if bool(self.broken_B[slot]):
                 t = self.schedule.t_S[int(self.k_B[slot])].item()
-                row = failed(row, f"inversion diverged at time {t:g}: lower the guidance, or use method lbo")
+                row = failed(row, f"inversion diverged at time {t:g}: {self.rule.advice}")
             rows.append({**row, **outputs})
         where = torch.as_tensor(slots, device=self.device)
         self.broken_B[where] = False

@@ -33,6 +33,8 @@ WarmStart = Literal["none", "last", "linear"]
 
 ITERATE, DIFFERENTIATE, SEARCH = range(3)
 """What a row's next evaluation is for: an iterate, the gradient at the best point, a trial along that gradient."""
+IDLE = 1e-4
+"""Below this weight of the output, z no longer tells it: rounding z alone moves m* by 1e-3. Ordinary steps: 1e-2."""
 PATIENCE = 2
 """Evaluations without a new smallest residual before a row takes a gradient step."""
 
@@ -76,6 +78,8 @@ class LatentBias(Rule[Fit]):
         tolerance: A row goes on to its next step once |r| / |z_prev| is at or below it.
         window: Past iterates that Anderson combines.
     """
+
+    advice = "lower the guidance, take more steps, or use method ddim"
 
     def __init__(
         self,
@@ -169,8 +173,15 @@ class LatentBias(Rule[Fit]):
         return torch.where(per_row(point.residual_B <= state.best_B, x_BCHW), x_BCHW, state.best_BCHW)
 
     def ended(self, point: Evaluation, state: Fit, done_B: torch.Tensor, z_BCHW: torch.Tensor) -> Fit:
-        """With the step's m* noted for the next one's warm start."""
-        keep, m_BCHW = per_row(done_B, z_BCHW), (point.prev_BCHW - point.step.scale * z_BCHW) / point.step.weight
+        """With the step's m* noted for the next one's warm start.
+
+        A step that changes nothing (t = 0 where the chain ends at alpha_0) has the weight 0: every output fits it, and
+        the last one evaluated is kept.
+        """
+        keep, weight = per_row(done_B, z_BCHW), point.step.weight
+        idle = weight.abs() < IDLE
+        m_BCHW = (point.prev_BCHW - point.step.scale * z_BCHW) / torch.where(idle, 1.0, weight)
+        m_BCHW = torch.where(idle, point.m_BCHW, m_BCHW)
         if self.bias == "output":
             m_BCHW = m_BCHW - state.base_BCHW
         return state._replace(

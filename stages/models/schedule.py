@@ -197,6 +197,7 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
         raise ValueError(f"steps is {steps}: with this steps_offset the last time is beyond {train_steps - 1}")
     # The sampler's previous time is t - T // S, also where rounding makes the next entry of `timesteps` another one.
     prev_S = t_S - train_steps // steps
+    _check_chain(t_S, prev_S, scheduler.config.timestep_spacing)
     abar_S = scheduler.alphas_cumprod.double()[t_S]
     abar_prev_S = torch.where(
         prev_S >= 0, scheduler.alphas_cumprod.double()[prev_S.clamp(min=0)], scheduler.final_alpha_cumprod.double()
@@ -216,14 +217,33 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
         back_scale_S, back_weight_S = sigma_S / sigma_prev_S, alpha_S - alpha_prev_S * sigma_S / sigma_prev_S
     else:
         raise ValueError(f"prediction_type {prediction!r} is not one of epsilon, v_prediction, sample")
-    if not bool(torch.stack([scale_S, weight_S, back_scale_S, back_weight_S]).isfinite().all()):
+    finite = bool(torch.stack([scale_S, weight_S, back_scale_S, back_weight_S]).isfinite().all())
+    if not finite or bool((scale_S == 0).any()):
         raise ValueError(
-            f"the schedule reaches zero signal or zero noise, where a {prediction} model's step has no inverse: "
-            "use fewer steps or another timestep_spacing"
+            f"the schedule of {steps} steps reaches zero signal or zero noise, where a {prediction} model's step keeps "
+            "nothing of the latent it starts from and has no inverse: take more steps, or set scheduler: "
+            "{timestep_spacing: leading, rescale_betas_zero_snr: false, set_alpha_to_one: false}"
         )
     return Schedule(
         prediction, t_S, scale_S, weight_S, back_scale_S, back_weight_S, alpha_S, sigma_S, alpha_prev_S, sigma_prev_S
     )
+
+
+def _check_chain(t_S: torch.Tensor, prev_S: torch.Tensor, spacing: str) -> None:
+    """Refuse steps that do not end where the next one starts: there the network is told another time than the latent
+    has. ``trailing`` rounds its times, which may leave one training time between two steps and no more.
+
+    Raises:
+        ValueError: There are larger gaps.
+    """
+    gap_S, step = (prev_S[1:] - t_S[:-1]).abs(), int(t_S[0] - prev_S[0])
+    rounding = 1 if spacing == "trailing" and step >= 10 else 0
+    if bool((gap_S > rounding).any()):
+        raise ValueError(
+            f"DDIM at timestep_spacing {spacing} and {len(t_S)} steps of {step} training times leaves gaps of up to "
+            f"{int(gap_S.max())} between them: set scheduler: {{timestep_spacing: leading}}, or trailing with steps "
+            "that divide the training times"
+        )
 
 
 def flow_schedule(config: Mapping[str, Any], steps: int) -> Schedule:

@@ -106,6 +106,33 @@ def test_replay_gives_the_inverted_latent_back() -> None:
     torch.testing.assert_close(again, path[:, 0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", ["output", "input"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_step_that_changes_nothing_is_climbed(bias, prediction) -> None:
+    """With `steps_offset: 0` and `set_alpha_to_one: false` the first step goes from t = 0 to alpha_0: weight 0."""
+    config = {**CONFIG, "steps_offset": 0, "prediction_type": prediction}
+    schedule = ddim_schedule(config, 20)
+    assert float(schedule.weight_S[0]) == 0
+    rule = LatentBias(bias=bias, passes=30, tolerance=1e-6)
+    problem = InversionProblem(network(0.5), schedule, rule, slots=3, latent_shape=SHAPE)
+    done = sorted(solve(problem, rows()), key=lambda row: row["id"])
+    assert all(row.get("status") != "failed" for row in done)
+    condition = {"c": torch.stack([row["condition"]["c"] for row in done])}
+    again = sample(network(0.5), schedule, torch.stack([row["noise"] for row in done]), condition)
+    torch.testing.assert_close(again, torch.stack([row["z"] for row in done]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_diverged_row_is_not_told_to_use_what_failed() -> None:
+    def broken(z, t, condition):
+        return torch.full_like(z, torch.nan)
+
+    for rule in (LatentBias(), FixedPoint(3)):
+        problem = InversionProblem(broken, ddim_schedule(CONFIG, 4), rule, slots=2, latent_shape=SHAPE)
+        (said,) = {row["error"] for row in solve(problem, rows())}
+        assert ("method lbo" in said) == isinstance(rule, FixedPoint)
+        assert "method" in said
+
+
 def test_a_budget_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         LatentBias(bias="output", passes=1)

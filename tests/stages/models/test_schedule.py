@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -44,6 +46,34 @@ def test_zero_signal_is_finite_for_v_and_refused_for_epsilon() -> None:
     assert schedule.weight_S.isfinite().all()
     with pytest.raises(ValueError, match="zero signal"):
         ddim_schedule(config, 10)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_single_step_that_keeps_nothing_of_the_noise_is_refused(prediction: str) -> None:
+    config = {**SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": prediction}
+    with pytest.raises(ValueError, match="zero signal or zero noise.*take more steps"):
+        ddim_schedule({**config, "set_alpha_to_one": True}, 1)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 20, 30, 50, 600])
+def test_a_chain_has_no_gaps_or_is_refused(spacing: str, steps: int) -> None:
+    """Where each step ends the next one starts, in diffusers' own DDIM; rounding of `trailing` may be off by one."""
+    from diffusers import DDIMScheduler
+
+    config = {**SD, "timestep_spacing": spacing}
+    sampler = DDIMScheduler.from_config(config)
+    sampler.set_timesteps(steps)
+    t, step = sampler.timesteps.tolist(), 1000 // steps
+    gaps = [abs(now - step - following) for now, following in pairwise(t)]
+    if max(gaps, default=0) > (1 if spacing == "trailing" and steps <= 100 else 0):
+        with pytest.raises(ValueError, match=f"timestep_spacing {spacing} .* leaves gaps of up to {max(gaps)}"):
+            ddim_schedule(config, steps)
+        return
+    schedule = ddim_schedule(config, steps)
+    assert schedule.t_S.tolist() == t[::-1]
+    moved = (schedule.alpha_prev_S[1:] - schedule.alpha_S[:-1]).abs()
+    assert float(moved.max() if len(moved) else 0) < 5e-3
 
 
 def test_flow_steps_are_diffusers_euler_steps() -> None:
