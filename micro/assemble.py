@@ -87,7 +87,7 @@ def load(name: str, folder: Path | None = None, device: str = "cpu") -> Any:
     if found != kind.__name__:
         raise OSError(f"{expected}: it holds a {found}")
     try:
-        pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        pipeline = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(f"{expected}: a part of it is missing or truncated ({reason})") from None

@@ -30,7 +30,7 @@ def regenerate(out: str, steps: int, batch: int = 50) -> dict[str, Any]:
     from datasets import load_dataset
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     data = load_dataset(out, split="train")

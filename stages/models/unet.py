@@ -38,6 +38,8 @@ class StableDiffusion:
     encoders: tuple[str, ...] = ("text_encoder",)
     left_out: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     """Not loaded: it judges pictures, it makes none."""
+    steps_offset: int | None = 1
+    """What its pipeline makes of a scheduler's `steps_offset`, whatever the folder says; None: it leaves it alone."""
 
     def __init__(self, pipeline: Any, geometry: Geometry) -> None:
         self.pipeline, self.geometry = pipeline, geometry
@@ -86,6 +88,8 @@ class StableDiffusion:
         down = 2 ** (len(unet["block_out_channels"]) - 1)
         if size % (factor * down):
             raise ValueError(f"size {size} is no multiple of {factor * down}, which model {path!r} needs")
+        if cls.steps_offset is not None and "steps_offset" in scheduler:
+            scheduler = {**scheduler, "steps_offset": cls.steps_offset}
         effective = changed_config(scheduler, settings.scheduler)
         if effective.get("_class_name") in FLOW_SCHEDULERS:
             raise ValueError(f"model {path!r} has a U-Net, which a {effective['_class_name']} does not run")
@@ -98,7 +102,7 @@ class StableDiffusion:
             text_shape=text_shape,
             word_widths=tuple(int(text.hidden_size) for text in texts),
             parts=_parts(settings, cls.encoders),
-            usage=_usage(settings, cls.text_latent(text_shape)),
+            usage=_usage(settings, effective, cls.text_latent(text_shape)),
         )
 
     @classmethod
@@ -242,6 +246,7 @@ class StableDiffusionXL(StableDiffusion):
     index = "StableDiffusionXL"
     encoders = ("text_encoder", "text_encoder_2")
     left_out = {"add_watermarker": False}
+    steps_offset = None
 
     @staticmethod
     def text_latent(shape: tuple[int, int]) -> str:
@@ -340,7 +345,7 @@ def _other_vae(settings: LatentModelSettings, dtype: torch.dtype) -> dict[str, A
     raise failure
 
 
-def _usage(settings: LatentModelSettings, text_latent: str) -> Usage:
+def _usage(settings: LatentModelSettings, scheduler: Mapping[str, Any], text_latent: str) -> Usage:
     from diffusers import DDIMScheduler
 
     names, given = ["DDIMScheduler", "DiffusionPipeline"], ""
@@ -349,16 +354,18 @@ def _usage(settings: LatentModelSettings, text_latent: str) -> Usage:
         names.insert(0, "AutoencoderKL")
         _, folder = _config_of_vae(settings.vae)
         where = f', subfolder="{folder}"' if folder else ""
-        lines.append(f'vae = AutoencoderKL.from_pretrained("{settings.vae}"{where}, torch_dtype=torch.float32)')
+        lines.append(f'vae = AutoencoderKL.from_pretrained("{settings.vae}"{where}, dtype=torch.float32)')
         given = ", vae=vae"
     known = set(inspect.signature(DDIMScheduler).parameters) - {"clip_sample", "thresholding"}
     changes = {key: value for key, value in (settings.scheduler or {}).items() if key in known}
     changes["clip_sample"] = False
+    if scheduler.get("thresholding"):
+        changes["thresholding"] = False
     options = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     if settings.revision is not None:
         given += f', revision="{settings.revision}"'
     lines += [
-        f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, torch_dtype=torch.float32)',
+        f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)',
         f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})",
     ]
     return Usage(tuple(names), "\n".join(lines), text_latent)

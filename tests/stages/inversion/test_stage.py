@@ -128,7 +128,7 @@ def test_an_inverter_takes_the_place_of_captions(folder, tmp_path: Path) -> None
 
     card = Job(input="x", model=folder, inverter=str(tmp_path), steps=3, methods=["ddim"]).card()
     (call,) = re.findall(r"picture = (pipe\(.*\))\.images", card)
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     latents = torch.tensor(row["latent"]).reshape(1, 4, 8, 8)
     named = {"num_inference_steps": 3, "guidance_scale": 1.0, "latents": latents}

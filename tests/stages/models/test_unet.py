@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,6 +197,27 @@ def test_a_scheduler_s_class_can_be_put_right(tmp_path: Path) -> None:
     assert len(open_latent_model(settings).schedule(5)) == 5
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("said", [{"steps_offset": 0}, {}], ids=["offset 0", "no offset"])
+@pytest.mark.parametrize("changes", [None, {"steps_offset": 0}], ids=["as it is", "changed"])
+def test_times_are_those_of_the_lines_of_the_card(
+    tmp_path: Path, kind: str, said: dict[str, object], changes: dict[str, object] | None
+) -> None:
+    """Pipelines of Stable Diffusion 1 and 2 put `steps_offset: 0` to 1, those of XL do not."""
+    folder = tiny_stable_diffusion.build(tmp_path, kind)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    del config["steps_offset"]
+    file.write_text(json.dumps(config | said))
+    model = open_latent_model(LatentModelSettings(model=folder, device="cpu", scheduler=changes))
+    known: dict[str, Any] = {}
+    usage = model.geometry.usage
+    exec(f"import torch\nfrom diffusers import {', '.join(usage.names)}\n{usage.load}", known)
+    sampler = known["pipe"].scheduler
+    sampler.set_timesteps(4)
+    assert model.schedule(4).t_S.tolist() == sampler.timesteps.tolist()[::-1]
+
+
 # --- another autoencoder
 
 
@@ -241,7 +263,21 @@ def test_an_autoencoder_of_another_latent_space_is_refused(
 def test_a_card_names_the_revision(folders: dict[str, str]) -> None:
     plain = read_geometry(LatentModelSettings(model=folders["sd"])).usage.load
     pinned = read_geometry(LatentModelSettings(model=folders["sd"], revision="v2")).usage.load
-    assert pinned == plain.replace(", torch_dtype", ', revision="v2", torch_dtype')
+    assert pinned == plain.replace(", dtype", ', revision="v2", dtype')
+
+
+def test_a_card_switches_off_what_the_schedule_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_stable_diffusion.build(tmp_path)
+    plain = read_geometry(LatentModelSettings(model=folder)).usage.load
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholding": True, "clip_sample": True}))
+    usage = read_geometry(LatentModelSettings(model=folder)).usage
+    assert usage.load == plain.replace("clip_sample=False", "clip_sample=False, thresholding=False")
+    known: dict[str, Any] = {}
+    exec(f"import torch\nfrom diffusers import {', '.join(usage.names)}\n{usage.load}", known)
+    config = known["pipe"].scheduler.config
+    assert (config.thresholding, config.clip_sample) == (False, False)
+    assert "torch_dtype" not in usage.load + capfd.readouterr().err
 
 
 def test_the_lines_of_a_card_make_the_same_model(folders: dict[str, str], tmp_path: Path) -> None:
