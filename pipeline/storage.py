@@ -224,19 +224,28 @@ class Folder:
         """Put a small file in place unless there is one already.
 
         Returns:
-            Whether the file there now is this one. (After a dropped connection a store may report our own as existing.)
+            Whether the file there now is this one. (After a dropped connection a store, or NFS, may report our own as
+            existing.)
         """
         if self.local:
             try:
                 self._replace(name, data, lambda temp: os.link(temp, self.path(name)))
                 return True
             except FileExistsError:
-                return False
+                return self.read(name) == data
         try:
             patiently(lambda: self.fs.pipe_file(self.path(name), data, mode="create"))
             return True
         except FileExistsError:
             return self.read(name) == data
+
+    def is_exclusive(self) -> bool:
+        """Whether `create` refuses a name that is taken, as asked of a file that is made and removed for it."""
+        name = f"{uuid4().hex}.probe"
+        try:
+            return self.create(name, b"first") and not self.create(name, b"second")
+        finally:
+            self.remove(name)
 
     def _replace(self, name: str, data: bytes, place: Callable[[str], None]) -> None:
         parent = self._parent(name)

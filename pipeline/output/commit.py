@@ -1,13 +1,14 @@
 """The commit protocol: an attempt's file first, checked and durable, then the record that makes it the shard.
 
 Steps, each a function so that a reader (or a fault test) can stop between any two: `Attempt` writes
-``attempts/<run>-<shard>.<token>.parquet`` and syncs it; `check_attempt` reads the footer back; `write_summary` leaves
-what the stage wants kept; `write_record` creates ``records/<run>-<shard>.json`` unless there is one.
-Whoever dies before the last step has changed nothing; whoever comes second finds the record, and its own attempt is
-swept. (`pipeline.record` says why the parts of an index are committed otherwise.)
+``attempts/<run>-e<epoch>-<shard>.<token>.parquet`` and syncs it; `check_attempt` reads the footer back; `write_summary`
+leaves what the stage wants kept; `write_record` creates ``records/<run>-<shard>.json`` unless there is one. Whoever
+dies before the last step has changed nothing; whoever comes second finds the record, and its own attempt is swept.
+(`pipeline.record` says why the parts of an index are committed otherwise.)
 
 A run is a plan: each has an id of its own, which every name bears, so that what a worker of an earlier plan leaves in
-the same folder, however late, counts for nothing. Plans of older code have none, nor have their names.
+the same folder, however late, counts for nothing. Plans of older code have none, nor have their names. The epoch is
+that of the driver which gave the work out (`pipeline.output.lock`): a later one sweeps what earlier ones left.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 
 from pipeline.input.files import OWN
 from pipeline.output import parquet
+from pipeline.output.lock import latest_epoch
 from pipeline.output.planfile import planned_run
 from pipeline.storage import Folder
 
@@ -37,7 +39,7 @@ class CommitError(OSError):
 
 
 class Superseded(RuntimeError):
-    """The folder belongs to another run by now; nothing was committed."""
+    """The folder belongs to another run, or to a later driver, by now; nothing was committed."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Record:
         errors: The commonest reasons of failed rows (digits folded) -> count; at most 20.
         summary: Names of the stage's summary files (npz), in row order; empty without.
         run: Id of the run; empty in a folder that older code planned.
+        epoch: Of the driver that gave the work out; 0 for older code.
     """
 
     shard: int
@@ -73,6 +76,7 @@ class Record:
     errors: Mapping[str, int] = field(default_factory=dict)
     summary: tuple[str, ...] = ()
     run: str = ""
+    epoch: int = 0
 
     @property
     def rows(self) -> int:
@@ -84,13 +88,19 @@ class Record:
         return Record(**{**plain, "summary": tuple(plain["summary"])})
 
 
-def file_name(run: str, shard: int, rest: str) -> str:
-    """The name of a file that a run leaves for one of its shards."""
-    return f"{run}-{shard:06d}{rest}" if run else f"{shard:06d}{rest}"
+def attempt_name(run: str, epoch: int, shard: int, rest: str) -> str:
+    """The name of a file that a worker makes of a shard."""
+    return "-".join(filter(None, (run, f"e{epoch}", f"{shard:06d}{rest}")))
+
+
+def epoch_of(name: str) -> int:
+    """The epoch that an attempt's or summary's name bears; 0 if it has none."""
+    match = re.match(r"(?:[0-9a-f]{12}-)?e(\d+)-", name)
+    return int(match[1]) if match else 0
 
 
 def record_name(shard: int, run: str) -> str:
-    return f"{RECORDS}/{file_name(run, shard, '.json')}"
+    return f"{RECORDS}/{run}-{shard:06d}.json" if run else f"{RECORDS}/{shard:06d}.json"
 
 
 def recorded_shard(name: str, run: str) -> int | None:
@@ -166,13 +176,16 @@ def write_record(folder: Folder, record: Record) -> Record:
         The record that stands: this one, or the one of an attempt that was faster.
 
     Raises:
-        Superseded: The folder holds another plan by now, or none.
+        Superseded: The folder holds another plan by now, or none; or a later driver has it.
     """
     name, data = record_name(record.shard, record.run), json.dumps(asdict(record)).encode()
     if (now := planned_run(folder)) != record.run:
         found = "holds no plan any more" if now is None else f"was planned anew (run {now})"
         raise Superseded(f"{folder.url} {found}; what run {record.run or '(unnamed)'} made of shard {record.shard} is "
                          "not committed")  # fmt: skip
+    if (latest := latest_epoch(folder)) > record.epoch:
+        raise Superseded(f"{folder.url} is held by a later driver (epoch {latest}); what a worker of epoch "
+                         f"{record.epoch} made of shard {record.shard} is not committed")  # fmt: skip
     if folder.create(name, data):
         return record
     return Record.from_json(folder.read(name))

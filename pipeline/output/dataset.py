@@ -2,7 +2,7 @@
 
 ``OUT/data/part-*.parquet``, ``OUT/README.md`` and ``OUT/_SUCCESS`` are what readers see. ``OUT/_latentmill/`` is the
 bookkeeping: ``plan.json``, ``files.parquet``, ``shards.parquet``, ``records/``, ``attempts/`` (until published),
-``summaries/``, ``progress.json``, ``lock.json``, and ``set-aside/`` for files found in ``data/`` that are not its own.
+``summaries/``, ``progress.json``, ``locks/``, and ``set-aside/`` for files found in ``data/`` that are not its own.
 """
 
 from __future__ import annotations
@@ -86,10 +86,12 @@ class Output:
     Attributes:
         folder: Where it is.
         plan: The stored plan (``rows``, ``shards``, ``columns``, ``config``, ``models``, ``created`` ...).
+        lock: The driver's; None for those who only read.
     """
 
     folder: Folder
     plan: Mapping[str, Any]
+    lock: lock.Lock | None = None
 
     @staticmethod
     def open(path: str, storage_options: Mapping[str, Any] | None = None) -> Output:
@@ -118,6 +120,19 @@ class Output:
     def run(self) -> str:
         """Id of the run; empty for a plan of older code."""
         return str(self.plan.get("run") or "")
+
+    @property
+    def epoch(self) -> int:
+        return 0 if self.lock is None else self.lock.epoch
+
+    def check(self) -> None:
+        """To be asked before anything in the folder is changed.
+
+        Raises:
+            LockLost: Another run has the folder.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
     def part(self, shard: int) -> str:
         """The published name of a shard."""
@@ -226,12 +241,14 @@ class Output:
 
     def save_progress(self, progress: Progress) -> None:
         """Leave a snapshot for `status`."""
+        self.check()
         self.folder.write(PROGRESS, json.dumps(asdict(progress)).encode())
 
     def open_file(self, name: str, mode: str = "rb") -> Any:
         """Open a file below the folder, for instance ``report.html``; parents are made when writing."""
         if "r" in mode:
             return self.folder.open(name)
+        self.check()
         if self.folder.local:
             self.folder.fs.makedirs(self.folder.path(name).rpartition("/")[0], exist_ok=True)
         return self.folder.fs.open(self.folder.path(name), mode)

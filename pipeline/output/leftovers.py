@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, recorded_shard
+from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, epoch_of, recorded_shard
 from pipeline.output.dataset import Output
 
 
 class Leftovers:
     """Attempts and summaries that no record names: those of losers, of the dead, and of strangers; and their records.
 
-    What lies there is listed first; each record then spares its own, and `remove` deletes the rest.
+    What a later driver's workers have made is not touched: a driver that has lost the folder may not know yet. What
+    lies there is listed first; each record then spares its own, and `remove` deletes the rest.
     """
 
     def __init__(self, output: Output) -> None:
-        self._folder = output.folder
-        self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)}
+        self._output = output
+        self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)
+                       if epoch_of(name) <= output.epoch}  # fmt: skip
         records = output.folder.listing(RECORDS)
         self._names |= {f"{RECORDS}/{name}" for name in records if recorded_shard(name, output.run) is None}
 
@@ -24,4 +26,5 @@ class Leftovers:
 
     def remove(self) -> None:
         for name in sorted(self._names):
-            self._folder.remove(name)
+            self._output.check()
+            self._output.folder.remove(name)

@@ -1,20 +1,23 @@
 """One run at a time in an output folder.
 
-The lock is a small file created only if it is not there; its holder renews it every few seconds. A lock is stale when
-its process is gone (same machine, same boot), or, seen from another machine, when it has not been renewed for two
-minutes. A stale lock is taken over. A holder that finds another's token in the lock has lost it and stops.
+Each run that takes the folder has an epoch, one more than the last one's, and takes it by creating
+``locks/<epoch>.json``: of two that try, the filesystem lets one. The folder is held by the highest epoch. Its holder
+renews its own file every few seconds, and says in it when it is done; it never writes another's.
+
+A holder is gone if its process is (same machine, boot and process namespace). Any other that is silent is watched for a
+lease, by the watcher's own clock: one that renews in that time is alive, whatever its clock says. A holder that finds a
+higher epoch than its own has lost the folder; it asks before all that it changes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,9 +25,13 @@ from uuid import uuid4
 from pipeline.input.files import OWN
 from pipeline.storage import Folder
 
+LOCKS = f"{OWN}/locks"
 NAME = f"{OWN}/lock.json"
+"""Where older code kept its lock; it counts as epoch 0."""
 RENEW_S = 10.0
-STALE_S = 120.0
+LEASE_S = 120.0
+"""How long a holder that cannot be asked has to be silent before its folder is taken."""
+POLL_S = 2.0
 SETTLE_S = 1.0
 
 
@@ -32,9 +39,26 @@ class OutputLocked(RuntimeError):
     """Another run holds the output folder; the message says which."""
 
 
+class LockLost(RuntimeError):
+    """This run does not hold the output folder any more; it must change nothing in it."""
+
+
+def _clock() -> float:
+    """Seconds that no one sets, and that go on while the machine sleeps where the system counts them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 def _boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    """The process namespace that our numbers of processes belong to."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
@@ -47,92 +71,161 @@ def _started(pid: int) -> str:
         return ""
 
 
-def holder(folder: Folder) -> dict[str, Any] | None:
-    """Who holds the lock: ``host``, ``pid``, ``silent_s``, ``stale``; None if nobody does."""
+def lock_name(epoch: int) -> str:
+    return f"{LOCKS}/{epoch:06d}.json"
+
+
+def latest_epoch(folder: Folder) -> int:
+    """The highest epoch that a run took the folder in; 0 if none did."""
+    found = (re.fullmatch(r"(\d+)\.json", name) for name in folder.listing(LOCKS))
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def _content(folder: Folder, epoch: int) -> dict[str, Any] | None:
+    """What a lock says; None if there is none, or if it says that its holder is done."""
     try:
-        content = json.loads(folder.read(NAME))
+        said = json.loads(folder.read(lock_name(epoch) if epoch else NAME))
+        if said.get("done"):
+            return None
+        texts = {name: str(said[name]) for name in ("host", "boot", "process", "token")}
+        numbers = {"pid": int(said["pid"]), "renewed": float(said["renewed"])}
+        return {**texts, **numbers, "namespace": str(said.get("namespace", "")), "damaged": False}
     except FileNotFoundError:
         return None
-    except ValueError:
-        return {"host": "unknown", "pid": 0, "token": "", "silent_s": STALE_S, "stale": True}
+    except (ValueError, TypeError, KeyError, AttributeError):  # no run writes such a lock
+        return {"host": "unknown", "pid": 0, "token": "", "renewed": 0.0, "damaged": True}
+
+
+def _alive(content: Mapping[str, Any]) -> bool | None:
+    """Whether a lock's holder lives; None: it cannot be asked from here."""
+    if content["damaged"]:
+        return False
+    here = (socket.gethostname(), _boot(), _namespace())
+    if not all(here) or (content["host"], content["boot"], content["namespace"]) != here:
+        return None
+    return _started(content["pid"]) == content["process"]
+
+
+def holder(folder: Folder) -> dict[str, Any] | None:
+    """Who holds the lock, at a glance: ``host``, ``pid``, ``silent_s``, ``stale``; None if nobody does.
+
+    A holder that cannot be asked is judged by its own time stamp, which is as good as the two clocks are. `Lock` does
+    not go by it.
+    """
+    content = _content(folder, latest_epoch(folder))
+    if content is None:
+        return None
     silent = max(0.0, time.time() - content["renewed"])
-    here = content["host"] == socket.gethostname() and content["boot"] == _boot() and bool(content["boot"])
-    stale = _started(content["pid"]) != content["process"] if here else silent > STALE_S
-    return {**content, "silent_s": silent, "stale": stale}
+    alive = _alive(content)
+    return {**content, "silent_s": silent, "stale": silent > LEASE_S if alive is None else not alive}
 
 
 class Lock:
     """Held from construction to `release`.
 
+    Args:
+        say: Told what takes long, or what the filesystem lacks.
+
+    Attributes:
+        epoch: Number of this run among those that held the folder; 1 for the first.
+        lost: Another run has it now.
+
     Raises:
         OutputLocked: Another run holds the folder.
     """
 
-    def __init__(self, folder: Folder) -> None:
-        self._folder, self._token = folder, uuid4().hex
+    def __init__(self, folder: Folder, say: Callable[[str], None] = lambda message: None) -> None:
+        self._folder, self._token, self._say = folder, uuid4().hex, say
         self._stop, self.lost = threading.Event(), False
-        self._acquire()
+        self._exclusive = folder.local or folder.is_exclusive()
+        if not self._exclusive:
+            say(f"{folder.url}: this store does not refuse to replace a file that is to be created (no conditional "
+                "writes): see to it that one run at a time writes here")  # fmt: skip
+        self.epoch = self._acquire()
+        self._known = _clock()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="latentmill-lock")
         self._thread.start()
 
-    def _content(self) -> bytes:
+    def _mine(self, done: bool = False) -> bytes:
         mine: Mapping[str, Any] = {
             "host": socket.gethostname(),
             "boot": _boot(),
+            "namespace": _namespace(),
             "pid": os.getpid(),
             "process": _started(os.getpid()),
             "token": self._token,
             "renewed": time.time(),
+            "done": done,
         }
         return json.dumps(mine).encode()
 
-    def _acquire(self) -> None:
-        if self._folder.create(NAME, self._content()):
-            return
-        other = holder(self._folder)
-        if other is not None and not other["stale"]:
-            raise OutputLocked(
-                f"{self._folder.url}: another run holds this folder (process {other['pid']} on {other['host']}, last "
-                f"sign of life {other['silent_s']:.0f} s ago); wait for it, stop it, or name another output folder"
-            )
-        with self._takeover():
-            other = holder(self._folder)
-            if other is not None and other["stale"]:
-                self._folder.remove(NAME)
-            taken = self._folder.create(NAME, self._content())
-        if not self._folder.local:
-            time.sleep(SETTLE_S)  # a store may let two remove and create; the later one's token stands
-        if not taken or not self._mine():
+    def _acquire(self) -> int:
+        """Wait for a holder that may be dead, then take the next epoch."""
+        seen, since = None, _clock()
+        while True:
+            epoch = latest_epoch(self._folder)
+            other = _content(self._folder, epoch)
+            alive = False if other is None else _alive(other)
+            if other is None or alive is False:
+                return self._take(epoch + 1)
+            now = (epoch, other["token"], other["renewed"])
+            if alive or now != (seen or now):
+                silent = max(0.0, time.time() - other["renewed"])
+                raise OutputLocked(
+                    f"{self._folder.url}: another run holds this folder (process {other['pid']} on {other['host']}, "
+                    f"last sign of life {silent:.0f} s ago); wait for it, stop it, or name another output folder"
+                )
+            if seen is None:
+                seen, since = now, _clock()
+                self._say(f"process {other['pid']} on {other['host']} held {self._folder.url} last; whether it lives "
+                          f"shows within {RENEW_S:.0f} s, that it is dead after {LEASE_S:.0f} s: waiting")  # fmt: skip
+            elif _clock() - since > LEASE_S:
+                return self._take(epoch + 1)
+            time.sleep(POLL_S)
+
+    def _take(self, epoch: int) -> int:
+        taken = self._folder.create(lock_name(epoch), self._mine())
+        if not self._exclusive:
+            time.sleep(SETTLE_S)  # two may have written it; the later one's token stands
+        if not taken or not self._holds(epoch):
             raise OutputLocked(f"{self._folder.url}: another run has just taken this folder; try again")
+        for name in self._folder.listing(LOCKS):
+            if f"{LOCKS}/{name}" < lock_name(epoch):
+                self._folder.remove(f"{LOCKS}/{name}")
+        self._folder.remove(NAME)
+        return epoch
 
-    @contextmanager
-    def _takeover(self) -> Iterator[None]:
-        """On a local disk one process at a time may replace a stale lock; the kernel lets go if it dies."""
-        if not self._folder.local:
-            yield
+    def _holds(self, epoch: int) -> bool:
+        """Whether the folder's last epoch is this one, and ours."""
+        content = _content(self._folder, epoch) if latest_epoch(self._folder) == epoch else None
+        return content is not None and content["token"] == self._token
+
+    def check(self) -> None:
+        """Ask before changing anything. On a store the answer of the last few seconds will do: a lease is far longer.
+
+        Raises:
+            LockLost: Another run has the folder, or it was deleted.
+        """
+        if not self.lost and not self._folder.local and _clock() - self._known < RENEW_S:
             return
-        with open(self._folder.path(f"{NAME}.takeover"), "w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
-            yield
-
-    def _mine(self) -> bool:
-        try:
-            return bool(json.loads(self._folder.read(NAME))["token"] == self._token)
-        except (FileNotFoundError, ValueError):
-            return False
+        if self.lost or not self._holds(self.epoch):
+            self.lost = True
+            raise LockLost("another run has taken this output folder, or it was deleted; this run has stopped")
+        self._known = _clock()
 
     def _keep(self) -> None:
         while not self._stop.wait(RENEW_S):
             try:
-                if not self._mine():
+                if not self._holds(self.epoch):
                     self.lost = True
                     return
-                self._folder.write(NAME, self._content())
+                self._folder.write(lock_name(self.epoch), self._mine())
+                self._known = _clock()
             except OSError:
                 continue  # the store is away or the disk is full: the next turn tries again
 
     def release(self) -> None:
         self._stop.set()
         self._thread.join(timeout=RENEW_S)
-        if not self.lost and self._mine():
-            self._folder.remove(NAME)
+        if not self.lost and self._holds(self.epoch):
+            self._folder.write(lock_name(self.epoch), self._mine(done=True))

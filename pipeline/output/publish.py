@@ -23,6 +23,7 @@ def set_aside(output: Output) -> list[str]:
     """
     strangers = [name for name in output.folder.listing("data") if not output.is_published(name)]
     for name in strangers:
+        output.check()
         output.folder.move(f"data/{name}", f"{SET_ASIDE}/{name}")
     return strangers
 
@@ -34,6 +35,7 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
 
     Raises:
         OutputError: A committed file is gone.
+        LockLost: Another run has the folder.
     """
     listed, leftovers, shards = output.listings(), Leftovers(output), 0
     content = hashlib.blake2b(digest_size=8)
@@ -44,6 +46,7 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
         shards += 1
     if shards != int(output.plan["shards"]):
         raise OutputError(f"{output.path}: {shards} of {output.plan['shards']} shards have a record; run the job again")
+    output.check()
     output.folder.write(CARD, card(output, tally, content.hexdigest(), title, description).encode())
     summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed, "shards": tally.shards,
                "fingerprint": output.plan["fingerprint"]}  # fmt: skip
@@ -58,6 +61,7 @@ def _publish_part(output: Output, record: Record, listed: dict[str, dict[str, in
         return
     if listed[ATTEMPTS].get(record.file) != record.size:
         raise OutputError(f"{output.path}: the file of shard {record.shard} is gone or cut; run the job again")
+    output.check()
     if base in listed["data"]:
         output.folder.move(part, f"{SET_ASIDE}/{base}")
     output.folder.move(f"{ATTEMPTS}/{record.file}", part)

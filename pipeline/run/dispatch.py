@@ -45,8 +45,8 @@ class Dispatcher:
     """Runs all uncommitted shards through a pool.
 
     Raises (from `run`):
-        Stopped: No worker can be had, a worker broke the stage's contract, storage keeps failing, too many failed rows,
-            or another run took the folder.
+        Stopped: No worker can be had, a worker broke the stage's contract, storage keeps failing, too many failed rows.
+        LockLost: Another run took the folder.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Dispatcher:
 
     def _check(self, seconds: float) -> None:
         if self._lock.lost:
-            raise Stopped("another run has taken this output folder; this one has stopped")
+            self._lock.check()
         if self._pool.build_failures >= BUILD_TRIES:
             raise Stopped(f"the stage cannot be built: {self._pool.build_problem}")
         if not self._pool.ready and not self._tally.shards and seconds > PATIENCE_S and not self._pool.build_failures:

@@ -16,7 +16,7 @@ from pipeline.input.source import Source
 from pipeline.output.commit import record_name
 from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
 from pipeline.output.leftovers import Leftovers
-from pipeline.output.lock import Lock
+from pipeline.output.lock import Lock, LockLost
 from pipeline.output.planfile import OutputError, load_plan, own_folder, read_shards
 from pipeline.output.progress import Progress
 from pipeline.output.publish import publish, set_aside
@@ -151,17 +151,19 @@ def run(
     drafted = draft(spec)
     folder = Folder.at(spec.output, spec.storage_options)
     planned = _check_folder(spec, drafted, folder)
-    lock = Lock(folder)
+    lock = Lock(folder, lambda message: reporter.phase("planning", message=message))
     try:
         if not planned and not _check_folder(spec, drafted, folder):  # again: another run may have just ended here
-            plan = write_plan(spec, drafted, own_folder(folder), time.time())
+            plan = write_plan(spec, drafted, own_folder(folder), time.time(), lock.check)
             for note in plan["notes"]:
                 reporter.phase("planning", message=note)
-        output = Output.open(spec.output, spec.storage_options)
+        output = replace(Output.open(spec.output, spec.storage_options), lock=lock)
         reporter.output = output
         return _resumed(
             spec, output, lock, reporter, resources, max_failed_fraction, address, finish, title, description
         )
+    except LockLost as lost:
+        raise RunError(str(lost)) from None
     finally:
         lock.release()
 
@@ -188,14 +190,15 @@ def _resumed(
     address: str | None, finish: Callable[[Finished], None] | None, title: str, description: str,
 ) -> RunResult:  # fmt: skip
     """Under the lock: what is left is computed; then finish and publish, unless that is done too."""
-    tally, done = _survey(output, reporter)
-    resumed, planned = tally.shards, int(output.plan["shards"])
-    complete = output.folder.exists(SUCCESS)
-    if complete and resumed < planned:
-        output.folder.remove(SUCCESS)
+    tally, resumed, planned = Tally(), 0, int(output.plan["shards"])
     state: Literal["complete", "interrupted", "failed"] = "complete"
     reason = None
     try:
+        tally, done = _survey(output, reporter)
+        resumed, complete = tally.shards, output.folder.exists(SUCCESS)
+        if complete and resumed < planned:
+            output.check()
+            output.folder.remove(SUCCESS)
         for _ in range(ROUNDS):
             if tally.shards == planned:
                 break
@@ -207,14 +210,17 @@ def _resumed(
         if resumed < planned or not complete:
             reporter.phase("finishing", tally)
             if finish is not None:
+                output.check()
                 finish(Finished(output))
             reporter.phase("publishing", tally)
             publish(output, tally, title, description)
-    except Stopped as stopped:
+    except (Stopped, LockLost) as stopped:
         state, reason = "failed", str(stopped)
     except KeyboardInterrupt:
         state, reason = "interrupted", "stopped by the user; run the same command again to resume"
-    reporter.phase(state, tally)
+    if lock.lost:
+        reporter.output = None  # it is another's to write in
+    reporter.phase(state, None if lock.lost else tally)
     return RunResult(
         output=spec.output, state=state, reason=reason, planned=int(output.plan["rows"]), ok=tally.ok,
         failed=tally.failed, shards=int(output.plan["shards"]), resumed=resumed, seconds=reporter.seconds,
@@ -229,6 +235,7 @@ def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
     tally, done, listed, leftovers = Tally(), set[int](), output.listings(), Leftovers(output)
     for record in output.records():
         if output.locate(record, listed) is None:
+            output.check()
             output.folder.remove(record_name(record.shard, output.run))
             reporter.phase("planning", message=f"the file of shard {record.shard} is gone or cut; it is done again")
             continue
@@ -274,6 +281,7 @@ def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJo
         output=output.folder.root if output.folder.local else spec.output,
         storage_options=spec.storage_options,
         run=output.run,
+        epoch=output.epoch,
         reads=plan.get("reads"),
         decode_threads=resources.decode_threads,
         encode_threads=resources.encode_threads,

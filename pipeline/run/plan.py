@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import uuid4
@@ -96,11 +96,14 @@ def _plan(drafted: Draft, totals: Survey) -> Plan:
     )
 
 
-def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) -> dict[str, Any]:
+def write_plan(
+    spec: RunSpec, drafted: Draft, folder: Folder, created: float, check: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Scan the input and write the plan; it exists once ``plan.json`` does.
 
     Args:
         folder: The bookkeeping folder inside the output folder.
+        check: Asked before the plan is put in place; raises if the folder is another run's by now.
 
     Returns:
         What ``plan.json`` holds.
@@ -109,6 +112,7 @@ def write_plan(spec: RunSpec, drafted: Draft, folder: Folder, created: float) ->
     with planfile.Tables(folder) as tables:
         for shard in survey(drafted.source, spec.shard_rows, spec.limit, totals, tables.file, columns):
             tables.shard(shard)
+        check()
     plan = _plan(drafted, totals)
     content = {
         "created": created,

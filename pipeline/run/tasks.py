@@ -38,7 +38,7 @@ class WorkerJob:
     """All a worker has to know, once.
 
     Attributes:
-        run: Id of the run that it works for.
+        run: Id of the run that it works for; epoch: of the driver that gives the work out.
         schema: The output's, encoded by `pipeline.output.schema.encode_schema`.
         reads: Which columns the stage takes, and in which form; None: all, as they are found.
         measured: Numeric columns of the stage.
@@ -53,6 +53,7 @@ class WorkerJob:
     output: str
     storage_options: Mapping[str, Any]
     run: str = ""
+    epoch: int = 0
     reads: Mapping[str, Form] | None = None
     decode_threads: int = 2
     encode_threads: int = 2

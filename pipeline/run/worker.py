@@ -98,7 +98,7 @@ class Worker:
         Raises:
             OSError: Nothing was committed; another attempt may succeed.
             ContractError, SourceError: No attempt will.
-            Superseded: The folder belongs to another run by now.
+            Superseded: The folder belongs to another run or driver by now.
         """
         self.done, begun, started = 0, time.monotonic(), time.time()
         self._take_summary()  # what an attempt that failed left behind
@@ -132,11 +132,12 @@ class Worker:
             errors=piece.errors,
             summary=piece.summary,
             run=self.job.run,
+            epoch=self.job.epoch,
         )
         return commit.write_record(self._folder, record)
 
     def _name(self, task: Task, rest: str) -> str:
-        return commit.file_name(self.job.run, task.shard, rest)
+        return commit.attempt_name(self.job.run, self.job.epoch, task.shard, rest)
 
     def _joined(self, pieces: tuple[Piece, ...]) -> Iterator[pa.Table]:
         for piece in sorted(pieces, key=lambda piece: piece.start):

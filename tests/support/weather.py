@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.input.source import Source
 from pipeline.output.dataset import Output
-from pipeline.output.lock import Lock, OutputLocked
+from pipeline.output.lock import Lock, OutputLocked, holder
 from pipeline.output.verify import verify
 from pipeline.run.driver import Resources, run
 from pipeline.storage import Folder
@@ -131,7 +131,9 @@ def check_run(tmp_path: Path, scheme: str, fs: Any, options: dict[str, Any], pro
     assert pa.concat_tables(Output.open(spec.output, options).tables()).combine_chunks().equals(expected)
     proxy.stormy = False
     fs.invalidate_cache()
-    assert not [name for name in fs.find("bucket/out") if "/attempts/" in name or name.endswith("lock.json")]
+    assert not [name for name in fs.find("bucket/out") if "/attempts/" in name or name.endswith(".probe")]
+    assert [name for name in fs.find("bucket/out") if "lock" in name] == ["bucket/out/_latentmill/locks/000001.json"]
+    assert holder(Folder.at(spec.output, options)) is None
     fs.rm_file("bucket/out/data/part-00002-of-00004.parquet")
     assert not verify(spec.output, options).ok
     again = run(spec, resources=Resources(cpus=0.5))

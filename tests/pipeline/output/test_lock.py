@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.output.lock import NAME, Lock, OutputLocked, holder
+from pipeline.output import lock as locks
+from pipeline.output.lock import NAME, Lock, LockLost, OutputLocked, holder, latest_epoch, lock_name
 from pipeline.storage import Folder
+
+ELSEWHERE = {"host": "elsewhere", "boot": "b", "namespace": "n", "pid": 1, "process": "1", "token": "t", "renewed": 0}
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of a third of a second."""
+    for name, value in {"RENEW_S": 0.05, "LEASE_S": 0.3, "POLL_S": 0.02, "SETTLE_S": 0.1}.items():
+        monkeypatch.setattr(locks, name, value)
+
+
+def put(folder: Folder, epoch: int = 1, **said: Any) -> None:
+    """Leave a lock of somebody else's."""
+    folder.write(lock_name(epoch), json.dumps({**ELSEWHERE, **said}).encode())
+
+
+def here(**said: Any) -> dict[str, Any]:
+    """What a process of this machine and namespace says; by default one that is gone."""
+    return {
+        "host": socket.gethostname(),
+        "boot": locks._boot(),
+        "namespace": locks._namespace(),
+        "pid": 1 << 30,
+        **said,
+    }
 
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
@@ -34,12 +65,130 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert holder(folder) is None
 
 
-def test_lock_from_another_machine_counts_by_its_age(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [NAME, lock_name(4)])
+def test_a_silent_holder_on_another_machine_is_waited_for(tmp_path: Path, hurried: None, name: str) -> None:
+    """A restarted driver goes on once the lease is over; how long that is, it says. Older code's lock counts too."""
     folder = Folder.at(str(tmp_path))
+    folder.write(name, json.dumps({k: v for k, v in ELSEWHERE.items() if k != "namespace" or name != NAME}).encode())
+    said: list[str] = []
+    begun = time.monotonic()
+    lock = Lock(folder, said.append)
+    assert time.monotonic() - begun > 0.3
+    assert len(said) == 1
+    assert "elsewhere" in said[0]
+    assert "waiting" in said[0]
+    assert lock.epoch == (1 if name == NAME else 5)
+    assert not folder.exists(name)
+    lock.release()
+
+
+@pytest.mark.parametrize("ahead", [-1e6, 1e6])
+def test_a_holder_that_renews_is_alive_whatever_its_clock_says(tmp_path: Path, hurried: None, ahead: float) -> None:
+    folder = Folder.at(str(tmp_path))
+    put(folder)
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(0.05):
+            put(folder, renewed=time.time() + ahead)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(OutputLocked, match="elsewhere"):
+            Lock(folder)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_process_of_another_namespace_is_not_looked_up_here(tmp_path: Path, hurried: None) -> None:
+    """Containers may share host name and boot, and number their processes each for themselves."""
+    folder = Folder.at(str(tmp_path))
+    put(folder, **here(namespace="pid:[1]"))
+    begun = time.monotonic()
     Lock(folder).release()
-    content = {"host": "elsewhere", "boot": "b", "pid": 1, "process": "1", "token": "t", "renewed": 0}
-    folder.write(NAME, json.dumps(content).encode())
+    assert time.monotonic() - begun > 0.3
+    put(folder, epoch=9, **here())
+    begun = time.monotonic()
+    Lock(folder).release()
+    assert time.monotonic() - begun < 0.3
+    assert latest_epoch(folder) == 10
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"", b"7", b'{"host": "a", "pid": "x"}'])
+def test_a_lock_that_says_nothing_holds_nobody_up(tmp_path: Path, content: bytes) -> None:
+    folder = Folder.at(str(tmp_path))
+    folder.write(NAME, content)
     assert holder(folder)["stale"]  # type: ignore[index]
-    folder.write(NAME, json.dumps({**content, "renewed": 1e12}).encode())
-    with pytest.raises(OutputLocked, match="elsewhere"):
+    Lock(folder).release()
+    folder.write(lock_name(7), content)
+    Lock(folder).release()
+    assert holder(folder) is None
+
+
+def test_of_many_that_take_a_stale_lock_one_does(tmp_path: Path) -> None:
+    folder = Folder.at(str(tmp_path))
+    put(folder, **here())
+    won: list[Lock] = []
+    ready = threading.Barrier(12)
+
+    def take() -> None:
+        ready.wait()
+        try:
+            won.append(Lock(folder))
+        except OutputLocked:
+            return
+
+    threads = [threading.Thread(target=take) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [lock.epoch for lock in won] == [2]
+    won[0].check()
+    won[0].release()
+
+
+def test_who_has_lost_the_folder_hears_of_it_and_writes_nothing(tmp_path: Path, hurried: None) -> None:
+    folder = Folder.at(str(tmp_path))
+    lost = Lock(folder)
+    put(folder, epoch=2)  # as another machine does after a lease
+    with pytest.raises(LockLost, match="another run has taken"):
+        lost.check()
+    lost.release()
+    assert holder(folder)["host"] == "elsewhere"  # type: ignore[index]
+    deleted = Lock(Folder.at(str(tmp_path / "b")))
+    (tmp_path / "b" / lock_name(1)).unlink()
+    time.sleep(0.2)  # renewing does not bring it back
+    with pytest.raises(LockLost):
+        deleted.check()
+    assert not (tmp_path / "b" / lock_name(1)).exists()
+
+
+class Careless(MemoryFileSystem):
+    """A store without conditional writes: what is to be created replaces what is there."""
+
+    protocol = "careless"
+    store: dict[str, Any] = {}
+    pseudo_dirs = [""]
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **rest: Any) -> None:
+        super().pipe_file(path, value)
+
+
+def test_a_store_that_replaces_what_is_to_be_created_is_found_out(hurried: None) -> None:
+    folder = Folder("careless://out", Careless(), "/out", False)
+    said: list[str] = []
+    lock = Lock(folder, said.append)
+    assert len(said) == 1
+    assert "no conditional writes" in said[0]
+    with pytest.raises(OutputLocked):
         Lock(folder)
+    lock.check()
+    lock.release()
+    assert holder(folder) is None
+    assert [name for name in Careless.store if "probe" in name] == []
+    sound = Folder.at("memory://lock-test")
+    Lock(sound, said.append).release()
+    assert len(said) == 1

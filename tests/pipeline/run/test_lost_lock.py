@@ -1,0 +1,168 @@
+"""A driver that was paused while another took its folder wakes at any step: it stops, and destroys nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.output.commit import ATTEMPTS, RECORDS, Superseded
+from pipeline.output.dataset import Output, Tally
+from pipeline.output.leftovers import Leftovers
+from pipeline.output.lock import Lock, LockLost, lock_name
+from pipeline.output.planfile import read_shards
+from pipeline.output.publish import publish, set_aside
+from pipeline.output.verify import verify
+from pipeline.run import driver
+from pipeline.run.draft import RunSpec, draft
+from pipeline.run.driver import Resources, RunError, _survey, _worker_job, run
+from pipeline.run.plan import write_plan
+from pipeline.run.reporter import Reporter
+from pipeline.run.tasks import Task
+from pipeline.run.worker import Worker
+from pipeline.storage import Folder
+from tests.support.faulty import data, run_plain, spec_for
+
+LINES = [f"line {i}" for i in range(8)]
+
+
+def take(output: str, epoch: int) -> None:
+    """Another machine takes the folder, after a lease that this driver slept through."""
+    content = {"host": "elsewhere", "boot": "b", "namespace": "n", "pid": 1, "process": "1", "token": "t", "renewed": 0}
+    Folder.at(output).write(lock_name(epoch), json.dumps(content).encode())
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[tuple[RunSpec, Output]]:
+    """A planned run of two shards, and its driver's lock."""
+    spec = spec_for(tmp_path, LINES, shard_rows=4)
+    lock = Lock(Folder.at(spec.output))
+    write_plan(spec, draft(spec), Folder.at(f"{spec.output}/_latentmill"), 0.0)
+    yield spec, replace(Output.open(spec.output), lock=lock)
+    lock.release()
+
+
+def commit(spec: RunSpec, output: Output) -> Tally:
+    """All shards, by a worker of this driver."""
+    worker, tally = Worker(_worker_job(spec, output, Resources())), Tally()
+    for shard in read_shards(output.own):
+        tally.add(worker.process(Task(shard.index, shard.spans, 0, shard.rows)))  # type: ignore[arg-type]
+    return tally
+
+
+def files(output: Output) -> dict[str, bytes]:
+    root = Path(output.path)
+    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if "locks/" not in name}
+
+
+def test_attempts_of_a_later_driver_are_not_swept(
+    held: tuple[RunSpec, Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it wakes right after it has asked: what bears a later epoch is not its to remove."""
+    spec, old = held
+    take(old.path, 2)
+    later = Lock.__new__(Lock)
+    later.epoch = 2
+    monkeypatch.setattr(Lock, "check", lambda lock: None)
+    commit(spec, replace(old, lock=later))
+    assert all("-e2-" in path.name for path in (Path(old.path) / ATTEMPTS).iterdir())
+    before = files(old)
+    blind = Leftovers(old)  # listed before any record was there
+    blind.remove()
+    assert files(old) == before
+    Leftovers(replace(old, lock=later)).remove()
+    assert not list((Path(old.path) / ATTEMPTS).iterdir())
+
+
+def test_a_survey_after_the_lock_is_lost_removes_nothing(held: tuple[RunSpec, Output]) -> None:
+    spec, output = held
+    commit(spec, output)
+    attempt = next((Path(output.path) / ATTEMPTS).iterdir())
+    attempt.write_bytes(attempt.read_bytes()[:-1])  # its record would be withdrawn
+    (Path(output.path) / "data").mkdir()
+    (Path(output.path) / "data/stranger.parquet").touch()
+    take(output.path, 2)
+    before = files(output)
+    with pytest.raises(LockLost):
+        _survey(output, Reporter(None, None, 1))
+    with pytest.raises(LockLost):
+        set_aside(output)
+    (Path(output.path) / "data/stranger.parquet").unlink()
+    before.pop("data/stranger.parquet")
+    with pytest.raises(LockLost):
+        _survey(output, Reporter(None, None, 1))
+    assert files(output) == before
+
+
+def test_publishing_and_finishing_stop_when_the_lock_is_lost(held: tuple[RunSpec, Output]) -> None:
+    spec, output = held
+    tally = commit(spec, output)
+    take(output.path, 2)
+    before = files(output)
+    with pytest.raises(LockLost):
+        publish(output, tally, "test", "")
+    with pytest.raises(LockLost):
+        output.open_file("product.json", "wb")
+    with pytest.raises(LockLost):
+        output.save_progress(Reporter(None, None, 1)._last)
+    assert files(output) == before
+
+
+def test_workers_of_a_driver_that_was_replaced_commit_nothing(held: tuple[RunSpec, Output]) -> None:
+    spec, output = held
+    take(output.path, 2)
+    with pytest.raises(Superseded, match="later driver"):
+        commit(spec, output)
+    assert not (Path(output.path) / RECORDS).exists()
+
+
+@pytest.mark.parametrize("step", ["_survey", "_compute", "publish"])
+def test_a_run_whose_folder_is_taken_ends_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    spec = spec_for(tmp_path, LINES, shard_rows=4)
+    expected = data(run_plain(replace(spec, output=str(tmp_path / "plain"))).path)
+    finished: list[int] = []
+
+    def compute(spec: RunSpec, output: Output, *rest: Any) -> None:
+        commit(spec, output)
+
+    monkeypatch.setattr(driver, "_compute", compute)
+    with monkeypatch.context() as patch:
+        real = getattr(driver, step)
+
+        def paused(*arguments: Any) -> Any:
+            if step != "_compute":
+                take(spec.output, 2)
+                return real(*arguments)
+            real(*arguments)
+            take(spec.output, 2)
+            return None
+
+        patch.setattr(driver, step, paused)
+        result = run(spec, finish=lambda given: finished.append(1))
+    assert result.state == "failed"
+    assert "another run has taken this output folder" in str(result.reason)
+    assert len(finished) == (step == "publish")
+    assert not (tmp_path / "out/_SUCCESS").exists()
+    (tmp_path / "out" / lock_name(2)).write_text("{}")
+    assert run(spec).state == "complete"
+    assert verify(spec.output).ok
+    assert data(spec.output).equals(expected)
+
+
+def test_a_plan_is_not_put_over_another_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_for(tmp_path, LINES, shard_rows=4)
+    real = driver.write_plan
+
+    def slow(spec: RunSpec, drafted: Any, folder: Folder, created: float, check: Any) -> Any:
+        take(spec.output, 2)
+        return real(spec, drafted, folder, created, check)
+
+    monkeypatch.setattr(driver, "write_plan", slow)
+    with pytest.raises(RunError, match="another run has taken"):
+        run(spec)
+    assert not (tmp_path / "out/_latentmill/plan.json").exists()
