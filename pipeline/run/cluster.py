@@ -312,13 +312,18 @@ class Pool:
         raise ClusterError(f"the sample could not be timed: {problem}")
 
 
+def label(path: str) -> str:
+    """A path as the value of a Prometheus label: Ray takes ASCII alone, and says so by ending the run."""
+    return path.encode("ascii", errors="backslashreplace").decode()
+
+
 class Meters:
     """Counts for Prometheus, through Ray's metrics agent."""
 
     def __init__(self, output: str) -> None:
         from ray.util import metrics
 
-        tags = {"output": output}
+        tags = {"output": label(output)}
         self._rows = metrics.Counter("latentmill_rows", "Rows in committed shards", tag_keys=("output", "status"))
         self._shards = metrics.Counter("latentmill_shards", "Committed shards", tag_keys=("output",))
         self._deaths = metrics.Counter("latentmill_worker_deaths", "Workers that died", tag_keys=("output",))
