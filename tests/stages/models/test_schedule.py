@@ -51,7 +51,7 @@ def test_zero_signal_is_finite_for_v_and_refused_for_epsilon() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_single_step_that_keeps_nothing_of_the_noise_is_refused(prediction: str) -> None:
     config = {**SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": prediction}
-    with pytest.raises(ValueError, match="zero signal or zero noise.*take more steps"):
+    with pytest.raises(ValueError, match=r"zero signal or zero noise.*take more steps"):
         ddim_schedule({**config, "set_alpha_to_one": True}, 1)
 
 
