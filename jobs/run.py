@@ -22,7 +22,7 @@ from pipeline.output.progress import Progress
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:
-    from pipeline.run.driver import RunSpec
+    from pipeline.run.driver import Finished, RunSpec
 
 OnProgress = Callable[[Progress], None]
 
@@ -133,7 +133,7 @@ def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
         finish=job.finish,
         progress=given.progress,
         title=f"{Path(output.rstrip('/')).name} ({job.job})",
-        description=description(job),
+        description=lambda finished: description(job, finished),
     )
     return JobResult(
         job=job.job,
@@ -220,7 +220,7 @@ def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
     )
 
 
-def description(job: RowJob) -> str:
+def description(job: RowJob, finished: Finished) -> str:
     """What the dataset card says: the first paragraph of the model's docstring, the job's own words, its settings."""
     import yaml
 
@@ -228,4 +228,4 @@ def description(job: RowJob) -> str:
     settings = yaml.safe_dump(
         {"job": job.job, **job.own_settings(), "seed": job.seed}, sort_keys=False, allow_unicode=True
     )
-    return f"{text}\n\n{job.card()}## Settings\n\n```yaml\n{settings}```\n"
+    return f"{text}\n\n{job.card(finished)}## Settings\n\n```yaml\n{settings}```\n"

@@ -12,6 +12,7 @@ from pipeline.contract import StageSpec
 from stages.inversion.settings import InvertImagesSettings
 
 if TYPE_CHECKING:
+    import pipeline.run.driver
     from pipeline.input.source import Source
 
 EXTRA_STATE = ("belm", "edict", "null-text")
@@ -39,15 +40,19 @@ class InvertImages(RowJob, InvertImagesSettings):
     def stage(self) -> StageSpec:
         return StageSpec.of("stages.inversion.stage:InvertImages", self.part(InvertImagesSettings))
 
-    def card(self) -> str:
+    def card(self, finished: pipeline.run.driver.Finished) -> str:
         from jobs.kinds.regeneration import lines
         from stages.models.families import read_geometry
 
+        label = next((method.label for method in self.methods if method.extra is None), None)
+        if label is None:
+            return _CARD_OF_MORE
         geometry = read_geometry(self)
-        told = 'row["prompt"]' if self.inverter is None else geometry.usage.text_latent
-        return _CARD.format(
-            lines=lines(geometry, steps=self.steps, guidance=self.guidance, negative=self.negative, said=told)
-        )
+        shown = lines(
+            geometry, finished.output.path, steps=self.steps, guidance=self.guidance, negative=self.negative,
+            method=label, said='row["prompt"]' if self.inverter is None else geometry.usage.from_row(),
+        )  # fmt: skip
+        return _CARD.format(lines=shown)
 
     def panels(self) -> list[Panel]:
         note = "Means over the pictures. PSNR in dB: against the picture, and against what its latent decodes to."
@@ -62,6 +67,12 @@ _CARD = """## From a row back to its picture
 Any row of a method without extra state regenerates its picture in plain diffusers:
 
 {lines}
+
+"""
+_CARD_OF_MORE = """## From a row back to its picture
+
+The methods of this dataset store more than a seed (`latent_2`, `bias`, `null_text`), which plain diffusers cannot use:
+`reconstruction` is what their stored state regenerates.
 
 """
 

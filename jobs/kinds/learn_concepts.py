@@ -67,18 +67,40 @@ class LearnConcepts(RowJob, ConceptLearning):
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Write a file a word, and drop the checkpoints: the words are committed."""
-        widths = json.loads(self.stage().describe().metadata["encoder_widths"])
+        widths = self._widths()
         rows = list(ok_rows(finished.tables(list(COLUMNS))))
         for row, folder in zip(rows, folders(rows), strict=True):
             for token, parts in vectors(row, widths):
                 for number, part in enumerate(parts):
-                    name = "learned_embeds.safetensors" if number == 0 else f"learned_embeds_{number + 1}.safetensors"
-                    with finished.output.open_file(f"concepts/{folder}/{token.strip('<>')}/{name}", "wb") as file:
+                    with finished.output.open_file(_file(folder, token, number), "wb") as file:
                         file.write(_safetensors(token, part))
         _drop_checkpoints(finished.output.path)
 
-    def card(self) -> str:
-        return _CARD
+    def card(self, finished: pipeline.run.driver.Finished) -> str:
+        from stages.models.families import read_geometry
+
+        rows = list(ok_rows(finished.tables([*COLUMNS, "phrase", "words", "settings"])))
+        if not rows:
+            return ""
+        usage, output = read_geometry(self).usage, finished.output.path
+        row, folder = rows[0], folders(rows)[0]
+        tokens, words = json.loads(row["tokens"]), json.loads(row["words"])
+        prompt = json.loads(row["settings"])["templates"]["with_"].format(subject=words[-1], concept=row["phrase"])
+        files = [
+            f'pipe.load_textual_inversion("{output}/{_file(folder, token, number)}"{_encoder(number)})'
+            for token in tokens
+            if token in prompt
+            for number in range(len(self._widths()))
+        ]
+        return _CARD.format(
+            names=", ".join(usage.names), load=usage.pipeline, files="\n".join(files), prompt=prompt, output=output,
+            name=row["name"],
+        )  # fmt: skip
+
+    def _widths(self) -> list[int]:
+        """Width of a word in each text encoder."""
+        widths: list[int] = json.loads(self.stage().describe().metadata["encoder_widths"])
+        return widths
 
     def panels(self) -> list[Panel]:
         return [
@@ -96,19 +118,33 @@ _CARD = """## Use the words
 Each learned word is a file that diffusers loads as it is:
 
 ```python
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import {names}
 
-pipe = StableDiffusionPipeline.from_pretrained(MODEL)
-pipe.load_textual_inversion("OUT/concepts/frozen-in-ice/frozen-in-ice-1/learned_embeds.safetensors")
-pipe.load_textual_inversion("OUT/concepts/frozen-in-ice/frozen-in-ice-2/learned_embeds.safetensors")
-pipe("photo of a heart that is <frozen-in-ice-1> in <frozen-in-ice-2>").images[0]
+{load}
+{files}
+pipe("{prompt}").images[0].save("concept.png")
 ```
 
-With SDXL, load `learned_embeds.safetensors` for the first text encoder and `learned_embeds_2.safetensors` for the
-second (`text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2`). `latentmill try-concept OUT frozen-in-ice
-"photo of a heart that is <cpt-1> in <cpt-2>"` draws a sheet with and without the concept.
+With SDXL, `learned_embeds.safetensors` is for the first text encoder and `learned_embeds_2.safetensors` for the second.
+
+```sh
+latentmill try-concept {output} {name} "{prompt}"     # a sheet with and without the concept
+```
 
 """
+
+
+def _file(folder: str, token: str, encoder: int) -> str:
+    """Where a word's vector for one text encoder lies."""
+    name = "learned_embeds.safetensors" if encoder == 0 else f"learned_embeds_{encoder + 1}.safetensors"
+    return f"concepts/{folder}/{token.strip('<>')}/{name}"
+
+
+def _encoder(number: int) -> str:
+    """The arguments that hand a word to another text encoder than the first."""
+    suffix = f"_{number + 1}"
+    return f", text_encoder=pipe.text_encoder{suffix}, tokenizer=pipe.tokenizer{suffix}" if number else ""
 
 
 def ok_rows(tables: Iterator[Any]) -> Iterator[dict[str, Any]]:

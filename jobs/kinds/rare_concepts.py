@@ -15,6 +15,7 @@ from pipeline.contract import StageSpec
 from stages.rare.settings import RareConceptsSettings, RareDrawing, Score
 
 if TYPE_CHECKING:
+    import pipeline.run.driver
     from pipeline.input.source import Source
 
 MEASURES = ("score", "clip_score", "clip_image", "bound", "success", "select_start", "select_loss", "seed_std")
@@ -57,12 +58,13 @@ class RareConcepts(RowJob, RareDrawing):
         settings = self.part(RareConceptsSettings, scores=self.score, root=root)
         return StageSpec.of("stages.rare.stage:RareConcepts", settings)
 
-    def card(self) -> str:
+    def card(self, finished: pipeline.run.driver.Finished) -> str:
         from jobs.kinds.regeneration import lines
         from stages.models.families import read_geometry
 
-        geometry = read_geometry(self)
-        shown = lines(geometry, steps=self.steps, guidance=self.guidance, negative=self.negative)
+        shown = lines(
+            read_geometry(self), finished.output.path, steps=self.steps, guidance=self.guidance, negative=self.negative
+        )
         return _CARD.format(lines=shown, score=self.score[0])
 
     def panels(self) -> list[Panel]:

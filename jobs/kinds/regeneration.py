@@ -12,7 +12,8 @@ import torch
 from datasets import load_dataset
 from diffusers import {names}
 
-row = load_dataset("OUT", split="train")[0]
+rows = load_dataset("{output}", split="train")
+row = next(row for row in rows if row["status"] == "ok"{which})
 {load}
 seed = torch.tensor(row["latent"]).reshape(1, {shape})
 options = dict(num_inference_steps={steps}, guidance_scale={guidance}{negative}, latents=seed)
@@ -21,14 +22,20 @@ picture.save("again.png")
 ```"""
 
 
-def lines(geometry: Geometry, *, steps: int, guidance: float, negative: str | None, said: str = 'row["prompt"]') -> str:
-    """A block of Python that regenerates a row's picture.
+def lines(
+    geometry: Geometry, output: str, *, steps: int, guidance: float, negative: str | None,
+    method: str | None = None, said: str = 'row["prompt"]',
+) -> str:  # fmt: skip
+    """A block of Python that regenerates the picture of the first processed row.
 
     Args:
+        output: The dataset's folder.
+        method: Of the row; None: whichever comes first.
         said: How the pipeline is told what the picture shows.
     """
+    names, load = geometry.usage.regenerating()
     return _LINES.format(
-        names=", ".join(geometry.usage.names), load=geometry.usage.load,
-        shape=", ".join(map(str, geometry.latent_shape)), steps=steps, guidance=guidance,
+        names=", ".join(names), load=load, output=output, shape=", ".join(map(str, geometry.latent_shape)),
+        which="" if method is None else f' and row["method"] == "{method}"', steps=steps, guidance=guidance,
         negative=f", negative_prompt={negative!r}" if negative else "", said=said,
     )  # fmt: skip

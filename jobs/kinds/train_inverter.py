@@ -72,8 +72,16 @@ class TrainInverter(RowJob, DrawPairsSettings):
         with finished.output.open_file(MEASURES, "wb") as file:
             file.write(json.dumps(measures, indent=2).encode())
 
-    def card(self) -> str:
-        return _CARD
+    def card(self, finished: pipeline.run.driver.Finished) -> str:
+        from stages.models.families import read_geometry
+
+        geometry = read_geometry(self)
+        usage = geometry.usage
+        return _CARD.format(
+            names=", ".join(usage.names), load=usage.pipeline, output=finished.output.path,
+            shape=", ".join(map(str, geometry.latent_shape)), steps=self.steps,
+            given=", ".join(f"{argument}={name}" for argument, (name, _) in usage.text_latent.items()),
+        )  # fmt: skip
 
     def panels(self) -> list[Panel]:
         return [
@@ -96,11 +104,18 @@ class InvertText(RowJob, InvertTextSettings):
 _CARD = """## Use the inverter
 
 ```python
+import torch
+from datasets import load_dataset
+from diffusers import {names}
 from stages.inverter.model import TextInverter
 
-inverter = TextInverter.load("OUT/inverter")
-text_latent, pooled = inverter(latents)   # scaled VAE latents (B, C, H, W) -> what the text encoder would have given
-pipe(prompt_embeds=text_latent, negative_prompt_embeds=empty).images
+rows = load_dataset("{output}", split="train")
+row = next(row for row in rows if row["status"] == "ok")
+inverter = TextInverter.load("{output}/inverter")
+latent = torch.tensor(row["latent"]).reshape(1, {shape})  # of a picture, scaled
+text_latent, pooled = inverter(latent)                    # what the text encoder would have given
+{load}
+pipe({given}, num_inference_steps={steps}, guidance_scale=1.0).images[0].save("again.png")
 ```
 
 The job `invert-text` writes the text latents of a dataset of pictures; `invert-images` takes the folder as `inverter:`

@@ -144,8 +144,8 @@ class RowJob(Job):
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Called once when all shards are committed, before the dataset is published: build what spans shards."""
 
-    def card(self) -> str:
-        """More for the dataset card, in Markdown: how to use what this job wrote."""
+    def card(self, finished: pipeline.run.driver.Finished) -> str:
+        """More for the dataset card, in Markdown: how to use what this job wrote. Its Python runs as it stands."""
         return ""
 
     def panels(self) -> list[Panel]:

@@ -218,6 +218,22 @@ def unused_captions(source: Source, seen: Seen, reads: Reads) -> list[str]:
     ]
 
 
+def check_pictures(source: Source, seen: Seen, reads: Reads) -> None:
+    """A job that maps some columns reads those alone; one that forgets the pictures would fail every row.
+
+    Raises:
+        SourceError: The stage takes pictures, and the mapping leaves them out.
+    """
+    for name, form in (reads or {}).items():
+        if form == "picture" and source.columns and name not in source.columns:
+            column = next((own for own in ("image", "jpg", "png", "webp") if own in seen.names), "...")
+            mapped = ", ".join(f"{own}: {given}" for own, given in {name: column, **source.columns}.items())
+            raise SourceError(
+                f"columns names {', '.join(source.columns)} alone, so the pictures that the job reads from {name!r} "
+                f"are left out. Write: columns: {{{mapped}}}"
+            )
+
+
 def _holds_text(source: Source, column: str) -> bool:
     """Whether the first row of one of the first files has a text there: pictures have the column, text or not."""
     plain = replace(source, variants={}, id=None)

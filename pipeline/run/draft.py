@@ -16,7 +16,7 @@ from pipeline.input.read import wanted_columns
 from pipeline.input.rows import Wanted
 from pipeline.input.source import Source
 from pipeline.output import schema as columns_of
-from pipeline.run.columns import Watched, look, unused_captions
+from pipeline.run.columns import Watched, check_pictures, look, unused_captions
 from pipeline.storage import Folder
 
 
@@ -88,6 +88,7 @@ def draft(spec: RunSpec) -> Draft:
     info = spec.stage.describe()
     wanted = wanted_columns(source, spec.keep)
     seen = look(source, spec.keep, spec.limit, info.reads)
+    check_pictures(source, seen, info.reads)
     kept = {name: (wanted or {}).get(name, name) for name in spec.keep}
     fields = [seen.field(name, column) for name, column in kept.items()]
     try:

@@ -127,7 +127,7 @@ def run(
     finish: Callable[[Finished], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     title: str = "latentmill output",
-    description: str = "",
+    description: Callable[[Finished], str] = lambda finished: "",
 ) -> RunResult:
     """Plan or resume, dispatch, commit, finish, publish.
 
@@ -138,7 +138,7 @@ def run(
         max_failed_fraction: The run stops as soon as more than this share of all planned rows has failed.
         finish: Called once when all shards are committed, before publication. May be called again if it raises.
         progress: Called from this thread only.
-        title, description: For the dataset card (Markdown).
+        title, description: For the dataset card (Markdown); the description is asked for when all rows are there.
 
     Raises:
         SourceError, PlanError, PlanMismatch: Before anything is written.
@@ -187,7 +187,8 @@ def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
 
 def _resumed(
     spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
-    address: str | None, finish: Callable[[Finished], None] | None, title: str, description: str,
+    address: str | None, finish: Callable[[Finished], None] | None, title: str,
+    description: Callable[[Finished], str],
 ) -> RunResult:  # fmt: skip
     """Under the lock: what is left is computed; then finish and publish, unless that is done too."""
     tally, resumed, planned = Tally(), 0, int(output.plan["shards"])
@@ -209,11 +210,12 @@ def _resumed(
             raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
         if resumed < planned or not complete:
             reporter.phase("finishing", tally)
+            finished = Finished(output)
             if finish is not None:
                 output.check()
-                finish(Finished(output))
+                finish(finished)
             reporter.phase("publishing", tally)
-            publish(output, tally, title, description)
+            publish(output, tally, title, description(finished))
     except (Stopped, LockLost) as stopped:
         state, reason = "failed", str(stopped)
     except KeyboardInterrupt:

@@ -60,12 +60,12 @@ def split(count: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarra
     """Numbers of the training and of the held-out pictures, a fixed random choice.
 
     Raises:
-        ValueError: Too few to train on any.
+        ValueError: Too few: one text latent alone has no deviation, and would train an inverter of NaN.
     """
     order = np.random.default_rng([seed, count]).permutation(count)
     held = max(1, round(count * held_out))
-    if count - held < 1:
-        raise ValueError(f"{count} pictures are too few to train on: generate at least 2")
+    if count - held < 2:
+        raise ValueError(f"{count} pictures are too few to train on: at least 2 beside the {held} held out are needed")
     return np.sort(order[held:]), np.sort(order[:held])
 
 

@@ -17,6 +17,7 @@ import torch
 
 from stages.models.fingerprint import describe_model
 from stages.models.schedule import Schedule
+from stages.models.usage import Usage
 from stages.models.words import Encoder
 
 Condition = dict[str, torch.Tensor]
@@ -27,21 +28,6 @@ Predict = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 """m_BCHW = predict(z_BCHW, t_B, condition): rows may stand at different times."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Usage:
-    """How a reader of a dataset gets the model back in plain diffusers, as lines of Python for dataset cards.
-
-    Attributes:
-        names: What is imported from diffusers.
-        load: Lines that make `pipe`, which regenerates a picture from a latent found with this model.
-        text_latent: Arguments that give `pipe` a row's stored text latent instead of a prompt.
-    """
-
-    names: tuple[str, ...]
-    load: str
-    text_latent: str
 
 
 @dataclass(frozen=True)

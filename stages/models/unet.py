@@ -16,10 +16,11 @@ from typing import Any, Literal
 import torch
 
 from stages.engine.device import chosen_device
-from stages.models.latent import DTYPES, Condition, Geometry, Place, Predict, Usage
+from stages.models.latent import DTYPES, Condition, Geometry, Place, Predict
 from stages.models.memory import peak_bytes
 from stages.models.schedule import Schedule, changed_config, make_schedule
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings
+from stages.models.usage import Usage
 from stages.models.words import Encoder
 
 
@@ -125,9 +126,9 @@ class StableDiffusion:
         return cls(pipeline, geometry)
 
     @staticmethod
-    def text_latent(shape: tuple[int, int]) -> str:
-        """The pipeline's arguments that stand for a prompt, for `Usage`."""
-        return f'prompt_embeds=torch.tensor(row["text_latent"]).reshape(1, {shape[0]}, {shape[1]})'
+    def text_latent(shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See `Usage`."""
+        return {"prompt_embeds": ("text_latent", (1, *shape))}
 
     # --- pictures
 
@@ -249,8 +250,8 @@ class StableDiffusionXL(StableDiffusion):
     steps_offset = None
 
     @staticmethod
-    def text_latent(shape: tuple[int, int]) -> str:
-        return f'{StableDiffusion.text_latent(shape)}, pooled_prompt_embeds=torch.tensor([row["pooled"]])'
+    def text_latent(shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {**StableDiffusion.text_latent(shape), "pooled_prompt_embeds": ("pooled", (1, -1))}
 
     @property
     def text_encoders(self) -> tuple[Encoder, ...]:
@@ -345,10 +346,12 @@ def _other_vae(settings: LatentModelSettings, dtype: torch.dtype) -> dict[str, A
     raise failure
 
 
-def _usage(settings: LatentModelSettings, scheduler: Mapping[str, Any], text_latent: str) -> Usage:
+def _usage(
+    settings: LatentModelSettings, scheduler: Mapping[str, Any], text_latent: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> Usage:
     from diffusers import DDIMScheduler
 
-    names, given = ["DDIMScheduler", "DiffusionPipeline"], ""
+    names, given = ["DiffusionPipeline"], ""
     lines = []
     if settings.vae is not None:
         names.insert(0, "AutoencoderKL")
@@ -364,8 +367,6 @@ def _usage(settings: LatentModelSettings, scheduler: Mapping[str, Any], text_lat
     options = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     if settings.revision is not None:
         given += f', revision="{settings.revision}"'
-    lines += [
-        f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)',
-        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})",
-    ]
-    return Usage(tuple(names), "\n".join(lines), text_latent)
+    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)')
+    sampler = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})"
+    return Usage(tuple(names), "\n".join(lines), ("DDIMScheduler",), sampler, text_latent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "rare-concepts": {"methods": ["random"]},
     "train-inverter": {},
 }
+
+
+FINISHED: Any = SimpleNamespace(output=SimpleNamespace(path="OUT"))
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +70,10 @@ def test_every_job_of_a_latent_model_takes_both(folders: tuple[str, str], tmp_pa
         assert (shown["_class_name"], shown["timestep_spacing"]) == ("EulerDiscreteScheduler", "trailing")
         assert json.loads(described.metadata["scheduler"])["_class_name"] == "DDIMScheduler"
     if kind in ("invert-images", "rare-concepts"):
-        card = changed.card()
+        card = changed.card(FINISHED)
         assert "from_config(pipe.scheduler.config, timestep_spacing='trailing', clip_sample=False)" in card
         assert f'AutoencoderKL.from_pretrained("{other}", subfolder="vae"' in card
-        assert "vae" not in plain.card()
+        assert "vae" not in plain.card(FINISHED)
 
 
 def test_a_scheduler_that_is_not_understood_is_an_error_of_the_file(folders: tuple[str, str], tmp_path: Path) -> None:

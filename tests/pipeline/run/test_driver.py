@@ -45,7 +45,7 @@ def test_readers_finish_summaries_status_and_progress(tmp_path: Path, local_ray:
         with finished.output.open_file("extra/notes.json", "wb") as handle:
             handle.write(b"{}")
 
-    result = run(spec, finish=finish, progress=seen.append, title="A title", description="Words.")
+    result = run(spec, finish=finish, progress=seen.append, title="A title", description=lambda finished: "Words.")
     assert (result.state, result.ok, result.failed, result.errors) == ("complete", 60, 1, {"refused": 1})
     assert counts == [25, 25, 10, 61]
     assert result.measures["length"]["n"] == 60

@@ -86,3 +86,11 @@ def test_sdxl_inverters_give_the_pooled_condition_too(tmp_path):
     text, pooled = inverter(torch.zeros(2, 4, 8, 8))
     assert text.shape == (2, 16, 56)
     assert pooled.shape == (2, 20)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_pictures_are_refused_instead_of_training_on_nothing(count: int) -> None:
+    with pytest.raises(ValueError, match="too few to train on: at least 2 beside the 1 held out"):
+        split(count, 0.1, seed=0)
+    trained, held = split(3, 0.1, seed=0)
+    assert (len(trained), len(held)) == (2, 1)

@@ -261,23 +261,24 @@ def test_an_autoencoder_of_another_latent_space_is_refused(
 
 
 def test_a_card_names_the_revision(folders: dict[str, str]) -> None:
-    plain = read_geometry(LatentModelSettings(model=folders["sd"])).usage.load
-    pinned = read_geometry(LatentModelSettings(model=folders["sd"], revision="v2")).usage.load
+    plain = read_geometry(LatentModelSettings(model=folders["sd"])).usage.pipeline
+    pinned = read_geometry(LatentModelSettings(model=folders["sd"], revision="v2")).usage.pipeline
     assert pinned == plain.replace(", dtype", ', revision="v2", dtype')
 
 
 def test_a_card_switches_off_what_the_schedule_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tiny_stable_diffusion.build(tmp_path)
-    plain = read_geometry(LatentModelSettings(model=folder)).usage.load
+    plain = read_geometry(LatentModelSettings(model=folder)).usage.sampler
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholding": True, "clip_sample": True}))
     usage = read_geometry(LatentModelSettings(model=folder)).usage
-    assert usage.load == plain.replace("clip_sample=False", "clip_sample=False, thresholding=False")
+    assert usage.sampler == plain.replace("clip_sample=False", "clip_sample=False, thresholding=False")
+    names, load = usage.regenerating()
     known: dict[str, Any] = {}
-    exec(f"import torch\nfrom diffusers import {', '.join(usage.names)}\n{usage.load}", known)
+    exec(f"import torch\nfrom diffusers import {', '.join(names)}\n{load}", known)
     config = known["pipe"].scheduler.config
     assert (config.thresholding, config.clip_sample) == (False, False)
-    assert "torch_dtype" not in usage.load + capfd.readouterr().err
+    assert "torch_dtype" not in load + capfd.readouterr().err
 
 
 def test_the_lines_of_a_card_make_the_same_model(folders: dict[str, str], tmp_path: Path) -> None:
@@ -289,9 +290,9 @@ def test_the_lines_of_a_card_make_the_same_model(folders: dict[str, str], tmp_pa
         scheduler={"class": "UniPCMultistepScheduler", "timestep_spacing": "trailing", "use_karras_sigmas": True},
     )
     model = open_latent_model(settings)
-    usage = model.geometry.usage
+    names, load = model.geometry.usage.regenerating()
     known: dict[str, object] = {}
-    exec(f"import torch\nfrom diffusers import {', '.join(usage.names)}\n{usage.load}", known)
+    exec(f"import torch\nfrom diffusers import {', '.join(names)}\n{load}", known)
     pipe = known["pipe"]
     z_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     picture = pipe(  # type: ignore[operator]

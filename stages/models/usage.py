@@ -1,0 +1,37 @@
+"""Lines of Python for dataset cards: how a reader gets a latent model back in plain diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a reader of a dataset gets the model back in plain diffusers, as lines of Python.
+
+    Attributes:
+        names: What `pipeline` takes from diffusers.
+        pipeline: Lines that make `pipe`, the model's own pipeline.
+        sampler_names: What `sampler` takes from diffusers.
+        sampler: Lines that give `pipe` the sampler under which a latent found with this model regenerates its picture.
+        text_latent: Argument of `pipe` -> column of a stored text latent and its shape; together they stand for a
+            prompt.
+    """
+
+    names: tuple[str, ...]
+    pipeline: str
+    sampler_names: tuple[str, ...]
+    sampler: str
+    text_latent: Mapping[str, tuple[str, tuple[int, ...]]]
+
+    def regenerating(self) -> tuple[tuple[str, ...], str]:
+        """What is imported from diffusers, and the lines that make a `pipe` which regenerates pictures."""
+        return tuple(sorted({*self.names, *self.sampler_names})), f"{self.pipeline}\n{self.sampler}"
+
+    def from_row(self) -> str:
+        """Arguments that give `pipe` the text latent of a dataset's `row` instead of a prompt."""
+        return ", ".join(
+            f'{argument}=torch.tensor(row["{column}"]).reshape({", ".join(map(str, shape))})'
+            for argument, (column, shape) in self.text_latent.items()
+        )

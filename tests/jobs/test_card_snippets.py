@@ -1,0 +1,140 @@
+"""The Python in the cards of finished datasets runs as it stands, without this project unless it imports it itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from jobs.run import run_job
+from tests.support import tiny_kandinsky, tiny_stable_diffusion
+from tests.support.in_process import without_ray
+from tests.support.rare import picture
+from tests.support.snippets import blocks, needs_us, run
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "sd": tiny_stable_diffusion.build(root / "sd"),
+        "sdxl": tiny_stable_diffusion.build(root / "sdxl", "sdxl"),
+        "prior": tiny_kandinsky.build_prior(root / "prior"),
+    }
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captioned pictures (the first one is none), prompts, a concept to learn and a rare one."""
+    root = tmp_path_factory.mktemp("inputs")
+    for number in range(4):
+        for place in ("pictures", "concepts/dotted/with", "concepts/dotted/without"):
+            (root / place).mkdir(parents=True, exist_ok=True)
+            picture(number).save(root / place / f"{number}.png")
+        (root / f"pictures/{number}.txt").write_text(f"a red star {number}")
+    (root / "pictures/0.png").write_bytes(b"no picture")
+    (root / "concepts/dotted/concept.yaml").write_text(yaml.safe_dump({"concept": "dotted", "subject": "circle"}))
+    prompts = [{"prompt": f"a {colour} {shape}"} for colour in ("red", "blue") for shape in ("star", "ring", "heart")]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    pictures = [str(root / f"pictures/{number}.png") for number in (1, 2, 3)]
+    concept = {"name": "star", "prompt": "a red star", "pictures": pictures}
+    (root / "rare.jsonl").write_text(json.dumps(concept) + "\n")
+    return root
+
+
+Made = Callable[..., Path]
+
+
+@pytest.fixture
+def made(inputs: Path, tmp_path: Path) -> Made:
+    """Runs a job and says where its dataset is."""
+
+    def make(job: Mapping[str, Any], output: str = "out") -> Path:
+        ended = run_job({"max_failed_fraction": 1.0, **job}, output=str(tmp_path / output))
+        assert ended.state == "complete"
+        assert ended.ok >= 1, ended.errors
+        return tmp_path / output
+
+    return make
+
+
+def snippets(output: Path) -> list[tuple[str, Path]]:
+    return [(code, output.parent) for code in blocks((output / "README.md").read_text(), "python")]
+
+
+def pictures_job(models: Mapping[str, str], inputs: Path, kind: str, **more: Any) -> dict[str, Any]:
+    source = {"path": str(inputs / "pictures"), "format": "images", "columns": {"prompt": "text", "image": "image"}}
+    return {"job": "invert-images", "input": source, "model": models[kind], "device": "cpu", "steps": 4, **more}
+
+
+def test_seeds_of_pictures(models: dict[str, str], inputs: Path, made: Made) -> None:
+    """The first row that serves is shown, not the first: that one failed, and `edict` stores more than a seed."""
+    methods = ["edict", {"method": "lbo", "name": "mine"}]
+    outs = [made(pictures_job(models, inputs, kind, methods=methods), f"{kind}/out") for kind in ("sd", "sdxl")]
+    codes = [snippet for out in outs for snippet in snippets(out)]
+    assert [needs_us(code) for code, _ in codes] == [False] * 4
+    run(codes)
+    from datasets import load_dataset
+
+    for out in outs:
+        rows = load_dataset(str(out), split="train", cache_dir=str(out / "cache"))
+        row = next(row for row in rows if row["status"] == "ok" and row["method"] == "mine")
+        again, kept = (np.asarray(p).astype(int) for p in (Image.open(out.parent / "again.png"), row["reconstruction"]))
+        assert np.abs(again - kept).max() <= 2
+
+
+def test_seeds_that_are_no_seeds_alone_get_no_lines(models: dict[str, str], inputs: Path, made: Made) -> None:
+    out = made(pictures_job(models, inputs, "sd", methods=["edict"]))
+    text = (out / "README.md").read_text()
+    assert "store more than a seed" in text
+    assert "latents=seed" not in text
+
+
+def test_learned_words(models: dict[str, str], inputs: Path, made: Made) -> None:
+    """Also for the shipped model, whose text encoder is stored in float16 while its U-Net loads as float32."""
+    learning = {"steps": 1, "window": 1, "context": "none"}
+    job = {"job": "learn-concepts", "input": str(inputs / "concepts"), "device": "cpu", "learning": learning}
+    chosen = {"sd": models["sd"], "sdxl": models["sdxl"], "shipped": "micro:stable-diffusion"}
+    outs = [made({**job, "model": model}, f"{kind}/out") for kind, model in chosen.items()]
+    for out in outs:
+        text = (out / "README.md").read_text()
+        assert f"{out}/concepts/dotted/dotted-1/learned_embeds.safetensors" in text
+        assert "frozen-in-ice" not in text
+    run([snippet for out in outs for snippet in snippets(out)])
+    assert [Image.open(out.parent / "concept.png").size for out in outs] == [(16, 16), (16, 16), (64, 64)]
+
+
+def test_an_inverter_and_what_it_reads(models: dict[str, str], inputs: Path, made: Made) -> None:
+    plain = {"model": models["sd"], "device": "cpu"}
+    job = {"job": "train-inverter", "input": str(inputs / "prompts.jsonl"), "steps": 2, **plain}
+    network = {"patch": 4, "width": 16, "layers": 1, "heads": 2}
+    trained = made({**job, "network": network, "training": {"steps": 1, "batch": 1}}, "inverter")
+    inverted = made(pictures_job(models, inputs, "sd", methods=["ddim"], inverter=str(trained)), "seeds")
+    read = {"job": "invert-text", "inverter": str(trained), **plain}
+    texts = made({**read, "input": {"path": str(inputs / "pictures"), "format": "images"}}, "texts")
+    run([*snippets(trained), *snippets(inverted), *snippets(texts)])
+
+
+def test_rare_concepts(models: dict[str, str], inputs: Path, made: Made) -> None:
+    job = {"job": "rare-concepts", "input": {"path": str(inputs / "rare.jsonl"), "id": "name"}, "steps": 4, "count": 1}
+    out = made({**job, "model": models["sd"], "clip": models["prior"], "methods": ["slerp"], "device": "cpu"})
+    run(snippets(out))
+
+
+def test_a_reference_and_prompts(models: dict[str, str], inputs: Path, made: Made) -> None:
+    source = {"path": str(inputs / "pictures"), "format": "images"}
+    reference = made({"job": "reference", "input": source, "encoder": models["prior"], "shrinkage": 0.5}, "reference")
+    job = {"job": "invert-prompts", "input": str(inputs / "prompts.jsonl"), "model": models["prior"]}
+    prompts = made({**job, "methods": ["text-embedding"]}, "prompts")
+    run([*snippets(reference), *snippets(prompts)])
