@@ -19,6 +19,7 @@ from pipeline.storage import Folder
 
 RUN_DIGITS = 12
 """Of a run's id: names bear it."""
+COLUMNS = "output columns"
 
 
 class PlanMismatch(PlanError):
@@ -141,10 +142,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     """Fields that differ. What the config already says is not said again for the stage's parameters.
 
     A field that one side lacks and that is null on the other does not differ: options that are new since a plan was
-    made are null unless they are asked for.
+    made are null unless they are asked for. Nor do columns that a stage has gained since: what the plan lacks is not
+    written.
     """
     names = [*old, *(name for name in new if name not in old)]
     found = {n: (old.get(n), new.get(n)) for n in names if _said(old.get(n)) != _said(new.get(n))}
+    if set(old.get(COLUMNS) or ()) <= set(new.get(COLUMNS) or ()):
+        found.pop(COLUMNS, None)
     said = [pair for name, pair in found.items() if name.startswith("config.")]
     return {name: pair for name, pair in found.items() if not (name.startswith("stage.") and pair in said)}
 

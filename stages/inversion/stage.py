@@ -22,6 +22,7 @@ from stages.inversion.schemes import Scheme, conditions, scheme_of, stacked
 from stages.inversion.settings import Boost, InvertImagesSettings
 from stages.inverter.model import TextInverter
 from stages.inverter.stage import text_columns
+from stages.models.captions import TOKEN_COLUMNS, token_counts
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import LatentModel
 from stages.models.pictures import fit_picture, to_picture
@@ -77,6 +78,7 @@ class InvertImages:
         needed = {method.extra for method in settings.methods}
         columns = [
             Column("prompt", "string", doc="the caption the picture was inverted under"),
+            *(TOKEN_COLUMNS if settings.inverter is None else ()),
             Column("method", "string"),
             latent("latent", doc="z_T: the seed that regenerates the picture"),
         ]
@@ -184,6 +186,13 @@ class InvertImages:
             return ""
         return self.settings.prompt if self.settings.prompt is not None else str(row.get("prompt") or "")
 
+    def _counted(self, prompts: Sequence[str]) -> list[dict[str, int | bool]]:
+        """What stands in `TOKEN_COLUMNS`; nothing where an inverter speaks in the captions' place."""
+        if self.inverter is not None:
+            return [{} for _ in prompts]
+        tokenizers = [encoder.tokenizer for encoder in self.model.text_encoders]
+        return token_counts(prompts, [(tokenizer, tokenizer.model_max_length) for tokenizer in tokenizers])
+
     @torch.no_grad()
     def _encoded(self, scheme: Scheme, rows: Sequence[Row]) -> Iterator[Row]:
         x_BCHW = torch.stack([fit_picture(row["image"], self.geometry.size, self.settings.fit) for row in rows])
@@ -191,6 +200,7 @@ class InvertImages:
         z_BCHW = self.model.encode(x_BCHW)
         floor = measure_pictures(self.model.decode(z_BCHW), x_BCHW)
         prompts = [self._prompt_of(row) for row in rows]
+        counted = self._counted(prompts)
         condition = self.model.condition(prompts, guided=scheme.guided, negative=self.settings.negative)
         read: dict[str, torch.Tensor] = {}
         if self.inverter is not None:
@@ -201,6 +211,7 @@ class InvertImages:
         for i, row in enumerate(rows):
             yield {
                 "id": row["id"], "x": x_BCHW[i].cpu(), "z": z_BCHW[i].cpu(), "prompt": prompts[i],
+                "counted": counted[i],
                 "condition": {name: value[i].cpu() for name, value in condition.items()},
                 "read": {name: value[i].cpu().numpy() for name, value in read.items()},
                 "floor_psnr": floor["psnr"][i], "floor_ssim": floor["ssim"][i],
@@ -257,6 +268,7 @@ class InvertImages:
                 "decodes": row.get("decodes", 0),
                 "floor_psnr": row["floor_psnr"],
                 "floor_ssim": row["floor_ssim"],
+                **row["counted"],
                 **row["read"],
                 **{name: values[i] for name, values in statistics.items()},
             }

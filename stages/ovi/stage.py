@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
 from stages.engine.device import chosen_device
 from stages.models import clip, kandinsky
+from stages.models.captions import TOKEN_COLUMNS, token_counts
 from stages.models.fingerprint import describe_model
 from stages.ovi import scoring
 from stages.ovi.context import Context
@@ -97,7 +98,7 @@ class InvertPrompts:
         model, revision = settings.model, settings.revision
         width = clip.embedding_width(model, revision)
         columns = [
-            Column("prompt", "string"), Column("method", "string"),
+            Column("prompt", "string"), *TOKEN_COLUMNS, Column("method", "string"),
             Column("embedding", "tensor", (width,), doc="image embedding, raw"), *_MEASURES,
         ]  # fmt: skip
         models = {
@@ -149,12 +150,13 @@ class InvertPrompts:
         started = time.perf_counter()
         prompts = [str(prompt_of(row)) for row in group]
         text_BE = self.text(prompts)
+        counted = token_counts(prompts, [(self.text.tokenizer, self.text.length)])
         ids = {}
         given = []
-        for row, prompt, text_E in zip(group, prompts, text_BE, strict=True):
+        for row, prompt, text_E, counts in zip(group, prompts, text_BE, counted, strict=True):
             key = str(row["id"]).removesuffix(f"/{label}")
             ids[key] = row["id"]
-            given.append({**row, "id": key, "key": key, "prompt": prompt, "text": text_E.numpy()})
+            given.append({**row, "id": key, "key": key, "prompt": prompt, "text": text_E.numpy(), **counts})
         for chunk in batches(self.methods[label](given), CHUNK):
             self.summary.add(label, "seconds", time.perf_counter() - started)
             done, lost = _parted(chunk)

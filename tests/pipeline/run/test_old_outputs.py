@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import pytest
 from jobs.report import write_report
 from jobs.run import run_job, run_spec
 from jobs.schema.reading import load
+from pipeline.contract import Column, Row, StageInfo
 from pipeline.output.dataset import Output
 from pipeline.output.verify import verify
 from pipeline.run.draft import RunSpec
 from pipeline.run.plan import PlanMismatch, differences, make_plan
-from tests.support.toy_job import Toy
+from tests.support.in_process import without_ray
+from tests.support.toy_job import Letters, Toy
 
 OLD = Path(__file__).parent / "old_outputs"
 JOB: dict[str, Any] = {
@@ -84,6 +87,29 @@ def test_a_half_finished_output_is_completed_with_equal_bytes(old: Path, local_r
             assert made.read_bytes() == expected.read_bytes()
     records = [(r.shard, r.checksum, r.rows_ok) for r in Output.open(str(old / "half")).records()]
     assert records == [(r.shard, r.checksum, r.rows_ok) for r in Output.open(str(OLD / "finished")).records()]
+
+
+def test_a_column_that_the_stage_has_gained_since_is_not_written(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def described(mode: str, factor: float) -> StageInfo:
+        info = before(mode, factor)
+        return replace(info, columns=(Column("newer", "int64"), *info.columns))
+
+    def called(self: Letters, rows: Iterable[Row]) -> Iterator[Row]:
+        return ({**row, "newer": 1} for row in process(self, rows))
+
+    before, process = Letters.describe, Letters.__call__
+    monkeypatch.setattr(Letters, "describe", staticmethod(described))
+    monkeypatch.setattr(Letters, "__call__", called)
+    without_ray(monkeypatch)
+    result = run_job(JOB, output=str(old / "half"))
+    assert (result.state, result.resumed, result.ok) == ("complete", 2, 20)
+    for part in (OLD / "finished/data").iterdir():
+        assert pq.read_table(old / "half/data" / part.name).equals(pq.read_table(part), check_metadata=True)
+    again = run_job(JOB, output=str(old / "new"))
+    assert "newer" in pq.read_table(next(Path(again.output, "data").iterdir())).column_names
+    monkeypatch.setattr(Letters, "describe", staticmethod(before))
+    with pytest.raises(PlanMismatch, match="output columns"):  # one that is gone is another matter
+        run_job(JOB, output=str(old / "new"))
 
 
 @pytest.mark.parametrize("change", [{"factor": 3.0}, {"seed": 6}, {"keep": []}, {"shard_rows": 10}])

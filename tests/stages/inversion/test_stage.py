@@ -13,6 +13,7 @@ from PIL import Image
 
 from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import InvertImages
+from stages.models.families import read_geometry
 from tests.support import tiny_stable_diffusion
 
 METHODS = [
@@ -104,6 +105,19 @@ def test_captions_rows_and_fixed(folder) -> None:
     assert np.abs(own["latent"] - fixed["latent"]).max() > 1e-4
 
 
+def test_captions_that_are_cut_are_told(folder) -> None:
+    """The tiny model reads 16 tokens; two captions that differ behind them give one latent, and say why."""
+    given = [
+        {"id": str(i), "image": picture(1), "method": "ddim", "prompt": "red " * 20 + end}
+        for i, end in enumerate(("star", "ring"))
+    ]
+    first, second = InvertImages(told(folder, steps=2))(given)
+    assert np.array_equal(first["latent"], second["latent"])
+    assert (first["prompt_tokens"], first["prompt_truncated"]) == (23, True)
+    (short,) = InvertImages(told(folder, steps=2))([{**given[0], "prompt": "red star"}])
+    assert (short["prompt_tokens"], short["prompt_truncated"]) == (4, False)
+
+
 def test_an_inverter_takes_the_place_of_captions(folder, tmp_path: Path) -> None:
     """The stored text latent is what `InvertText` reads, and the documented lines regenerate the picture under it."""
     from diffusers import DDIMScheduler, DiffusionPipeline
@@ -126,8 +140,8 @@ def test_an_inverter_takes_the_place_of_captions(folder, tmp_path: Path) -> None
     (captioned,) = InvertImages(told(folder, steps=3))(rows)
     assert np.abs(captioned["latent"] - row["latent"]).max() > 1e-4
 
-    card = Job(input="x", model=folder, inverter=str(tmp_path), steps=3, methods=["ddim"]).card()
-    (call,) = re.findall(r"picture = (pipe\(.*\))\.images", card)
+    assert "prompt_truncated" not in columns
+    call = f"pipe({read_geometry(settings).usage.from_row()}, **options)"
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     latents = torch.tensor(row["latent"]).reshape(1, 4, 8, 8)
@@ -173,7 +187,7 @@ def test_a_finished_dataset_regenerates_by_the_documented_lines(tmp_path: Path, 
     stored = [row for part in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(part).to_pylist()]
     assert all(row["status"] == "ok" for row in stored)
     for index, row in enumerate(stored):
-        exec(lines.replace('"OUT"', repr(str(out))).replace('"train")[0]', f'"train")[{index}]'), {})
+        exec(re.sub(r"row = next\(.*\)", f"row = rows[{index}]", lines), {})
         again = np.asarray(Image.open("again.png")).astype(int)
         kept = np.asarray(Image.open(io.BytesIO(row["reconstruction"]["bytes"]))).astype(int)
         assert np.abs(again - kept).max() <= 2

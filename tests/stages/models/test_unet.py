@@ -211,8 +211,8 @@ def test_times_are_those_of_the_lines_of_the_card(
     file.write_text(json.dumps(config | said))
     model = open_latent_model(LatentModelSettings(model=folder, device="cpu", scheduler=changes))
     known: dict[str, Any] = {}
-    usage = model.geometry.usage
-    exec(f"import torch\nfrom diffusers import {', '.join(usage.names)}\n{usage.load}", known)
+    names, load = model.geometry.usage.regenerating()
+    exec(f"import torch\nfrom diffusers import {', '.join(names)}\n{load}", known)
     sampler = known["pipe"].scheduler
     sampler.set_timesteps(4)
     assert model.schedule(4).t_S.tolist() == sampler.timesteps.tolist()[::-1]

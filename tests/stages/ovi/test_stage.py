@@ -54,6 +54,14 @@ def solved(stage):
     return {row["id"]: row for row in found}, stage.take_summary()
 
 
+def test_prompts_that_the_encoder_cuts_are_told(solved):
+    found, _ = solved
+    told = [(found[f"p{i}/ovi"]["prompt_tokens"], found[f"p{i}/ovi"]["prompt_truncated"]) for i in range(len(PROMPTS))]
+    assert told[0] == (5, False)
+    assert [cut for _, cut in told] == [False, False, False, True, False]
+    assert told[3][0] == 2 + 3 * 40
+
+
 def test_one_row_out_for_each_row_in_with_the_declared_columns(solved, params):
     found, _ = solved
     assert sorted(found) == sorted(row["id"] for row in rows(PROMPTS))
