@@ -28,6 +28,7 @@ import numpy as np
 from pipeline import record
 
 SCAN_ROWS = 65536  # rows that a scan holds as float32 at once
+EXACT = "Flat"  # FAISS's name of an index that compares with every vector
 FLAT_ROWS = 20_000  # below it, exact search is quick enough to need no structure
 TRAIN_ROWS_PER_LIST = 64  # FAISS wants at least 39
 RECALL_AT = (1, 10, 100)
@@ -97,7 +98,7 @@ def choose(rows: int, dim: int, memory: int) -> str:
     When not even the coarsest fits, that one is taken, and `build` keeps its lists on disk.
     """
     if rows <= FLAT_ROWS and rows * dim * 4 <= memory:
-        return "Flat"
+        return EXACT
     count = lists(rows)
     coarse = f"IVF{count}" if count < 1 << 16 else f"IVF{count}_HNSW32"
     left = memory - count * dim * 4
@@ -263,6 +264,7 @@ def _merge(parts: Sequence[Path], trained: Path, folder: Path, on_disk: bool, fa
 
 
 Step = Callable[[str, int, int], None]
+Texts = Callable[[], np.ndarray | None]
 
 
 def build(
@@ -272,6 +274,7 @@ def build(
     plan: Plan,
     facts: Mapping[str, Any],
     step: Step = lambda name, done, total: None,
+    texts: Texts | None = None,
 ) -> dict[str, Any]:
     """Build, or go on building, ``index.faiss`` in a folder.
 
@@ -282,6 +285,8 @@ def build(
         plan: Type, memory, target.
         facts: What the vectors are (a fingerprint); a build from other facts starts afresh.
         step: Told of progress: name, done, total.
+        texts: Makes embeddings (B, E) of texts such as people search with, where they do; asked where the index does
+            not search exactly.
 
     Returns:
         The contents of ``index.faiss.json``: ``facts``, the factory string, bytes, ``nprobe``, and measured recall.
@@ -296,7 +301,7 @@ def build(
     facts = {**facts, "factory": factory, "rows": rows, "dim": dim, "parts": bounds}
     facts = json.loads(json.dumps(facts))  # as a record gives it back
     final = folder / "index.faiss"
-    asked = {**facts, "recall_wanted": plan.recall}
+    asked = {**facts, "recall_wanted": plan.recall, **({"tuned_on_texts": True} if texts and factory != EXACT else {})}
     work = folder / "parts"
     if (done := record.read(final, asked)) is not None and _lists_match(folder, done):
         shutil.rmtree(work, ignore_errors=True)
@@ -338,7 +343,8 @@ def build(
     size = (folder / "index.merged").stat().st_size
     lists_file = folder / "index.ivfdata"
     data_checksum = json.loads(record.record_path(folder / "index.merged").read_text())["lists"]
-    measured = tune(Index.read(folder / "index.merged", vectors_NE, factory), plan.recall)
+    text_BE = None if texts is None or factory == EXACT else texts()
+    measured = tune(Index.read(folder / "index.merged", vectors_NE, factory), plan.recall, text_BE)
     seconds["measure"] = time.perf_counter() - begun
     described = {
         **asked,
@@ -401,7 +407,7 @@ class Index:
         # Lists in a file of their own are mapped with IO_FLAG_ONDISK_SAME_DIR alone: IO_FLAG_MMAP would skip that file.
         flags = faiss.IO_FLAG_ONDISK_SAME_DIR if on_disk else faiss.IO_FLAG_MMAP
         faiss_index = faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY)
-        return cls(faiss_index, vectors_NE, surplus(factory) if factory != "Flat" else 1, facts or {}, path)
+        return cls(faiss_index, vectors_NE, surplus(factory) if factory != EXACT else 1, facts or {}, path)
 
     def probing(self, nprobe: int | None) -> Index:
         """Itself, looking into so many lists from now on."""
@@ -452,13 +458,19 @@ class Index:
         q_BE = unit(q_BE)
         cos_BK, rows_BK = self.faiss_index.search(q_BE, min(k * self.surplus, rows))
         if self.surplus > 1:
-            cos_BK, rows_BK = self._rank(q_BE, rows_BK, k)
+            cos_BK, rows_BK = self.rank(q_BE, rows_BK, k)
         short_B = (rows_BK < 0).any(axis=1)  # the lists looked into held fewer than k rows
         if short_B.any():
             cos_BK[short_B], rows_BK[short_B] = exact(q_BE[short_B], self.vectors_NE, k)
         return cos_BK, rows_BK
 
-    def _rank(self, q_BE: np.ndarray, rows_BK: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def rank(self, q_BE: np.ndarray, rows_BK: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best k of some candidates by the exact vectors: cosines and row numbers (B, k).
+
+        Args:
+            q_BE: Queries of unit length, float32.
+            rows_BK: Each one's candidates, at least k; -1 is none.
+        """
         cos_BK = np.empty(rows_BK.shape, np.float32)
         for b in range(len(q_BE)):
             cos_BK[b] = unit(self.vectors_NE[rows_BK[b]]) @ q_BE[b]
@@ -467,31 +479,69 @@ class Index:
         return np.take_along_axis(cos_BK, order_BK, 1), np.take_along_axis(rows_BK, order_BK, 1)
 
 
-def tune(index: Index, recall: float, queries: int = 1000) -> dict[str, Any]:
-    """Choose the smallest ``nprobe`` that reaches a recall@10, and report what was measured at it.
+def tune(index: Index, recall: float, text_BE: np.ndarray | None = None, queries: int = 1000) -> dict[str, Any]:
+    """Choose the smallest ``nprobe`` that reaches a recall@10 for every kind of query, and report what was measured.
 
-    Queries are random rows of the index; a row's own match counts for neither side, so that recall@1 asks for the
-    nearest *other* row. Recall@k is the share of the k exact neighbours that are among the k found.
+    Two kinds: random rows of the index, whose own match counts for neither side, so that recall@1 asks for the nearest
+    *other* row; and texts. Embeddings of texts lie apart from those of pictures (Liang et al., 2022, "Mind the gap"):
+    the lists that serve the one may miss what the other looks for. Recall@k is the share of the k exact neighbours that
+    are among the k found.
+
+    Args:
+        text_BE: Embeddings of texts; None: nobody will search by text.
     """
     rows = len(index.vectors_NE)
     own_B = np.sort(np.random.default_rng(SEED + 1).choice(rows, min(queries, rows), replace=False))
-    q_BE = np.asarray(index.vectors_NE[own_B])
     deepest = min(max(RECALL_AT), rows - 1)
     if deepest < 1:
         return {"nprobe": None, "recall": {}, "queries": len(own_B), "queries_per_second": None}
-    truth_BK = _others(exact(q_BE, index.vectors_NE, deepest + 1)[1], own_B)
+    kinds = {"": _Queries.of(index, np.asarray(index.vectors_NE[own_B]), deepest, own_B)}
+    if text_BE is not None:
+        kinds["text_"] = _Queries.of(index, text_BE, deepest)
     ivf = _inverted_file(index.faiss_index)
     depths = [k for k in RECALL_AT if k <= deepest] or [deepest]
     aim = min(10, deepest)
     for nprobe in [None] if ivf is None else [n for n in NPROBES if n < ivf.nlist] + [ivf.nlist]:
         index.probing(nprobe)
-        if _share(index, q_BE, own_B, truth_BK, aim) >= recall:
+        if all(asked.recall(index, aim) >= recall for asked in kinds.values()):
             break
-    found = {str(k): round(_share(index, q_BE, own_B, truth_BK, k), 5) for k in depths}
+    found: dict[str, Any] = {"nprobe": nprobe}
+    for kind, asked in kinds.items():
+        found[f"{kind}recall"] = {str(k): round(asked.recall(index, k), 5) for k in depths}
+        found[f"{kind}queries"] = len(asked.q_BE)
     begun = time.perf_counter()
-    index.search(q_BE, aim)
+    index.search(kinds[""].q_BE, aim)
     rate = len(own_B) / (time.perf_counter() - begun)
-    return {"nprobe": nprobe, "recall": found, "queries": len(own_B), "queries_per_second": round(rate, 1)}
+    return {**found, "queries_per_second": round(rate, 1)}
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Queries with their exact neighbours.
+
+    Attributes:
+        q_BE: Of any norm.
+        truth_BK: Row numbers of the nearest rows, best first.
+        own_B: The row that each query is itself and that does not count; None: they are none of the index's.
+    """
+
+    q_BE: np.ndarray
+    truth_BK: np.ndarray
+    own_B: np.ndarray | None
+
+    @staticmethod
+    def of(index: Index, q_BE: np.ndarray, deepest: int, own_B: np.ndarray | None = None) -> _Queries:
+        if own_B is None:
+            return _Queries(q_BE, exact(q_BE, index.vectors_NE, deepest)[1], None)
+        return _Queries(q_BE, _others(exact(q_BE, index.vectors_NE, deepest + 1)[1], own_B), own_B)
+
+    def recall(self, index: Index, k: int) -> float:
+        if self.own_B is None:
+            found_BK = index.search(self.q_BE, k)[1]
+        else:
+            found_BK = _others(index.search(self.q_BE, k + 1)[1], self.own_B)
+        shares = [len(np.intersect1d(a, b)) / k for a, b in zip(found_BK, self.truth_BK[:, :k], strict=True)]
+        return float(np.mean(shares))
 
 
 def _others(rows_BK: np.ndarray, own_B: np.ndarray) -> np.ndarray:
@@ -499,8 +549,3 @@ def _others(rows_BK: np.ndarray, own_B: np.ndarray) -> np.ndarray:
     is_own_BK = rows_BK == own_B[:, None]
     is_own_BK[~is_own_BK.any(axis=1), -1] = True
     return rows_BK[~is_own_BK].reshape(len(rows_BK), -1)
-
-
-def _share(index: Index, q_BE: np.ndarray, own_B: np.ndarray, truth_BK: np.ndarray, k: int) -> float:
-    found_BK = _others(index.search(q_BE, k + 1)[1], own_B)
-    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found_BK, truth_BK[:, :k], strict=True)]))

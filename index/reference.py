@@ -33,7 +33,15 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER = "reference"
+HALF_ERROR = 2**-11 + 1e-6  # of a cosine, at most, where one of two unit vectors is rounded to float16
+HALF_SURPLUS, HALF_SPARE = 4, 64  # candidates from vectors in float16: so many times k, and so many more
 RESIDENT_SHARE = 0.25  # of the device's free memory, for vectors or an index; above it they stay on the host
+
+
+TOLD = (
+    "factory", "nprobe", "recall", "queries", "text_recall", "text_queries", "index_bytes", "checksum",
+)  # fmt: skip
+"""What ``reference.json`` repeats of the index."""
 
 
 class ReferenceMismatch(ValueError):
@@ -65,8 +73,9 @@ class Reference:
         facts: Contents of ``reference.json``: ``encoder``, ``rows``, ``dim``, ``modality`` and more.
         gaussian: Statistics of the raw embeddings, float64, on the CPU.
         index: The nearest-neighbour index over the same rows.
-        device: Where queries live; on a GPU the vectors are kept there too when they fit, and searched exactly; where
-            they do not fit but the index does, faiss-gpu searches it there.
+        device: Where queries live; on a GPU the vectors are kept there too when they fit, in float16, and all of them
+            are compared, the nearest again in float32; where they do not fit but the index does, faiss-gpu searches it
+            there.
     """
 
     path: Path
@@ -174,10 +183,29 @@ class Reference:
             if self._on_gpu is not None and k * index.surplus <= neighbours.GPU_MOST:
                 index = self._on_gpu
             return index.search(z_BE.detach().float().cpu().numpy(), k)[1]
+        return self._by_resident(unit_NE, z_BE, k)
+
+    def _by_resident(self, unit_NE: torch.Tensor, z_BE: torch.Tensor, k: int) -> np.ndarray:
+        """Rounded vectors name candidates, in float32 arithmetic (half precision puts cosines on a grid of 5e-4); the
+        exact ones rank them."""
         import torch
 
-        q_BE = torch.nn.functional.normalize(z_BE.detach().float(), dim=-1).to(unit_NE)
-        return (q_BE @ unit_NE.mT).topk(k, dim=-1).indices.cpu().numpy()
+        unit_BE = torch.nn.functional.normalize(z_BE.detach().float(), dim=-1).to(unit_NE.device)
+        wanted = min(k * HALF_SURPLUS + HALF_SPARE, self.rows)
+        best_BK = unit_BE.new_empty(len(unit_BE), 0)
+        rows_BK = torch.empty(len(unit_BE), 0, dtype=torch.int64, device=unit_BE.device)
+        for start in range(0, self.rows, neighbours.SCAN_ROWS):
+            cos_BN = unit_BE @ unit_NE[start : start + neighbours.SCAN_ROWS].float().mT
+            top_BK, found_BK = cos_BN.topk(min(wanted, cos_BN.shape[1]), dim=-1)
+            best_BK, rows_BK = torch.cat([best_BK, top_BK], 1), torch.cat([rows_BK, found_BK + start], 1)
+            best_BK, order_BK = best_BK.topk(min(wanted, best_BK.shape[1]), dim=-1)
+            rows_BK = rows_BK.gather(1, order_BK)
+        q_BE, cut_B = unit_BE.cpu().numpy(), best_BK[:, -1].cpu().numpy()
+        exact_BK, ranked_BK = self.index.rank(q_BE, rows_BK.cpu().numpy(), k)
+        unsure_B = (exact_BK[:, -1] < cut_B + HALF_ERROR) & (wanted < self.rows)  # one that was cut off may be nearer
+        if unsure_B.any():
+            ranked_BK[unsure_B] = neighbours.exact(q_BE[unsure_B], self.index.vectors_NE, k)[1]
+        return ranked_BK
 
     def neighbours(self, z_BE: torch.Tensor, k: int) -> Neighbours:
         """The k nearest rows of each query by cosine, as the index finds them, in the order of their exact cosines.
@@ -308,6 +336,7 @@ def build(
     shards: Callable[[], Iterable[Shard]],
     moments: Callable[[], Iterable[gaussian.Moments]],
     step: neighbours.Step = lambda name, done, total: None,
+    texts: neighbours.Texts | None = None,
 ) -> dict[str, Any]:
     """Make a reference in a folder, or go on where an earlier call was stopped.
 
@@ -315,6 +344,7 @@ def build(
         shards: Yields the shards in order; called again only if the vectors are not gathered yet.
         moments: Yields the shards' statistics in order.
         step: Told of progress: name, done, total.
+        texts: See `neighbours.build`.
 
     Returns:
         The contents of ``reference.json``.
@@ -337,7 +367,8 @@ def build(
     normal = gaussian.fit(total, origin.shrinkage)
     gaussian.save(folder / "gaussian", total, normal, {"source": origin.source})
     vectors_NE = np.load(folder / "vectors.npy", mmap_mode="r")
-    built = neighbours.build(vectors_NE, origin.shard_rows, folder, plan, {"vectors": gathered["checksum"]}, step)
+    made_from = {"vectors": gathered["checksum"]}
+    built = neighbours.build(vectors_NE, origin.shard_rows, folder, plan, made_from, step, texts)
     described = {
         **facts,
         "encoder": dict(origin.encoder) if origin.encoder else None,
@@ -345,7 +376,7 @@ def build(
         "vectors": gathered["checksum"],
         "mean_norm": normal.mean_norm,
         "shrinkage": normal.shrinkage,
-        "index": {name: built[name] for name in ("factory", "nprobe", "recall", "queries", "index_bytes", "checksum")},
+        "index": {name: built[name] for name in TOLD if name in built},
     }
     record.write_facts(folder / "reference.json", described)
     return described

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,10 +21,16 @@ from stages.embed.settings import AdoptSettings, ComputedEmbeddings, EmbedSettin
 from stages.models.names import ModelName
 
 if TYPE_CHECKING:
+    import numpy as np
+
     import pipeline.run.driver
     from index.reference import Origin, Shard
     from pipeline.output.dataset import Output
     from pipeline.storage import Folder
+
+
+CAPTIONS = ("caption", "text", "prompt")
+"""Names that captions go by, in this order."""
 
 
 class IndexSettings(Settings):
@@ -34,7 +41,7 @@ class IndexSettings(Settings):
     memory: ByteSize = ByteSize(4 << 30)
     """What the index may take in memory. One that is larger keeps its lists on disk, mapped into memory."""
     recall: float = Field(0.95, gt=0, le=1)
-    """Recall@10 against exact search that decides how many lists a search looks into."""
+    """Recall@10 against exact search, by pictures and by texts, that decides how many lists a search looks into."""
     part_rows: int = Field(1 << 17, ge=1)
     """Rows of a partial index, at least; what is lost when building is killed."""
 
@@ -95,9 +102,22 @@ class Reference(ComputedEmbeddings, RowJob):
         target = Path(output.folder.path(reference.FOLDER))
         folder = reference.local_copy(output.path) / "building" if remote else target
         moments = (gaussian.Moments.from_arrays(arrays) for arrays in finished.summaries())
-        reference.build(folder, self._origin(output), plan, lambda: shards_of(finished), lambda: moments)
+        origin = self._origin(output)
+        texts = None if origin.text_encoder is None else partial(self._texts, finished, origin.text_encoder)
+        reference.build(folder, origin, plan, lambda: shards_of(finished), lambda: moments, texts=texts)
         if remote:
             _upload(folder, output.folder, reference.FOLDER)
+
+    def _texts(self, finished: pipeline.run.driver.Finished, encoder: Mapping[str, str]) -> np.ndarray | None:
+        """Embeddings of texts to tune the index on: of captions where the job keeps some."""
+        from stages.embed.queries import query_embeddings, sample_captions
+
+        name = next((name for name in CAPTIONS if name in self.keep), None)
+        captions: list[str] = []
+        if name is not None:
+            columns = (table[name].to_pylist() for table in finished.tables([name]))
+            captions = sample_captions(columns, int(finished.output.plan["rows"]))
+        return query_embeddings(encoder["path"], encoder["revision"] or None, captions)
 
     def _origin(self, output: Output) -> Origin:
         from index.reference import Origin
@@ -124,12 +144,8 @@ class Reference(ComputedEmbeddings, RowJob):
             shrinkage=self.shrinkage,
         )
 
-    def card(self) -> str:
-        return (
-            "## Search it\n\n```sh\nlatentmill search OUT \"a red star\" --page found.html\n```\n\n"
-            "```python\nfrom index.reference import Reference\n\nreference = Reference.open(\"OUT\")\n"
-            "found = reference.neighbours(embeddings, k=10)  # cosines, ids, vectors\n```\n"
-        )  # fmt: skip
+    def card(self, finished: pipeline.run.driver.Finished) -> str:
+        return _CARD.format(output=finished.output.path)
 
     def panels(self) -> list[Panel]:
         return [
@@ -138,6 +154,25 @@ class Reference(ComputedEmbeddings, RowJob):
             Panel("Spread", _spread, "Share of the embeddings' variance along each of their principal axes."),
             Panel("Neighbours", _examples, "Some pictures, one a line, each followed by the nearest others."),
         ]
+
+
+_CARD = """## Search it
+
+```sh
+latentmill search {output} "a red star" --page found.html
+```
+
+```python
+import torch
+from index.reference import Reference
+
+reference = Reference.open("{output}")
+z_BE = torch.from_numpy(reference.index.gather([0, 1]))  # embeddings of any norm, one a row: here two of its own
+found = reference.neighbours(z_BE, k=2)
+found.cos_BK, found.ids, found.vectors_BKE
+```
+
+"""
 
 
 def shards_of(finished: pipeline.run.driver.Finished) -> Iterator[Shard]:
@@ -189,9 +224,19 @@ def _facts(view: View) -> Html:
         ["index", f"{made['factory']}, {made['index_bytes'] / 1e6:,.1f} MB"],
         ["lists looked into", made["nprobe"] or "all"],
         ["measured recall", f"{recall} ({made['queries']:,} rows against exact search, own match left out)"],
+        ["measured recall of texts", _text_recall(made)],
         ["queries a second", f"{rate:,.0f} on the machine that built it" if rate else "not measured"],
     ]
     return table(["", ""], rows)
+
+
+def _text_recall(made: Mapping[str, Any]) -> str:
+    if made["factory"] == "Flat":
+        return "1: every vector is compared"
+    if "text_recall" not in made:
+        return "not measured"
+    found = ", ".join(f"@{k} {value:.3f}" for k, value in made["text_recall"].items())
+    return f"{found} ({made['text_queries']:,} texts against exact search)"
 
 
 def _norms(view: View) -> Html:

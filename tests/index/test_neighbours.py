@@ -48,6 +48,27 @@ def test_exact_search_equals_brute_force_across_blocks(monkeypatch: pytest.Monke
     assert np.abs(cos_BK - wanted_cos).max() < 1e-6
 
 
+def test_recall_is_reached_and_stated_for_texts_too(tmp_path: Path) -> None:
+    """Texts lie apart from the pictures, as CLIP's do: what suffices for pictures finds too little for them."""
+    x_NE = _stored(tmp_path, _clustered())
+    rng = np.random.default_rng(5)
+    text_BE = (rng.normal(size=(200, E)) + 4 * rng.normal(size=E)).astype(np.float32)
+    plain = neighbours.build(x_NE, [N], tmp_path / "plain", neighbours.Plan(), {"vectors": "a"})
+    tuned = neighbours.build(x_NE, [N], tmp_path / "tuned", neighbours.Plan(), {"vectors": "a"}, texts=lambda: text_BE)
+
+    def recall(made: dict[str, Any], q_BE: np.ndarray, folder: str) -> float:
+        index = neighbours.Index.read(tmp_path / folder / "index.faiss", x_NE, made["factory"]).probing(made["nprobe"])
+        found, wanted = index.search(q_BE, 10)[1], _brute(q_BE, x_NE, 10)[1]
+        return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, wanted, strict=True)]))
+
+    assert "text_recall" not in plain
+    assert plain["recall"]["10"] >= 0.95 > recall(plain, text_BE, "plain")
+    assert tuned["text_recall"]["10"] == pytest.approx(recall(tuned, text_BE, "tuned"), abs=1e-5)
+    assert tuned["text_recall"]["10"] >= 0.95
+    assert tuned["recall"]["10"] >= plain["recall"]["10"]
+    assert (tuned["queries"], tuned["text_queries"]) == (1000, 200)
+
+
 def test_flat_index_finds_what_brute_force_finds(tmp_path: Path) -> None:
     x_NE = _stored(tmp_path, _clustered(2000))
     made = neighbours.build(x_NE, [700, 700, 600], tmp_path, neighbours.Plan(part_rows=800), {"vectors": "a"})

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import pipeline.run.driver
 from index import gaussian, neighbours
 from index.reference import Reference, ReferenceMismatch
 from jobs.commands.search import find, write_page
@@ -26,26 +25,15 @@ from pipeline import record
 from pipeline.storage import checksum
 from stages.models import clip
 from tests.support import ROOT
+from tests.support.in_process import without_ray
 from tests.support.tiny_kandinsky import build_prior
 
 ROWS = 23
 
 
-def compute_here(spec, output, lock, reporter, resources, max_failed, address, tally, done) -> None:
-    """One worker in this process, in place of the cluster."""
-    from pipeline.output.planfile import read_shards
-    from pipeline.run.tasks import Task
-    from pipeline.run.worker import Worker
-
-    worker = Worker(pipeline.run.driver._worker_job(spec, output, resources))
-    for shard in read_shards(output.own):
-        if shard.index not in done:
-            tally.add(worker.process(Task(shard.index, shard.spans, 0, shard.rows)))
-
-
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.run.driver, "_compute", compute_here)
+    without_ray(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +160,7 @@ KILLED = """
     import faiss
     import pipeline.run.driver
     from jobs.run import run_job
-    from tests.jobs.kinds.test_reference import compute_here
+    from tests.support.in_process import _compute_here
 
     owner, method, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
     real = getattr(getattr(faiss, owner), method)
@@ -187,7 +175,7 @@ KILLED = """
         return found
 
     setattr(getattr(faiss, owner), method, killing)
-    pipeline.run.driver._compute = compute_here
+    pipeline.run.driver._compute = _compute_here
     run_job(json.loads(sys.argv[4]), output=sys.argv[5])
 """
 
@@ -350,6 +338,52 @@ def test_exact_search_on_the_device_agrees(made: Path) -> None:
     resident.__dict__["_resident"] = unit_NE
     z_BE = torch.randn(6, opened.dim, generator=torch.Generator().manual_seed(0))
     assert (resident.positions(z_BE, 4) == opened.positions(z_BE, 4)).all()
+
+
+def test_vectors_rounded_on_the_device_are_ranked_exactly(made: Path) -> None:
+    """Rows whose cosines differ by less than float16 can tell are in the order of float64."""
+    opened = Reference.open(made)
+    rng = np.random.default_rng(0)
+    base_E = rng.normal(size=opened.dim)
+    vectors_NE = (base_E + 1e-3 * rng.normal(size=(300, opened.dim))).astype(np.float32)
+    facts = {**opened.facts, "rows": 300}
+    resident = Reference(opened.path, facts, opened.gaussian, replace(opened.index, vectors_NE=vectors_NE), "cpu")
+    unit_NE = torch.from_numpy(neighbours.unit(vectors_NE)).half()
+    resident.__dict__["_resident"] = unit_NE
+    z_BE = torch.from_numpy(base_E + 0.3 * rng.normal(size=(5, opened.dim)))
+    exact_NE = torch.from_numpy(vectors_NE).double()
+    cos_BN = torch.nn.functional.cosine_similarity(z_BE[:, None], exact_NE, dim=-1)
+    rounded = (torch.nn.functional.normalize(z_BE, dim=-1).half() @ unit_NE.mT).topk(20).indices.numpy()
+    lost = cos_BN.topk(20).values - cos_BN.gather(1, torch.from_numpy(rounded))
+    assert lost.max() > 1e-5  # what float16 alone would find
+    found = torch.from_numpy(resident.positions(z_BE, 20))
+    assert (cos_BN.gather(1, found) - cos_BN.topk(20).values).abs().max() < 2e-7
+
+
+def test_the_index_is_tuned_on_the_texts_that_will_search_it(
+    pictures: Path, prior: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = clip.TextEncoder.__call__
+
+    def spied(self: clip.TextEncoder, prompts: list[str], batch: int = 256) -> torch.Tensor:
+        asked.append(list(prompts))
+        return real(self, prompts, batch)
+
+    monkeypatch.setattr(clip.TextEncoder, "__call__", spied)
+    job = _job(pictures, prior, index={"factory": "IVF4,Flat"})
+    run_job(job, output=str(tmp_path / "captioned"))
+    assert sorted(asked[0]) == sorted(f"picture number {n}" for n in range(ROWS))
+    made = Reference.open(tmp_path / "captioned").facts["index"]
+    assert made["text_queries"] == ROWS
+    assert made["text_recall"]["10"] >= 0.95
+    assert made["recall"]["10"] >= 0.95
+    assert "measured recall of texts" in (tmp_path / "captioned/report.html").read_text()
+    run_job({**job, "keep": []}, output=str(tmp_path / "plain"))
+    assert {text.rpartition(" ")[0] for text in asked[1]} == {"a photo of a"}
+    assert "a photo of a star" in asked[1]
+    run_job({**_job(pictures, prior)}, output=str(tmp_path / "exact"))  # searched exactly: nothing to tune
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(
