@@ -276,11 +276,6 @@ def test_a_relative_encoder_is_found_from_another_folder(
     run_job(_job(pictures, Path(prior).name), output=str(tmp_path / "out"))
     monkeypatch.chdir(tmp_path)
     assert len(find("out", "picture number 3", 2)) == 2
-    Image.open(pictures / "12.png").save(tmp_path / "twelve.avif", quality=100)
-    assert Path(find(str(made), str(tmp_path / "twelve.avif"), 1)[0].id).name == "12.png"
-    with pytest.raises(ValueError, match=r"no_such\.png: No such file"):
-        find(str(made), str(tmp_path / "no_such.png"), 1)
-    assert len(find(str(made), "a screenshot called star.png", 1)) == 1  # a text that ends like a name
 
 
 def test_pictures_of_several_folders_are_found_again(pictures: Path, prior: str, tmp_path: Path) -> None:
