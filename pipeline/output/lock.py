@@ -75,10 +75,14 @@ def lock_name(epoch: int) -> str:
     return f"{LOCKS}/{epoch:06d}.json"
 
 
+def _epochs(folder: Folder) -> list[int]:
+    found = (re.fullmatch(r"(\d+)\.json", name) for name in folder.listing(LOCKS))
+    return [int(match[1]) for match in found if match]
+
+
 def latest_epoch(folder: Folder) -> int:
     """The highest epoch that a run took the folder in; 0 if none did."""
-    found = (re.fullmatch(r"(\d+)\.json", name) for name in folder.listing(LOCKS))
-    return max((int(match[1]) for match in found if match), default=0)
+    return max(_epochs(folder), default=0)
 
 
 def _content(folder: Folder, epoch: int) -> dict[str, Any] | None:
@@ -189,9 +193,9 @@ class Lock:
             time.sleep(SETTLE_S)  # two may have written it; the later one's token stands
         if not taken or not self._holds(epoch):
             raise OutputLocked(f"{self._folder.url}: another run has just taken this folder; try again")
-        for name in self._folder.listing(LOCKS):
-            if f"{LOCKS}/{name}" < lock_name(epoch):
-                self._folder.remove(f"{LOCKS}/{name}")
+        for earlier in _epochs(self._folder):
+            if earlier < epoch:
+                self._folder.remove(lock_name(earlier))
         self._folder.remove(NAME)
         return epoch
 

@@ -131,14 +131,15 @@ def test_of_many_that_take_a_stale_lock_one_does(tmp_path: Path) -> None:
     folder = Folder.at(str(tmp_path))
     put(folder, **here())
     won: list[Lock] = []
+    others: list[BaseException] = []
     ready = threading.Barrier(12)
 
     def take() -> None:
         ready.wait()
         try:
             won.append(Lock(folder))
-        except OutputLocked:
-            return
+        except BaseException as error:
+            others.append(error)
 
     threads = [threading.Thread(target=take) for _ in range(12)]
     for thread in threads:
@@ -146,6 +147,7 @@ def test_of_many_that_take_a_stale_lock_one_does(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert [lock.epoch for lock in won] == [2]
+    assert [type(error) for error in others] == [OutputLocked] * 11
     won[0].check()
     won[0].release()
 
