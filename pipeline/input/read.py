@@ -6,7 +6,7 @@ that is damaged comes out with ``error`` set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.contract import Form
@@ -58,11 +58,15 @@ def wanted_columns(source: Source, keep: tuple[str, ...]) -> Wanted:
     return {**source.columns, **kept}
 
 
-def read_rows(source: Source, spans: tuple[Span, ...], skip: int, count: int, wanted: Wanted) -> Iterator[Raw]:
+def read_rows(
+    source: Source, spans: tuple[Span, ...], skip: int, count: int, wanted: Wanted,
+    opening: Callable[[Span], None] = lambda span: None,
+) -> Iterator[Raw]:  # fmt: skip
     """Rows ``skip`` to ``skip + count`` of the spans laid end to end.
 
     Args:
         source: Resolved.
+        opening: Called before a span's file is opened.
     """
     read = reader_of(source).rows
     for span in spans:
@@ -71,6 +75,7 @@ def read_rows(source: Source, spans: tuple[Span, ...], skip: int, count: int, wa
             skip -= size
             continue
         asked, found = span.part(skip, count), 0
+        opening(asked)
         for raw in read(source, asked, wanted):
             found += 1
             yield raw

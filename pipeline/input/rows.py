@@ -39,12 +39,23 @@ class Raw:
 
 
 @dataclass(frozen=True)
+class Pin:
+    """What an input file was when the run was planned: bytes, time or ETag, digest of its content, rows."""
+
+    size: int
+    version: str
+    digest: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class Span:
     """Rows ``start`` to ``stop`` of one file.
 
     Attributes:
         offset: The byte where row ``start - ahead`` begins, for formats that cannot be entered anywhere.
         ahead: Rows that such a format has to pass over before ``start``, as cheaply as it can.
+        pin: What the file was when the run was planned; None before it is.
     """
 
     name: str
@@ -53,6 +64,7 @@ class Span:
     stop: int
     offset: int = 0
     ahead: int = 0
+    pin: Pin | None = None
 
     def part(self, skip: int, count: int) -> Span:
         """``count`` of its rows (or as many as there are), after the first ``skip``."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.input.files import OWN, InputFile
-from pipeline.input.rows import FileScan, Span
+from pipeline.input.rows import FileScan, Pin, Span
 from pipeline.input.shards import Shard
 from pipeline.output import parquet
 from pipeline.output.schema import decode_schema
@@ -121,14 +121,38 @@ def read_files(folder: Folder) -> Iterator[tuple[Any, ...]]:
     yield from _table_rows(folder, "files.parquet")
 
 
+class _Pinned:
+    """The files of a plan, found in the order of its spans."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder, self._files = folder, read_files(folder)
+        self._name: str | None = None
+        self._pin = Pin(0, "", "", 0)
+
+    def of(self, name: str) -> Pin:
+        while name != self._name:
+            row = next(self._files, None)
+            if row is None:
+                tables = f"{self._folder.root}/files.parquet and shards.parquet"
+                raise OutputError(f"{tables} do not belong together (of {name!r}); name another output folder")
+            self._name, self._pin = row[0], Pin(*row[1:])
+        return self._pin
+
+
 def read_shards(folder: Folder) -> Iterator[Shard]:
-    """The plan's shards in order, a few thousand spans in memory at a time."""
+    """The plan's shards in order, a few thousand spans in memory at a time. Their spans say what the files were.
+
+    Raises:
+        OutputError: The two tables do not belong together.
+    """
     index, ids, spans = -1, None, list[Span]()
+    pins = _Pinned(folder)
     for shard, own, name, path, start, stop, offset in _table_rows(folder, "shards.parquet"):
         if shard != index and spans:
             yield Shard(index, tuple(spans), ids)
             spans = []
         index, ids = shard, own
-        spans.append(Span(name, path.decode(errors="surrogateescape"), start, stop, offset))
+        address = path.decode(errors="surrogateescape")
+        spans.append(Span(name, address, start, stop, offset, pin=pins.of(name)))
     if spans:
         yield Shard(index, tuple(spans), ids)

@@ -53,7 +53,7 @@ def verify(
     """Read the whole output and check it: records, files, sizes, checksums, and every planned id exactly once.
 
     The ids of each shard are compared with the plan: with those that follow from its spans, or, where ids come from the
-    input's content, with their digest.
+    input's content, with their digest. What differs from the digest is wrong whatever the input holds by now.
 
     Args:
         checksums: Also compare each file's digest with its record (reads all bytes; otherwise only ids are read).
@@ -127,8 +127,13 @@ def _check_ids(output: Output, shard: Shard, ids: list[str], input_options: Mapp
         planned = expected_ids(resolve(source) if source.format is None else source, shard)
     except (SourceError, OSError) as error:
         return f"its ids are not the planned ones (and the input cannot be read to name them: {error})"
-    if planned == ids:
+    if planned == ids and shard.ids is None:
         return None
+    if planned == ids:
+        return (
+            "its ids are those of the input as it is now, but not the planned ones: the input changed during the run; "
+            "put it back, delete the file and run the job again"
+        )
     missing = list((Counter(planned) - Counter(ids)).elements())
     extra = list((Counter(ids) - Counter(planned)).elements())
     if not missing and not extra:

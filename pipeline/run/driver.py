@@ -209,6 +209,9 @@ def _resumed(
         if tally.shards < planned:
             raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
         if resumed < planned or not complete:
+            if found := check_input(_source(spec, output), output.own, spec.limit):
+                what = "; ".join(f"{name}: {then} then, {now} now" for name, (then, now) in found.items())
+                raise Stopped(f"the input changed during the run; put it back, or name another output folder: {what}")
             reporter.phase("finishing", tally)
             finished = Finished(output)
             if finish is not None:
@@ -270,9 +273,14 @@ def _compute(
         raise RunError(str(error)) from None
 
 
+def _source(spec: RunSpec, output: Output) -> Source:
+    """The planned source, resolved."""
+    return Source.from_json(output.plan["source"], spec.source.storage_options)
+
+
 def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJob:
     plan = output.plan
-    source = Source.from_json(plan["source"], spec.source.storage_options)
+    source = _source(spec, output)
     return WorkerJob(
         stage=spec.stage,
         source=source,

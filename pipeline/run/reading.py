@@ -17,6 +17,7 @@ from pipeline.contract import Row
 from pipeline.input.fetch import picture_bytes
 from pipeline.input.forms import FormError, as_picture, short
 from pipeline.input.pictures import PictureError
+from pipeline.input.pins import Pins
 from pipeline.input.read import prepare, read_rows
 from pipeline.input.rows import Encoded, Raw
 from pipeline.output.schema import kept_value, picture_columns
@@ -56,6 +57,7 @@ class Reader:
 
     def __init__(self, job: WorkerJob, schema: pa.Schema) -> None:
         self._job, self._schema, self._pictures = job, schema, picture_columns(schema)
+        self._pins = Pins(job.source)
         self._threads = max(1, job.decode_threads)
         self._decoders = ThreadPoolExecutor(self._threads, "latentmill-decode")
         pictured = bool(job.source.images) or "picture" in (job.reads or {}).values()
@@ -68,8 +70,13 @@ class Reader:
             yield chunk.result()
 
     def undecoded(self, task: Task) -> Iterator[Raw]:
-        """A task's rows as they were found."""
-        return read_rows(self._job.source, task.spans, task.start, task.stop - task.start, self._job.wanted)
+        """A task's rows as they were found.
+
+        Raises:
+            SourceError: The input is not the planned one any more.
+        """
+        count = task.stop - task.start
+        return read_rows(self._job.source, task.spans, task.start, count, self._job.wanted, self._pins.check)
 
     def _chunks(self, task: Task) -> Iterator[list[Found]]:
         size = CHUNK_PICTURES if self._slow_rows else CHUNK_ROWS
