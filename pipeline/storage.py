@@ -196,17 +196,24 @@ class Folder:
     def listing(self, name: str) -> dict[str, int]:
         """File name -> size of the files directly in a subfolder, sorted; empty if there is none."""
         if self.local:
-            try:
-                with os.scandir(self.path(name)) as entries:
-                    return dict(sorted((e.name, e.stat().st_size) for e in entries if e.is_file()))
-            except FileNotFoundError:
-                return {}
+            return dict(sorted(self._scan(name)))
         try:
             infos = patiently(lambda: self._fresh(f"{name}/x").ls(self.path(name), detail=True, refresh=True))
         except FileNotFoundError:
             return {}
         files = {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in infos if info["type"] == "file"}
         return dict(sorted(item for item in files.items() if item[0]))
+
+    def _scan(self, name: str) -> Iterator[tuple[str, int]]:
+        try:
+            entries = os.scandir(self.path(name))
+        except FileNotFoundError:
+            return
+        with entries as found:
+            for entry in found:
+                with suppress(FileNotFoundError):  # of one that has gone since: the others are there
+                    if entry.is_file():
+                        yield entry.name, entry.stat().st_size
 
     def _parent(self, name: str) -> str:
         parent = self.path(name).rpartition("/")[0]
