@@ -12,7 +12,7 @@ from jobs.page import charts
 from jobs.page.html import escape, picture, tag, words
 from jobs.page.view import View
 from jobs.schema.base import RowJob
-from jobs.schema.concept_input import absolute, concept_source, folder_of
+from jobs.schema.concept_input import absolute, allowed, concept_source, folder_of
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.concepts.settings import ConceptLearning, LearnConceptsSettings, LegoSettings, Templates
@@ -55,12 +55,14 @@ class LearnConcepts(RowJob, ConceptLearning):
         return concept_source(self.input)
 
     def stage(self) -> StageSpec:
+        root = folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root
         settings = self.part(
             LearnConceptsSettings,
             settings=self.learning,
             templates=self.prompts,
             inverter=self.start,
-            root=folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root,
+            root=root,
+            allow=allowed(self.input, root),
             checkpoints=None if self.output is None else f"{absolute(self.output)}/{CHECKPOINTS}",
         )
         return StageSpec.of("stages.concepts.stage:LearnConcepts", settings)

@@ -9,7 +9,7 @@ from pydantic import Field
 from jobs.page.html import Html, escape, picture, table, tag, words
 from jobs.page.view import View
 from jobs.schema.base import RowJob
-from jobs.schema.concept_input import concept_source, folder_of
+from jobs.schema.concept_input import allowed, concept_source, folder_of
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.rare.settings import RareConceptsSettings, RareDrawing, Score
@@ -55,7 +55,7 @@ class RareConcepts(RowJob, RareDrawing):
 
     def stage(self) -> StageSpec:
         root = folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root
-        settings = self.part(RareConceptsSettings, scores=self.score, root=root)
+        settings = self.part(RareConceptsSettings, scores=self.score, root=root, allow=allowed(self.input, root))
         return StageSpec.of("stages.rare.stage:RareConcepts", settings)
 
     def card(self, finished: pipeline.run.driver.Finished) -> str:

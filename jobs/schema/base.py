@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from jobs.schema.panel import Panel
-from pipeline.contract import Settings
+from pipeline.addresses import problem_with, shown
+from pipeline.contract import Settings, added
 from pipeline.input.source import Format, Source
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class Input(Settings):
     """For fsspec: endpoint, keys, ... Never written to the output."""
     max_pixels: int = Field(100_000_000, ge=1)
     """A picture with more pixels fails its row before it is decoded."""
+    allow: tuple[str, ...] | None = added()
+    """Where rows may point, beside the folder of their own file: absolute folders and beginnings of addresses, for
+    instance ``[/data/pictures, "https://images.example.org/", "s3://bucket/"]``. ``https://`` stands for every public
+    host; one of an inner network has to be named."""
 
     @model_validator(mode="before")
     @classmethod
@@ -49,9 +54,18 @@ class Input(Settings):
             value = {**value, "path": (value["path"],)}
         return value
 
+    @field_validator("allow")
+    @classmethod
+    def _places(cls, allow: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for entry in allow or ():
+            if problem := problem_with(entry):
+                raise ValueError(f"{shown(entry)!r} {problem}")
+        return allow
+
     def source(self) -> Source:
         """The same as the plain description that the pipeline reads."""
-        return Source(**{name: getattr(self, name) for name in type(self).model_fields})
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return Source(**{**given, "allow": self.allow or ()})
 
 
 class Workers(Settings):

@@ -31,8 +31,16 @@ def absolute(path: str) -> str:
 def folder_of(path: str) -> str:
     """The folder of an input file (a glob: the part before the first sign of it)."""
     path = absolute(path)
+    if os.path.isdir(path):
+        return path
     while any(sign in path for sign in "*?["):
         path = path.rpartition("/")[0]
         if not any(sign in path for sign in "*?["):
             return path
     return path.rpartition("/")[0] if "." in path.rpartition("/")[2] else path
+
+
+def allowed(given: Input, root: str) -> tuple[str, ...] | None:
+    """Where a row's pictures may lie beside `root`: in the folders of the input's files, and where the input allows."""
+    folders = [folder for folder in dict.fromkeys(map(folder_of, given.path)) if folder != absolute(root)]
+    return (*folders, *(given.allow or ())) or None

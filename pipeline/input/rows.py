@@ -23,10 +23,15 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Encoded:
-    """A picture as it was found: bytes, or where to get them."""
+    """A picture as it was found: bytes, or where to get them.
+
+    Attributes:
+        listed: The path was found by listing the input, so whoever started the job named it; else the row says it.
+    """
 
     data: bytes | None = None
     path: str | None = None
+    listed: bool = False
 
 
 @dataclass(slots=True)

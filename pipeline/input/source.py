@@ -58,6 +58,8 @@ class Source:
         max_pixels: A picture with more pixels fails its row before it is decoded.
         variants: Column -> values: every row of the input stands for one row a value, which the column holds and the id
             ends in (``<id>/<value>``). Rows of the input stay together; a run's ``limit`` counts the rows made so.
+        allow: Folders and beginnings of addresses that rows may point to, beside the folder of their own file
+            (`pipeline.addresses.placed`).
     """
 
     path: tuple[str, ...]
@@ -68,15 +70,18 @@ class Source:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     max_pixels: int = 100_000_000
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    allow: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the storage options, which may hold secrets."""
         plain = asdict(self)
         del plain["storage_options"]
+        if not self.allow:  # newer than some plans
+            del plain["allow"]
         return plain
 
     @staticmethod
     def from_json(plain: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None) -> Source:
-        lists = {key: tuple(plain[key]) for key in ("path", "images")}
+        lists = {key: tuple(plain.get(key, ())) for key in ("path", "images", "allow")}
         variants = {name: tuple(values) for name, values in plain.get("variants", {}).items()}
         return Source(**{**plain, **lists, "variants": variants}, storage_options=dict(storage_options or {}))

@@ -8,15 +8,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from pipeline.contract import Row
-from pipeline.input.fetch import picture_bytes
+from pipeline.input.fetch import UntrustedError, picture_bytes
 from pipeline.input.forms import FormError, as_picture, short
-from pipeline.input.pictures import PictureError
+from pipeline.input.pictures import PictureError, decode_picture
 from pipeline.input.pins import Pins
 from pipeline.input.read import prepare, read_rows
 from pipeline.input.rows import Encoded, Raw
@@ -39,6 +39,7 @@ class Found:
         raw: As it was read.
         folder: Of its file; the paths of its pictures are relative to it.
         row: As the stage gets it. None: it cannot be had, and `problem` says why.
+        kept: The columns that are copied.
     """
 
     position: int
@@ -46,6 +47,7 @@ class Found:
     folder: str
     row: Row | None = None
     problem: str | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 class Reader:
@@ -94,15 +96,36 @@ class Reader:
 
     def _decoded(self, chunk: list[Found]) -> list[Found]:
         for found in chunk:
+            self._note_pictures(found.raw)
             try:
                 found.row, found.problem = prepare(found.raw, self._job.source, found.folder, self._job.reads)
             except Exception as error:  # whatever a decoder throws is this row's trouble alone
                 found.row, found.problem = None, f"cannot be decoded: {type(error).__name__}: {error}"
+            try:
+                found.kept = self.kept(found.raw, found.folder, found.row)
+            except UntrustedError as error:
+                found.row, found.problem = None, str(error)
+                found.kept = self.kept(found.raw, found.folder, None)
             found.problem = found.problem and short(found.problem)
         return chunk
 
-    def kept(self, raw: Raw, folder: str, readable: bool) -> dict[str, Any]:
-        """The columns that are copied. A picture that could not be read stays null: readers would stumble over it."""
+    def _note_pictures(self, raw: Raw) -> None:
+        """Paths of kept pictures become `Encoded`, so that what the stage and the output need is fetched once."""
+        for name in self._pictures:
+            if (self._job.reads or {}).get(name) not in ("text", "text?") and raw.values.get(name) is not None:
+                with suppress(FormError):
+                    raw.values[name] = as_picture(raw.values[name])
+
+    def kept(self, raw: Raw, folder: str, row: Row | None) -> dict[str, Any]:
+        """The columns that are copied. A picture that cannot be read stays null: readers would stumble over it, and
+        what is no picture is none of the output's.
+
+        Args:
+            row: As the stage gets it; what is in it has been decoded. None: pictures are not read.
+
+        Raises:
+            UntrustedError: A picture lies where the job file does not allow rows to point.
+        """
         kept: dict[str, Any] = {}
         for name in self._job.kept:
             value = raw.values.get(name)
@@ -110,10 +133,22 @@ class Reader:
                 kept[name] = kept_value(value, self._schema.field(name))
                 continue
             kept[name] = None
-            if readable and value is not None:
-                with suppress(PictureError, FormError):
-                    kept[name] = Encoded(picture_bytes(as_picture(value), self._job.source, folder))
+            if row is not None and value is not None:
+                with suppress(FormError):
+                    kept[name] = self._picture(name, as_picture(value), folder, row.get(name) is not None)
         return kept
+
+    def _picture(self, name: str, value: Encoded, folder: str, decoded: bool) -> Encoded | None:
+        """A picture as it is copied: its bytes, which must be a picture's."""
+        try:
+            data = picture_bytes(value, self._job.source, folder)
+            if not decoded:
+                decode_picture(data, self._job.source.max_pixels)
+        except UntrustedError as error:
+            raise UntrustedError(f"{name}: {error}") from None
+        except PictureError:
+            return None
+        return Encoded(data)
 
 
 def _folders(task: Task) -> Callable[[int], str]:

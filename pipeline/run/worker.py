@@ -53,12 +53,11 @@ class Worker:
             for chunk in self._reader.rows(task):
                 accepted = []
                 for found in chunk:
-                    kept = self._reader.kept(found.raw, found.folder, found.row is not None) if self.job.kept else {}
                     if found.row is None:
-                        row = {**kept, "id": found.raw.id, "status": "failed", "error": found.problem}
+                        row = {**found.kept, "id": found.raw.id, "status": "failed", "error": found.problem}
                         refused.append((found.position, row))
                     else:
-                        accepted.append(Waiting(found.position, found.row, kept))
+                        accepted.append(Waiting(found.position, found.row, found.kept))
                 yield accepted
 
         for waiting, out in self._guard.through(chunks()):
@@ -89,7 +88,7 @@ class Worker:
         """The row that kills workers: read, but neither decoded nor given to the stage."""
         assert task.condemned is not None
         failure = {"status": "failed", "error": task.condemned}
-        rows = [{**self._reader.kept(raw, "", False), "id": raw.id, **failure} for raw in self._reader.undecoded(task)]
+        rows = [{**self._reader.kept(raw, "", None), "id": raw.id, **failure} for raw in self._reader.undecoded(task)]
         yield self._writer.table(rows)
 
     def process(self, task: Task) -> Record | Piece:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pipeline.addresses import Refused, names_host, placed, shown
 from pipeline.contract import Row
+from pipeline.web import get
 from stages.concepts.settings import Templates
 from stages.models.words import slug
 
@@ -27,6 +30,8 @@ FUNCTION_WORDS = frozenset({
 
 MAX_PIXELS = 64_000_000
 """A training picture with more is refused before it is decoded."""
+MAX_BYTES = 8 * MAX_PIXELS
+"""Nor can such a picture need more than these."""
 
 
 class ConceptError(ValueError):
@@ -253,15 +258,16 @@ def _checked(name: str, templates: Templates) -> Templates:
     return templates
 
 
-def open_picture(value: Any, root: str = "") -> Image:
+def open_picture(value: Any, root: str = "", allow: Iterable[str] = ()) -> Image:
     """A training picture as RGB: a PIL image, encoded bytes, ``{bytes, path}``, or an address that fsspec opens.
 
     Args:
         value: The picture.
-        root: Folder that relative addresses start from.
+        root: Folder that relative addresses start from, and that an address may lie in.
+        allow: Further folders and beginnings of addresses that it may lie below.
 
     Raises:
-        ConceptError: It cannot be read, with its address.
+        ConceptError: It cannot be read, or lies elsewhere, with its address.
     """
     from PIL import Image, ImageOps
 
@@ -269,22 +275,33 @@ def open_picture(value: Any, root: str = "") -> Image:
         return value.convert("RGB")
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    label = f"a picture of {len(value)} bytes" if isinstance(value, bytes) else str(value)
+    label = f"a picture of {len(value)} bytes" if isinstance(value, bytes) else shown(str(value))
     try:
         if isinstance(value, str):
-            import fsspec
-
-            if root and "://" not in value and not value.startswith("/"):
-                value = f"{root.rstrip('/')}/{value}"
-            with fsspec.open(value, "rb") as file:
-                value = file.read()
+            value = _fetched(value, root.rstrip("/"), tuple(allow))
         picture = Image.open(io.BytesIO(value))
         if picture.width * picture.height > MAX_PIXELS:
             raise ConceptError(f"{label} has {picture.width} x {picture.height} pixels: make it smaller")
         return ImageOps.exif_transpose(picture).convert("RGB")
     except ConceptError:
         raise
+    except Refused as error:
+        raise ConceptError(str(error)) from None
     except FileNotFoundError:
-        raise ConceptError(f"{label} does not exist (looked for {value})") from None
+        raise ConceptError(f"{label} does not exist (looked for it in {shown(root) or 'no folder'})") from None
     except Exception as error:
         raise ConceptError(f"{label} is no readable picture: {error}") from None
+
+
+def _fetched(address: str, root: str, allow: tuple[str, ...]) -> bytes:
+    """The bytes behind an address of a row, which is a stranger's."""
+    import fsspec
+
+    place = placed(address, root, allow)
+    if place.startswith(("http://", "https://")):
+        return get(place, {}, MAX_BYTES, partial(names_host, (root, *allow)))
+    with fsspec.open(place, "rb") as file:
+        data: bytes = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ConceptError(f"{shown(address)} has more than {MAX_BYTES:,} bytes: make it smaller")
+    return data

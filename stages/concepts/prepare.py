@@ -69,6 +69,7 @@ def prepare(
     *,
     max_words: int,
     root: str,
+    allow: Sequence[str] = (),
 ) -> Prepared:
     """Read a row of the concept table and encode its pictures.
 
@@ -78,7 +79,8 @@ def prepare(
         settings: Say whether pictures without the concept and context words are needed.
         templates: Prompts, where the row has none of its own.
         max_words: Most new words a concept may have.
-        root: Folder that relative picture addresses start from.
+        root: Folder that relative picture addresses start from, and that addresses may lie in.
+        allow: Further folders and beginnings of addresses that they may lie below.
 
     Raises:
         ConceptError: Something about the concept is to be mended.
@@ -104,7 +106,7 @@ def prepare(
         ) from None
     except ValueError as error:
         raise ConceptError(f"concept {concept.name}: {error}") from None
-    pictures = _opened(concept, [picture for _, _, picture in examples], root)
+    pictures = _opened(concept, [picture for _, _, picture in examples], root, allow)
     return Prepared(
         concept=concept,
         z_ICHW=encode_pictures(model, pictures),
@@ -126,9 +128,9 @@ def _stacked(encoders: Sequence[Encoder], words: Sequence[str]) -> torch.Tensor:
     return torch.stack([word_vectors(encoders, word) for word in words])
 
 
-def _opened(concept: Concept, values: Sequence[Any], root: str) -> list[Image]:
+def _opened(concept: Concept, values: Sequence[Any], root: str, allow: Sequence[str]) -> list[Image]:
     try:
-        return [open_picture(value, root) for value in values]
+        return [open_picture(value, root, allow) for value in values]
     except ConceptError as error:
         raise ConceptError(f"concept {concept.name}: {error}") from None
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.contract import Settings
+from pipeline.contract import Settings, added
 from stages.models.settings import LatentModelSettings
 
 
@@ -98,6 +98,8 @@ class LearnConceptsSettings(ConceptLearning):
     seed: int = Field(0, ge=0)
     """The job's seed."""
     root: str = ""
-    """Folder that relative picture addresses start from."""
+    """Folder that relative picture addresses start from, and that addresses may lie in."""
+    allow: tuple[str, ...] | None = added()
+    """Further folders and beginnings of addresses that pictures may lie below."""
     checkpoints: str | None = None
     """Folder for checkpoints of concepts in flight. Left out: no checkpoints."""

@@ -79,6 +79,7 @@ class LearnConcepts:
             prepared = prepare(
                 row, self.model, self.settings.settings, self.settings.templates,
                 max_words=self.settings.max_words, root=self.settings.root,
+                allow=self.settings.allow or (),
             )  # fmt: skip
         except ConceptError as error:
             return failed(row, str(error))

@@ -86,15 +86,18 @@ def read_concept_row(key: str, row: Row, most: int) -> ConceptRow:
     return ConceptRow(key, name, prompt.strip(), pictures[:most], seeds[:most])
 
 
-def invert(concepts: Sequence[ConceptRow], stage: InvertImages, *, root: str, fit: Fit) -> dict[str, References | str]:
+def invert(
+    concepts: Sequence[ConceptRow], stage: InvertImages, *, root: str, fit: Fit, allow: Sequence[str] = ()
+) -> dict[str, References | str]:
     """Key -> the concept with the latents of its pictures, or why it cannot be had. All pictures share the solver.
 
     A picture whose inversion diverges is left out; the concept fails when none is left.
 
     Args:
         stage: With one method, and without prompts of its own.
-        root: Folder that relative addresses start from.
+        root: Folder that relative addresses start from, and that addresses may lie in.
         fit: What is done with a picture of another shape.
+        allow: Further folders and beginnings of addresses that they may lie below.
     """
     (method,) = stage.settings.methods
     geometry = stage.model.geometry
@@ -103,7 +106,7 @@ def invert(concepts: Sequence[ConceptRow], stage: InvertImages, *, root: str, fi
     opened: dict[str, list[Image]] = {}
     for concept in concepts:
         try:
-            pictures = [open_picture(value, root) for value in concept.pictures]
+            pictures = [open_picture(value, root, allow) for value in concept.pictures]
         except ConceptError as error:
             found[concept.key] = f"concept {concept.name}: {error}"
             continue

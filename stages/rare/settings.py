@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 import micro
+from pipeline.contract import added
 from stages.engine.methods import Method, Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
 from stages.models.names import ModelName
@@ -151,7 +152,9 @@ class RareConceptsSettings(RareDrawing):
     scores: tuple[Score, ...] = Field(("text", "image"), min_length=1)
     """What is measured; the first decides which candidate is kept, the next ones between equals."""
     root: str = ""
-    """Folder that relative picture addresses start from."""
+    """Folder that relative picture addresses start from, and that addresses may lie in."""
+    allow: tuple[str, ...] | None = added()
+    """Further folders and beginnings of addresses that pictures may lie below."""
     seed: int = Field(0, ge=0)
     """Everything random is drawn from (seed, concept, number): all methods start from the same noise."""
 

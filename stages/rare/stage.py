@@ -133,10 +133,10 @@ class RareConcepts:
         """Key -> the concept's latents: from the dataset where the row brings no pictures, else by inverting them."""
         settings = self.settings
         if self.dataset is None:
-            return invert(concepts, self.inversion, root=settings.root, fit=settings.fit)
+            return invert(concepts, self.inversion, root=settings.root, fit=settings.fit, allow=settings.allow or ())
         own = [concept for concept in concepts if concept.pictures]
         rest = [concept for concept in concepts if not concept.pictures]
-        found = invert(own, self.inversion, root=settings.root, fit=settings.fit)
+        found = invert(own, self.inversion, root=settings.root, fit=settings.fit, allow=settings.allow or ())
         return found | (self.dataset.find(rest, self.model.geometry.latent_shape, settings.most) if rest else {})
 
     def _lacks(self, concept: References, method: NoiseMethod) -> str | None:

@@ -29,7 +29,7 @@ def _images_scan(source: Source, file: InputFile, begins: Begins, look: Look | N
 
 
 def _images_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
-    values: dict[str, Any] = {"image": Encoded(None, span.path), "path": span.name}
+    values: dict[str, Any] = {"image": Encoded(None, span.path, listed=True), "path": span.name}
     if wanted is None or "text" in wanted.values():
         values["text"] = _sidecar(source, span.path)
     yield Raw(span.name, picked(values, wanted))

@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from pipeline.input.pictures import encode_picture
 from pipeline.input.source import SourceError
 from pipeline.output.schema import table
 from pipeline.run.draft import draft
@@ -189,11 +191,12 @@ def test_every_row_has_its_say_in_a_types_choice(
 
 def test_pictures_are_one_type_however_files_write_them(tmp_path: Path) -> None:
     turned = pa.struct([("path", pa.string()), ("bytes", pa.binary())])
-    picture = {"path": None, "bytes": b"not decoded here"}
-    one = pa.array([{"bytes": b"first", "path": "a.png"}])
+    first, second = encode_picture(Image.new("RGB", (8, 8), "red")), encode_picture(Image.new("RGB", (8, 8), "blue"))
+    picture = {"path": None, "bytes": second}
+    one = pa.array([{"bytes": first, "path": "a.png"}])
     path = _two_files(tmp_path / "in", one, pa.array([picture], turned))
     rows = rows_of(path, tmp_path / "out", ["kept"], columns={"text": "text"})
-    assert [row["kept"]["bytes"] for row in rows] == [b"first", b"not decoded here"]
+    assert [row["kept"]["bytes"] for row in rows] == [first, second]
     noted = json.loads(data(str(tmp_path / "out")).schema.metadata[b"huggingface"])
     assert noted["info"]["features"]["kept"] == {"_type": "Image"}
 

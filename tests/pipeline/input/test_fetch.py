@@ -93,8 +93,8 @@ def test_every_answer_is_a_picture_or_a_reason(tmp_path: Path, server: _Server) 
     names = [name if "?" in name else f"{name}.png" for name in ANSWERS]
     lines = [json.dumps({"url": f"{server.address}/{name}"}) + "\n" for name in names]
     (tmp_path / "in.jsonl").write_text("".join(lines))
-    columns = {"image": "url"}
-    rows = rows_of(tmp_path / "in.jsonl", tmp_path / "out", ["url"], stage="Captioned", columns=columns, shard_rows=50)
+    source = {"columns": {"image": "url"}, "allow": (server.address,)}
+    rows = rows_of(tmp_path / "in.jsonl", tmp_path / "out", ["url"], stage="Captioned", shard_rows=50, **source)
     for row, reason in zip(rows, ANSWERS.values(), strict=True):
         if reason is None:
             assert (row["status"], row["width"]) == ("ok", 60), row
@@ -113,7 +113,7 @@ def test_nobody_at_the_address(tmp_path: Path, server: _Server) -> None:
     server.server_close()
     addresses = [f"{address}/a.png", "nosuch://a.png", "http://", "s3://"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"image": address}) + "\n" for address in addresses))
-    rows = rows_of(tmp_path / "in.jsonl", tmp_path / "out", stage="Captioned")
+    rows = rows_of(tmp_path / "in.jsonl", tmp_path / "out", stage="Captioned", allow=(address, "nosuch://", "s3://"))
     assert {row["status"] for row in rows} == {"failed"}
     assert ", 5 times" in rows[0]["error"]
     assert "nosuch" in rows[1]["error"]
@@ -126,3 +126,6 @@ def test_the_keys_of_a_store_are_not_sent_elsewhere() -> None:
     assert options_for("https://example.com/a.png", store) == {}
     local = Source(("in.jsonl",), storage_options={"headers": {}})
     assert options_for("https://example.com/a.png", local) == {"headers": {}}
+    web = Source(("https://data.example.com/in.parquet",), storage_options={"headers": {"Authorization": "hush"}})
+    assert options_for("https://data.example.com/a.png", web) != {}
+    assert options_for("https://images.example.com/a.png", web) == {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from stages.concepts.concept import ConceptError, read_concept
+from stages.concepts.concept import ConceptError, open_picture, read_concept
 from stages.concepts.prepare import prepare
 from stages.concepts.settings import LegoSettings, Templates
 from tests.support.concepts import concept_row, learn, pictures
@@ -28,3 +30,18 @@ def test_several_subjects_have_a_token_each(model):
     assert json.loads(learned["words"]) == ["frozen", "ice", "red star", "robot"]
     with pytest.raises(ConceptError, match="max_words is 3"):
         prepare(row, model, LegoSettings(), Templates(), max_words=3, root="")
+
+
+def test_a_picture_outside_the_folder_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+    """A concept table may come from a stranger: its pictures lie below its folder, or where the job file says."""
+    (tmp_path / "in").mkdir()
+    for place in (tmp_path / "away.png", tmp_path / "in" / "own.png"):
+        Image.new("RGB", (8, 8), "red").save(place)
+    root, away = str(tmp_path / "in"), str(tmp_path / "away.png")
+    for value in (away, "../away.png", f"file://{away}", {"bytes": None, "path": away}, "http://127.0.0.1:9/a.png"):
+        with pytest.raises(ConceptError, match="say so in the job file"):
+            open_picture(value, root)
+    with pytest.raises(ConceptError, match="is no public address"):
+        open_picture("http://127.0.0.1:9/a.png", root, ["http://"])
+    for value, allow in (("own.png", ()), (f"{root}/own.png", ()), (away, (str(tmp_path),))):
+        assert open_picture(value, root, allow).size == (8, 8)
