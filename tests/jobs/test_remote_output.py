@@ -12,20 +12,16 @@ import pytest
 from jobs.report import write_report
 from jobs.run import run_job
 from jobs.schema.base import RowJob
+from tests.support.weather import s3_server
 
 s3fs = pytest.importorskip("s3fs")
-moto = pytest.importorskip("moto.server")
+pytest.importorskip("moto.server")
 
 
 @pytest.fixture
 def options() -> Iterator[dict[str, Any]]:
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    found = {"key": "test", "secret": "test", "endpoint_url": address}
-    s3fs.S3FileSystem(**found).mkdir("bucket")
-    yield found
-    server.stop()
+    with s3_server() as port:
+        yield {"key": "test", "secret": "test", "endpoint_url": f"http://127.0.0.1:{port}"}
 
 
 def test_a_run_ends_with_its_report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -94,6 +95,26 @@ class Proxy(ThreadingHTTPServer):
         """A client that hangs up is nothing to write to stderr about: tests read what is there."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
+
+
+@contextmanager
+def s3_server() -> Iterator[int]:
+    """The port of an S3 server on this machine with an empty bucket ``bucket``; what is put there is gone after."""
+    import boto3
+    from moto.moto_api._internal import moto_api_backend
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    port = server.get_host_and_port()[1]
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="bucket")
+    try:
+        yield port
+    finally:
+        server.stop()
+        moto_api_backend.reset()  # its content is the process's, not the server's
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,19 @@ from typing import Any
 import pytest
 
 from pipeline.storage import Folder
-from tests.support.weather import SHARDS, check_lock, check_run, check_shards, weather_before
+from tests.support.weather import SHARDS, check_lock, check_run, check_shards, s3_server, weather_before
 
 pytest.importorskip("s3fs")
-moto = pytest.importorskip("moto.server")
+pytest.importorskip("moto.server")
 
 
 @pytest.fixture
 def store() -> Iterator[tuple[dict[str, Any], Any]]:
     """fsspec options for a bucket behind the weather, and the proxy."""
-    import boto3
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-    real = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    real.start()
-    port = real.get_host_and_port()[1]
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="bucket")
-    with weather_before(port) as proxy:
+    with s3_server() as port, weather_before(port) as proxy:
         address = f"http://127.0.0.1:{proxy.server_port}"
         client = {"region_name": "us-east-1"}
         yield {"key": "test", "secret": "test", "endpoint_url": address, "client_kwargs": client}, proxy
-    real.stop()
 
 
 @pytest.mark.fault
