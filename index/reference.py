@@ -13,9 +13,7 @@ On disk, in the folder ``reference`` of the job's output::
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from index import gaussian, neighbours
+from index.copies import fetched
 from pipeline import record
-from pipeline.storage import Folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -234,45 +232,19 @@ class Reference:
 def find(path: str | Path) -> Path:
     """The reference folder at a path that names it, or the output that holds it.
 
-    One on remote storage is copied to this machine's temporary folder first, once for each version of it.
+    One on remote storage is copied to this machine first (`index.copies`).
 
     Raises:
         FileNotFoundError: There is none.
     """
     if "://" in str(path):
-        return _fetched(str(path))
+        return fetched(str(path), ("", FOLDER))
     for folder in (Path(path), Path(path) / FOLDER):
         if (folder / "reference.json").exists():
             return folder
     raise FileNotFoundError(
         f"no finished reference at {path}: run `latentmill run-job` on a job file with `job: reference` to make one"
     )
-
-
-def local_copy(address: str) -> Path:
-    """Where this machine keeps its copy of a reference on remote storage."""
-    name = hashlib.blake2b(address.rstrip("/").encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"latentmill-reference-{name}"
-
-
-def _fetched(address: str) -> Path:
-    import fsspec
-
-    filesystem, root = fsspec.url_to_fs(address)
-    for folder in (root.rstrip("/"), f"{root.rstrip('/')}/{FOLDER}"):
-        if not filesystem.exists(f"{folder}/reference.json"):
-            continue
-        facts = filesystem.cat_file(f"{folder}/reference.json")
-        copy = local_copy(address) / hashlib.blake2b(facts, digest_size=8).hexdigest()
-        copy.mkdir(parents=True, exist_ok=True)
-        if not (copy / "reference.json").exists():
-            for name in filesystem.ls(folder, detail=False):
-                base = name.rpartition("/")[2]
-                if base and base != "reference.json":
-                    filesystem.get_file(name, str(copy / base))
-            Folder.at(str(copy)).write("reference.json", facts)
-        return copy
-    raise FileNotFoundError(f"no finished reference at {address}: run a job file with `job: reference` to make one")
 
 
 def require_encoder(folder: Path, made_with: Mapping[str, str] | None, asked_for: Mapping[str, str]) -> None:

@@ -92,6 +92,7 @@ class Reference(ComputedEmbeddings, RowJob):
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Merge the shards' statistics, and build the index: both go on where an earlier call was killed."""
         from index import gaussian, neighbours, reference
+        from index.copies import local_copy
 
         output = finished.output
         plan = neighbours.Plan(
@@ -100,7 +101,7 @@ class Reference(ComputedEmbeddings, RowJob):
         )  # fmt: skip
         remote = not output.folder.local
         target = Path(output.folder.path(reference.FOLDER))
-        folder = reference.local_copy(output.path) / "building" if remote else target
+        folder = local_copy(output.path) / "building" if remote else target
         moments = (gaussian.Moments.from_arrays(arrays) for arrays in finished.summaries())
         origin = self._origin(output)
         texts = None if origin.text_encoder is None else partial(self._texts, finished, origin.text_encoder)
