@@ -101,9 +101,9 @@ def _picture(path: str) -> Image:
         ValueError: It is not there, or is none.
     """
     from pipeline.input.fetch import picture_bytes
-    from pipeline.input.pictures import PictureError, decode_picture
     from pipeline.input.rows import Encoded
     from pipeline.input.source import Source
+    from pipeline.pictures import PictureError, decode_picture
 
     source = Source((path,))
     try:

@@ -10,10 +10,10 @@ import fsspec
 
 from pipeline import web
 from pipeline.addresses import LONGEST, Refused, names_host, placed, shown
-from pipeline.input.pictures import PictureError
 from pipeline.input.rows import Encoded
 from pipeline.input.source import Source
 from pipeline.input.streams import open_input
+from pipeline.pictures import PictureError
 from pipeline.storage import ATTEMPTS, patiently
 
 BYTES_A_PIXEL, BYTES_BESIDE = 8, 64 << 20

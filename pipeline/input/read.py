@@ -20,10 +20,10 @@ from pipeline.input.formats.text import JSONL, TEXT
 from pipeline.input.formats.webdataset import WEBDATASET
 from pipeline.input.formats.world import MICRO_WORLD
 from pipeline.input.forms import FormError, as_picture, as_text, missing
-from pipeline.input.pictures import PictureError, decode_picture
 from pipeline.input.rows import Encoded, Format, Raw, Span, Wanted
 from pipeline.input.source import Source, SourceError
 from pipeline.input.variants import repeated
+from pipeline.pictures import PictureError, decode_picture
 
 OWN_COLUMNS = ("id", "status", "error")
 """What rows carry through a stage beside its columns."""

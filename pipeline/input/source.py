@@ -1,7 +1,7 @@
 """What a run reads: a plain description of an input, and the files it stands for.
 
 A `Source` is JSON-able, so that it can be written into the plan and sent to a worker. Reading itself is in
-`pipeline.input.read`, decoding of pictures in `pipeline.input.pictures`.
+`pipeline.input.read`, decoding of pictures in `pipeline.pictures`.
 """
 
 from __future__ import annotations

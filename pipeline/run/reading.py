@@ -16,11 +16,11 @@ import pyarrow as pa
 from pipeline.contract import Row
 from pipeline.input.fetch import UntrustedError, picture_bytes
 from pipeline.input.forms import FormError, as_picture, short
-from pipeline.input.pictures import PictureError, decode_picture
 from pipeline.input.pins import Pins
 from pipeline.input.read import prepare, read_rows
 from pipeline.input.rows import Encoded, Raw
 from pipeline.output.schema import kept_value, picture_columns
+from pipeline.pictures import PictureError, decode_picture
 from pipeline.run.tasks import Task, WorkerJob
 
 T = TypeVar("T")

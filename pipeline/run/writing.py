@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.contract import Row
-from pipeline.input.pictures import encode_picture
 from pipeline.input.rows import Encoded
 from pipeline.output import commit
 from pipeline.output.schema import measures, merge_measures, picture_columns, table
+from pipeline.pictures import encode_picture
 from pipeline.run.guard import ContractError
 from pipeline.run.tasks import Piece, Task, WorkerJob
 from pipeline.storage import Folder

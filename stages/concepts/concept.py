@@ -5,7 +5,6 @@ A row becomes a `Concept`, or a `ConceptError` that names the concept and the fi
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.addresses import Refused, names_host, placed, shown
 from pipeline.contract import Row
+from pipeline.pictures import decode_picture
 from pipeline.web import get
 from stages.concepts.settings import Templates
 from stages.models.words import slug
@@ -261,6 +261,8 @@ def _checked(name: str, templates: Templates) -> Templates:
 def open_picture(value: Any, root: str = "", allow: Iterable[str] = ()) -> Image:
     """A training picture as RGB: a PIL image, encoded bytes, ``{bytes, path}``, or an address that fsspec opens.
 
+    It is decoded as a row's picture is: colours in sRGB, white behind what is transparent.
+
     Args:
         value: The picture.
         root: Folder that relative addresses start from, and that an address may lie in.
@@ -269,7 +271,7 @@ def open_picture(value: Any, root: str = "", allow: Iterable[str] = ()) -> Image
     Raises:
         ConceptError: It cannot be read, or lies elsewhere, with its address.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(value, Image.Image):
         return value.convert("RGB")
@@ -279,10 +281,7 @@ def open_picture(value: Any, root: str = "", allow: Iterable[str] = ()) -> Image
     try:
         if isinstance(value, str):
             value = _fetched(value, root.rstrip("/"), tuple(allow))
-        picture = Image.open(io.BytesIO(value))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ConceptError(f"{label} has {picture.width} x {picture.height} pixels: make it smaller")
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        return decode_picture(value, MAX_PIXELS)
     except ConceptError:
         raise
     except Refused as error:

@@ -7,9 +7,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from pipeline.input.files import InputFile
-from pipeline.input.pictures import encode_picture
 from pipeline.input.rows import Begins, Encoded, FileScan, Format, Look, Raw, Span, Wanted, fixed, picked
 from pipeline.input.source import Source, SourceError
+from pipeline.pictures import encode_picture
 
 
 def _world(address: str) -> tuple[str, int, int]:

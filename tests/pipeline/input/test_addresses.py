@@ -20,7 +20,7 @@ from PIL import Image
 from jobs.schema.reading import JobFileError, load
 from pipeline import web
 from pipeline.addresses import Refused, has_password, names_host, placed, shown, unsigned
-from pipeline.input.pictures import encode_picture
+from pipeline.pictures import encode_picture
 from tests.support.plain_stages import rows_of
 
 PICTURE = encode_picture(Image.new("RGB", (9, 7), "red"))

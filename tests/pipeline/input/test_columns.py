@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.input.pictures import encode_picture
 from pipeline.input.source import SourceError
 from pipeline.output.schema import table
+from pipeline.pictures import encode_picture
 from pipeline.run.draft import draft
 from pipeline.run.plan import make_plan
 from tests.support.faulty import data

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from pipeline.contract import Column, Row, StageInfo, StageSpec, ok
-from pipeline.input.pictures import PictureError, decode_picture
 from pipeline.input.source import Source
 from pipeline.output.verify import verify
+from pipeline.pictures import PictureError, decode_picture
 from pipeline.run.draft import RunSpec
 from tests.support.faulty import data, run_plain, spec_for
 

@@ -45,3 +45,19 @@ def test_a_picture_outside_the_folder_is_refused_unless_it_is_allowed(tmp_path: 
         open_picture("http://127.0.0.1:9/a.png", root, ["http://"])
     for value, allow in (("own.png", ()), (f"{root}/own.png", ()), (away, (str(tmp_path),))):
         assert open_picture(value, root, allow).size == (8, 8)
+
+
+def test_a_picture_is_seen_as_a_row_s_picture_is(tmp_path: Path) -> None:
+    """White behind what is transparent (it was black)."""
+    cut = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    cut.paste((200, 10, 10, 255), (4, 0, 8, 8))
+    cut.save(tmp_path / "cut.png")
+    found = open_picture("cut.png", str(tmp_path))
+    assert (found.getpixel((0, 0)), found.getpixel((6, 4))) == ((255, 255, 255), (200, 10, 10))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 0, 0, 10, 200, 10])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert open_picture("palette.png", str(tmp_path)).getpixel((0, 0)) == (255, 255, 255)
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(ConceptError, match=r"empty\.png.*zero bytes"):
+        open_picture("empty.png", str(tmp_path))

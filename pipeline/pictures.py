@@ -8,7 +8,7 @@ import warnings
 import zlib
 from typing import TYPE_CHECKING
 
-from pipeline.input.colour import as_srgb
+from pipeline.colour import as_srgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipeline.input.pictures import decode_picture
+from pipeline.pictures import decode_picture
 
 LIMIT = 1_000_000
 
