@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 import micro
-from benchmarks.ovi.setting import RESULTS, machine
+from benchmarks.inversion.table import RESULTS
+from benchmarks.ovi.setting import machine
 from benchmarks.runtime.killed_job import run_killed_once
 
 MODEL = str(micro.MODELS / "stable-diffusion")

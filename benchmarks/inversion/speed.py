@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.inversion.table import photograph_rows, world_rows
-from benchmarks.ovi.setting import RESULTS, machine
+from benchmarks.inversion.table import RESULTS, photograph_rows, world_rows
+from benchmarks.ovi.setting import machine
 from pipeline.contract import Row, batches
 from stages.engine.solver import Occupancy, solve
 from stages.inversion.engine import InversionProblem, choose
