@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from pipeline.addresses import shown
+
 REDIRECTS = 5
 TIMEOUTS_S = {"total": 300, "sock_connect": 15, "sock_read": 30}
 PASSING = frozenset({408, 425, 429})
@@ -58,10 +60,12 @@ def get(address: str, options: Mapping[str, Any], limit: int, named: Callable[[s
             address = found
     except aiohttp.ClientConnectorCertificateError as error:
         raise Denied(_told(error)) from None
+    except aiohttp.InvalidURL:  # whose text is the address, with its query
+        raise Denied("is no valid address") from None
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         if isinstance(error, Busy):
             raise
-        lasting = isinstance(error, aiohttp.InvalidURL) or _cause(error) in (errno.EACCES, socket.EAI_NONAME)
+        lasting = _cause(error) in (errno.EACCES, socket.EAI_NONAME)
         raise (Denied if lasting else Busy)(_told(error)) from None
     raise Denied(f"more than {REDIRECTS} redirects")
 
@@ -73,7 +77,7 @@ async def _ask(fs: Any, address: str, limit: int) -> bytes | str:
         if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
             target = urljoin(address, answer.headers["Location"])
             if not target.startswith(("http://", "https://")):
-                raise Denied(f"is redirected to {target[:80]}, which is no web address")
+                raise Denied(f"is redirected to {shown(target)}, which is no web address")
             return target
         if answer.status >= 300:
             passing = answer.status in PASSING or (answer.status >= 500 and answer.status not in LASTING)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from jobs.schema.panel import Panel
-from pipeline.addresses import problem_with, shown
+from pipeline.addresses import has_password, problem_with, shown
 from pipeline.contract import Settings, added
 from pipeline.input.source import Format, Source
 
@@ -54,6 +54,13 @@ class Input(Settings):
             value = {**value, "path": (value["path"],)}
         return value
 
+    @field_validator("path")
+    @classmethod
+    def _without_passwords(cls, path: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in path:
+            _refuse_password(entry)
+        return path
+
     @field_validator("allow")
     @classmethod
     def _places(cls, allow: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -66,6 +73,12 @@ class Input(Settings):
         """The same as the plain description that the pipeline reads."""
         given = {name: getattr(self, name) for name in type(self).model_fields}
         return Source(**{**given, "allow": self.allow or ()})
+
+
+def _refuse_password(address: str) -> None:
+    """Addresses go into plans, cards and messages."""
+    if has_password(address):
+        raise ValueError(f"{shown(address)}: holds a password; write it into `storage_options`")
 
 
 class Workers(Settings):
@@ -128,6 +141,12 @@ class Job(Settings):
     """Folder, local or fsspec address, that the dataset is written to. ``--output`` sets it too."""
     storage_options: dict[str, Any] = {}
     """For fsspec, when the output is remote: endpoint, keys, ... Never written to the output."""
+
+    @field_validator("output")
+    @classmethod
+    def _without_password(cls, output: str | None) -> str | None:
+        _refuse_password(output or "")
+        return output
 
 
 class RowJob(Job):

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import fsspec
 
+from pipeline.addresses import unsigned
 from pipeline.input.source import FORMATS, SUFFIXES, Format, Source, SourceError
 from pipeline.input.streams import COMPRESSED
 from pipeline.input.walk import LeftOut, underscored, walk
@@ -87,13 +88,13 @@ class _Place:
 
 def _place(entry: str, source: Source) -> _Place:
     try:
-        fs, path = fsspec.url_to_fs(entry, **source.storage_options)
+        fs, path = fsspec.url_to_fs(source.whole(entry), **source.storage_options)
     except (ImportError, ValueError) as error:
         raise SourceError(f"{entry}: {error}") from None
     path = path.rstrip("/") or "/"
     try:
         if patiently(lambda: fs.isfile(path)):
-            return _Place(fs, path, path.rpartition("/")[0], "file")
+            return _Place(fs, path, unsigned(path).rpartition("/")[0], "file")
         if patiently(lambda: fs.isdir(path)):
             return _Place(fs, path, path, "folder")
     except PermissionError as error:
@@ -179,7 +180,7 @@ def resolve(source: Source) -> Source:
             continue
         count = -1
         for count, info in enumerate(place.infos(LeftOut())):
-            found = format_of(info["name"])
+            found = format_of(unsigned(info["name"]))
             if found is not None:
                 (hidden if place.kind == "folder" and underscored(info["name"]) else formats)[found] += 1
                 if found in stems:
@@ -230,7 +231,7 @@ def list_files(source: Source, left: LeftOut | None = None) -> Iterator[InputFil
         found = False
         saved = _Saved(place)
         for info in place.infos(left):
-            path = info["name"]
+            path = unsigned(info["name"])
             base = path.rpartition("/")[2]
             if (
                 place.kind == "folder"

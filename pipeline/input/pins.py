@@ -45,7 +45,7 @@ class Pins:
         self._same.add(key)
 
     def _now(self, span: Span) -> InputFile:
-        filesystem, path = fsspec.url_to_fs(span.path, **self._source.storage_options)
+        filesystem, path = fsspec.url_to_fs(self._source.whole(span.path), **self._source.storage_options)
         filesystem.invalidate_cache(path.rpartition("/")[0])
         try:
             info = patiently(lambda: filesystem.info(path))

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from pipeline.addresses import has_password, shown, unsigned
+
 Format = Literal[
     "parquet", "jsonl", "csv", "text", "images", "webdataset", "datasets", "npy", "concepts", "micro-world"
 ]  # fmt: skip
@@ -60,6 +62,7 @@ class Source:
             ends in (``<id>/<value>``). Rows of the input stay together; a run's ``limit`` counts the rows made so.
         allow: Folders and beginnings of addresses that rows may point to, beside the folder of their own file
             (`pipeline.addresses.placed`).
+        signed: Web address without its query -> the whole, as ``path`` was given. Kept apart like the storage options.
     """
 
     path: tuple[str, ...]
@@ -71,17 +74,41 @@ class Source:
     max_pixels: int = 100_000_000
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     allow: tuple[str, ...] = ()
+    signed: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Sets queries aside: nothing that names a file, in ids, plans or messages, ever sees a signature."""
+        signed = dict(self.signed)
+        for entry in self.path:
+            bare = unsigned(entry)
+            if has_password(bare):
+                raise SourceError(f"{shown(bare)}: holds a password; write it into `storage_options`")
+            if bare == entry:
+                continue
+            if signed.setdefault(bare, entry) != entry:
+                raise SourceError(f"{bare}: two addresses differ only in what follows `?`; fetch the files first")
+        object.__setattr__(self, "path", tuple(map(unsigned, self.path)))
+        object.__setattr__(self, "signed", signed)
+
+    def whole(self, address: str) -> str:
+        """An address as it is to be opened, with the query that it was given with."""
+        return self.signed.get(address, address)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the storage options, which may hold secrets."""
+        """Everything but the storage options and the queries of addresses, which may hold secrets."""
         plain = asdict(self)
-        del plain["storage_options"]
+        del plain["storage_options"], plain["signed"]
         if not self.allow:  # newer than some plans
             del plain["allow"]
         return plain
 
     @staticmethod
-    def from_json(plain: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None) -> Source:
+    def from_json(
+        plain: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None,
+        signed: Mapping[str, str] | None = None,
+    ) -> Source:  # fmt: skip
+        """The source of a plan, with what no plan holds."""
+        secrets = {"storage_options": dict(storage_options or {}), "signed": dict(signed or {})}
         lists = {key: tuple(plain.get(key, ())) for key in ("path", "images", "allow")}
         variants = {name: tuple(values) for name, values in plain.get("variants", {}).items()}
-        return Source(**{**plain, **lists, "variants": variants}, storage_options=dict(storage_options or {}))
+        return Source(**{**plain, **lists, "variants": variants, **secrets})

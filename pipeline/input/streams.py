@@ -45,7 +45,8 @@ def open_input(path: str, source: Source) -> IO[bytes]:
     told = None if codec == "zstd" else codec
 
     def opened() -> IO[bytes]:
-        return patiently(lambda: fsspec.open(path, "rb", compression=told, **source.storage_options).open())
+        file = fsspec.open(source.whole(path), "rb", compression=told, **source.storage_options)
+        return patiently(file.open)
 
     return io.BufferedReader(_Zstd(opened)) if codec == "zstd" else opened()
 

@@ -275,7 +275,7 @@ def _compute(
 
 def _source(spec: RunSpec, output: Output) -> Source:
     """The planned source, resolved."""
-    return Source.from_json(output.plan["source"], spec.source.storage_options)
+    return Source.from_json(output.plan["source"], spec.source.storage_options, spec.source.signed)
 
 
 def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJob:

@@ -73,7 +73,7 @@ def _folders(source: Source, path: str) -> Iterator[tuple[str, Pictures]]:
     """``with``, ``without``, ``<subject>/with``, ``<subject>/without`` and the pictures in each, in a fixed order."""
     import fsspec
 
-    fs, own = fsspec.url_to_fs(path, **source.storage_options)
+    fs, own = fsspec.url_to_fs(source.whole(path), **source.storage_options)
     folder = own.rpartition("/")[0]
     if not folder:
         raise SourceError(f"{path}: put concept.yaml into a folder of its own, beside the folders with/ and without/")

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from PIL import Image
 from jobs.schema.reading import JobFileError, load
 from pipeline import web
 from pipeline.addresses import Refused, has_password, names_host, placed, shown, unsigned
+from pipeline.input.source import Source, SourceError
 from pipeline.pictures import encode_picture
 from tests.support.plain_stages import rows_of
 
@@ -234,6 +236,7 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[str] = []
+        self.tables: dict[str, bytes] = {}
 
     @property
     def address(self) -> str:
@@ -246,13 +249,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
-        name = self.path.strip("/")
+        name = self.path.strip("/").partition("?")[0]
+        if name == "404.png":
+            self.send_error(404)
+            return
         self.server.asked.append(name)
         port = self.server.server_port
         leads = {"to-inner": f"http://localhost:{port}/secret.png", "to-file": "file:///etc/passwd",
                  "to-round": "/to-round", "to-fine": "/fine.png"}.get(name)  # fmt: skip
-        self.send_response(302 if leads else 200)
+        data = b"" if leads else self.server.tables.get(name, PICTURE)
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if part:
+            data = data[int(part[1]) : int(part[2]) + 1]
+        self.send_response(302 if leads else 206 if part else 200)
         if leads:
             self.send_header("Location", leads)
         if name == "endless":
@@ -263,7 +276,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             except OSError:
                 self.close_connection = True
                 return
-        data = b"" if leads else PICTURE
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -277,3 +289,28 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+def test_a_signature_is_in_no_id_no_plan_and_no_output(tmp_path: Path, server: _Server) -> None:
+    """Before: the query of a signed address stood in every derived id and in plan.json, which one then publishes."""
+    signature = "X-Amz-Signature=hush&X-Amz-Credential=AKIA/20261126/eu/s3"
+    server.tables["in.jsonl"] = (json.dumps({"image": f"{server.address}/404.png?{signature}"}) + "\n").encode() * 2
+    out = tmp_path / "out"
+    rows = rows_of(f"{server.address}/in.jsonl?{signature}", out, stage="Captioned", shard_rows=1)
+    assert [row["id"] for row in rows] == [f"{server.address}/in.jsonl#{number}" for number in range(2)]
+    assert "404" in rows[0]["error"]
+    written = [file.read_bytes() for file in out.rglob("*") if file.is_file()]
+    for table in out.rglob("*.parquet"):  # whose bytes are compressed
+        written.append(repr(pq.read_table(table).to_pydict()).encode())
+    assert not [content for content in written if b"hush" in content or b"X-Amz" in content]
+
+
+def test_a_password_in_an_address_is_refused(tmp_path: Path) -> None:
+    for job in ({"input": "https://user:hush@host/in.jsonl"}, {"output": "s3://key:hush@bucket/out"}):
+        with pytest.raises(JobFileError, match="storage_options") as told:
+            load({"job": "reference", "input": "in.jsonl", "output": "out", **job})
+        assert "hush" not in str(told.value)
+    with pytest.raises(SourceError, match="storage_options"):
+        Source(("https://user:hush@host/in.jsonl",))
+    with pytest.raises(SourceError, match="differ only"):
+        Source(("https://host/get?file=1", "https://host/get?file=2"))
