@@ -131,6 +131,7 @@ def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
         max_failed_fraction=job.max_failed_fraction,
         address=given.address,
         finish=job.finish,
+        products=job.products,
         progress=given.progress,
         title=f"{Path(output.rstrip('/')).name} ({job.job})",
         description=lambda finished: description(job, finished),

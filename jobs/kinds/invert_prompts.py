@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -64,6 +64,8 @@ class InvertPrompts(PromptInversion, RowJob):
         shared = self.part(PromptInversion)
         settings = InvertPromptsSettings(**dict(shared), decoder=self.decode, scores=self.score, seed=self.seed)
         return StageSpec.of("stages.ovi.stage:InvertPrompts", settings)
+
+    products: ClassVar[tuple[str, ...]] = (SUMMARY_FILE,)
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         summary = summarise(finished.tables(), finished.summaries(), self.reference)

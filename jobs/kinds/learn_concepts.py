@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -66,6 +66,8 @@ class LearnConcepts(RowJob, ConceptLearning):
             checkpoints=None if self.output is None else f"{absolute(self.output)}/{CHECKPOINTS}",
         )
         return StageSpec.of("stages.concepts.stage:LearnConcepts", settings)
+
+    products: ClassVar[tuple[str, ...]] = ("concepts",)
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Write a file a word, and drop the checkpoints: the words are committed."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ByteSize, Field, model_validator
 
@@ -88,6 +88,8 @@ class Reference(ComputedEmbeddings, RowJob):
             assert self.dim is not None
             return self.dim
         return self.dim or embedding_width(self.encoder, self.revision)
+
+    products: ClassVar[tuple[str, ...]] = ("reference",)
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Merge the shards' statistics, and build the index: both go on where an earlier call was killed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,8 @@ class TrainInverter(RowJob, DrawPairsSettings):
 
     def stage(self) -> StageSpec:
         return StageSpec.of("stages.inverter.stage:DrawPairs", self.part(DrawPairsSettings))
+
+    products: ClassVar[tuple[str, ...]] = (FOLDER,)
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Train the inverter on what the workers drew."""

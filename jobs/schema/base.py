@@ -8,7 +8,7 @@ it is a chain or maps rows. Nothing here imports Ray, torch or datasets.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
@@ -173,6 +173,9 @@ class RowJob(Job):
     def stage(self) -> StageSpec:
         """The stage that maps the rows: an import path and JSON-able parameters. Loads no weights."""
         raise NotImplementedError(f"{type(self).__name__} does not name a stage")
+
+    products: ClassVar[tuple[str, ...]] = ()
+    """Files and folders that `finish` makes in the output; `verify` checks them, and a lost one is made again."""
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Called once when all shards are committed, before the dataset is published: build what spans shards."""

@@ -58,6 +58,7 @@ class Record:
         measures: Numeric stage column -> ``{"n", "sum", "min", "max"}`` over rows with status ok.
         errors: The commonest reasons of failed rows (digits folded) -> count; at most 20.
         summary: Names of the stage's summary files (npz), in row order; empty without.
+        summary_bytes: Their sizes; empty for older code.
         run: Id of the run; empty in a folder that older code planned.
         epoch: Of the driver that gave the work out; 0 for older code.
     """
@@ -77,6 +78,7 @@ class Record:
     summary: tuple[str, ...] = ()
     run: str = ""
     epoch: int = 0
+    summary_bytes: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -85,7 +87,8 @@ class Record:
     @staticmethod
     def from_json(data: bytes) -> Record:
         plain = json.loads(data)
-        return Record(**{**plain, "summary": tuple(plain["summary"])})
+        tuples = {name: tuple(plain.get(name, ())) for name in ("summary", "summary_bytes")}
+        return Record(**{**plain, **tuples})
 
 
 def attempt_name(run: str, epoch: int, shard: int, rest: str) -> str:
@@ -157,11 +160,12 @@ def check_attempt(folder: Folder, name: str, size: int, rows: int) -> None:
         raise CommitError(f"{ATTEMPTS}/{name}: {stored} rows on disk, {rows} were written")
 
 
-def write_summary(folder: Folder, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Leave a stage's summary of a shard beside its record."""
+def write_summary(folder: Folder, name: str, arrays: Mapping[str, np.ndarray]) -> int:
+    """Leave a stage's summary of a shard beside its record; returns its bytes."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     folder.write(f"{SUMMARIES}/{name}", buffer.getvalue())
+    return len(buffer.getvalue())
 
 
 def read_summary(folder: Folder, name: str) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.input.files import OWN
 from pipeline.output import lock, parquet
-from pipeline.output.commit import ATTEMPTS, RECORDS, Record, fold_errors, read_summary, recorded_shard
+from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_errors, read_summary, recorded_shard
 from pipeline.output.planfile import PLAN, OutputError, load_plan, own_folder
 from pipeline.output.progress import Progress
 from pipeline.output.schema import means, merge_measures
@@ -185,8 +185,17 @@ class Output:
         return None
 
     def listings(self) -> dict[str, dict[str, int]]:
-        """What lies in ``data/`` and among the attempts."""
-        return {name: self.folder.listing(name) for name in ("data", ATTEMPTS)}
+        """What lies in ``data/``, among the attempts, and among the summaries."""
+        return {name: self.folder.listing(name) for name in ("data", ATTEMPTS, SUMMARIES)}
+
+    def lost_summary(self, record: Record, listed: Mapping[str, Mapping[str, int]]) -> str | None:
+        """The first summary of a record that is gone, empty or cut; None if all are whole."""
+        sizes = record.summary_bytes or (None,) * len(record.summary)
+        for name, size in zip(record.summary, sizes, strict=True):
+            found = listed[SUMMARIES].get(name, 0)
+            if not found or found != (size or found):
+                return f"{SUMMARIES}/{name}"
+        return None
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The committed shards' tables, in order, one at a time.

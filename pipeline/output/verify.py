@@ -18,6 +18,7 @@ from pipeline.output import parquet
 from pipeline.output.commit import RECORDS, Record, record_name
 from pipeline.output.dataset import SUCCESS, Output, Tally
 from pipeline.output.planfile import read_shards
+from pipeline.output.products import problems as wrong_products
 from pipeline.output.schema import decode_schema
 from pipeline.storage import checksum
 
@@ -50,7 +51,7 @@ def verify(
     checksums: bool = True,
     input_options: Mapping[str, Any] | None = None,
 ) -> VerifyReport:
-    """Read the whole output and check it: records, files, sizes, checksums, and every planned id exactly once.
+    """Read the whole output and check it: records, files, sizes, checksums, products, every planned id exactly once.
 
     The ids of each shard are compared with the plan: with those that follow from its spans, or, where ids come from the
     input's content, with their digest. What differs from the digest is wrong whatever the input holds by now.
@@ -80,6 +81,8 @@ def verify(
         if name is None:
             problems.append(f"the file of shard {shard.index} is missing or cut short; run the job again")
             continue
+        if lost := output.lost_summary(record, listed):
+            problems.append(f"{lost}, the summary of shard {shard.index}, is missing or cut short; run the job again")
         tally.add(record)
         problem, ids = _check_file(output, record, name, schema, checksums)
         found += len(ids)
@@ -91,6 +94,7 @@ def verify(
         problems += _twice(output, suspects, listed)
     foreign = tuple(sorted(f"data/{name}" for name in listed["data"] if not output.is_published(name)))
     problems += [f"{name} is not this run's; move it away, or run the job again to set it aside" for name in foreign]
+    problems += [f"{problem}; run the job again" for problem in wrong_products(output, checksums)]
     if not output.folder.exists(SUCCESS):
         problems.append("the output is not published (_SUCCESS is missing); run the job again")
     planned = int(output.plan["rows"])

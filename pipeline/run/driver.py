@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,8 @@ from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
 from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost
 from pipeline.output.planfile import OutputError, load_plan, own_folder, read_shards
+from pipeline.output.products import problems as wrong_products
+from pipeline.output.products import take_stock
 from pipeline.output.progress import Progress
 from pipeline.output.publish import publish, set_aside
 from pipeline.output.schema import encode_schema
@@ -125,6 +127,7 @@ def run(
     max_failed_fraction: float = 0.1,
     address: str | None = None,
     finish: Callable[[Finished], None] | None = None,
+    products: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
     title: str = "latentmill output",
     description: Callable[[Finished], str] = lambda finished: "",
@@ -137,6 +140,7 @@ def run(
             connected to, else a local one that starts and stops with this call.
         max_failed_fraction: The run stops as soon as more than this share of all planned rows has failed.
         finish: Called once when all shards are committed, before publication. May be called again if it raises.
+        products: Files and folders that it makes, below the output folder; one that is lost is made again.
         progress: Called from this thread only.
         title, description: For the dataset card (Markdown); the description is asked for when all rows are there.
 
@@ -160,7 +164,7 @@ def run(
         output = replace(Output.open(spec.output, spec.storage_options), lock=lock)
         reporter.output = output
         return _resumed(
-            spec, output, lock, reporter, resources, max_failed_fraction, address, finish, title, description
+            spec, output, lock, reporter, resources, max_failed_fraction, address, finish, products, title, description
         )
     except LockLost as lost:
         raise RunError(str(lost)) from None
@@ -187,7 +191,7 @@ def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
 
 def _resumed(
     spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
-    address: str | None, finish: Callable[[Finished], None] | None, title: str,
+    address: str | None, finish: Callable[[Finished], None] | None, products: Sequence[str], title: str,
     description: Callable[[Finished], str],
 ) -> RunResult:  # fmt: skip
     """Under the lock: what is left is computed; then finish and publish, unless that is done too."""
@@ -197,7 +201,11 @@ def _resumed(
     try:
         tally, done = _survey(output, reporter)
         resumed, complete = tally.shards, output.folder.exists(SUCCESS)
-        if complete and resumed < planned:
+        wrong = wrong_products(output, checksums=False) if complete else []
+        for problem in wrong:
+            reporter.phase("planning", tally, f"{problem}; it is made again")
+        complete = complete and not wrong and resumed == planned
+        if not complete:
             output.check()
             output.folder.remove(SUCCESS)
         for _ in range(ROUNDS):
@@ -208,7 +216,7 @@ def _resumed(
             tally, done = _survey(output, reporter)  # what was committed may be gone again
         if tally.shards < planned:
             raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
-        if resumed < planned or not complete:
+        if not complete:
             if found := check_input(_source(spec, output), output.own, spec.limit):
                 what = "; ".join(f"{name}: {then} then, {now} now" for name, (then, now) in found.items())
                 raise Stopped(f"the input changed during the run; put it back, or name another output folder: {what}")
@@ -217,6 +225,7 @@ def _resumed(
             if finish is not None:
                 output.check()
                 finish(finished)
+                take_stock(output, products)
             reporter.phase("publishing", tally)
             publish(output, tally, title, description(finished))
     except (Stopped, LockLost) as stopped:
@@ -234,19 +243,23 @@ def _resumed(
 
 
 def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
-    """What earlier runs committed. A record whose file is gone or cut is withdrawn; losers and strangers go."""
+    """What earlier runs committed. A record whose file or summary is lost is withdrawn; losers and strangers go."""
     for name in set_aside(output):
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
     tally, done, listed, leftovers = Tally(), set[int](), output.listings(), Leftovers(output)
     for record in output.records():
         if output.locate(record, listed) is None:
-            output.check()
-            output.folder.remove(record_name(record.shard, output.run))
-            reporter.phase("planning", message=f"the file of shard {record.shard} is gone or cut; it is done again")
+            what = f"the file of shard {record.shard}"
+        elif lost := output.lost_summary(record, listed):
+            what = f"{lost}, the summary of shard {record.shard},"
+        else:
+            tally.add(record)
+            done.add(record.shard)
+            leftovers.spare(record)
             continue
-        tally.add(record)
-        done.add(record.shard)
-        leftovers.spare(record)
+        output.check()
+        output.folder.remove(record_name(record.shard, output.run))
+        reporter.phase("planning", message=f"{what} is gone or cut; it is done again")
     leftovers.remove()
     return tally, done
 

@@ -77,6 +77,7 @@ class Piece:
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     errors: Mapping[str, int] = field(default_factory=dict)
     summary: tuple[str, ...] = ()
+    summary_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

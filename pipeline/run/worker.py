@@ -105,15 +105,19 @@ class Worker:
         part = "" if task.whole else f".{task.start}-{task.stop}"
         if task.pieces:
             piece = self._writer.write(task, self._name(task, f".{token}.parquet"), self._joined(task.pieces))
-            piece = replace(piece, summary=tuple(name for p in task.pieces for name in p.summary))
+            piece = replace(
+                piece,
+                summary=tuple(name for p in task.pieces for name in p.summary),
+                summary_bytes=tuple(size for p in task.pieces for size in p.summary_bytes),
+            )
         else:
             name = self._name(task, f"{part}.{token}.parquet")
             piece = self._writer.write(task, name, self._condemned(task) if task.condemned else self._tables(task))
             summary = self._take_summary() if not task.condemned else None
             if summary:
                 name = self._name(task, f"{part}.{token}.npz")
-                commit.write_summary(self._folder, name, summary)
-                piece = replace(piece, summary=(name,))
+                size = commit.write_summary(self._folder, name, summary)
+                piece = replace(piece, summary=(name,), summary_bytes=(size,))
         if not task.whole:
             return piece
         record = Record(
@@ -130,6 +134,7 @@ class Worker:
             measures=piece.measures,
             errors=piece.errors,
             summary=piece.summary,
+            summary_bytes=piece.summary_bytes,
             run=self.job.run,
             epoch=self.job.epoch,
         )

@@ -22,6 +22,7 @@ from jobs.commands.search import find, write_page
 from jobs.run import run_job
 from jobs.schema.reading import JobFileError, load
 from pipeline import record
+from pipeline.output.verify import verify
 from pipeline.storage import checksum
 from stages.models import clip
 from tests.support import ROOT
@@ -128,6 +129,19 @@ def _files(folder: Path) -> dict[str, str]:
     lists = [path.name for path in (folder / "reference").glob("index.ivfdata")]
     contents = {name: (folder / "reference" / name).read_bytes() for name in (*names, *lists)}
     return {name: checksum(io.BytesIO(content)) for name, content in contents.items()}
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "index.faiss", "gaussian.safetensors", "reference.json"])
+def test_a_file_of_the_reference_that_is_lost_is_told_and_made_again(
+    made: Path, pictures: Path, prior: str, name: str
+) -> None:
+    content = (made / "reference" / name).read_bytes()
+    assert verify(str(made)).ok
+    (made / "reference" / name).unlink()
+    assert verify(str(made)).problems == (f"reference/{name} is gone; run the job again",)
+    assert run_job(_job(pictures, prior), output=str(made)).state == "complete"
+    assert verify(str(made)).ok
+    assert (made / "reference" / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("place", ["vectors.npy", "part-00001.faiss", "index.merged", "index.faiss"])
