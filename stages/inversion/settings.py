@@ -132,11 +132,11 @@ class ExactMethod(InversionMethod):
 
 
 class NewtonMethod(InversionMethod):
-    """Guided Newton-Raphson inversion (RNRI, GNRI), with the gradient that its formula asks for."""
+    """Guided Newton-Raphson inversion (RNRI, GNRI), as its authors' code has it."""
 
     method: Literal["newton"] = "newton"
     iterations: int = Field(2, ge=1)
-    """Newton steps at each timestep; each costs a forward and a backward pass."""
+    """Network passes at each timestep; the authors' notebook takes 2."""
     prior: float = Field(0.1, ge=0)
     """Weight of the pull towards the likely latents."""
 

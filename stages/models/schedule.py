@@ -34,7 +34,7 @@ class Step:
     back_scale: torch.Tensor
     back_weight: torch.Tensor
     alpha: torch.Tensor
-    alpha_prev: torch.Tensor
+    sigma: torch.Tensor
 
     def down(self, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
         """The sampling step D_t: from z to z_prev, m evaluated at z."""
@@ -94,7 +94,7 @@ class Schedule:
             column(self.back_scale_S),
             column(self.back_weight_S),
             column(self.alpha_S),
-            column(self.alpha_prev_S),
+            column(self.sigma_S),
         )
 
     def epsilon(self, k: int, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
