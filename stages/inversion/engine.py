@@ -251,7 +251,7 @@ class InversionProblem(Generic[State]):
             assert row is not None
             self.rows[slot] = None
             outputs = {
-                "noise": self.prev_BCHW[slot].to("cpu", copy=True),
+                "noise": (self.prev_BCHW[slot] * self.schedule.seed_scale).to("cpu", copy=True),
                 "residual": self.residual_BS[slot].to("cpu", copy=True),
                 "forwards": int(self.forwards_B[slot]),
                 "backwards": int(self.backwards_B[slot]),

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.contract import Settings
 from stages.engine.methods import Method, Methods
-from stages.models.settings import LatentModelSettings
+from stages.models.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from stages.inversion.engine import Rule
@@ -270,7 +270,7 @@ AnyInversionMethod = Annotated[
 ]
 
 
-class InvertImagesSettings(LatentModelSettings):
+class InvertImagesSettings(SamplingSettings):
     """What the stage `stages.inversion.stage` is told, and the job `invert-images` beside its input and output."""
 
     methods: Methods[AnyInversionMethod] = (LboMethod(),)

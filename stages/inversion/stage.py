@@ -27,7 +27,6 @@ from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import LatentModel
 from stages.models.pictures import fit_picture, to_picture
 from stages.models.sampler import sample
-from stages.models.schedule import make_schedule
 
 NOISE_STATISTICS = ("seed_mean", "seed_std", "seed_kurtosis", "seed_autocorrelation")
 
@@ -61,7 +60,7 @@ class InvertImages:
     @staticmethod
     def describe(settings: InvertImagesSettings) -> StageInfo:
         geometry = read_geometry(settings)
-        make_schedule(geometry.scheduler, settings.steps)
+        geometry.schedule(settings.steps)
         latent = partial(Column, kind="tensor", shape=geometry.latent_shape, dtype=settings.store)
         each_step = partial(Column, kind="tensor", dtype=settings.store)
         extra = {
@@ -122,6 +121,8 @@ class InvertImages:
             "steps": str(settings.steps),
             "guidance": str(settings.guidance),
         }
+        if settings.sampler is not None:
+            metadata["sampler"] = settings.sampler
         if settings.inverter is not None:
             metadata["inverter"] = settings.inverter
         captions = settings.prompt is None and settings.inverter is None

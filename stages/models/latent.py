@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 
 from stages.models.fingerprint import describe_model
-from stages.models.schedule import Schedule
+from stages.models.schedule import Schedule, make_schedule
+from stages.models.stock_schedule import stock_schedule
 from stages.models.usage import Usage
 from stages.models.words import Encoder
 
@@ -52,6 +53,7 @@ class Geometry:
         word_widths: Width of each text encoder's input embeddings: what a new word consists of.
         parts: Where the networks lie that results depend on, the denoiser first.
         usage: Lines for cards.
+        sampler: Whose steps are inverted and run: DDIM's over the scheduler's noise levels, or the scheduler's own.
     """
 
     size: int
@@ -62,6 +64,16 @@ class Geometry:
     word_widths: tuple[int, ...]
     parts: Mapping[str, Place]
     usage: Usage
+    sampler: Literal["ddim", "model"] = "ddim"
+
+    def schedule(self, steps: int) -> Schedule:
+        """The sampler's coefficients.
+
+        Raises:
+            ValueError: A sampler or a number of steps without an inverse.
+        """
+        build = stock_schedule if self.sampler == "model" else make_schedule
+        return build(self.scheduler, steps)
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Part -> path, revision and fingerprint, for `pipeline.contract.StageInfo.models`."""

@@ -29,7 +29,7 @@ def denoise(
     Differentiable in the noise, the condition and the bias.
 
     Args:
-        z_BCHW: The noise z_T.
+        z_BCHW: The noise z_T, as the sampler's pipeline would be given it.
         condition: The same in every step, or made for step k.
         bias_BSCHW: What is added to each step's result (replay of latent bias optimisation).
         recompute: Under gradients, compute each step again on the way back, so that memory holds one pass of the
@@ -41,6 +41,7 @@ def denoise(
         told = condition(k) if callable(condition) else condition
         return step.down(z_BCHW, predict(z_BCHW, step.t_B, told))
 
+    z_BCHW = z_BCHW / schedule.seed_scale
     for k in range(len(schedule) - 1, -1, -1):
         z_BCHW = checkpoint(down, z_BCHW, k, use_reentrant=False) if recompute else down(z_BCHW, k)
         if bias_BSCHW is not None:

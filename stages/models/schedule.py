@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from stages.models.settings import FLOW_SCHEDULERS, VP_SCHEDULERS
 
+Level = tuple[torch.Tensor, torch.Tensor]
+"""alpha_S and sigma_S."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -59,6 +61,7 @@ class Schedule:
         scale_S, weight_S: z_prev = scale z + weight m(z, t).
         back_scale_S, back_weight_S: The explicit inverse, z = back_scale z_prev + back_weight m(z_prev, t).
         alpha_S, sigma_S, alpha_prev_S, sigma_prev_S: z at noise level t is alpha x_0 + sigma eps; the same of z_prev.
+        seed_scale: The latent that a pipeline is given is this times z at the highest noise level.
     """
 
     prediction: str
@@ -71,15 +74,16 @@ class Schedule:
     sigma_S: torch.Tensor
     alpha_prev_S: torch.Tensor
     sigma_prev_S: torch.Tensor
+    seed_scale: float = 1.0
 
     def __len__(self) -> int:
         return len(self.t_S)
 
     def to(self, device: torch.device | str) -> Schedule:
-        return Schedule(
-            self.prediction,
-            *(getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "prediction"),
-        )
+        columns: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **columns)
 
     def at(self, k_B: torch.Tensor) -> Step:
         """The coefficients of each row's own step; k_B int64, values in [0, S)."""
@@ -170,11 +174,7 @@ def noise_levels(config: Mapping[str, Any]) -> torch.Tensor:
 
 
 def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
-    """DDIM (Song et al., 2021, equation 12, eta = 0) as diffusers' `DDIMScheduler` runs it, without clipping.
-
-    phi_t = sqrt(abar_prev / abar_t) and psi_t = sqrt(1 - abar_prev) - sqrt(abar_prev (1 - abar_t) / abar_t) are `scale`
-    and `weight` of an epsilon model. A v model's step is the rotation z_prev = cos(d) z - sin(d) v by the angle d
-    between the two noise levels, which stays finite at zero signal.
+    """DDIM as diffusers' `DDIMScheduler` runs it, without clipping.
 
     Args:
         config: The configuration of any diffusers scheduler of a variance-preserving model (DDIM, PNDM, Euler, DPM,
@@ -202,9 +202,30 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     abar_prev_S = torch.where(
         prev_S >= 0, scheduler.alphas_cumprod.double()[prev_S.clamp(min=0)], scheduler.final_alpha_cumprod.double()
     )
-    alpha_S, sigma_S = abar_S.sqrt(), (1 - abar_S).sqrt()
-    alpha_prev_S, sigma_prev_S = abar_prev_S.sqrt(), (1 - abar_prev_S).sqrt()
-    prediction = scheduler.config.prediction_type
+    return first_order(
+        scheduler.config.prediction_type, t_S, (abar_S.sqrt(), (1 - abar_S).sqrt()),
+        (abar_prev_S.sqrt(), (1 - abar_prev_S).sqrt()),
+    )  # fmt: skip
+
+
+def first_order(
+    prediction: str, t_S: torch.Tensor, level: Level, level_prev: Level, seed_scale: float = 1.0
+) -> Schedule:
+    """DDIM's steps (Song et al., 2021, equation 12, eta = 0) between given noise levels.
+
+    phi_t = alpha_prev / alpha and psi_t = sigma_prev - alpha_prev sigma / alpha are `scale` and `weight` of an epsilon
+    model. A v model's step is the rotation z_prev = cos(d) z - sin(d) v by the angle d between the two noise levels,
+    which stays finite at zero signal.
+
+    Args:
+        level: alpha_S and sigma_S, whose squares sum to one.
+        level_prev: Those of z_prev.
+        seed_scale: See `Schedule`.
+
+    Raises:
+        ValueError: A prediction type that is not known, or a step without an inverse.
+    """
+    (alpha_S, sigma_S), (alpha_prev_S, sigma_prev_S), steps = level, level_prev, len(t_S)
     if prediction == "epsilon":
         scale_S, weight_S = alpha_prev_S / alpha_S, sigma_prev_S - alpha_prev_S * sigma_S / alpha_S
         back_scale_S, back_weight_S = 1 / scale_S, -weight_S / scale_S
@@ -225,8 +246,9 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
             "{timestep_spacing: leading, rescale_betas_zero_snr: false, set_alpha_to_one: false}"
         )
     return Schedule(
-        prediction, t_S, scale_S, weight_S, back_scale_S, back_weight_S, alpha_S, sigma_S, alpha_prev_S, sigma_prev_S
-    )
+        prediction, t_S, scale_S, weight_S, back_scale_S, back_weight_S, alpha_S, sigma_S, alpha_prev_S, sigma_prev_S,
+        seed_scale,
+    )  # fmt: skip
 
 
 def _check_chain(t_S: torch.Tensor, prev_S: torch.Tensor, spacing: str) -> None:

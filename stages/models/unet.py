@@ -1,7 +1,8 @@
 """Stable Diffusion 1.x, 2.x and XL as plain functions of tensors: the family of latent models with a U-Net.
 
-A model is a folder in diffusers' layout or a hub id. With the settings' scheduler run by DDIM, what comes out behaves
-exactly as the diffusers pipeline of that folder, so that latents found here regenerate their picture there.
+A model is a folder in diffusers' layout or a hub id. With its scheduler run by DDIM (or, with `sampler: model`, as it
+is), what comes out behaves exactly as the diffusers pipeline of that folder, so that latents found here regenerate
+their picture there.
 
 Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the U-Net sees them (scaled); `m_BCHW` the U-Net's
 output; L text tokens, E their width.
@@ -18,8 +19,8 @@ import torch
 from stages.engine.device import chosen_device
 from stages.models.latent import DTYPES, Condition, Geometry, Place, Predict
 from stages.models.memory import peak_bytes
-from stages.models.schedule import Schedule, changed_config, make_schedule
-from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings
+from stages.models.schedule import Schedule, changed_config
+from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
 from stages.models.usage import Usage
 from stages.models.words import Encoder
 
@@ -39,8 +40,8 @@ class StableDiffusion:
     encoders: tuple[str, ...] = ("text_encoder",)
     left_out: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     """Not loaded: it judges pictures, it makes none."""
-    steps_offset: int | None = 1
-    """What its pipeline makes of a scheduler's `steps_offset`, whatever the folder says; None: it leaves it alone."""
+    mended: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False}
+    """What its pipeline makes of these parameters of a scheduler, whatever the folder says."""
 
     def __init__(self, pipeline: Any, geometry: Geometry) -> None:
         self.pipeline, self.geometry = pipeline, geometry
@@ -89,9 +90,10 @@ class StableDiffusion:
         down = 2 ** (len(unet["block_out_channels"]) - 1)
         if size % (factor * down):
             raise ValueError(f"size {size} is no multiple of {factor * down}, which model {path!r} needs")
-        if cls.steps_offset is not None and "steps_offset" in scheduler:
-            scheduler = {**scheduler, "steps_offset": cls.steps_offset}
-        effective = changed_config(scheduler, settings.scheduler)
+        stock = isinstance(settings, SamplingSettings) and settings.sampler == "model"
+        if isinstance(settings, SamplingSettings) and not stock:
+            _check_heeded(settings.scheduler)
+        effective = changed_config(_as_loaded(scheduler, cls.mended, settings, stock), settings.scheduler)
         if effective.get("_class_name") in FLOW_SCHEDULERS:
             raise ValueError(f"model {path!r} has a U-Net, which a {effective['_class_name']} does not run")
         text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))
@@ -103,7 +105,8 @@ class StableDiffusion:
             text_shape=text_shape,
             word_widths=tuple(int(text.hidden_size) for text in texts),
             parts=_parts(settings, cls.encoders),
-            usage=_usage(settings, effective, cls.text_latent(text_shape)),
+            usage=_usage(settings, effective, stock, cls.text_latent(text_shape)),
+            sampler="model" if stock else "ddim",
         )
 
     @classmethod
@@ -204,7 +207,7 @@ class StableDiffusion:
         return predict
 
     def schedule(self, steps: int) -> Schedule:
-        return make_schedule(self.geometry.scheduler, steps).to(self.device)
+        return self.geometry.schedule(steps).to(self.device)
 
     @torch.no_grad()
     def draw(
@@ -247,7 +250,7 @@ class StableDiffusionXL(StableDiffusion):
     index = "StableDiffusionXL"
     encoders = ("text_encoder", "text_encoder_2")
     left_out = {"add_watermarker": False}
-    steps_offset = None
+    mended: Mapping[str, Any] = {}
 
     @staticmethod
     def text_latent(shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -277,6 +280,54 @@ class StableDiffusionXL(StableDiffusion):
 
     def _added(self, condition: Condition) -> dict[str, torch.Tensor]:
         return {"text_embeds": condition["pooled_BE"], "time_ids": condition["time_ids_B6"]}
+
+
+OFF_IN_DDIM = ("clip_sample", "thresholding")
+"""Parameters that DDIM has and that inversion switches off."""
+
+
+def _as_loaded(
+    scheduler: dict[str, Any], mended: Mapping[str, Any], settings: LatentModelSettings, stock: bool
+) -> dict[str, Any]:
+    """The scheduler's configuration as the model's pipeline has it once loaded.
+
+    The pipeline mends a parameter also where the folder leaves it out, but a scheduler that is then made of its
+    configuration has it only where the folder says it: diffusers drops what was a default.
+    """
+    import diffusers
+    from diffusers import DiffusionPipeline
+
+    name = scheduler.get("_class_name")
+    if not stock:
+        mended = {key: value for key, value in mended.items() if key == "steps_offset"}
+    elif settings.scheduler is None:
+        index = DiffusionPipeline.load_config(settings.model, revision=settings.revision)
+        loaded = index.get("scheduler", [None, None])[1]
+        if loaded != name:
+            raise ValueError(
+                f"sampler: model: {settings.model!r} loads a {loaded}, but its scheduler's configuration is of a "
+                f"{name}; say which with scheduler: {{class: ...}}"
+            )
+        known = inspect.signature(getattr(diffusers, str(name), dict)).parameters
+        return {**scheduler, **{key: value for key, value in mended.items() if key in known}}
+    return {**scheduler, **{key: value for key, value in mended.items() if key in scheduler}}
+
+
+def _check_heeded(changes: Mapping[str, Any] | None) -> None:
+    """Refuse changes that DDIM does not heed.
+
+    Raises:
+        ValueError: There is one.
+    """
+    from diffusers import DDIMScheduler
+
+    known = inspect.signature(DDIMScheduler).parameters
+    for key, value in (changes or {}).items():
+        if key != "class" and (key not in known or (key in OFF_IN_DDIM and value)):
+            raise ValueError(
+                f"scheduler: {key} has no effect on DDIM, which this job inverts and runs over the scheduler's noise "
+                "levels; leave it out, or set sampler: model for the scheduler's own steps"
+            )
 
 
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None,
@@ -346,11 +397,23 @@ def _other_vae(settings: LatentModelSettings, dtype: torch.dtype) -> dict[str, A
     raise failure
 
 
-def _usage(
-    settings: LatentModelSettings, scheduler: Mapping[str, Any], text_latent: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> Usage:
+def _swap(settings: LatentModelSettings, scheduler: Mapping[str, Any], stock: bool) -> tuple[str, dict[str, Any]]:
+    """The class of sampler that regenerates, and what is changed in the pipeline's configuration for it."""
     from diffusers import DDIMScheduler
 
+    given = {key: value for key, value in (settings.scheduler or {}).items() if key != "class"}
+    if stock:
+        return str(scheduler["_class_name"]), given
+    known = set(inspect.signature(DDIMScheduler).parameters) - set(OFF_IN_DDIM)
+    changes = {key: value for key, value in given.items() if key in known} | {"clip_sample": False}
+    return "DDIMScheduler", changes | ({"thresholding": False} if scheduler.get("thresholding") else {})
+
+
+def _usage(
+    settings: LatentModelSettings, scheduler: Mapping[str, Any], stock: bool,
+    text_latent: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> Usage:  # fmt: skip
+    sampler, changes = _swap(settings, scheduler, stock)
     names, given = ["DiffusionPipeline"], ""
     lines = []
     if settings.vae is not None:
@@ -359,14 +422,12 @@ def _usage(
         where = f', subfolder="{folder}"' if folder else ""
         lines.append(f'vae = AutoencoderKL.from_pretrained("{settings.vae}"{where}, dtype=torch.float32)')
         given = ", vae=vae"
-    known = set(inspect.signature(DDIMScheduler).parameters) - {"clip_sample", "thresholding"}
-    changes = {key: value for key, value in (settings.scheduler or {}).items() if key in known}
-    changes["clip_sample"] = False
-    if scheduler.get("thresholding"):
-        changes["thresholding"] = False
-    options = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     if settings.revision is not None:
         given += f', revision="{settings.revision}"'
-    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)')
-    sampler = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})"
-    return Usage(tuple(names), "\n".join(lines), ("DDIMScheduler",), sampler, text_latent)
+    load = f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)'
+    pipeline = "\n".join([*lines, load])
+    if not changes:
+        return Usage(tuple(names), pipeline, (), "", text_latent)
+    options = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+    swap = f"pipe.scheduler = {sampler}.from_config(pipe.scheduler.config, {options})"
+    return Usage(tuple(names), pipeline, (sampler,), swap, text_latent)

@@ -14,7 +14,8 @@ class Usage:
         names: What `pipeline` takes from diffusers.
         pipeline: Lines that make `pipe`, the model's own pipeline.
         sampler_names: What `sampler` takes from diffusers.
-        sampler: Lines that give `pipe` the sampler under which a latent found with this model regenerates its picture.
+        sampler: Lines that give `pipe` the sampler under which a latent found with this model regenerates its picture;
+            "" where that is its own.
         text_latent: Argument of `pipe` -> column of a stored text latent and its shape; together they stand for a
             prompt.
     """
@@ -27,7 +28,7 @@ class Usage:
 
     def regenerating(self) -> tuple[tuple[str, ...], str]:
         """What is imported from diffusers, and the lines that make a `pipe` which regenerates pictures."""
-        return tuple(sorted({*self.names, *self.sampler_names})), f"{self.pipeline}\n{self.sampler}"
+        return tuple(sorted({*self.names, *self.sampler_names})), f"{self.pipeline}\n{self.sampler}".rstrip()
 
     def from_row(self) -> str:
         """Arguments that give `pipe` the text latent of a dataset's `row` instead of a prompt."""

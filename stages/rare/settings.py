@@ -15,7 +15,7 @@ from pipeline.contract import added
 from stages.engine.methods import Method, Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
 from stages.models.names import ModelName
-from stages.models.settings import LatentModelSettings
+from stages.models.settings import SamplingSettings
 
 Score = Literal["text", "image", "oracle"]
 
@@ -100,7 +100,7 @@ AnyNoiseMethod = Annotated[
 ]
 
 
-class RareDrawing(LatentModelSettings):
+class RareDrawing(SamplingSettings):
     """What a job file calls by the same names as the stage."""
 
     methods: Methods[AnyNoiseMethod]

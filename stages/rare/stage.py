@@ -27,8 +27,7 @@ from stages.models.fingerprint import describe_model
 from stages.models.latent import Condition
 from stages.models.pictures import fit_picture, to_picture
 from stages.models.sampler import sample
-from stages.models.schedule import make_schedule
-from stages.models.settings import LatentModelSettings
+from stages.models.settings import SamplingSettings
 from stages.ovi.scoring import asked_of
 from stages.rare.candidates import Candidates, new_noise
 from stages.rare.columns import columns, filled
@@ -59,7 +58,7 @@ class RareConcepts:
         self.methods: dict[str, NoiseMethod] = {method.label: method for method in settings.methods}
         self.judge = Judge(settings, self.model.device)
         inversion = InvertImagesSettings(
-            **settings.part(LatentModelSettings).model_dump(), methods=(settings.inversion,), steps=settings.steps,
+            **settings.part(SamplingSettings).model_dump(), methods=(settings.inversion,), steps=settings.steps,
             pictures=False, slots=settings.slots,
         )  # fmt: skip
         self.inversion = InvertImages(inversion, self.model)
@@ -71,7 +70,7 @@ class RareConcepts:
     @staticmethod
     def describe(settings: RareConceptsSettings) -> StageInfo:
         geometry = read_geometry(settings)
-        make_schedule(geometry.scheduler, settings.steps)
+        geometry.schedule(settings.steps)
         models = geometry.fingerprints()
         if "text" in settings.scores or settings.follows_pictures:
             models["clip_image"] = identity(settings.clip, "image", settings.clip_revision)
@@ -214,7 +213,7 @@ class RareConcepts:
 
     @torch.no_grad()
     def _pictures(self, z_BCHW: torch.Tensor, prompts: list[str]) -> list[Image]:
-        """A picture a latent, as the model's own pipeline draws it with DDIM."""
+        """A picture a latent, as the model's pipeline draws it with the job's sampler."""
         predict, schedule = self.model.predictor(self.settings.guidance), self.model.schedule(self.settings.steps)
         made: list[Image] = []
         for start in range(0, len(prompts), self.slots):

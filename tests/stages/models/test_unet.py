@@ -14,7 +14,7 @@ from PIL import Image
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import LatentModel
 from stages.models.schedule import ddim_schedule
-from stages.models.settings import LatentModelSettings
+from stages.models.settings import LatentModelSettings, SamplingSettings
 from tests.support import tiny_stable_diffusion
 
 
@@ -281,27 +281,64 @@ def test_a_card_switches_off_what_the_schedule_does(tmp_path: Path, capfd: pytes
     assert "torch_dtype" not in load + capfd.readouterr().err
 
 
-def test_the_lines_of_a_card_make_the_same_model(folders: dict[str, str], tmp_path: Path) -> None:
-    vae = rescaled(tiny_stable_diffusion.build(tmp_path / "other", seed=1), tmp_path / "vae")
-    settings = LatentModelSettings(
-        model=folders["sd"],
-        device="cpu",
-        vae=vae,
-        scheduler={"class": "UniPCMultistepScheduler", "timestep_spacing": "trailing", "use_karras_sigmas": True},
-    )
-    model = open_latent_model(settings)
-    names, load = model.geometry.usage.regenerating()
-    known: dict[str, object] = {}
-    exec(f"import torch\nfrom diffusers import {', '.join(names)}\n{load}", known)
-    pipe = known["pipe"]
-    z_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    picture = pipe(  # type: ignore[operator]
-        "red star", num_inference_steps=4, guidance_scale=1.0, latents=z_BCHW
-    ).images[0]
+STOCK = (
+    {"class": "EulerDiscreteScheduler", "timestep_spacing": "linspace", "use_karras_sigmas": True},
+    {"class": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing", "solver_order": 1},
+    {"steps_offset": 0},
+    None,
+)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("sampler", ["ddim", *range(len(STOCK))])
+def test_the_lines_of_a_card_make_the_same_model(
+    folders: dict[str, str], tmp_path: Path, kind: str, sampler: str | int
+) -> None:
     from stages.models.pictures import to_picture
     from stages.models.sampler import sample
 
+    settings = LatentModelSettings(
+        model=folders[kind], device="cpu",
+        vae=rescaled(tiny_stable_diffusion.build(tmp_path / "other", seed=1), tmp_path / "vae"),
+        scheduler={"class": "UniPCMultistepScheduler", "timestep_spacing": "trailing"},
+    )  # fmt: skip
+    if isinstance(sampler, int):
+        changes = {**settings.model_dump(), "scheduler": STOCK[sampler], "sampler": "model"}
+        settings = SamplingSettings.model_validate(changes)
+    model = open_latent_model(settings)
+    names, load = model.geometry.usage.regenerating()
+    assert ("pipe.scheduler" in load) == (settings.scheduler is not None)
+    known: dict[str, Any] = {}
+    exec(f"import torch\nfrom diffusers import {', '.join(names)}\n{load}", known)
+    z_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    picture = known["pipe"]("red star", num_inference_steps=4, guidance_scale=1.0, latents=z_BCHW).images[0]
     made = sample(model.predictor(), model.schedule(4), z_BCHW, model.condition(["red star"]))
     mine = to_picture(model.decode(made)[0])
     assert isinstance(picture, Image.Image)
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(mine).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"class": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas has no effect on DDIM"),
+        ({"clip_sample": True}, "clip_sample has no effect on DDIM.*set sampler: model"),
+        ({"class": "DPMSolverMultistepScheduler", "solver_order": 1}, "solver_order has no effect on DDIM"),
+    ],
+)
+def test_what_ddim_does_not_heed_is_refused_where_it_is_run(
+    folders: dict[str, str], changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_geometry(SamplingSettings(model=folders["sd"], scheduler=changes))
+    assert read_geometry(LatentModelSettings(model=folders["sd"], scheduler=changes)).sampler == "ddim"
+
+
+def test_a_model_whose_folder_names_two_samplers_has_to_say_which(tmp_path: Path) -> None:
+    folder = tiny_stable_diffusion.build(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "EulerDiscreteScheduler"}))
+    with pytest.raises(ValueError, match="loads a DDIMScheduler, but its scheduler's configuration is of a Euler"):
+        read_geometry(SamplingSettings(model=folder, sampler="model"))
+    which = SamplingSettings(model=folder, sampler="model", scheduler={"class": "DDIMScheduler"})
+    assert read_geometry(which).scheduler["_class_name"] == "DDIMScheduler"

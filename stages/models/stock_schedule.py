@@ -1,0 +1,100 @@
+"""The schedule of the sampler that a model's own pipeline runs, where each of its steps has an inverse of its own.
+
+At the noise level s = sigma / alpha the latents of an Euler step are z / alpha; divided by sqrt(1 + s^2), as the
+network is shown them, they are those of DDIM at alpha = 1 / sqrt(1 + s^2), and the step is DDIM's. So is the one of
+DPM-Solver++ at order 1 (Lu et al., 2022, section 4.1). What differs is which levels are visited, what the network is
+told as the time, and the scale of the first and the last latents; all of it is read off diffusers' sampler.
+
+Legend: S steps, index 0 next to the picture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from stages.models.schedule import Schedule, check_config, ddim_schedule, first_order, flow_schedule
+from stages.models.settings import FLOW_SCHEDULERS
+
+STOCK_SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+"""Those whose step depends on one latent and one output of the network."""
+SEVERAL = "makes a step of the outputs of several, so that no step can be undone by itself"
+NOISY = "adds fresh noise at each step, so that no latent regenerates a picture under it"
+TWICE = "evaluates the network twice a step"
+WHY_NOT = {
+    "PNDMScheduler": SEVERAL, "UniPCMultistepScheduler": SEVERAL, "DEISMultistepScheduler": SEVERAL,
+    "LMSDiscreteScheduler": SEVERAL, "DPMSolverSinglestepScheduler": SEVERAL, "DDPMScheduler": NOISY,
+    "EulerAncestralDiscreteScheduler": NOISY, "KDPM2AncestralDiscreteScheduler": NOISY, "LCMScheduler": NOISY,
+    "TCDScheduler": NOISY, "HeunDiscreteScheduler": TWICE, "KDPM2DiscreteScheduler": TWICE,
+}  # fmt: skip
+
+
+def stock_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
+    """The schedule of the sampler that `config` is of.
+
+    Raises:
+        ValueError: A sampler, or a setting of it, that has no inverse step by step.
+    """
+    check_config(config)
+    name = config.get("_class_name", "DDIMScheduler")
+    if name in FLOW_SCHEDULERS:
+        return flow_schedule(config, steps)
+    if name not in STOCK_SAMPLERS:
+        raise _refusal(f"{name} {WHY_NOT[name]}")
+    for key in ("thresholding", "clip_sample", "use_flow_sigmas", "variance_type"):
+        if _value(name, config, key):
+            raise ValueError(f"sampler: model: {name} with {key} has no inverse; set scheduler: {{{key}: {_OFF[key]}}}")
+    if name == "DDIMScheduler":
+        return ddim_schedule(config, steps)
+    if name == "DPMSolverMultistepScheduler":
+        if _value(name, config, "solver_order") != 1:
+            raise _refusal(f"{name} of solver_order {_value(name, config, 'solver_order')} {SEVERAL}")
+        if str(_value(name, config, "algorithm_type")).startswith("sde"):
+            raise _refusal(f"{name} with algorithm_type {config['algorithm_type']} {NOISY}")
+    return _sigma_schedule(name, config, steps)
+
+
+_OFF = {"thresholding": "false", "clip_sample": "false", "use_flow_sigmas": "false", "variance_type": "null"}
+
+
+def _refusal(why: str) -> ValueError:
+    return ValueError(
+        f"sampler: model: the model's {why}; leave `sampler` out to invert DDIM, or set scheduler: {{class: "
+        "EulerDiscreteScheduler}, or {class: DPMSolverMultistepScheduler, solver_order: 1}"
+    )
+
+
+def _value(name: str, config: Mapping[str, Any], key: str) -> Any:
+    """A parameter of a scheduler of this class, its default where the configuration is silent, None for one that the
+    class does not have."""
+    import diffusers
+
+    known = inspect.signature(getattr(diffusers, name)).parameters
+    return config.get(key, known[key].default) if key in known else None
+
+
+def _sigma_schedule(name: str, config: Mapping[str, Any], steps: int) -> Schedule:
+    """Euler's steps, or DPM-Solver++'s of order 1, between the noise levels that the sampler visits."""
+    import diffusers
+
+    sampler = getattr(diffusers, name).from_config(dict(config))
+    train_steps = int(sampler.config.num_train_timesteps)
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"steps is {steps}: this model's schedule has between 1 and {train_steps}")
+    sampler.set_timesteps(steps)
+    t_S = sampler.timesteps.flip(0)
+    if len(t_S) != steps or (steps > 1 and t_S[-1] == t_S[-2]):
+        raise ValueError(f"{name} cannot make {steps} steps of these times; take another number of steps or spacing")
+    s = sampler.sigmas[: steps + 1].double().flip(0)
+    alpha = 1 / (1 + s**2).sqrt()
+    sigma = s * alpha
+    seed_scale = 1.0
+    alpha_prev_S, sigma_prev_S = alpha[:-1].clone(), sigma[:-1].clone()
+    if name == "EulerDiscreteScheduler":
+        # The pipeline decodes z / alpha, and makes the first latent of z / alpha = seed * init_noise_sigma.
+        alpha_prev_S[0], sigma_prev_S[0] = 1.0, s[0]
+        seed_scale = float((1 + s[-1] ** 2).sqrt() / float(sampler.init_noise_sigma))
+    return first_order(
+        sampler.config.prediction_type, t_S, (alpha[1:], sigma[1:]), (alpha_prev_S, sigma_prev_S), seed_scale
+    )

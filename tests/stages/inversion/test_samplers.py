@@ -1,0 +1,88 @@
+"""Which seeds regenerate under which samplers: the table of docs/inversion.md, filled in by diffusers' pipelines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from micro import world
+from stages.inversion.metrics import measure_pictures
+from stages.inversion.settings import InvertImagesSettings
+from stages.inversion.stage import InvertImages
+from stages.models.families import open_latent_model
+
+DOCS = Path(__file__).parents[3] / "docs" / "inversion.md"
+STEPS = 20
+EULER, DPM = {"class": "EulerDiscreteScheduler"}, {"class": "DPMSolverMultistepScheduler"}
+INVERTED: dict[str, dict[str, Any]] = {
+    "DDIM (`sampler` left out)": {},
+    "`sampler: model`, Euler": {"sampler": "model", "scheduler": EULER},
+    "`sampler: model`, Euler, Karras": {"sampler": "model", "scheduler": {**EULER, "use_karras_sigmas": True}},
+    "`sampler: model`, DPM-Solver++, order 1": {"sampler": "model", "scheduler": {**DPM, "solver_order": 1}},
+}
+DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler, Karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "DPM++ 1": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+HELD = 50
+"""dB from which a picture counts as regenerated."""
+
+
+def decibels() -> dict[str, list[float]]:
+    """Mean dB of the regenerated pictures against the decoded latents that were inverted, by how they were inverted."""
+    import diffusers
+
+    pictures = [{"id": str(i), "image": Image.fromarray(world.picture(i, "heldout")), "prompt": "red star",
+                 "method": "fixed-point"} for i in range(2)]  # fmt: skip
+    found: dict[str, list[float]] = {}
+    for name, given in INVERTED.items():
+        settings = InvertImagesSettings(
+            device="cpu", steps=STEPS, slots=2, pictures=False, reconstruct=False, prompt="red star",
+            methods=({"method": "fixed-point", "iterations": 12, "acceleration": "anderson", "tolerance": 1e-5},),
+            **given,
+        )  # fmt: skip
+        model = open_latent_model(settings)
+        pipe, stock = model.pipeline, dict(model.geometry.scheduler)
+        rows = sorted(InvertImages(settings, model)(pictures), key=lambda row: row["id"])
+        seeds = torch.stack([torch.from_numpy(row["latent"]) for row in rows])
+        x = torch.stack(
+            [(torch.from_numpy(world.picture(i, "heldout")) / 127.5 - 1).permute(2, 0, 1) for i in range(2)]
+        )
+        with torch.no_grad():
+            wanted = model.decode(model.encode(x))
+            for sampler, changes in DRAWN.values():
+                # The noise levels and the spacing that the seed was inverted with; the rest is the class's own.
+                kept = {key: value for key, value in stock.items() if not key.startswith(("_", "use_", "solver_"))}
+                pipe.scheduler = getattr(diffusers, sampler).from_config({**kept, **changes})
+                z = pipe(["red star"] * 2, num_inference_steps=STEPS, guidance_scale=1.0, latents=seeds,
+                         output_type="latent").images  # fmt: skip
+                values = measure_pictures(model.decode(z), wanted)["psnr"]
+                found.setdefault(name, []).append(sum(values) / len(values))
+    return found
+
+
+def test_the_table_in_the_docs_is_what_diffusers_draws() -> None:
+    found = decibels()
+    lines = [f"| inverted as | {' | '.join(DRAWN)} |", "|---" * (len(DRAWN) + 1) + "|"]
+    for name, values in found.items():
+        lines.append(f"| {name} | {' | '.join('yes' if v >= HELD else f'{v:.0f}' for v in values)} |")
+    made = "\n".join(lines)
+    shown = re.search(r"\| inverted as \|.*?(?=\n\n)", DOCS.read_text(), re.DOTALL)
+    assert shown is not None, made
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown[0].splitlines()]
+    assert cells[0] == ["inverted as", *DRAWN], made
+    assert [row[0] for row in cells[2:]] == list(found), made
+    for row in cells[2:]:
+        for stated, value in zip(row[1:], found[row[0]], strict=True):
+            assert (stated == "yes") == (value >= HELD), made
+            assert stated == "yes" or float(stated) == pytest.approx(value, abs=1.0), made
