@@ -149,8 +149,18 @@ def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
         seconds=ended.seconds,
         measures=ended.measures,
         errors=ended.errors,
-        report=write_report(ended.output, job, job.storage_options),
+        report=_report(given, ended.output, job, job.storage_options),
     )
+
+
+def _report(given: _Circumstances, output: str, job: RowJob | None, options: Mapping[str, Any]) -> str | None:
+    """Write the page; what goes wrong with it is said, and is not the job's failure."""
+    try:
+        return write_report(output, job, options)
+    except Exception as error:
+        given.say(f"{output}/report.html could not be written ({type(error).__name__}: {error}); "
+                  f"`latentmill report {output}` tries again")  # fmt: skip
+        return None
 
 
 def _run_chain(chain: Chain, output: str, given: _Circumstances) -> JobResult:
@@ -183,7 +193,7 @@ def _run_chain(chain: Chain, output: str, given: _Circumstances) -> JobResult:
         resumed=sum(result.resumed for result in done.values()),
         seconds=time.monotonic() - started,
         measures=last.measures,
-        report=write_report(output, storage_options=chain.storage_options),
+        report=_report(given, output, None, chain.storage_options),
         steps=done,
     )
 
