@@ -78,10 +78,9 @@ def read(path: Path) -> Document:
     except (OSError, UnicodeDecodeError) as error:
         raise JobFileError(f"{path}: cannot be read: {error}") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is None:
+        lines = _composed(text, str(path))
+        if not lines:
             raise JobFileError(f"{path}: the file is empty; it needs at least `job:` and `input:`")
-        lines = dict(_lines(node, str(path)))
         return Document(yaml.safe_load(text), str(path), lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -92,7 +91,22 @@ def read(path: Path) -> Document:
         raise JobFileError(f"{path}: not valid YAML: {error}") from None
 
 
-def _lines(node: yaml.Node, name: str, where: Where = ()) -> Iterator[tuple[Where, int]]:
+def _composed(text: str, name: str) -> dict[Where, int]:
+    """The line of every key; empty if there is nothing.
+
+    Raises:
+        JobFileError: A key is given twice, or a value holds itself.
+    """
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return {} if node is None else dict(_lines(node, name))
+
+
+def _lines(
+    node: yaml.Node, name: str, where: Where = (), above: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[Where, int]]:
+    if any(node is other for other in above):
+        raise JobFileError(f"{name}, line {node.start_mark.line + 1}: {dotted(where)} refers to itself by its anchor")
+    above = (*above, node)
     yield where, node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         seen: dict[Any, int] = {}
@@ -103,11 +117,11 @@ def _lines(node: yaml.Node, name: str, where: Where = ()) -> Iterator[tuple[Wher
                     f"{name}, line {line}: {dotted((*where, key))} is given twice (first on {seen[key]})"
                 )
             seen[key] = line
-            yield from _lines(value_node, name, (*where, key))
+            yield from _lines(value_node, name, (*where, key), above)
             yield (*where, key), line
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield from _lines(item, name, (*where, index))
+            yield from _lines(item, name, (*where, index), above)
 
 
 def _override(document: Document, override: str) -> Document:
@@ -115,6 +129,7 @@ def _override(document: Document, override: str) -> Document:
     if not equals or not path:
         raise JobFileError(f"--set {override}: write it as key=value, for instance --set resources.gpus=1")
     try:
+        _composed(text, f"--set {override}")
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise JobFileError(f"--set {override}: the value is not valid YAML: {error}") from None

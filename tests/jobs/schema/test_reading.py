@@ -117,3 +117,13 @@ def test_shipped_job_files_are_valid() -> None:
     for path in found:
         needs_input = "input:" not in path.read_text()  # those of `compbench`, which brings the prompt sets
         reading.load(path, ["input=prompts.jsonl"] if needs_input else [])
+
+
+@pytest.mark.parametrize("text", ["job: toy\ninput: &a\n  path: *a\n", "&a\njob: toy\ninput: [*a]\n"])
+def test_a_value_that_holds_itself_is_refused_in_a_line(tmp_path: Path, toy_job: type[RowJob], text: str) -> None:
+    """YAML can say so by an anchor; it was a thousand lines of recursion."""
+    assert complaint(write(tmp_path, text)).endswith("refers to itself by its anchor")
+    fine = write(tmp_path, "job: toy\ninput: rows.jsonl\n")
+    assert "--set keep=&a [*a]" in complaint(fine, "keep=&a [*a]")
+    twice = write(tmp_path, "job: toy\ninput: &a rows.jsonl\noutput: *a\n")  # an anchor by itself is none
+    assert reading.load(twice).output == "rows.jsonl"
