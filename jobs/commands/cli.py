@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.commands import compbench, search, try_concept
-from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop
+from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
 
 if TYPE_CHECKING:
     from jobs.run import JobResult
@@ -75,7 +75,7 @@ def run_job(
 
     if calibrate and not dry_run:
         stop("--calibrate belongs to --dry-run")
-    with errors():
+    with errors(), terminable():
         described = reading.load(job, settings or ())
         if dry_run:
             target = output or described.output or "out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
@@ -44,6 +45,20 @@ def errors() -> Iterator[None]:
         if not of_a_client(error) or os.environ.get("LATENTMILL_TRACEBACK"):
             raise
         stop(f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, which Slurm, Kubernetes and systemd send, is as Ctrl-C: what is done stays, the lock is released."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stop(message: str, code: int = EXIT_USAGE) -> NoReturn:

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from jobs.commands.errors import terminable
+from pipeline.output.dataset import Output
 from pipeline.output.verify import verify
 from tests.support import ROOT
 
@@ -133,7 +135,30 @@ def test_ctrl_c_while_ray_starts(job: tuple[str, str]) -> None:
     assert (told["state"], told["holder"]) == ("incomplete", None)
 
 
-def test_a_start_of_ray_is_not_torn_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_is_as_ctrl_c(job: tuple[str, str], local_ray: str) -> None:
+    """Slurm, Kubernetes and systemd stop a job so; Ray's own way with it is an abort with a C++ stack."""
+    path, out = job
+    started = subprocess.Popen(
+        [*COMMAND, "run-job", path, "-o", out, "--address", local_ray],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(Path(out).glob("_latentmill/records/*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode == 130, said
+    assert "To go on: latentmill run-job" in said
+    assert "Traceback" not in said
+    assert "SIGTERM received" not in said
+    told = Output.open(out).status()
+    assert (told.state, told.holder) == ("incomplete", None)
+    assert 1 <= told.progress.shards_done < 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_of_ray_is_not_torn_in_the_middle(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     """A core worker that is interrupted while it connects crashes the process at its end (seen with Ray 2.60)."""
     import ray
 
@@ -143,15 +168,15 @@ def test_a_start_of_ray_is_not_torn_in_the_middle(monkeypatch: pytest.MonkeyPatc
 
     def init(**options: Any) -> None:
         events.append("begun")
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         time.sleep(0.01)
         events.append("started")
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: events.append("stopped"))
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), connected(None, 1):
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), terminable(), connected(None, 1):
         events.append("used")
     assert events == ["begun", "started", "stopped"]
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
