@@ -86,7 +86,7 @@ class Record:
 
     @staticmethod
     def from_json(data: bytes) -> Record:
-        plain = json.loads(data)
+        plain = dict(json.loads(data))
         tuples = {name: tuple(plain.get(name, ())) for name in ("summary", "summary_bytes")}
         return Record(**{**plain, **tuples})
 

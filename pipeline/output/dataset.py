@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -140,19 +141,36 @@ class Output:
         width = max(5, len(str(total)))
         return f"data/part-{shard:0{width}d}-of-{total:0{width}d}.parquet"
 
-    def records(self) -> Iterator[Record]:
-        """The run's commit records, in shard order; a few are read at a time."""
+    def records(self, damaged: Callable[[str, OutputError], None] | None = None) -> Iterator[Record]:
+        """The run's commit records, in shard order; a few are read at a time.
+
+        Args:
+            damaged: Told of each that is none, by its file's name. None: it is raised.
+        """
         shards = {name: recorded_shard(name, self.run) for name in self.folder.listing(RECORDS)}
         found = sorted((shard, name) for name, shard in shards.items() if shard is not None)
         pending = (f"{RECORDS}/{name}" for _, name in found)
+        for name, read in self._reading(pending):
+            try:
+                record = read()
+            except OutputError as error:
+                if damaged is None:
+                    raise
+                damaged(name, error)
+                continue
+            yield record
+
+    def _reading(self, names: Iterator[str]) -> Iterator[tuple[str, Callable[[], Record]]]:
+        """Records on their way: several at a time from a store."""
         if self.folder.local:
-            yield from map(self.record, pending)
+            yield from ((name, partial(self.record, name)) for name in names)
             return
         with ThreadPoolExecutor(READERS) as pool:
-            window = deque(pool.submit(self.record, name) for name in islice(pending, READERS))
+            window = deque((name, pool.submit(self.record, name)) for name in islice(names, READERS))
             while window:
-                yield window.popleft().result()
-                window.extend(pool.submit(self.record, name) for name in islice(pending, 1))
+                name, reading = window.popleft()
+                yield name, reading.result
+                window.extend((name, pool.submit(self.record, name)) for name in islice(names, 1))
 
     def record(self, name: str) -> Record:
         """A commit record of this run by its file's name.
@@ -166,7 +184,7 @@ class Output:
                 raise ValueError(f"it says shard {record.shard} of run {record.run!r}")
             return record
         except (ValueError, TypeError, KeyError) as error:
-            problem = f"{self.path}/{name} is no commit record ({error}); delete it and run the job again"
+            problem = f"{self.path}/{name} is no commit record ({error}); run the job again"
             raise OutputError(problem) from None
 
     def locate(self, record: Record, listed: Mapping[str, Mapping[str, int]] | None = None) -> str | None:
@@ -222,7 +240,7 @@ class Output:
     def status(self) -> Status:
         """The state of the run, from any shell or machine that can read the folder."""
         tally = Tally()
-        for record in self.records():
+        for record in self.records(lambda name, error: None):  # it is done again
             tally.add(record)
         progress = self._last_progress()
         held = lock.holder(self.folder)

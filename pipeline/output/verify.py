@@ -17,7 +17,7 @@ from pipeline.input.source import Source, SourceError
 from pipeline.output import parquet
 from pipeline.output.commit import RECORDS, Record, record_name
 from pipeline.output.dataset import SUCCESS, Output, Tally
-from pipeline.output.planfile import read_shards
+from pipeline.output.planfile import OutputError, read_shards
 from pipeline.output.products import problems as wrong_products
 from pipeline.output.schema import decode_schema
 from pipeline.storage import checksum
@@ -76,7 +76,11 @@ def verify(
         if recorded.rpartition("/")[2] not in records:
             problems.append(f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again")
             continue
-        record = output.record(recorded)
+        try:
+            record = output.record(recorded)
+        except OutputError as error:
+            problems.append(str(error))
+            continue
         name = output.locate(record, listed)
         if name is None:
             problems.append(f"the file of shard {shard.index} is missing or cut short; run the job again")
@@ -148,7 +152,7 @@ def _check_ids(output: Output, shard: Shard, ids: list[str], input_options: Mapp
 def _twice(output: Output, suspects: set[int], listed: Mapping[str, Mapping[str, int]]) -> list[str]:
     places: dict[str, str] = {}
     problems = []
-    for record in output.records():
+    for record in output.records(lambda name, error: None):
         name = output.locate(record, listed)
         if name is None:
             continue

@@ -231,7 +231,7 @@ def _resumed(
     except (Stopped, LockLost) as stopped:
         state, reason = "failed", str(stopped)
     except KeyboardInterrupt:
-        state, reason = "interrupted", "stopped by the user; run the same command again to resume"
+        state, reason = "interrupted", "stopped by Ctrl-C or SIGTERM; run the same command again to resume"
     if lock.lost:
         reporter.output = None  # it is another's to write in
     reporter.phase(state, None if lock.lost else tally)
@@ -247,19 +247,22 @@ def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
     for name in set_aside(output):
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
     tally, done, listed, leftovers = Tally(), set[int](), output.listings(), Leftovers(output)
-    for record in output.records():
+
+    def withdraw(name: str, why: str) -> None:
+        output.check()
+        output.folder.remove(name)
+        reporter.phase("planning", message=f"{why}; the shard is done again")
+
+    for record in output.records(lambda name, error: withdraw(name, f"{name} is no commit record")):
+        name = record_name(record.shard, output.run)
         if output.locate(record, listed) is None:
-            what = f"the file of shard {record.shard}"
+            withdraw(name, f"the file of shard {record.shard} is gone or cut")
         elif lost := output.lost_summary(record, listed):
-            what = f"{lost}, the summary of shard {record.shard},"
+            withdraw(name, f"{lost}, the summary of shard {record.shard}, is gone or cut")
         else:
             tally.add(record)
             done.add(record.shard)
             leftovers.spare(record)
-            continue
-        output.check()
-        output.folder.remove(record_name(record.shard, output.run))
-        reporter.phase("planning", message=f"{what} is gone or cut; it is done again")
     leftovers.remove()
     return tally, done
 

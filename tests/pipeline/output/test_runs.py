@@ -137,3 +137,25 @@ def test_a_record_under_another_shards_name_is_none(tmp_path: Path) -> None:
     shutil.copy(records[0], records[1])
     with pytest.raises(OutputError, match="is no commit record"):
         list(output.records())
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"null", b'{"shard": 1}', b"\xff"])
+def test_a_record_that_is_none_is_listed_and_its_shard_done_again(tmp_path: Path, content: bytes) -> None:
+    """It took a hand that deletes it: every command refused, `verify` too."""
+    spec = of_factor(tmp_path, 1)
+    output, tally = commit_plain(spec)
+    publish(output, tally, "test", "")
+    record = tmp_path / "out" / commit.record_name(1, output.run)
+    record.write_bytes(content)
+    report = verify(spec.output)
+    assert len(report.problems) == 1
+    assert record.name in report.problems[0]
+    assert report.problems[0].endswith("run the job again")
+    assert (report.found, output.status().progress.shards_done) == (4, 1)
+    said: list[str] = []
+    reporter = Reporter(None, lambda progress: said.append(progress.message or ""), 1)
+    assert _survey(output, reporter)[1] == {0}
+    assert [message for message in said if message] == [
+        f"{RECORDS}/{record.name} is no commit record; the shard is done again"
+    ]
+    assert not record.exists()

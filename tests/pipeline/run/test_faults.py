@@ -133,7 +133,7 @@ def test_committed_file_vanishes_during_the_run(tmp_path: Path, local_ray: str) 
 
     assert run(spec, resources=Resources(cpus=0.5), progress=take).state == "complete"
     assert taken
-    assert any("is gone or cut; it is done again" in message for message in messages)
+    assert any("is gone or cut; the shard is done again" in message for message in messages)
     _whole(spec, expected)
 
 
