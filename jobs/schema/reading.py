@@ -89,6 +89,8 @@ def read(path: Path) -> Document:
         raise JobFileError(f"{path}{line}: not valid YAML: {problem}") from None
     except yaml.YAMLError as error:
         raise JobFileError(f"{path}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise JobFileError(f"{path}: an anchor (&name) holds itself, or blocks are nested without end") from None
 
 
 def _composed(text: str, name: str) -> dict[Where, int]:

@@ -17,6 +17,9 @@ from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wante
 from pipeline.input.source import SUFFIXES, Source, SourceError
 from pipeline.input.streams import open_input
 
+LONGEST_TEXT = 1 << 20
+"""Bytes of a ``concept.yaml``."""
+DEEPEST = 64
 Pictures = list[tuple[str, int, str]]
 """Address, size and version of each."""
 
@@ -30,7 +33,7 @@ def _scan(source: Source, file: InputFile, begins: Begins, look: Look | None = N
     """One row, whose digest changes with the text and with every picture."""
     digest = hashlib.blake2b(digest_size=16)
     with open_input(file.path, source) as handle:
-        digest.update(handle.read())
+        digest.update(handle.read(LONGEST_TEXT + 1))
     for kind, pictures in _folders(source, file.path):
         for path, size, version in pictures:
             digest.update(f"{kind}\x1f{path.rpartition('/')[2]}\x1f{size}\x1f{version}\x1e".encode())
@@ -46,9 +49,9 @@ def _rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
 
     name = _id(span.name)
     with open_input(span.path, source) as handle:
-        text = handle.read()
+        text = handle.read(LONGEST_TEXT + 1)
     try:
-        said = yaml.safe_load(text)
+        said = _parsed(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         yield Raw(name, {}, f"{span.name} is no readable YAML: {' '.join(str(error).split())}")
         return
@@ -67,6 +70,27 @@ def _rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     if subjects:
         values.setdefault("subjects", list(subjects.values()))
     yield Raw(name, picked(values, wanted))
+
+
+def _parsed(text: bytes) -> Any:
+    """What a short, flat text says: a parser needs time and memory without bound for others.
+
+    Raises:
+        yaml.YAMLError: It says nothing, or is none of this.
+    """
+    import yaml
+
+    if len(text) > LONGEST_TEXT:
+        raise yaml.YAMLError(f"it is longer than {LONGEST_TEXT:,} bytes")
+    depth = 0
+    for token in yaml.scan(text, yaml.SafeLoader):
+        kind = type(token).__name__
+        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError("aliases (*name) are not followed; write the value out")
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+    return yaml.safe_load(text)
 
 
 def _folders(source: Source, path: str) -> Iterator[tuple[str, Pictures]]:

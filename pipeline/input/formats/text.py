@@ -26,6 +26,8 @@ from pipeline.input.rows import (
 from pipeline.input.source import Source, SourceError
 from pipeline.input.streams import check_text, decompressing, open_input
 
+LONGEST_LINE = 1 << 27
+"""Bytes, after decompression: a kilobyte of gzip can hold a line that fills the memory."""
 LineLook = Callable[[int, bytes], None]
 
 
@@ -33,14 +35,19 @@ def read_lines(source: Source, path: str, offset: int) -> Iterator[bytes]:
     """Lines with their ends, from a byte on that begins one.
 
     Raises:
-        SourceError: The file is no text, or compressed and damaged.
+        SourceError: The file is no text, or compressed and damaged, or a line has no end within `LONGEST_LINE`.
     """
     with open_input(path, source) as handle, decompressing(path):
         if offset:
             handle.seek(offset)
-        for number, line in enumerate(handle):
+        number = 0
+        while line := handle.readline(LONGEST_LINE + 1):
             if not number and not offset:
                 check_text(path, line[:16])
+            number += 1
+            if len(line) > LONGEST_LINE:
+                where = f"line {number}" + (" from a shard's beginning on" if offset else "")
+                raise SourceError(f"{path}: {where} is longer than {LONGEST_LINE:,} bytes; break it up or leave it out")
             yield line
 
 

@@ -18,6 +18,12 @@ from pipeline.input.rows import Begins, Encoded, FileScan, Format, Look, Raw, Sp
 from pipeline.input.source import SUFFIXES, Source, SourceError
 from pipeline.input.streams import decompressing, open_input
 
+LONGEST_MEMBER = 1 << 30
+"""Bytes, after decompression. A member that is longer is not read, and fails its sample."""
+LONGEST_NAME = 1 << 20
+_NAMING = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 TEXTS = ("txt", "text", "caption")
 """Members whose content is the column ``text`` too."""
 BEHIND_THE_END = 1 << 16
@@ -33,6 +39,7 @@ class _Sample:
     members: list[tarfile.TarInfo] = field(default_factory=list)
     contents: dict[str, bytes | None] = field(default_factory=dict)
     twice: str | None = None
+    long: str | None = None
 
     def add(self, member: tarfile.TarInfo, extension: str, content: bytes | None) -> None:
         if extension in self.contents:
@@ -73,7 +80,11 @@ def _samples(tar: _Tar, reads: Callable[[int, str], bool]) -> Iterator[_Sample]:
             if sample is not None:
                 yield sample
             sample, number = _Sample(key, member.offset), number + 1
-        content = tar.extractfile(member).read() if reads(number, extension) else None  # type: ignore[union-attr]
+        content = None
+        if member.size > LONGEST_MEMBER:
+            sample.long = sample.long or member.name
+        elif reads(number, extension):
+            content = tar.extractfile(member).read()  # type: ignore[union-attr]
         sample.add(member, extension, content)
     if sample is not None:
         yield sample
@@ -91,6 +102,12 @@ class _Member(tarfile.TarInfo):
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
             tar.marked = False
             raise
+
+    def _proc_member(self, tar: Any) -> Any:
+        """Long names stand in a member of their own, which `tarfile` reads whole, whatever its length."""
+        if self.type in _NAMING and self.size > LONGEST_NAME:
+            raise tarfile.ReadError(f"the header of a member is {self.size:,} bytes long")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 class _Tar(tarfile.TarFile):
@@ -187,11 +204,13 @@ def _values(sample: _Sample, place: str) -> tuple[dict[str, Any], str | None]:
     """
     values: dict[str, Any] = {"__key__": sample.key}
     problem = f"{sample.twice} in {place}: the sample has two members of that kind" if sample.twice else None
+    if sample.long:
+        problem = f"{sample.long} in {place}: is longer than {LONGEST_MEMBER:,} bytes"
     described: list[dict[str, Any]] = []
     for extension, content in sample.contents.items():
         try:
             values[extension] = _member(extension, content)
-        except ValueError as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             problem = problem or f"{sample.key}.{extension} in {place}: {error}"
             continue
         last = extension.rpartition(".")[2]
