@@ -20,12 +20,13 @@ class InvertedDataset:
         path: Its folder.
         by: Its column that holds the concept's name.
         unet: Fingerprint of the U-Net that the pictures are to be drawn with.
+        sampler: The setting `sampler` that they are to be drawn with.
 
     Raises:
-        ValueError: No such output, no such column, several methods in it, or another model than the job's.
+        ValueError: No such output, no such column, several methods in it, or another model or sampler than the job's.
     """
 
-    def __init__(self, path: str, by: str, unet: str) -> None:
+    def __init__(self, path: str, by: str, unet: str, sampler: str | None = None) -> None:
         import fsspec
         import pyarrow.dataset as ds
 
@@ -39,6 +40,11 @@ class InvertedDataset:
         made_with = note["models"].get("unet", {}).get("fingerprint")
         if made_with != unet:
             raise ValueError(f"seeds: {path} was inverted with another model than this job's; seeds belong to a model")
+        if (made_for := note["config"].get("sampler")) != sampler:
+            raise ValueError(
+                f"seeds: {path} was inverted with sampler: {made_for or 'null'}, and this job draws with sampler: "
+                f"{sampler or 'null'}; seeds belong to a sampler, so set the same"
+            )
         methods = note["config"].get("methods", ())
         if len(methods) != 1:
             raise ValueError(f"seeds: {path} holds {len(methods)} methods of inversion; invert with one")

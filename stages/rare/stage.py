@@ -65,7 +65,7 @@ class RareConcepts:
         self.dataset = None
         if settings.seeds is not None:
             unet = self.model.geometry.fingerprints()["unet"]["fingerprint"]
-            self.dataset = InvertedDataset(settings.seeds, settings.by, unet)
+            self.dataset = InvertedDataset(settings.seeds, settings.by, unet, settings.sampler)
 
     @staticmethod
     def describe(settings: RareConceptsSettings) -> StageInfo:

@@ -75,13 +75,13 @@ def by_id(made) -> dict[str, dict]:
     return found
 
 
-def inverted(folder: Path, unet: str, *, methods=("lbo",), by: str = "concept") -> str:
+def inverted(folder: Path, unet: str, *, methods=("lbo",), by: str = "concept", **config: str) -> str:
     (folder / "data").mkdir(parents=True)
     shape = [("id", pa.string()), (by, pa.string()), ("latent", pa.list_(pa.float32(), 4)), ("status", pa.string())]
     note = {
         "stage": "stages.inversion.stage:InvertImages",
         "models": {"unet": {"fingerprint": unet}},
-        "config": {"methods": [{"method": name} for name in methods]},
+        "config": {"methods": [{"method": name} for name in methods], **config},
     }
     schema = pa.schema(shape, metadata={"latentmill": json.dumps(note)})
     made = [

@@ -36,6 +36,9 @@ def test_seeds_are_found_by_name_or_by_id(tmp_path: Path) -> None:
 def test_an_inversion_dataset_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         InvertedDataset(inverted(tmp_path / "model", "abc"), "concept", "def")
+    with pytest.raises(ValueError, match="inverted with sampler: model, and this job draws with sampler: null"):
+        InvertedDataset(inverted(tmp_path / "sampler", "abc", sampler="model"), "concept", "abc")
+    InvertedDataset(str(tmp_path / "sampler"), "concept", "abc", "model")
     with pytest.raises(ValueError, match="2 methods"):
         InvertedDataset(inverted(tmp_path / "two", "abc", methods=("lbo", "ddim")), "concept", "abc")
     with pytest.raises(ValueError, match="no finished output"):
