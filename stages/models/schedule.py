@@ -193,6 +193,11 @@ def ddim_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
         raise ValueError(f"steps is {steps}: this model's schedule has between 1 and {train_steps}")
     scheduler.set_timesteps(steps)
     t_S = scheduler.timesteps.flip(0)
+    if len(t_S) != steps:
+        raise ValueError(
+            f"steps is {steps}: rounding makes DDIM's timestep_spacing {scheduler.config.timestep_spacing} visit "
+            f"{len(t_S)} times, one of them negative; take {steps - 1} or {steps + 1}"
+        )
     if int(t_S[-1]) >= train_steps:
         raise ValueError(f"steps is {steps}: with this steps_offset the last time is beyond {train_steps - 1}")
     # The sampler's previous time is t - T // S, also where rounding makes the next entry of `timesteps` another one.

@@ -92,6 +92,16 @@ def test_flow_steps_are_diffusers_euler_steps() -> None:
         flow_schedule({"use_dynamic_shifting": True}, 6)
 
 
+def test_a_number_of_steps_that_diffusers_rounds_into_one_more_is_refused() -> None:
+    from diffusers import DDIMScheduler
+
+    sampler = DDIMScheduler.from_config({**SD, "timestep_spacing": "trailing"})
+    sampler.set_timesteps(61)
+    assert (len(sampler.timesteps), int(sampler.timesteps.min())) == (62, -1)
+    with pytest.raises(ValueError, match="visit 62 times, one of them negative; take 60 or 62"):
+        ddim_schedule({**SD, "timestep_spacing": "trailing"}, 61)
+
+
 def test_steps_out_of_range() -> None:
     with pytest.raises(ValueError, match="between 1 and 1000"):
         ddim_schedule(SD, 0)
