@@ -169,6 +169,13 @@ class Folder:
         return Folder(url, fs, root.rstrip("/") or "/", isinstance(fs, LocalFileSystem))
 
     def path(self, name: str) -> str:
+        """Where a name lies: inside, whoever wrote the record that holds the name.
+
+        Raises:
+            ValueError: It leads out.
+        """
+        if ".." in name.split("/"):
+            raise ValueError(f"{self.url}: names {name[:200]!r}, which lies outside; no run leaves such a folder")
         return f"{self.root}/{name}" if name else self.root
 
     def exists(self, name: str) -> bool:

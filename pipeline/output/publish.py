@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.output.commit import ATTEMPTS, Record
@@ -81,13 +82,13 @@ def card(output: Output, tally: Tally, content: str, title: str, description: st
              "  data_files:", "  - split: train", "    path: data/part-*.parquet", "tags:", "- latentmill",
              "---"]  # fmt: skip
     docs = {column["name"]: column for column in plan["stage_columns"]}
-    rows = [f"| `{f.name}` | {_kind(f.type, docs.get(f.name))} | {docs.get(f.name, {}).get('doc', '')} |"
+    rows = [f"| {_code(f.name)} | {_kind(f.type, docs.get(f.name))} | {docs.get(f.name, {}).get('doc', '')} |"
             for f in schema]  # fmt: skip
-    measures = [f"| `{name}` | {m['n']} | {m['mean']:.4g} | {m['min']:.4g} | {m['max']:.4g} |"
+    measures = [f"| {_code(name)} | {m['n']} | {m['mean']:.4g} | {m['min']:.4g} | {m['max']:.4g} |"
                 for name, m in tally.measures.items()]  # fmt: skip
-    models = [f"| {role} | `{model.get('path', '')}` | {model.get('revision', '') or '-'} |"
+    models = [f"| {role} | {_code(model.get('path', ''))} | {_revision(model)} |"
               for role, model in plan["models"].items()]  # fmt: skip
-    errors = [f"- {count} x {reason}" for reason, count in tally.errors.items()]
+    errors = [f"- {count} x {_code(reason)}" for reason, count in tally.errors.items()]
     parts = [
         "\n".join(front), f"# {title}", description.strip(),
         f"## Rows\n\n{plan['rows']} rows in {plan['shards']} files: {tally.ok} processed, {tally.failed} failed "
@@ -101,6 +102,18 @@ def card(output: Output, tally: Tally, content: str, title: str, description: st
         "## Models\n\n| role | model | revision |\n|---|---|---|\n" + "\n".join(models) if models else "",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _code(text: str) -> str:
+    """Words of a stranger, from rows or their files' headers: no markup, no link of theirs shows on the page."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return "`" + plain.replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _revision(model: Mapping[str, str]) -> str:
+    """Branch, tag or commit as it was asked for, and the commit that it stood for."""
+    asked, commit = model.get("revision", ""), model.get("commit", "")
+    return " ".join(_code(word) for word in dict.fromkeys((asked, commit)) if word) or "-"
 
 
 def _kind(arrow: Any, column: dict[str, Any] | None) -> str:

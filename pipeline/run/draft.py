@@ -97,8 +97,16 @@ def draft(spec: RunSpec) -> Draft:
         raise PlanError(str(error)) from None
     size = sum(columns_of.sample_bytes(seen.rows, column) for column in kept.values())
     settled, size = _fields(spec, source, info, schema), size + _row_bytes(info)
-    notes = unused_captions(source, seen, info.reads)
-    return Draft(source, wanted, info, schema, spec.keep, settled, size, tuple(notes))
+    notes = (*unused_captions(source, seen, info.reads), *_unpinned(info))
+    return Draft(source, wanted, info, schema, spec.keep, settled, size, notes)
+
+
+def _unpinned(info: StageInfo) -> Iterator[str]:
+    """What to say of models from the hub that may be others tomorrow."""
+    found = [model for model in info.models.values() if model.get("commit")]
+    moving = {model["commit"]: model["path"] for model in found if model.get("revision") != model["commit"]}
+    for commit, path in moving.items():
+        yield f"{path}: taken from a branch, which moves; to have the same model later: revision: {commit}"
 
 
 def _row_bytes(info: StageInfo) -> float:
@@ -133,7 +141,7 @@ def _fields(spec: RunSpec, source: Source, info: StageInfo, schema: pa.Schema) -
     """Everything that changes the bytes, but the input's content. A model counts by its fingerprint if it has one."""
     described = source.to_json()
     models = {
-        role: {key: value for key, value in model.items() if key != "path" or not model.get("fingerprint")}
+        role: {key: model[key] for key in model if key not in ("path", "commit") or not model.get("fingerprint")}
         for role, model in info.models.items()
     }
     fields = {

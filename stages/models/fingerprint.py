@@ -26,18 +26,19 @@ def describe_model(path: str, revision: str | None = None, subfolder: str = "") 
         subfolder: Of a pipeline's folder, for instance ``image_encoder``.
 
     Returns:
-        ``path`` (with the subfolder), ``revision`` and ``fingerprint`` (32 hex digits).
+        ``path`` (with the subfolder), ``revision`` and ``fingerprint`` (32 hex digits); from the hub, the ``commit``
+        that the revision stands for today.
 
     Raises:
         FileNotFoundError: There is no model there.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        config, digests = _local(local / subfolder)
+        config, digests, commit = *_local(local / subfolder), ""
     elif local.is_absolute() or path.startswith("."):
         raise FileNotFoundError(f"no model folder at {path}")
     else:
-        config, digests = _hub(path, revision, subfolder)
+        config, digests, commit = _hub(path, revision, subfolder)
     kept = {name: value for name, value in config.items() if name not in INCIDENTAL}
     text = json.dumps([kept, digests], sort_keys=True)
     fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -45,6 +46,7 @@ def describe_model(path: str, revision: str | None = None, subfolder: str = "") 
         "path": f"{path}/{subfolder}" if subfolder else path,
         "revision": revision or "",
         "fingerprint": fingerprint,
+        **({"commit": commit} if commit else {}),
     }
 
 
@@ -85,7 +87,8 @@ def _hash_file(path: str, size: int, modified: int) -> str:
 
 
 @lru_cache(maxsize=256)
-def _hub(repository: str, revision: str | None, subfolder: str) -> tuple[dict[str, Any], list[str]]:
+def _hub(repository: str, revision: str | None, subfolder: str) -> tuple[dict[str, Any], list[str], str]:
+    """Configuration, digests of the weights, commit."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -95,7 +98,7 @@ def _hub(repository: str, revision: str | None, subfolder: str) -> tuple[dict[st
         try:
             info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         except (OfflineModeIsEnabled, OSError):  # offline, with the model in the hub's cache
-            return _local(Path(config_file).parent)
+            return *_local(Path(config_file).parent), _cached_commit(config_file)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"{repository}: neither a folder nor a model on the hub that can be had ({error})"
@@ -105,4 +108,10 @@ def _hub(repository: str, revision: str | None, subfolder: str) -> tuple[dict[st
     if not names:
         raise FileNotFoundError(f"no weights in {repository}/{subfolder}")
     digests = [lfs.sha256 if (lfs := files[name].lfs) else str(files[name].blob_id) for name in names]
-    return json.loads(Path(config_file).read_text()), digests
+    return json.loads(Path(config_file).read_text()), digests, str(info.sha or "")
+
+
+def _cached_commit(file: str) -> str:
+    """The hub's cache keeps files below ``snapshots/<commit>``."""
+    parts = Path(file).parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
