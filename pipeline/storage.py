@@ -253,9 +253,8 @@ class Folder:
         except FileExistsError:
             return self.read(name) == data
 
-    def is_exclusive(self) -> bool:
-        """Whether `create` refuses a name that is taken, as asked of a file that is made and removed for it."""
-        name = f"{uuid4().hex}.probe"
+    def is_exclusive(self, name: str) -> bool:
+        """Whether `create` refuses a name that is taken, as asked of a new file that is made and removed for it."""
         try:
             return self.create(name, b"first") and not self.create(name, b"second")
         finally:

@@ -141,7 +141,7 @@ class Lock:
     def __init__(self, folder: Folder, say: Callable[[str], None] = lambda message: None) -> None:
         self._folder, self._token, self._say = folder, uuid4().hex, say
         self._stop, self.lost = threading.Event(), False
-        self._exclusive = folder.local or folder.is_exclusive()
+        self._exclusive = folder.local or folder.is_exclusive(f"{OWN}/{self._token}.probe")
         if not self._exclusive:
             say(f"{folder.url}: this store does not refuse to replace a file that is to be created (no conditional "
                 "writes): see to it that one run at a time writes here")  # fmt: skip
