@@ -127,6 +127,6 @@ class ComparedLbo(LboMethod):
         self.rule(1.0)
         return self
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         kind = UPDATES[self.fitted_by]
         return kind(self.bias, self.warm_start, self.passes, self.tolerance_at(guidance), self.window)

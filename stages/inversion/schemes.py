@@ -42,8 +42,10 @@ class Scheme:
 
     def problem(self, slots: int) -> InversionProblem:
         """The walk of `slots` rows up the schedule."""
+        denoiser = next(iter(self.model.geometry.parts))
+        rule = self.method.rule(self.guidance, torch.finfo(self.model.dtypes[denoiser]).eps)
         return InversionProblem(
-            self.predict, self.schedule, self.method.rule(self.guidance), slots=slots, device=self.model.device,
+            self.predict, self.schedule, rule, slots=slots, device=self.model.device,
             latent_shape=self.model.geometry.latent_shape, keep_path=self.keep_path,
         )  # fmt: skip
 

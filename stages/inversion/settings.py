@@ -46,8 +46,8 @@ class InversionMethod(Method):
         """The column that a picture needs to come back beside its `latent`; None: the noise alone brings it back."""
         return None
 
-    def rule(self, guidance: float) -> Rule[Any]:
-        """The rule under a guidance scale.
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
+        """The rule under a guidance scale, for a network whose numbers are spaced `eps` apart at 1.
 
         Raises:
             TypeError: The method does not solve one equation a step.
@@ -60,7 +60,7 @@ class DdimMethod(InversionMethod):
 
     method: Literal["ddim"] = "ddim"
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.explicit import Ddim
 
         return Ddim()
@@ -71,7 +71,7 @@ class UniInvMethod(InversionMethod):
 
     method: Literal["uni-inv"] = "uni-inv"
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.explicit import UniInv
 
         return UniInv()
@@ -90,7 +90,7 @@ class FixedPointMethod(InversionMethod):
     tolerance: float = Field(0.0, ge=0)
     """Go on to the next step at this relative residual (ours); 0: never before the last iteration."""
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.fixed_point import Anderson, Averaged, FixedPoint
 
         if self.acceleration == "anderson":
@@ -106,7 +106,7 @@ class RenoiseMethod(InversionMethod):
     renoises: int = Field(1, ge=1)
     """Passes a step beyond the first: 1 for 50 steps, 9 for a turbo model's 4."""
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.renoise import ReNoise
 
         return ReNoise(self.renoises)
@@ -125,7 +125,7 @@ class ExactMethod(InversionMethod):
     tolerance: float = Field(1e-3, ge=0)
     """Summed squared error at which a step is done."""
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.exact import Exact
 
         return Exact(self.iterations, self.rate, self.warmup, self.tolerance)
@@ -140,7 +140,7 @@ class NewtonMethod(InversionMethod):
     prior: float = Field(0.1, ge=0)
     """Weight of the pull towards the likely latents."""
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.newton import Newton
 
         return Newton(self.iterations, self.prior)
@@ -164,7 +164,8 @@ class LboMethod(InversionMethod):
     """Most network passes a step; a gradient counts as one more."""
     tolerance: float | None = Field(None, ge=0)
     """Relative residual |D(z) - z_prev| / |z_prev| at which a step is done. Left out: 1e-3, and 1e-5 under guidance,
-    where generation magnifies what is left (docs/inversion.md)."""
+    where generation magnifies what is left; never below half the spacing of the network's dtype, whose noise no pass
+    takes away (docs/inversion.md)."""
     rate: None = None
     """Always null: the step size of updates that are no longer offered."""
     window: int = Field(3, ge=1)
@@ -173,11 +174,11 @@ class LboMethod(InversionMethod):
     """Store each step's remaining bias and add it in generation: nearly perfect by construction, but extra state
     (``steps`` more latents a row), and plain diffusers cannot replay it."""
 
-    def tolerance_at(self, guidance: float) -> float:
-        """The tolerance under a guidance scale."""
+    def tolerance_at(self, guidance: float, eps: float = 0.0) -> float:
+        """The tolerance under a guidance scale, for a network whose numbers are spaced `eps` apart at 1."""
         if self.tolerance is not None:
             return self.tolerance
-        return 1e-5 if guidance > 1 else 1e-3
+        return max(1e-5 if guidance > 1 else 1e-3, eps / 2)
 
     @field_validator("update", mode="before")
     @classmethod
@@ -207,10 +208,10 @@ class LboMethod(InversionMethod):
     def extra(self) -> Literal["bias"] | None:
         return "bias" if self.replay else None
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.lbo import LatentBias
 
-        return LatentBias(self.bias, self.warm_start, self.passes, self.tolerance_at(guidance), self.window)
+        return LatentBias(self.bias, self.warm_start, self.passes, self.tolerance_at(guidance, eps), self.window)
 
 
 class BelmMethod(InversionMethod):
@@ -248,7 +249,7 @@ class NullTextMethod(InversionMethod):
     def extra(self) -> Literal["null_text"]:
         return "null_text"
 
-    def rule(self, guidance: float) -> Rule[Any]:
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         """The pivot's, which is DDIM inversion without guidance."""
         from stages.inversion.explicit import Ddim
 

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from jobs.kinds.invert_images import InvertImages as Job
+from stages.inversion.settings import LboMethod
 
 
 def test_job_file_errors_name_the_key() -> None:
@@ -28,3 +29,12 @@ def test_what_lbo_no_longer_offers_is_said_and_old_job_files_read_the_same() -> 
     }  # fmt: skip
     (method,) = Job(input="x", methods=[old]).own_settings()["methods"]
     assert method == old
+
+
+@pytest.mark.parametrize(
+    ("eps", "guidance", "tolerance"),
+    [(2**-23, 1.0, 1e-3), (2**-23, 3.0, 1e-5), (2**-10, 1.0, 1e-3), (2**-10, 3.0, 2**-11), (2**-7, 1.0, 2**-8)],
+)
+def test_lbo_asks_for_no_more_than_the_network_s_dtype_can_give(eps: float, guidance: float, tolerance: float) -> None:
+    assert LboMethod().rule(guidance, eps).tolerance == pytest.approx(tolerance)
+    assert LboMethod(tolerance=1e-6).rule(guidance, eps).tolerance == 1e-6  # asked for is asked for
