@@ -18,6 +18,7 @@ from jobs.report import write_report
 from jobs.schema import reading
 from jobs.schema.base import Job, RowJob
 from jobs.schema.reading import JobFileError
+from pipeline.contract import Settings, speed_names
 from pipeline.output.progress import Progress
 from pipeline.storage import Folder
 
@@ -218,8 +219,9 @@ def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
     """All that decides which bytes the job writes to a folder."""
     from pipeline.run.driver import RunSpec
 
+    stage = job.model_copy(update={"output": output}).stage()  # which may keep checkpoints there
     return RunSpec(
-        stage=job.model_copy(update={"output": output}).stage(),  # which may keep checkpoints there
+        stage=stage,
         source=job.source(),
         output=output,
         config=job.own_settings(),
@@ -228,6 +230,7 @@ def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
         keep=job.keep,
         limit=limit,
         storage_options=job.storage_options,
+        speed=speed_names(type(job)) | speed_names(getattr(stage.load_class(), "Settings", Settings)),
     )
 
 

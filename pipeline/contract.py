@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -85,6 +85,37 @@ def added(**options: Any) -> Any:
         options: As `pydantic.Field` takes them.
     """
     return Field(default=None, exclude_if=_is_null, **options)
+
+
+def speed(default: Any, **options: Any) -> Any:
+    """A field that changes how fast a run goes, where and in how much memory, but no byte of what it writes: a run that
+    is resumed may have another value.
+
+    Args:
+        options: As `pydantic.Field` takes them.
+    """
+    return Field(default, json_schema_extra={"affects": "speed"}, **options)
+
+
+def speed_names(kind: type[BaseModel]) -> frozenset[str]:
+    """Names of the fields made with `speed`, of a model and of the blocks in it."""
+    names, seen, left = set[str](), set[type[BaseModel]](), [kind]
+    while left:
+        model = left.pop()
+        seen.add(model)
+        for name, option in model.model_fields.items():
+            extra = option.json_schema_extra
+            if isinstance(extra, dict) and extra.get("affects") == "speed":
+                names.add(option.serialization_alias or option.alias or name)
+            left += [found for found in _models(option.annotation) if found not in seen]
+    return frozenset(names)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(getattr(annotation, "__value__", annotation)):
+        yield from _models(part)
 
 
 def _is_null(value: Any) -> bool:

@@ -16,7 +16,7 @@ from jobs.page.html import Exhibit, Html, escape, gallery, table
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
-from pipeline.contract import Settings, StageSpec
+from pipeline.contract import Settings, StageSpec, speed
 from stages.embed.settings import AdoptSettings, ComputedEmbeddings, EmbedSettings, StoredEmbeddings
 from stages.models.names import ModelName
 
@@ -38,7 +38,7 @@ class IndexSettings(Settings):
 
     factory: str | None = None
     """A FAISS factory string, for instance ``IVF4096,SQ8``. Left out: chosen by rows, width and `memory`."""
-    memory: ByteSize = ByteSize(4 << 30)
+    memory: ByteSize = speed(ByteSize(4 << 30))
     """What the index may take in memory. One that is larger keeps its lists on disk, mapped into memory."""
     recall: float = Field(0.95, gt=0, le=1)
     """Recall@10 against exact search, by pictures and by texts, that decides how many lists a search looks into."""

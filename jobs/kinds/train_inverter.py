@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
 from jobs.page import charts
 from jobs.page.html import escape, table, tag
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
-from pipeline.contract import StageSpec
+from pipeline.contract import StageSpec, speed
 from stages.inverter.settings import DrawPairsSettings, InvertTextSettings, Network, Training
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ class TrainInverter(RowJob, DrawPairsSettings):
     job: Literal["train-inverter"] = "train-inverter"
     network: Network = Network()
     training: Training = Training()
-    checkpoint_seconds: float = Field(120.0, ge=0)
+    checkpoint_seconds: float = speed(120.0, ge=0)
     """Training that is killed loses at most so much."""
 
     def stage(self) -> StageSpec:

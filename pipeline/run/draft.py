@@ -39,6 +39,7 @@ class RunSpec:
         keep: Columns of a row (names after mapping, else the input's names) copied to the output.
         limit: Only the first so many rows of the input.
         storage_options: fsspec's, for the output. Not recorded.
+        speed: Names of settings, in `config` and the stage's, that change no byte: a resumed run may have others.
     """
 
     stage: StageSpec
@@ -50,6 +51,7 @@ class RunSpec:
     keep: tuple[str, ...] = ()
     limit: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    speed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

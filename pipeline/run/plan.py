@@ -138,19 +138,43 @@ def write_plan(
     return loaded
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], speed: frozenset[str] = frozenset()
+) -> dict[str, tuple[Any, Any]]:
     """Fields that differ. What the config already says is not said again for the stage's parameters.
 
     A field that one side lacks and that is null on the other does not differ: options that are new since a plan was
     made are null unless they are asked for. Nor do columns that a stage has gained since: what the plan lacks is not
-    written.
+    written. Nor settings that change no byte.
+
+    Args:
+        speed: Names of settings that change no byte.
     """
+    old, new = _deciding(old, speed), _deciding(new, speed)
     names = [*old, *(name for name in new if name not in old)]
     found = {n: (old.get(n), new.get(n)) for n in names if _said(old.get(n)) != _said(new.get(n))}
     if set(old.get(COLUMNS) or ()) <= set(new.get(COLUMNS) or ()):
         found.pop(COLUMNS, None)
     said = [pair for name, pair in found.items() if name.startswith("config.")]
     return {name: pair for name, pair in found.items() if not (name.startswith("stage.") and pair in said)}
+
+
+def _deciding(fields: Mapping[str, Any], speed: frozenset[str]) -> dict[str, Any]:
+    """Fields without the settings, at whatever depth, that change no byte."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: kept(part) for key, part in value.items() if key not in speed}
+        return [kept(part) for part in value] if isinstance(value, list) else value
+
+    def settings(name: str) -> bool:
+        return name.startswith(("config.", "stage."))
+
+    return {
+        name: kept(value) if settings(name) else value
+        for name, value in fields.items()
+        if not (settings(name) and name.rpartition(".")[2] in speed)
+    }
 
 
 def _said(value: Any) -> Any:

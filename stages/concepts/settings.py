@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.contract import Settings, added
+from pipeline.contract import Settings, added, speed
 from stages.models.settings import LatentModelSettings
 
 
@@ -80,11 +80,11 @@ class ConceptLearning(LatentModelSettings):
 
     samples: Samples | None = None
     """Left out: no sample pictures."""
-    slots: int = Field(8, ge=1)
+    slots: int = speed(8, ge=1)
     """Concepts in one batch; each brings `learning.pictures` pictures a step."""
     max_words: int = Field(4, ge=1)
     """Most new words a concept has, subjects included: the height of the column ``embeddings``."""
-    checkpoint_seconds: float = Field(120.0, ge=0)
+    checkpoint_seconds: float = speed(120.0, ge=0)
     """A killed worker loses at most so much of the concepts in flight."""
 
 
@@ -101,5 +101,5 @@ class LearnConceptsSettings(ConceptLearning):
     """Folder that relative picture addresses start from, and that addresses may lie in."""
     allow: tuple[str, ...] | None = added()
     """Further folders and beginnings of addresses that pictures may lie below."""
-    checkpoints: str | None = None
+    checkpoints: str | None = speed(None)
     """Folder for checkpoints of concepts in flight. Left out: no checkpoints."""

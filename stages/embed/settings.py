@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.contract import Settings
+from pipeline.contract import Settings, speed
 from stages.models.names import ModelName
 
 
@@ -26,9 +26,9 @@ class ComputedEmbeddings(StoredEmbeddings):
 
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the encoder computes in; ``float16`` on a GPU."""
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = speed(None, ge=1)
     """Pictures a batch. Left out: found from the device's memory."""
-    threads: int = Field(2, ge=1)
+    threads: int = speed(2, ge=1)
     """Threads a worker that prepare pictures for the encoder."""
 
 

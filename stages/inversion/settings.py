@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.contract import Settings
+from pipeline.contract import Settings, speed
 from stages.engine.methods import Method, Methods
 from stages.models.settings import SamplingSettings
 
@@ -299,7 +299,7 @@ class InvertImagesSettings(SamplingSettings):
     """Measure LPIPS too; needs torchvision and its weights, and is null without."""
     store: Literal["float32", "float16"] = "float32"
     """dtype of stored latents. What is measured is regenerated from the stored numbers."""
-    slots: int = Field(16, ge=1)
+    slots: int = speed(16, ge=1)
     """Rows at once."""
 
     @model_validator(mode="after")

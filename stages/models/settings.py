@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 import micro
-from pipeline.contract import Settings, added
+from pipeline.contract import Settings, added, speed
 from stages.models.names import ModelName
 
 VP_SCHEDULERS = (
@@ -33,7 +33,7 @@ class LatentModelSettings(Settings):
     """Of the weight files, for instance ``fp16``."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen networks; what is computed with them (latents, words, optimisers) stays float32."""
-    device: str = "auto"
+    device: str = speed("auto")
     """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
     size: int | None = Field(None, ge=8)
     """Side of the pictures in pixels; the model's own when left out."""

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import micro
-from pipeline.contract import Settings
+from pipeline.contract import Settings, speed
 from stages.engine.methods import Method, Methods
 from stages.models.decoding import Decode
 from stages.models.names import ModelName
@@ -105,7 +105,7 @@ class Direct(PromptMethod):
     """AdamW's rate, in units of the whitened embedding."""
     stop: Stop = Stop(watch="loss", relative=1e-4, patience=5)
     """When a row stops earlier."""
-    slots: int = Field(256, ge=1)
+    slots: int = speed(256, ge=1)
     """Rows at once."""
     # What OVI lets one choose and `direct` does not.
     weight_decay: ClassVar[float] = 0.0
@@ -150,7 +150,7 @@ class OVI(PromptMethod):
     warm_start: str | None = None
     """Output of an earlier job with ``store_tokens: true`` and as many tokens: a row starts from the tokens of the
     prompt there that is nearest to it."""
-    slots: int = Field(32, ge=1)
+    slots: int = speed(32, ge=1)
     """Rows at once."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast of the encoder; the tokens stay float32."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 import micro
-from pipeline.contract import added
+from pipeline.contract import added, speed
 from stages.engine.methods import Method, Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
 from stages.models.names import ModelName
@@ -131,7 +131,7 @@ class RareDrawing(SamplingSettings):
     """Pictures of another shape: the middle square, white borders, or both sides resized."""
     store: Literal["float32", "float16"] = "float32"
     """dtype of stored latents. Pictures are drawn from the stored numbers."""
-    slots: int = Field(16, ge=1)
+    slots: int = speed(16, ge=1)
     """Pictures at once."""
 
     @field_validator("inversion", mode="before")

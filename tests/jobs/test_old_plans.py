@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ OLD: dict[str, Any] = json.loads((Path(__file__).parent / "old_plans/fields.json
 
 @pytest.mark.parametrize("kind", OLD)
 def test_a_job_is_described_as_it_was(kind: str, tmp_path: Path) -> None:
+    here = _inputs(tmp_path)
+    job = load(here(OLD[kind]["job"]))
+    assert isinstance(job, RowJob)
+    old, new = here(OLD[kind]["fields"]), dict(draft(run_spec(job, str(tmp_path / "out"))).fields)
+    assert differences(old, new) == {}
+    new["output columns"] = [column for column in new["output columns"] if column not in GAINED]
+    assert new == old
+
+
+def _inputs(tmp_path: Path) -> Callable[[Any], Any]:
+    """The inputs of the old jobs; what comes back puts their place into a job or a plan."""
     examples = Path(ROOT) / "jobs/examples"
     for name in ("pictures", "concepts"):
         shutil.copytree(examples / "quickstart" / name, tmp_path / name)
@@ -38,9 +51,40 @@ def test_a_job_is_described_as_it_was(kind: str, tmp_path: Path) -> None:
     def here(plain: Any) -> Any:
         return json.loads(json.dumps(plain).replace("INPUT", str(tmp_path)).replace("ROOT", str(ROOT)))
 
-    job = load(here(OLD[kind]["job"]))
+    return here
+
+
+SLOWER: dict[str, dict[str, Any]] = {
+    "reference": {"batch_size": 1, "threads": 1, "index": {"memory": "1GB"}},
+    "invert-images": {"device": "cpu", "slots": 1},
+    "invert-prompts": {
+        "methods": [
+            "text-embedding",
+            {"method": "ovi", "compact": True, "slots": 1},
+            {"method": "trained-prior", "steps": 5},
+        ]
+    },
+    "learn-concepts": {"device": "cpu", "slots": 1, "checkpoint_seconds": 1},
+    "rare-concepts": {"slots": 1},
+}
+
+
+@pytest.mark.parametrize("kind", SLOWER)
+def test_after_running_out_of_memory_a_run_resumes_with_less(kind: str, tmp_path: Path) -> None:
+    """Before: "planned differently", so the rows that were done had to be paid for again."""
+    given = _inputs(tmp_path)(OLD[kind]["job"])
+    job, less = load(given), load(_merged(given, SLOWER[kind]))
     assert isinstance(job, RowJob)
-    old, new = here(OLD[kind]["fields"]), dict(draft(run_spec(job, str(tmp_path / "out"))).fields)
-    assert differences(old, new) == {}
-    new["output columns"] = [column for column in new["output columns"] if column not in GAINED]
-    assert new == old
+    assert isinstance(less, RowJob)
+    was, now = run_spec(job, str(tmp_path / "out")), run_spec(less, str(tmp_path / "out"))
+    old, new = dict(draft(was).fields), dict(draft(now).fields)
+    assert differences(old, new) != {}  # they stand in the plan, as they did
+    assert differences(old, new, now.speed) == {}
+    other = dict(draft(replace(now, seed=7)).fields)
+    assert differences(old, other, now.speed) == {"seed": (job.seed, 7)}
+    changed = {**new, "config.more": "float16", "stage.more": "float16"}
+    assert differences(old, changed, now.speed).keys() == {"config.more"}
+
+
+def _merged(given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    return given | {k: _merged(given[k], v) if isinstance(given.get(k), dict) else v for k, v in more.items()}
