@@ -90,7 +90,7 @@ def read(path: Path) -> Document:
     except yaml.YAMLError as error:
         raise JobFileError(f"{path}: not valid YAML: {error}") from None
     except RecursionError:
-        raise JobFileError(f"{path}: an anchor (&name) holds itself, or blocks are nested without end") from None
+        raise JobFileError(f"{path}: its blocks are nested without end") from None
 
 
 def _composed(text: str, name: str) -> dict[Where, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from pipeline.input.files import InputFile
 from pipeline.input.rows import (
@@ -28,6 +29,7 @@ from pipeline.input.streams import check_text, decompressing, open_input
 
 LONGEST_LINE = 1 << 27
 """Bytes, after decompression: a kilobyte of gzip can hold a line that fills the memory."""
+READ_BYTES = 1 << 20
 LineLook = Callable[[int, bytes], None]
 
 
@@ -41,7 +43,8 @@ def read_lines(source: Source, path: str, offset: int) -> Iterator[bytes]:
         if offset:
             handle.seek(offset)
         number = 0
-        while line := handle.readline(LONGEST_LINE + 1):
+        lines = handle if isinstance(handle, io.BufferedReader) else io.BufferedReader(cast(Any, handle), READ_BYTES)
+        while line := lines.readline(LONGEST_LINE + 1):
             if not number and not offset:
                 check_text(path, line[:16])
             number += 1

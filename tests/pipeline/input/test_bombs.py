@@ -9,10 +9,12 @@ import tarfile
 import tracemalloc
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from jobs.schema.reading import JobFileError, read
-from pipeline.input.source import SourceError
+from pipeline.input.formats.text import read_lines
+from pipeline.input.source import Source, SourceError
 from pipeline.run.plan import make_plan
 from tests.support.plain_stages import rows_of, spec_of
 
@@ -95,5 +97,20 @@ def test_yaml_that_grows_is_refused(tmp_path: Path, text: str, said: str) -> Non
 def test_a_job_file_that_holds_itself_is_told_in_a_sentence(tmp_path: Path) -> None:
     """Before: 981 lines of recursion."""
     (tmp_path / "job.yaml").write_text("job: &job [*job]\n")
-    with pytest.raises(JobFileError, match="holds itself"):
+    with pytest.raises(JobFileError, match="refers to itself"):
         read(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.txt.gz"])
+def test_a_store_s_files_have_the_same_limit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """fsspec's own files take no limit for a line; lines are the same, from any byte on."""
+    monkeypatch.setattr("pipeline.input.formats.text.LONGEST_LINE", 8)
+    content = b"1234567\n\n12345678"
+    with fsspec.open(f"memory://bombs/{name}", "wb") as file:
+        file.write(gzip.compress(content) if name.endswith("gz") else content)
+    source = Source((f"memory://bombs/{name}",))
+    assert list(read_lines(source, source.path[0], 0)) == [b"1234567\n", b"\n", b"12345678"]
+    assert list(read_lines(source, source.path[0], 8)) == [b"\n", b"12345678"]
+    monkeypatch.setattr("pipeline.input.formats.text.LONGEST_LINE", 7)
+    with pytest.raises(SourceError, match="line 1 is longer than 7 bytes"):
+        list(read_lines(source, source.path[0], 0))
