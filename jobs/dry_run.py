@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,4 +104,5 @@ def plan_job(
 
 
 def _mentions(job: Job, path: str) -> bool:
-    return path in json.dumps(job.model_dump(mode="json", exclude={"output"}))
+    said = json.dumps(job.model_dump(mode="json", exclude={"output"}))
+    return path in said or ("://" not in path and os.path.abspath(path) in said)

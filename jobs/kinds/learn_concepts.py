@@ -16,6 +16,7 @@ from jobs.schema.concept_input import absolute, allowed, concept_source, folder_
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.concepts.settings import ConceptLearning, LearnConceptsSettings, LegoSettings, Templates
+from stages.models.names import FolderName
 
 if TYPE_CHECKING:
     import pipeline.run.driver
@@ -44,9 +45,9 @@ class LearnConcepts(RowJob, ConceptLearning):
     job: Literal["learn-concepts"] = "learn-concepts"
     learning: LegoSettings = LegoSettings()
     prompts: Prompts = Prompts()
-    start: str | None = None
+    start: FolderName | None = None
     """Folder of a trained inverter (job ``train-inverter``) that moves each word to a good start first."""
-    pictures_root: str | None = None
+    pictures_root: FolderName | None = None
     """Folder that relative picture addresses start from. Left out: the folder of the input's first file."""
     shard_rows: int = Field(32, ge=1)
     """Concepts a shard: what one worker takes at a time."""

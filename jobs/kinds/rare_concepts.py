@@ -12,6 +12,7 @@ from jobs.schema.base import RowJob
 from jobs.schema.concept_input import allowed, concept_source, folder_of
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
+from stages.models.names import FolderName
 from stages.rare.settings import RareConceptsSettings, RareDrawing, Score
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class RareConcepts(RowJob, RareDrawing):
     score: tuple[Score, ...] = Field(("text", "image"), min_length=1)
     """What is measured: CLIP similarity to the prompt, to the concept's own pictures, or what the miniature world's
     judge finds (needs the column ``objects``). The first decides between candidates, the next ones between equals."""
-    pictures_root: str | None = None
+    pictures_root: FolderName | None = None
     """Folder that relative picture addresses start from. Left out: the folder of the input's first file."""
     shard_rows: int = Field(500, ge=1)
     """Rows a shard. A shard inverts the pictures of its concepts, so it should hold whole concepts: a multiple of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -145,14 +146,14 @@ def differences(
 
     A field that one side lacks and that is null on the other does not differ: options that are new since a plan was
     made are null unless they are asked for. Nor do columns that a stage has gained since: what the plan lacks is not
-    written. Nor settings that change no byte.
+    written. Nor settings that change no byte, nor a path that was written short and the path that it stands for.
 
     Args:
         speed: Names of settings that change no byte.
     """
     old, new = _deciding(old, speed), _deciding(new, speed)
     names = [*old, *(name for name in new if name not in old)]
-    found = {n: (old.get(n), new.get(n)) for n in names if _said(old.get(n)) != _said(new.get(n))}
+    found = {n: (old.get(n), new.get(n)) for n in names if not _alike(_said(old.get(n)), _said(new.get(n)))}
     if set(old.get(COLUMNS) or ()) <= set(new.get(COLUMNS) or ()):
         found.pop(COLUMNS, None)
     said = [pair for name, pair in found.items() if name.startswith("config.")]
@@ -182,6 +183,17 @@ def _said(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _said(part) for key, part in value.items() if part is not None}
     return [_said(part) for part in value] if isinstance(value, list) else value
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Whether two values are the same, but for paths that are relative or begin with ``~`` in an old plan."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return old.keys() == new.keys() and all(_alike(old[key], new[key]) for key in old)
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_alike, old, new))
+    if isinstance(old, str) and isinstance(new, str) and os.path.isabs(new):
+        return new in (old, os.path.abspath(os.path.expanduser(old)))
+    return bool(old == new)
 
 
 def check_input(source: Source, folder: Folder, limit: int | None) -> dict[str, tuple[Any, Any]]:

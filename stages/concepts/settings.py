@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.contract import Settings, added, speed
+from stages.models.names import FolderName
 from stages.models.settings import LatentModelSettings
 
 
@@ -93,7 +94,7 @@ class LearnConceptsSettings(ConceptLearning):
 
     settings: LegoSettings = LegoSettings()
     templates: Templates = Templates()
-    inverter: str | None = None
+    inverter: FolderName | None = None
     """Folder of a trained inverter that gives each word a start near what its pictures invert to."""
     seed: int = Field(0, ge=0)
     """The job's seed."""

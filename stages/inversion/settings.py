@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.contract import Settings, speed
 from stages.engine.methods import Method, Methods
+from stages.models.names import FolderName
 from stages.models.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ class InvertImagesSettings(SamplingSettings):
     """Guidance scale of inversion and regeneration alike. Above 1 every evaluation is two U-Net passes, and harder."""
     prompt: str | None = None
     """One prompt for every picture ("" for none). Left out: the row's own, empty where it has none."""
-    inverter: str | None = None
+    inverter: FolderName | None = None
     """Output of a ``train-inverter`` job on the same model: what it reads out of each picture stands in for a caption,
     and is stored as ``text_latent``. Not together with `prompt`."""
     negative: str | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from pipeline.contract import Settings
+from stages.models.names import FolderName
 from stages.models.settings import LatentModelSettings
 
 
@@ -62,7 +63,7 @@ class DrawPairsSettings(BatchSettings):
 class InvertTextSettings(BatchSettings):
     """Which inverter reads which pictures."""
 
-    inverter: str
+    inverter: FolderName
     """Output folder of a ``train-inverter`` job on the same model."""
     image: str = "image"
     """Column with the picture."""

@@ -1,7 +1,8 @@
-"""Names of models in settings: a folder, a hub id, or a shipped one."""
+"""Names of models and folders in settings: paths that mean the same in every process, hub ids, shipped models."""
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -21,5 +22,19 @@ def _shipped(name: str) -> str:
     return str(micro.MODELS / model)
 
 
-ModelName = Annotated[str, AfterValidator(_shipped)]
-"""Folder or hub id of a model, or ``micro:NAME`` for a shipped one, which is found from any working directory."""
+def _model(name: str) -> str:
+    """A path that is there, made absolute: a worker may run in another folder, and find another model of that name
+    there. Hub ids, addresses and what is not there stay as they are."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if path != name or os.path.exists(path) else name
+
+
+def _folder(name: str) -> str:
+    """A path made absolute, whether or not it is there already; addresses, and a chain's ``${step}``, as they are."""
+    return name if "://" in name or name.startswith("${") else os.path.abspath(os.path.expanduser(name))
+
+
+ModelName = Annotated[str, AfterValidator(_shipped), AfterValidator(_model)]
+"""Path or hub id of a model, or ``micro:NAME`` for a shipped one, which is found from any working directory."""
+FolderName = Annotated[str, AfterValidator(_folder)]
+"""Path or address of a folder: another job's output, or where pictures lie."""

@@ -13,7 +13,7 @@ import micro
 from pipeline.contract import Settings, speed
 from stages.engine.methods import Method, Methods
 from stages.models.decoding import Decode
-from stages.models.names import ModelName
+from stages.models.names import FolderName, ModelName
 
 
 class PromptMethod(Method):
@@ -80,9 +80,9 @@ class TrainedPrior(PromptMethod):
     """A trained diffusion prior (Kandinsky 2.2's pipeline), or an ECLIPSE-style prior that needs one pass."""
 
     method: Literal["trained-prior"] = "trained-prior"
-    model: str | None = None
+    model: ModelName | None = None
     """Prior pipeline, folder or hub id. Left out: the job's ``model``."""
-    prior: str | None = None
+    prior: ModelName | None = None
     """Another `PriorTransformer` for that pipeline, folder or hub id. One without a time embedding
     (``additional_embeddings: 3``, as ECLIPSE's) is run in one pass, without guidance and without un-whitening."""
     steps: int = Field(25, ge=2)
@@ -147,7 +147,7 @@ class OVI(PromptMethod):
     """When a row stops earlier. Left out: ``early`` stops when the cosine's rise turns into drift (less than 2 % of the
     remaining distance a step, three steps in a row); with a constraint, which rises slowly and doesn't drift, with
     ``{}``, and as published, all steps are made."""
-    warm_start: str | None = None
+    warm_start: FolderName | None = None
     """Output of an earlier job with ``store_tokens: true`` and as many tokens: a row starts from the tokens of the
     prompt there that is nearest to it."""
     slots: int = speed(32, ge=1)
@@ -197,7 +197,7 @@ class PromptInversion(Settings):
     """Branch, tag or commit on the hub."""
     methods: Methods[AnyPromptMethod]
     """How the prompts are inverted; a plain string stands for ``{method: ...}``. Each makes one row a prompt."""
-    reference: str | None = None
+    reference: FolderName | None = None
     """Output of a ``reference`` job made with the same image encoder: real image embeddings for retrieval, for the
     constraints, and for measuring."""
     oracle: ModelName | None = None

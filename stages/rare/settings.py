@@ -14,7 +14,7 @@ import micro
 from pipeline.contract import added, speed
 from stages.engine.methods import Method, Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
-from stages.models.names import ModelName
+from stages.models.names import FolderName, ModelName
 from stages.models.settings import SamplingSettings
 
 Score = Literal["text", "image", "oracle"]
@@ -111,11 +111,11 @@ class RareDrawing(SamplingSettings):
     """CLIP-family model that scores and that ``seed-select`` follows: a folder or hub id."""
     clip_revision: str | None = None
     """Of that model on the hub."""
-    oracle: str | None = None
+    oracle: ModelName | None = None
     """Folder of the oracle. Left out: the shipped one."""
     inversion: AnyInversionMethod = LboMethod()
     """How the concepts' pictures become seeds: a method of ``invert-images`` that needs a seed alone."""
-    seeds: str | None = None
+    seeds: FolderName | None = None
     """Output of an ``invert-images`` run with one method, for concepts whose row has no pictures."""
     by: str = "concept"
     """Its column with the concepts' names (``keep`` it there)."""
