@@ -120,7 +120,7 @@ class Reference(ComputedEmbeddings, RowJob):
         if name is not None:
             columns = (table[name].to_pylist() for table in finished.tables([name]))
             captions = sample_captions(columns, int(finished.output.plan["rows"]))
-        return query_embeddings(encoder["path"], encoder["revision"] or None, captions)
+        return query_embeddings(encoder["path"], encoder["revision"] or None, captions, self.allow_pickle)
 
     def _origin(self, output: Output) -> Origin:
         from index.reference import Origin
@@ -131,7 +131,7 @@ class Reference(ComputedEmbeddings, RowJob):
         text = self.text_encoder or self.encoder
 
         def identity(path: str, role: clip.Role, revision: str | None) -> dict[str, str]:
-            known = clip.identity(path, role, revision)
+            known = clip.identity(path, role, revision, allow_pickle=self.allow_pickle)
             folder = Path(path).expanduser()  # found again from any working directory
             return {**known, "path": str(folder.absolute())} if folder.is_dir() else known
 

@@ -17,15 +17,17 @@ WORD = re.compile(r"(?:([a-z]{3,})</w>|\u2581([a-z]{3,}))")
 """A token that is a whole word: CLIP's tokenizers end it, SigLIP's begin it."""
 
 
-def query_embeddings(path: str, revision: str | None, captions: Sequence[str]) -> np.ndarray | None:
+def query_embeddings(
+    path: str, revision: str | None, captions: Sequence[str], allow_pickle: bool | None = None
+) -> np.ndarray | None:
     """Embeddings (B, E) of captions, or, where there are none, of ``a photo of a WORD`` with words of the encoder's
     vocabulary; None where that has no words.
 
     Args:
-        path, revision: Of the text encoder.
+        path, revision, allow_pickle: Of the text encoder.
         captions: Of pictures of the reference.
     """
-    encoder = TextEncoder(path, revision, chosen_device(None))
+    encoder = TextEncoder(path, revision, chosen_device(None), allow_pickle=allow_pickle)
     texts = list(captions) or vocabulary_prompts(encoder.tokenizer)
     return encoder(texts).numpy() if texts else None
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.contract import Settings, speed
+from pipeline.contract import Settings, added, speed
 from stages.models.names import ModelName
 
 
@@ -17,6 +17,9 @@ class StoredEmbeddings(Settings):
     """Folder or hub id of a CLIP, OpenCLIP (converted) or SigLIP model, or of a pipeline with an image encoder."""
     revision: str | None = None
     """Of the encoder on the hub: branch, tag or commit."""
+    allow_pickle: bool | None = added()
+    """Read weights that are there as pickles (``.bin``) alone. A pickle can run anything on the machine that reads
+    it."""
     dtype: Literal["float16", "float32"] = "float32"
     """How embeddings are stored."""
 

@@ -65,7 +65,9 @@ class Embed:
     def __init__(self, settings: EmbedSettings, device: str | None = None) -> None:
         self.device = chosen_device(device)
         precision = getattr(torch, settings.precision)
-        self.encoder = ImageEncoder(settings.encoder, settings.revision, self.device, precision)
+        self.encoder = ImageEncoder(
+            settings.encoder, settings.revision, self.device, precision, settings.allow_pickle
+        )
         self.dtype, self.threads = settings.dtype, settings.threads
         self.preparation = Preparation(self.encoder.processor, self.device)
         self.statistics = Statistics(embedding_width(settings.encoder, settings.revision))
@@ -74,7 +76,8 @@ class Embed:
     @staticmethod
     def describe(settings: EmbedSettings) -> StageInfo:
         dim = embedding_width(settings.encoder, settings.revision)
-        models = {"image_encoder": identity(settings.encoder, "image", settings.revision)}
+        pickles = settings.allow_pickle
+        models = {"image_encoder": identity(settings.encoder, "image", settings.revision, allow_pickle=pickles)}
         return StageInfo(
             _columns(dim, settings), models, {"embedding.precision": settings.precision}, {"image": "picture"}
         )
@@ -183,8 +186,10 @@ class Adopt:
 
     @staticmethod
     def describe(settings: AdoptSettings) -> StageInfo:
-        encoder, revision = settings.encoder, settings.revision
-        models = {} if encoder is None else {"image_encoder": identity(encoder, "image", revision)}
+        encoder, revision, pickles = settings.encoder, settings.revision, settings.allow_pickle
+        models = {}
+        if encoder is not None:
+            models["image_encoder"] = identity(encoder, "image", revision, allow_pickle=pickles)
         return StageInfo(
             _columns(settings.dim, settings), models, {"embedding.adopted": "true"}, {"embedding": "value"}
         )

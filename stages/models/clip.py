@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from stages.models.fingerprint import describe_model
+from stages.models.weights import weights_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,16 +98,21 @@ def vision_width(path: str, revision: str | None = None) -> int:
     return int(getattr(config, "vision_config", config).hidden_size)
 
 
-def identity(path: str, role: Role, revision: str | None = None) -> dict[str, str]:
+def identity(
+    path: str, role: Role, revision: str | None = None, *, allow_pickle: bool | None = None
+) -> dict[str, str]:  # fmt: skip
     """Path, revision and fingerprint of an encoder, for `StageInfo.models`; loads no weights.
 
     Raises:
         ModelError: There is no such encoder.
+        WeightsError: Its weights are in no form that is read.
     """
+    folder = locate(path, role, revision).model
     try:
-        return {**describe_model(path, revision, locate(path, role, revision).model), "path": path}
+        described = describe_model(path, revision, folder, allow_pickle=bool(allow_pickle))
     except FileNotFoundError as error:
         raise ModelError(str(error)) from None
+    return {**described, "path": path}
 
 
 def has_text_encoder(path: str, revision: str | None = None) -> bool:
@@ -127,7 +133,7 @@ def _load(loader: Any, place: Place, subfolder: str, **options: Any) -> Any:
         raise ModelError(f"{place.path}/{subfolder}: cannot be loaded: {reason}") from None
 
 
-def _load_weights(loader: Any, place: Place, **options: Any) -> Any:
+def _load_weights(loader: Any, place: Place, allow_pickle: bool | None, **options: Any) -> Any:
     """A network. That the folder holds the other tower's weights too goes unmentioned; that it lacks some does not.
 
     Raises:
@@ -135,10 +141,14 @@ def _load_weights(loader: Any, place: Place, **options: Any) -> Any:
     """
     from transformers.utils import logging
 
+    try:
+        weights = weights_of(place.path, place.revision, place.model, allow_pickle=bool(allow_pickle))
+    except FileNotFoundError as error:
+        raise ModelError(str(error)) from None
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, found = _load(loader, place, place.model, output_loading_info=True, **options)
+        model, found = _load(loader, place, place.model, output_loading_info=True, **weights.options, **options)
     finally:
         logging.set_verbosity(before)
     if missing := sorted(found["missing_keys"]):
@@ -152,20 +162,26 @@ class TextEncoder:
     Args:
         path: Folder or hub id of a prior pipeline or of a CLIP-family model.
         dtype: Weights' type; float32 on a CPU.
+        allow_pickle: See `stages.models.weights.weights_of`.
     """
 
     def __init__(
-        self, path: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        path: str,
+        revision: str | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        allow_pickle: bool | None = None,
     ) -> None:
         from transformers import AutoTokenizer, CLIPTextModelWithProjection, SiglipModel
 
         place = locate(path, "text", revision)
         self._siglip = "siglip" in _config(place).model_type
         if self._siglip:
-            model = _load_weights(SiglipModel, place, dtype=dtype)
+            model = _load_weights(SiglipModel, place, allow_pickle, dtype=dtype)
         else:
             config = _tower_config(place, "text")
-            model = _load_weights(CLIPTextModelWithProjection, place, dtype=dtype, config=config)
+            model = _load_weights(CLIPTextModelWithProjection, place, allow_pickle, dtype=dtype, config=config)
         self.model = (model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
         self.tokenizer = _load(AutoTokenizer, place, place.processor)
         self.device = device
@@ -196,14 +212,19 @@ class ImageEncoder:
     """
 
     def __init__(
-        self, path: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        path: str,
+        revision: str | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        allow_pickle: bool | None = None,
     ) -> None:
         from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, SiglipVisionModel
 
         place = locate(path, "image", revision)
         self._siglip = "siglip" in _config(place).model_type
         loader = SiglipVisionModel if self._siglip else CLIPVisionModelWithProjection
-        model = _load_weights(loader, place, dtype=dtype, config=_tower_config(place, "image"))
+        model = _load_weights(loader, place, allow_pickle, dtype=dtype, config=_tower_config(place, "image"))
         self.model = model.to(device).eval().requires_grad_(False)
         # Pillow's arithmetic, whether or not torchvision is installed: embeddings must not depend on that.
         self.processor = _load(AutoImageProcessor, place, place.processor, backend="pil")

@@ -1,4 +1,4 @@
-"""Image embeddings to pictures: Kandinsky 2.2's decoder, batched, every row's noise its own.
+"""Kandinsky 2.2: its decoder, image embeddings to pictures, batched, every row's noise its own; loading its prior.
 
 Legend: B rows, E embedding width.
 """
@@ -15,7 +15,7 @@ from pipeline.contract import Row, failed
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator
 from stages.models.decoding import Decode
-from stages.models.fingerprint import describe_model
+from stages.models.latent import Place
 
 PARTS = ("unet", "movq")
 
@@ -24,9 +24,39 @@ class DecoderError(ValueError):
     """The decoder cannot be loaded or used; the message says why."""
 
 
-def identity(decode: Decode) -> dict[str, dict[str, str]]:
+def identity(decode: Decode, allow_pickle: bool | None = None) -> dict[str, dict[str, str]]:
     """Role -> path, revision and fingerprint of the decoder's networks, for `StageInfo.models`."""
-    return {f"decoder_{part}": describe_model(decode.model, decode.revision, part) for part in PARTS}
+    return {f"decoder_{part}": place.identity() for part, place in _places(decode, allow_pickle).items()}
+
+
+def _places(decode: Decode, allow_pickle: bool | None) -> dict[str, Place]:
+    return {part: Place(decode.model, decode.revision, part, allow_pickle=bool(allow_pickle)) for part in PARTS}
+
+
+def load_prior_pipeline(
+    path: str, revision: str | None, dtype: torch.dtype, allow_pickle: bool | None, prior: Any = None
+) -> Any:
+    """The prior pipeline, on the CPU.
+
+    Args:
+        prior: A network in place of its own prior.
+
+    Raises:
+        OSError, ValueError: There is none, or its weights are in no form that is read.
+    """
+    from diffusers import KandinskyV22PriorPipeline, PriorTransformer
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    kinds = {"text_encoder": CLIPTextModelWithProjection, "image_encoder": CLIPVisionModelWithProjection}
+    if prior is None:
+        kinds["prior"] = PriorTransformer
+    networks = {
+        part: Place(path, revision, part, allow_pickle=bool(allow_pickle)).load(kind, dtype)
+        for part, kind in kinds.items()
+    }
+    if prior is not None:
+        networks["prior"] = prior
+    return KandinskyV22PriorPipeline.from_pretrained(path, dtype=dtype, revision=revision, **networks)
 
 
 class Decoder:
@@ -43,13 +73,17 @@ class Decoder:
         DecoderError: There is no such pipeline, or it takes embeddings of another width.
     """
 
-    def __init__(self, decode: Decode, negative_E: torch.Tensor, *, seed: int = 0, device: str = "cpu") -> None:
-        from diffusers import KandinskyV22Pipeline
+    def __init__(self, decode: Decode, negative_E: torch.Tensor, *, seed: int = 0, device: str = "cpu",
+                 allow_pickle: bool | None = None) -> None:  # fmt: skip
+        from diffusers import KandinskyV22Pipeline, UNet2DConditionModel, VQModel
 
         path = decode.model
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         try:
-            pipe = KandinskyV22Pipeline.from_pretrained(path, dtype=dtype, revision=decode.revision)
+            places = _places(decode, allow_pickle)
+            networks = {part: places[part].load(kind, dtype)
+                        for part, kind in zip(PARTS, (UNet2DConditionModel, VQModel), strict=True)}  # fmt: skip
+            pipe = KandinskyV22Pipeline.from_pretrained(path, dtype=dtype, revision=decode.revision, **networks)
         except (OSError, ValueError) as error:
             raise DecoderError(f"{path}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
         width = pipe.unet.config.encoder_hid_dim

@@ -19,6 +19,7 @@ from stages.models.fingerprint import describe_model
 from stages.models.schedule import Schedule, make_schedule
 from stages.models.stock_schedule import stock_schedule
 from stages.models.usage import Usage
+from stages.models.weights import weights_of
 from stages.models.words import Encoder
 
 Condition = dict[str, torch.Tensor]
@@ -33,11 +34,34 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network's weights lie: folder or hub id, revision there, and the folder in it ("" for the top)."""
+    """Where a network's weights lie.
+
+    Attributes:
+        path, revision: Folder or hub id, and what of it.
+        folder: In it; "" for the top.
+        variant, allow_pickle: Which of its weights; see `stages.models.weights.weights_of`.
+    """
 
     path: str
     revision: str | None
     folder: str
+    variant: str | None = None
+    allow_pickle: bool = False
+
+    def load(self, kind: Any, dtype: torch.dtype) -> Any:
+        """The network, of a class of diffusers or transformers."""
+        weights = weights_of(
+            self.path, self.revision, self.folder, variant=self.variant, allow_pickle=self.allow_pickle
+        )
+        return kind.from_pretrained(
+            self.path, subfolder=self.folder, revision=self.revision, dtype=dtype, **weights.options
+        )
+
+    def identity(self) -> dict[str, str]:
+        """Path, revision and fingerprint of the weights that `load` reads."""
+        return describe_model(
+            self.path, self.revision, self.folder, variant=self.variant, allow_pickle=self.allow_pickle
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,7 @@ class Geometry:
         scaling_factor: Latents are the posterior's mean times this.
         scheduler: The scheduler's configuration, with the settings' changes.
         text_shape: (L, E) of a text condition.
+        upcast: The autoencoder runs in float32 beside networks in half precision.
         word_widths: Width of each text encoder's input embeddings: what a new word consists of.
         parts: Where the networks lie that results depend on, the denoiser first.
         usage: Lines for cards.
@@ -61,6 +86,7 @@ class Geometry:
     scaling_factor: float
     scheduler: Mapping[str, Any]
     text_shape: tuple[int, int]
+    upcast: bool
     word_widths: tuple[int, ...]
     parts: Mapping[str, Place]
     usage: Usage
@@ -77,7 +103,7 @@ class Geometry:
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Part -> path, revision and fingerprint, for `pipeline.contract.StageInfo.models`."""
-        return {part: describe_model(place.path, place.revision, place.folder) for part, place in self.parts.items()}
+        return {part: place.identity() for part, place in self.parts.items()}
 
 
 @runtime_checkable

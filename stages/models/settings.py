@@ -37,6 +37,9 @@ class LatentModelSettings(Settings):
     """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
     size: int | None = Field(None, ge=8)
     """Side of the pictures in pixels; the model's own when left out."""
+    allow_pickle: bool | None = added()
+    """Read weights that are there as pickles (``.bin``) alone. A pickle can run anything on the machine that reads
+    it."""
     scheduler: dict[str, Any] | None = added()
     """Changes to the model's scheduler, for Lightning, Hyper, LCM, ... checkpoints: parameters of its class, and
     another ``class`` of diffusers if need be: ``{class: DDIMScheduler, timestep_spacing: trailing}``. Latents are

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -38,8 +40,10 @@ class StableDiffusion:
     index = "StableDiffusion"
     """How the class of its pipelines begins."""
     encoders: tuple[str, ...] = ("text_encoder",)
-    left_out: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    """Not loaded: it judges pictures, it makes none."""
+    left_out: Mapping[str, Any] = {
+        "safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False,
+    }  # fmt: skip
+    """Not loaded, and need not be there: what judges pictures, or takes them as prompts."""
     mended: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False}
     """What its pipeline makes of these parameters of a scheduler, whatever the folder says."""
 
@@ -60,23 +64,8 @@ class StableDiffusion:
         Raises:
             ValueError: Not such a model, or one that cannot be inverted, or a size that its autoencoder cannot divide.
         """
-        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig
-
-        path, revision = settings.model, settings.revision
-        try:
-            unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
-            vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
-            scheduler = DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
-            texts = [
-                CLIPTextConfig.from_pretrained(path, subfolder=part, revision=revision or "main")
-                for part in cls.encoders
-            ]
-        except OSError as error:
-            raise ValueError(
-                f"model {path!r} is no diffusers folder or hub id with a U-Net, a VAE and a scheduler: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        path = settings.model
+        unet, vae, scheduler, texts = _configurations(path, settings.revision, cls.encoders)
         if unet.get("time_cond_proj_dim") is not None:
             raise ValueError(f"model {path!r} takes the guidance scale as an input (latent consistency): not supported")
         if unet["in_channels"] != vae["latent_channels"]:
@@ -96,6 +85,7 @@ class StableDiffusion:
         effective = changed_config(_as_loaded(scheduler, cls.mended, settings, stock), settings.scheduler)
         if effective.get("_class_name") in FLOW_SCHEDULERS:
             raise ValueError(f"model {path!r} has a U-Net, which a {effective['_class_name']} does not run")
+        upcast = settings.dtype == "float16" and bool(_chosen_vae(settings, vae).get("force_upcast", True))
         text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))
         return Geometry(
             size=size,
@@ -104,7 +94,8 @@ class StableDiffusion:
             scheduler=effective,
             text_shape=text_shape,
             word_widths=tuple(int(text.hidden_size) for text in texts),
-            parts=_parts(settings, cls.encoders),
+            upcast=upcast,
+            parts=_parts(settings, cls.encoders, upcast),
             usage=_usage(settings, effective, stock, cls.text_latent(text_shape)),
             sampler="model" if stock else "ddim",
         )
@@ -115,10 +106,14 @@ class StableDiffusion:
         import diffusers
 
         dtype = DTYPES[settings.dtype]
+        classes = _classes()
+        networks = {
+            part: place.load(classes[part], torch.float32 if part == "vae" and geometry.upcast else dtype)
+            for part, place in geometry.parts.items()
+        }
         kind: Any = getattr(diffusers, f"{cls.index}Pipeline")
         pipeline = kind.from_pretrained(
-            settings.model, revision=settings.revision, variant=settings.variant, dtype=dtype, **cls.left_out,
-            **_other_vae(settings, dtype),
+            settings.model, revision=settings.revision, dtype=dtype, **networks, **cls.left_out
         )  # fmt: skip
         if settings.scheduler is not None:
             sampler: Any = getattr(diffusers, geometry.scheduler["_class_name"])
@@ -249,7 +244,7 @@ class StableDiffusionXL(StableDiffusion):
 
     index = "StableDiffusionXL"
     encoders = ("text_encoder", "text_encoder_2")
-    left_out = {"add_watermarker": False}
+    left_out = {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
     mended: Mapping[str, Any] = {}
 
     @staticmethod
@@ -330,6 +325,35 @@ def _check_heeded(changes: Mapping[str, Any] | None) -> None:
             )
 
 
+def _configurations(
+    path: str, revision: str | None, encoders: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[Any]]:
+    """Of U-Net, autoencoder, scheduler and text encoders.
+
+    Raises:
+        ValueError: A part is missing.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig
+
+    part = ""
+    try:
+        found = []
+        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDIMScheduler)):
+            found.append(kind.load_config(path, subfolder=part, revision=revision))
+        local = Path(path).expanduser()
+        for part in (*encoders, *(encoder.replace("text_encoder", "tokenizer") for encoder in encoders)):
+            if local.is_dir() and not (local / part).is_dir():
+                raise FileNotFoundError(f"there is no folder {local / part}")
+        texts = []
+        for part in encoders:
+            texts.append(CLIPTextConfig.from_pretrained(path, subfolder=part, revision=revision or "main"))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model {path!r} lacks its {part}, or it cannot be read: {reason}") from error
+    return found[0], found[1], found[2], texts
+
+
 LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None,
                 "latents_std": None}  # fmt: skip
 """What two autoencoders must have in common to serve one U-Net, with `AutoencoderKL`'s defaults."""
@@ -361,40 +385,36 @@ def _check_vae(path: str, own: Mapping[str, Any], model: str) -> None:
             )
 
 
-def _parts(settings: LatentModelSettings, encoders: Sequence[str]) -> dict[str, Place]:
-    parts = {part: Place(settings.model, settings.revision, part) for part in ("unet", "vae", *encoders)}
+def _chosen_vae(settings: LatentModelSettings, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the autoencoder that will be used."""
+    return own if settings.vae is None else _config_of_vae(settings.vae)[0]
+
+
+def _parts(settings: LatentModelSettings, encoders: Sequence[str], upcast: bool) -> dict[str, Place]:
+    """Where the networks lie.
+
+    An autoencoder that has to run in float32 beside half-precision networks is read from its full-precision file if
+    there is one, whatever variant the other parts come in: rounded weights would bound every picture's PSNR.
+    """
+    place = partial(Place, settings.model, settings.revision, allow_pickle=bool(settings.allow_pickle))
+    parts = {part: place(folder=part, variant=settings.variant) for part in ("unet", "vae", *encoders)}
     if settings.vae is not None:
-        parts["vae"] = Place(settings.vae, None, _config_of_vae(settings.vae)[1])
+        folder = _config_of_vae(settings.vae)[1]
+        parts["vae"] = Place(settings.vae, None, folder, allow_pickle=bool(settings.allow_pickle))
+    elif upcast:
+        parts["vae"] = place(folder="vae")
     return parts
 
 
-def _other_vae(settings: LatentModelSettings, dtype: torch.dtype) -> dict[str, Any]:
-    """The autoencoder as the pipeline's argument, where it is not simply the pipeline's own in its type.
+def _classes() -> dict[str, Any]:
+    """What each part is loaded as."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    One that has to run in float32 beside half-precision networks is read from its full-precision file if there is one,
-    whatever variant the other parts come in: rounded weights would bound every picture's PSNR.
-    """
-    from diffusers import AutoencoderKL
-
-    if settings.vae is None:
-        path, options = settings.model, {"subfolder": "vae", "revision": settings.revision}
-        config = AutoencoderKL.load_config(path, **options)
-    else:
-        path = settings.vae
-        config, folder = _config_of_vae(path)
-        options = {"subfolder": folder} if folder else {}
-    upcast = dtype == torch.float16 and config.get("force_upcast", True)
-    if settings.vae is None and not upcast:
-        return {}
-    for variant in dict.fromkeys([None, settings.variant]):
-        try:
-            vae = AutoencoderKL.from_pretrained(
-                path, variant=variant, dtype=torch.float32 if upcast else dtype, **options
-            )
-            return {"vae": vae}
-        except OSError as error:
-            failure = error
-    raise failure
+    return {
+        "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }  # fmt: skip
 
 
 def _swap(settings: LatentModelSettings, scheduler: Mapping[str, Any], stock: bool) -> tuple[str, dict[str, Any]]:

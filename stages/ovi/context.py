@@ -35,7 +35,7 @@ class Context:
     """Loaded once and shared by all methods of a stage.
 
     Attributes:
-        model: Folder or hub id of the encoders (the default of `trained-prior`).
+        model, revision, allow_pickle: Of the encoders (the default of `trained-prior`).
         vision: The image encoder's network; loaded when a method asks.
         text: Prompts -> text embeddings, for warm starts.
         reference: Real image embeddings.
@@ -49,6 +49,7 @@ class Context:
     vision: Callable[[], nn.Module]
     text: Callable[[list[str]], torch.Tensor]
     reference: Reference | None
+    allow_pickle: bool | None = None
     occupancy: dict[str, Occupancy] = field(default_factory=dict)
 
     def need_reference(self, method: PromptMethod) -> Reference:

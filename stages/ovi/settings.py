@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import micro
-from pipeline.contract import Settings, speed
+from pipeline.contract import Settings, added, speed
 from stages.engine.methods import Method, Methods
 from stages.models.decoding import Decode
 from stages.models.names import FolderName, ModelName
@@ -195,6 +195,9 @@ class PromptInversion(Settings):
     """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    allow_pickle: bool | None = added()
+    """Read weights of encoders, priors and decoder that are there as pickles (``.bin``) alone. A pickle can run
+    anything on the machine that reads it."""
     methods: Methods[AnyPromptMethod]
     """How the prompts are inverted; a plain string stands for ``{method: ...}``. Each makes one row a prompt."""
     reference: FolderName | None = None

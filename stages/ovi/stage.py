@@ -66,22 +66,25 @@ class InvertPrompts:
     def __init__(self, settings: InvertPromptsSettings, device: str | None = None) -> None:
         self.settings, self.device = settings, chosen_device(device)
         model, revision, self.scores = settings.model, settings.revision, settings.scores
-        self.text = clip.TextEncoder(model, revision, self.device)
+        self.text = clip.TextEncoder(model, revision, self.device, allow_pickle=settings.allow_pickle)
         self.reference = None
         if settings.reference is not None:
             from index.reference import Reference
 
-            encoder = clip.identity(model, "image", revision)
+            encoder = clip.identity(model, "image", revision, allow_pickle=settings.allow_pickle)
             self.reference = Reference.open(settings.reference, encoder=encoder, device=self.device)
         context = Context(
             model=model, revision=revision, device=self.device, seed=settings.seed,
             vision=lambda: self.image_encoder.model, text=self.text, reference=self.reference,
+            allow_pickle=settings.allow_pickle,
         )  # fmt: skip
         self.methods = {method.label: build(method, context) for method in settings.methods}
         self.decoder = None
         if settings.decoder is not None:
             negative_E = self.image_encoder.zero_embedding()
-            self.decoder = kandinsky.Decoder(settings.decoder, negative_E, seed=settings.seed, device=self.device)
+            self.decoder = kandinsky.Decoder(
+                settings.decoder, negative_E, seed=settings.seed, device=self.device, allow_pickle=settings.allow_pickle
+            )
         self.oracle = None
         if "oracle" in self.scores:
             from micro.oracle import Oracle
@@ -91,24 +94,28 @@ class InvertPrompts:
 
     @cached_property
     def image_encoder(self) -> clip.ImageEncoder:
-        return clip.ImageEncoder(self.settings.model, self.settings.revision, self.device)
+        return clip.ImageEncoder(
+            self.settings.model, self.settings.revision, self.device, allow_pickle=self.settings.allow_pickle
+        )
 
     @staticmethod
     def describe(settings: InvertPromptsSettings) -> StageInfo:
-        model, revision = settings.model, settings.revision
+        model, revision, pickles = settings.model, settings.revision, settings.allow_pickle
         width = clip.embedding_width(model, revision)
         columns = [
             Column("prompt", "string"), *TOKEN_COLUMNS, Column("method", "string"),
             Column("embedding", "tensor", (width,), doc="image embedding, raw"), *_MEASURES,
         ]  # fmt: skip
         models = {
-            "image_encoder": clip.identity(model, "image", revision),
-            "text_encoder": clip.identity(model, "text", revision),
+            "image_encoder": clip.identity(model, "image", revision, allow_pickle=pickles),
+            "text_encoder": clip.identity(model, "text", revision, allow_pickle=pickles),
         }
         for method in settings.methods:
             if isinstance(method, TrainedPrior):
                 own, part = (method.prior, "") if method.prior else (method.model or model, "prior")
-                models[f"prior_{method.label}"] = describe_model(own, revision if own == model else None, part)
+                models[f"prior_{method.label}"] = describe_model(
+                    own, revision if own == model else None, part, allow_pickle=bool(pickles)
+                )
         if settings.reference is not None:
             columns += _AGAINST_REFERENCE
             models["reference"] = _identity_of_reference(settings.reference)
@@ -118,7 +125,7 @@ class InvertPrompts:
             columns.append(Column("image", "image"))
             columns += _CLIP_SCORE if "clip" in settings.scores else ()
             columns += _ORACLE_SCORES if "oracle" in settings.scores else ()
-            models |= kandinsky.identity(settings.decoder)
+            models |= kandinsky.identity(settings.decoder, pickles)
         return StageInfo(tuple(columns), models, reads=_READS)
 
     def take_summary(self) -> dict[str, np.ndarray]:

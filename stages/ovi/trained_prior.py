@@ -14,6 +14,8 @@ from torch import nn
 from pipeline.contract import Row, ok
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator, row_normal
+from stages.models import kandinsky
+from stages.models.weights import weights_of
 from stages.ovi.context import Context, RowMap
 from stages.ovi.settings import TrainedPrior
 
@@ -43,13 +45,12 @@ def load_pipeline(method: TrainedPrior, context: Context) -> Any:
     Raises:
         ValueError: It, or the prior that is to take its prior's place, cannot be loaded.
     """
-    from diffusers import KandinskyV22PriorPipeline
-
     path = method.model or context.model
+    revision = context.revision if path == context.model else None
     dtype = torch.float16 if torch.device(context.device).type == "cuda" else torch.float32
-    given = {"prior": load_prior(method.prior, dtype)} if method.prior else {}
+    prior = load_prior(method.prior, dtype, context.allow_pickle) if method.prior else None
     try:
-        pipe = KandinskyV22PriorPipeline.from_pretrained(path, dtype=dtype, revision=context.revision, **given)
+        pipe = kandinsky.load_prior_pipeline(path, revision, dtype, context.allow_pickle, prior)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no Kandinsky 2.2 prior pipeline can be loaded: {error}") from None
     pipe = pipe.to(context.device)
@@ -57,12 +58,13 @@ def load_pipeline(method: TrainedPrior, context: Context) -> Any:
     return pipe
 
 
-def load_prior(path: str, dtype: torch.dtype) -> nn.Module:
+def load_prior(path: str, dtype: torch.dtype, allow_pickle: bool | None = None) -> nn.Module:
     """A `PriorTransformer`; one that was trained without a time embedding loads too (its weights have none)."""
     from diffusers import PriorTransformer
 
     try:
-        return PriorTransformer.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False)
+        weights = weights_of(path, allow_pickle=bool(allow_pickle))
+        return PriorTransformer.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **weights.options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no PriorTransformer can be loaded: {error}") from None
 

@@ -43,6 +43,7 @@ class Judge:
     def __init__(self, settings: RareConceptsSettings, device: torch.device) -> None:
         self.scores = settings.scores
         self._clip, self._device = (settings.clip, settings.clip_revision), str(device)
+        self._pickles = settings.allow_pickle
         self.oracle = None
         if "oracle" in self.scores:
             from micro.oracle import Oracle
@@ -52,12 +53,12 @@ class Judge:
     @cached_property
     def images(self) -> ImageEncoder:
         """The image encoder that scores."""
-        return ImageEncoder(*self._clip, device=self._device)
+        return ImageEncoder(*self._clip, device=self._device, allow_pickle=self._pickles)
 
     @cached_property
     def texts(self) -> TextEncoder:
         """Its text encoder."""
-        return TextEncoder(*self._clip, device=self._device)
+        return TextEncoder(*self._clip, device=self._device, allow_pickle=self._pickles)
 
     def measure(self, pictures: Sequence[Image], owners: Sequence[Candidates]) -> list[Row]:
         """The measures of each picture, and the picture, as a row.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,13 @@ class RareConcepts:
         geometry = read_geometry(settings)
         geometry.schedule(settings.steps)
         models = geometry.fingerprints()
+        encoder = partial(
+            identity, settings.clip, revision=settings.clip_revision, allow_pickle=settings.allow_pickle
+        )  # fmt: skip
         if "text" in settings.scores or settings.follows_pictures:
-            models["clip_image"] = identity(settings.clip, "image", settings.clip_revision)
+            models["clip_image"] = encoder("image")
         if "text" in settings.scores:
-            models["clip_text"] = identity(settings.clip, "text", settings.clip_revision)
+            models["clip_text"] = encoder("text")
         if "oracle" in settings.scores:
             import micro
 

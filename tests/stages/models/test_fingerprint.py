@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.contract import StageInfo
 from pipeline.run.draft import _unpinned
-from stages.models.fingerprint import _hub, describe_model
+from stages.models.files import _hub
+from stages.models.fingerprint import describe_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
