@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ class Captioned:
             picture, names = row.get("image"), sorted(row.keys() - {"id"})
             said = row.get("prompt") or row.get("title")
             yield ok(row, width=None if picture is None else picture.width, said=said, names=names)
+
+
+class Said(Captioned):
+    """A caption -> itself; takes no pictures."""
+
+    @staticmethod
+    def describe() -> StageInfo:
+        return replace(Captioned.describe(), reads={"prompt": "text", "title": "text?"})
 
 
 def spec_of(

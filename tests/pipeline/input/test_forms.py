@@ -206,9 +206,9 @@ def test_a_name_that_stands_twice_is_refused_where_it_is_asked_for(tmp_path: Pat
     for name in ("in.csv", "in.parquet"):
         for others in asked:
             with pytest.raises(SourceError, match=rf"{name} has the column 'prompt' twice"):
-                make_plan(spec_of(tmp_path / name, tmp_path / "out", stage="Captioned", **others))
+                make_plan(spec_of(tmp_path / name, tmp_path / "out", stage="Said", **others))
         columns = {"title": "score"}
-        rows = rows_of(tmp_path / name, tmp_path / f"{name}-out", ["score"], stage="Captioned", columns=columns)
+        rows = rows_of(tmp_path / name, tmp_path / f"{name}-out", ["score"], stage="Said", columns=columns)
         assert [row["status"] for row in rows] == ["ok"]
 
 

@@ -167,6 +167,6 @@ def test_text_members_by_windows_editors(tmp_path: Path) -> None:
         ("1.txt", "é".encode("latin-1")),
         ("2.json", b'\xef\xbb\xbf{"text": "b"}'),
     ]
-    rows = _rows(tmp_path, members, columns={"prompt": "text"})
+    rows = rows_of(_tar(tmp_path / "in.tar", members), tmp_path / "out", stage="Said", columns={"prompt": "text"})
     assert [(row["status"], row["said"]) for row in rows] == [("ok", "a red star"), ("failed", None), ("ok", "b")]
     assert "1.txt in in.tar" in rows[1]["error"]
