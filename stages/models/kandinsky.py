@@ -33,6 +33,26 @@ def _places(decode: Decode, allow_pickle: bool | None) -> dict[str, Place]:
     return {part: Place(decode.model, decode.revision, part, allow_pickle=bool(allow_pickle)) for part in PARTS}
 
 
+def check_width(decode: Decode, width: int) -> None:
+    """Refuse a decoder of other embeddings; loads no weights.
+
+    Args:
+        width: Of the embeddings that it will be given.
+
+    Raises:
+        DecoderError: There is no such pipeline, or it takes embeddings of another width.
+    """
+    from diffusers import UNet2DConditionModel
+
+    try:
+        config = UNet2DConditionModel.load_config(decode.model, subfolder="unet", revision=decode.revision)
+    except (OSError, ValueError) as error:
+        raise DecoderError(f"{decode.model}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
+    taken = config.get("encoder_hid_dim")
+    if taken is not None and taken != width:
+        raise DecoderError(f"{decode.model}: takes embeddings of width {taken}, the encoder gives {width}")
+
+
 def load_prior_pipeline(
     path: str, revision: str | None, dtype: torch.dtype, allow_pickle: bool | None, prior: Any = None
 ) -> Any:
@@ -77,6 +97,7 @@ class Decoder:
                  allow_pickle: bool | None = None) -> None:  # fmt: skip
         from diffusers import KandinskyV22Pipeline, UNet2DConditionModel, VQModel
 
+        check_width(decode, len(negative_E))
         path = decode.model
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         try:
@@ -86,9 +107,6 @@ class Decoder:
             pipe = KandinskyV22Pipeline.from_pretrained(path, dtype=dtype, revision=decode.revision, **networks)
         except (OSError, ValueError) as error:
             raise DecoderError(f"{path}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
-        width = pipe.unet.config.encoder_hid_dim
-        if width is not None and width != len(negative_E):
-            raise DecoderError(f"{path}: takes embeddings of width {width}, the encoder gives {len(negative_E)}")
         self.pipe: Any = pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         for part in PARTS:

@@ -87,7 +87,7 @@ def direct(method: Direct, context: Context) -> RowMap:
 def optimised(method: OVI | Direct, context: Context, parametrization: Parametrization) -> RowMap:
     """The rows' problems by the batched solver."""
     constraint, reference = method.constraint, context.reference
-    if constraint.mahalanobis or constraint.neighbours or method.stopping.watch == "mahalanobis":
+    if method.needs_reference:
         reference = context.need_reference(method)
     search = open_search(reference, constraint.k, context.device) if constraint.neighbours and reference else None
     problem = OviProblem(parametrization, method, seed=context.seed, whitening=context.whitening(), search=search)

@@ -23,6 +23,16 @@ class PromptMethod(Method):
     """Scale the embedding to the mean norm of the reference's images. The decoder is sensitive to the norm; the cosine
     leaves it free."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it cannot do without the embeddings of real images."""
+        return self.rescale
+
+    @property
+    def needed_rows(self) -> int:
+        """How many of them it asks for at once."""
+        return 1
+
 
 class Stop(Settings):
     """When a row stops before its last step. Nothing set: never."""
@@ -75,6 +85,14 @@ class Retrieval(PromptMethod):
     k: int = Field(1, ge=1)
     """Images whose mean is taken; 1 is the nearest image itself."""
 
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def needed_rows(self) -> int:
+        return self.k
+
 
 class TrainedPrior(PromptMethod):
     """A trained diffusion prior (Kandinsky 2.2's pipeline), or an ECLIPSE-style prior that needs one pass."""
@@ -112,6 +130,14 @@ class Direct(PromptMethod):
     init_std: ClassVar[float] = 0.0
     precision: ClassVar[Literal["float32"]] = "float32"
     accelerate: ClassVar[Literal["none"]] = "none"
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def needed_rows(self) -> int:
+        return self.constraint.k if self.constraint.neighbours else 1
 
     @property
     def stopping(self) -> Stop:
@@ -156,6 +182,16 @@ class OVI(PromptMethod):
     """Autocast of the encoder; the tokens stay float32."""
     accelerate: Literal["none", "compile", "graph"] = "none"
     """``compile``: torch.compile for the encoder; ``graph``: the whole step as a CUDA graph (needs a GPU)."""
+
+    @property
+    def needs_reference(self) -> bool:
+        constraint = self.constraint
+        watches = self.stopping.watch == "mahalanobis"
+        return self.rescale or bool(constraint.mahalanobis or constraint.neighbours) or watches
+
+    @property
+    def needed_rows(self) -> int:
+        return self.constraint.k if self.constraint.neighbours else 1
 
     @property
     def stopping(self) -> Stop:
@@ -207,6 +243,13 @@ class PromptInversion(Settings):
     """Folder of the oracle. Left out: the shipped one."""
     store_tokens: bool = False
     """Keep OVI's tokens, so that a later job can start from them (``warm_start``)."""
+
+    @model_validator(mode="after")
+    def _reference_where_it_is_needed(self) -> PromptInversion:
+        needing = next((method for method in self.methods if method.needs_reference), None)
+        if needing is not None and self.reference is None:
+            raise ValueError(f"method {needing.label!r} needs `reference:`, the output of a `job: reference`")
+        return self
 
 
 Score = Literal["clip", "oracle", "frechet"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -118,13 +119,14 @@ class InvertPrompts:
                 )
         if settings.reference is not None:
             columns += _AGAINST_REFERENCE
-            models["reference"] = _identity_of_reference(settings.reference)
+            models["reference"] = _identity_of_reference(settings, settings.reference, models["image_encoder"])
         if settings.store_tokens:
             columns.append(_tokens_column(settings))
         if settings.decoder is not None:
             columns.append(Column("image", "image"))
             columns += _CLIP_SCORE if "clip" in settings.scores else ()
             columns += _ORACLE_SCORES if "oracle" in settings.scores else ()
+            kandinsky.check_width(settings.decoder, width)
             models |= kandinsky.identity(settings.decoder, pickles)
         return StageInfo(tuple(columns), models, reads=_READS)
 
@@ -220,11 +222,24 @@ def _parted(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     return good, bad
 
 
-def _identity_of_reference(path: str) -> dict[str, str]:
-    from index.reference import find
+def _identity_of_reference(
+    settings: InvertPromptsSettings, path: str, encoder: Mapping[str, str]
+) -> dict[str, str]:  # fmt: skip
+    """Path and fingerprint of the reference; what does not fit it is told now, not by the workers.
 
-    digest = hashlib.blake2b((find(path) / "reference.json").read_bytes(), digest_size=16).hexdigest()
-    return {"path": path, "revision": "", "fingerprint": digest}
+    Raises:
+        ValueError: It was made with another encoder, or has fewer rows than a method asks for.
+    """
+    from index.reference import find, require_encoder
+
+    folder = find(path)
+    content = (folder / "reference.json").read_bytes()
+    facts = json.loads(content)
+    require_encoder(folder, facts["encoder"], encoder)
+    for method in settings.methods:
+        if method.needed_rows > facts["rows"]:
+            raise ValueError(f"method {method.label!r}: k is {method.needed_rows}, {path} has {facts['rows']} rows")
+    return {"path": path, "revision": "", "fingerprint": hashlib.blake2b(content, digest_size=16).hexdigest()}
 
 
 def _tokens_column(settings: InvertPromptsSettings) -> Column:

@@ -17,7 +17,8 @@ JOBS = ROOT / "jobs" / "examples"
 def test_job_plans_one_row_a_prompt_and_method(tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a star\na ring\n")
-    job = load({"job": "invert-prompts", "input": str(prompts), "methods": ["text-embedding", "direct"], "draws": 2})
+    job = load({"job": "invert-prompts", "input": str(prompts), "methods": ["text-embedding", "direct"],
+                "draws": 2, "reference": str(tmp_path)})  # fmt: skip
     assert isinstance(job, InvertPrompts)
     assert job.source().variants == {"draw": ("0", "1"), "method": ("text-embedding", "direct")}
     assert job.stage().load_class() is Stage
@@ -35,6 +36,11 @@ def test_job_plans_one_row_a_prompt_and_method(tmp_path):
         ({"score": ["frechet"]}, "reference"),
         ({"methods": [{"method": "ovi", "recipe": "published", "steps": 5}]}, "fixes steps"),
         ({"methods": [{"method": "ovi", "tokenz": 5}]}, "tokenz"),
+        ({"methods": ["retrieval"]}, "method 'retrieval' needs `reference:`"),
+        ({"methods": ["direct"]}, "method 'direct' needs `reference:`"),
+        ({"methods": ["ovi", {"method": "text-embedding", "name": "own", "rescale": True}]}, "method 'own' needs"),
+        ({"methods": [{"method": "ovi", "constraint": {"neighbours": 1}}]}, "method 'ovi' needs"),
+        ({"methods": [{"method": "ovi", "stop": {"watch": "mahalanobis", "patience": 3}}]}, "method 'ovi' needs"),
     ],
 )
 def test_job_files_that_cannot_be_meant(change, says):

@@ -54,6 +54,19 @@ def solved(stage):
     return {row["id"]: row for row in found}, stage.take_summary()
 
 
+def test_what_does_not_fit_is_told_before_anything_is_loaded(params, tmp_path):
+    def described(**changes):
+        return Stage.describe(InvertPromptsSettings(**{**params, **changes}))
+
+    with pytest.raises(ValueError, match=r"method 'near': k is 301, .* has 300 rows"):
+        described(methods=[{"method": "retrieval", "k": 301, "name": "near"}], store_tokens=False)
+    with pytest.raises(ValueError, match="takes embeddings of width 25, the encoder gives 24"):
+        described(decoder={"model": build_decoder(tmp_path / "decoder", width=25)})
+    other = build_prior(tmp_path / "other", seed=4)
+    with pytest.raises(ValueError, match="embeddings of different encoders cannot be compared"):
+        described(model=other)
+
+
 def test_prompts_that_the_encoder_cuts_are_told(solved):
     found, _ = solved
     told = [(found[f"p{i}/ovi"]["prompt_tokens"], found[f"p{i}/ovi"]["prompt_truncated"]) for i in range(len(PROMPTS))]
