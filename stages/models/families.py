@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stages.models.latent import Geometry, LatentModel
+from stages.models.origin import configuration
 from stages.models.settings import LatentModelSettings
 from stages.models.unet import StableDiffusion, StableDiffusionXL
 
@@ -14,9 +15,15 @@ def _family(settings: LatentModelSettings) -> type[StableDiffusion]:
     from diffusers import DiffusionPipeline
 
     path = settings.model
+    where, revision = configuration(settings)
     try:
-        index = DiffusionPipeline.load_config(path, revision=settings.revision)
+        index = DiffusionPipeline.load_config(where, revision=revision)
     except OSError as error:
+        if where != path:
+            raise ValueError(
+                f"model {path!r} is one file, without its configuration, and that of {where!r}, which fits, is not to "
+                f"be had: set `config` to a folder or hub id of such a model ({str(error).splitlines()[0]})"
+            ) from error
         raise ValueError(
             f"model {path!r} is no diffusers folder or hub id with a U-Net, a VAE and a scheduler: "
             f"{str(error).splitlines()[0]}"

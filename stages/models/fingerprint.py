@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from stages.models.files import files_of
 from stages.models.weights import choose
@@ -43,13 +45,17 @@ def describe_model(
     files = files_of(path, revision, subfolder)
     weights = choose(files, where, variant, allow_pickle)
     config = json.loads(files.text("config.json"))
-    kept = {name: value for name, value in config.items() if name not in INCIDENTAL}
     return {
         "path": where,
         "revision": revision or "",
-        "fingerprint": digest([kept, [files.digest(name) for name in weights.files]]),
+        "fingerprint": digest([telling(config), [files.digest(name) for name in weights.files]]),
         **({"commit": files.commit} if files.commit else {}),
     }
+
+
+def telling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration says how the network computes."""
+    return {name: value for name, value in config.items() if name not in INCIDENTAL}
 
 
 def digest(content: object) -> str:

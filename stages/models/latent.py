@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from stages.models.fingerprint import describe_model
+from stages.models.fingerprint import describe_model, digest
+from stages.models.loras import Lora
 from stages.models.schedule import Schedule, make_schedule
 from stages.models.stock_schedule import stock_schedule
 from stages.models.usage import Usage
@@ -64,6 +65,16 @@ class Place:
         )
 
 
+class Network(Protocol):
+    """Where a network is read from: a `Place`, or a part of a checkpoint of one file."""
+
+    def load(self, kind: Any, dtype: torch.dtype) -> Any:
+        """The network, of a class of diffusers or transformers."""
+
+    def identity(self) -> dict[str, str]:
+        """Path, revision and fingerprint of the weights that `load` reads."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What a model's configuration says before any weight is loaded.
@@ -76,7 +87,8 @@ class Geometry:
         text_shape: (L, E) of a text condition.
         upcast: The autoencoder runs in float32 beside networks in half precision.
         word_widths: Width of each text encoder's input embeddings: what a new word consists of.
-        parts: Where the networks lie that results depend on, the denoiser first.
+        parts: The networks that results depend on, the denoiser first.
+        loras: What is added to all of them but the autoencoder.
         usage: Lines for cards.
         sampler: Whose steps are inverted and run: DDIM's over the scheduler's noise levels, or the scheduler's own.
     """
@@ -88,7 +100,8 @@ class Geometry:
     text_shape: tuple[int, int]
     upcast: bool
     word_widths: tuple[int, ...]
-    parts: Mapping[str, Place]
+    parts: Mapping[str, Network]
+    loras: tuple[Lora, ...]
     usage: Usage
     sampler: Literal["ddim", "model"] = "ddim"
 
@@ -103,7 +116,12 @@ class Geometry:
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Part -> path, revision and fingerprint, for `pipeline.contract.StageInfo.models`."""
-        return {part: place.identity() for part, place in self.parts.items()}
+        found = {part: network.identity() for part, network in self.parts.items()}
+        if self.loras:
+            marks = [lora.mark() for lora in self.loras]
+            for part in found.keys() - {"vae"}:
+                found[part]["fingerprint"] = digest([found[part]["fingerprint"], marks])
+        return found
 
 
 @runtime_checkable

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 import micro
 from pipeline.contract import Settings, added, speed
+from stages.models.loras import Lora
 from stages.models.names import ModelName
 
 VP_SCHEDULERS = (
@@ -26,7 +27,8 @@ class LatentModelSettings(Settings):
     """A frozen latent diffusion model: where it comes from and how it is run."""
 
     model: ModelName = str(micro.MODELS / "stable-diffusion")
-    """Stable Diffusion 1.x, 2.x or XL: a diffusers folder or hub id. Left out: the miniature one."""
+    """Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or a checkpoint of one ``.safetensors`` file. Left
+    out: the miniature one."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     variant: str | None = None
@@ -48,6 +50,18 @@ class LatentModelSettings(Settings):
     vae: ModelName | None = added()
     """Another autoencoder of the same latent space: a folder or hub id, for instance
     ``madebyollin/sdxl-vae-fp16-fix``. Left out: the model's own."""
+
+    config: ModelName | None = added()
+    """Configuration of a checkpoint of one file: the folder or hub id of a model of its shape. Left out: that of the
+    model it was trained from, by its shapes, from the hub or its cache."""
+    loras: tuple[Lora, ...] | None = added()
+    """Adapters that are added to the weights: a list of ``{path: ..., weight: 1.0}``; needs ``latentmill[lora]``."""
+
+    @model_validator(mode="after")
+    def _config_of_one_file(self) -> LatentModelSettings:
+        if self.config is not None and not self.model.endswith(".safetensors"):
+            raise ValueError("config: belongs to a model of one .safetensors file; a folder or hub id brings its own")
+        return self
 
     @field_validator("scheduler")
     @classmethod

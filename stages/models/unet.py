@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from stages.engine.device import chosen_device
-from stages.models.latent import DTYPES, Condition, Geometry, Place, Predict
+from stages.models.latent import Condition, Geometry, Predict
+from stages.models.loras import add_lora
 from stages.models.memory import peak_bytes
+from stages.models.origin import check_vae, chosen_vae, configuration, lines, load_pipeline, networks
 from stages.models.schedule import Schedule, changed_config
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
 from stages.models.usage import Usage
@@ -65,7 +66,7 @@ class StableDiffusion:
             ValueError: Not such a model, or one that cannot be inverted, or a size that its autoencoder cannot divide.
         """
         path = settings.model
-        unet, vae, scheduler, texts = _configurations(path, settings.revision, cls.encoders)
+        unet, vae, scheduler, texts = _configurations(*configuration(settings), cls.encoders)
         if unet.get("time_cond_proj_dim") is not None:
             raise ValueError(f"model {path!r} takes the guidance scale as an input (latent consistency): not supported")
         if unet["in_channels"] != vae["latent_channels"]:
@@ -73,7 +74,7 @@ class StableDiffusion:
                 f"model {path!r} takes {unet['in_channels']} channels (an inpainting model): not supported"
             )
         if settings.vae is not None:
-            _check_vae(settings.vae, vae, path)
+            check_vae(settings.vae, vae, path)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         size = settings.size or int(unet["sample_size"]) * factor
         down = 2 ** (len(unet["block_out_channels"]) - 1)
@@ -85,7 +86,7 @@ class StableDiffusion:
         effective = changed_config(_as_loaded(scheduler, cls.mended, settings, stock), settings.scheduler)
         if effective.get("_class_name") in FLOW_SCHEDULERS:
             raise ValueError(f"model {path!r} has a U-Net, which a {effective['_class_name']} does not run")
-        upcast = settings.dtype == "float16" and bool(_chosen_vae(settings, vae).get("force_upcast", True))
+        upcast = settings.dtype == "float16" and bool(chosen_vae(settings, vae).get("force_upcast", True))
         text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))
         return Geometry(
             size=size,
@@ -95,8 +96,9 @@ class StableDiffusion:
             text_shape=text_shape,
             word_widths=tuple(int(text.hidden_size) for text in texts),
             upcast=upcast,
-            parts=_parts(settings, cls.encoders, upcast),
-            usage=_usage(settings, effective, stock, cls.text_latent(text_shape)),
+            parts=networks(settings, cls.encoders, upcast),
+            loras=tuple(settings.loras or ()),
+            usage=_usage(settings, f"{cls.index}Pipeline", effective, stock, cls.text_latent(text_shape)),
             sampler="model" if stock else "ddim",
         )
 
@@ -105,16 +107,10 @@ class StableDiffusion:
         """Read the weights, each part in the type that it runs in, onto the device."""
         import diffusers
 
-        dtype = DTYPES[settings.dtype]
-        classes = _classes()
-        networks = {
-            part: place.load(classes[part], torch.float32 if part == "vae" and geometry.upcast else dtype)
-            for part, place in geometry.parts.items()
-        }
         kind: Any = getattr(diffusers, f"{cls.index}Pipeline")
-        pipeline = kind.from_pretrained(
-            settings.model, revision=settings.revision, dtype=dtype, **networks, **cls.left_out
-        )  # fmt: skip
+        pipeline = load_pipeline(settings, kind, geometry.parts, geometry.upcast, cls.left_out)
+        for lora in geometry.loras:
+            add_lora(pipeline, lora)
         if settings.scheduler is not None:
             sampler: Any = getattr(diffusers, geometry.scheduler["_class_name"])
             pipeline.scheduler = sampler.from_config(dict(geometry.scheduler))
@@ -354,69 +350,6 @@ def _configurations(
     return found[0], found[1], found[2], texts
 
 
-LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None,
-                "latents_std": None}  # fmt: skip
-"""What two autoencoders must have in common to serve one U-Net, with `AutoencoderKL`'s defaults."""
-
-
-def _config_of_vae(path: str) -> tuple[dict[str, Any], str]:
-    """An autoencoder's configuration, and where it lies: on top (""), or in a pipeline's folder ``vae``."""
-    from diffusers import AutoencoderKL
-
-    for folder in ("", "vae"):
-        try:
-            return AutoencoderKL.load_config(path, subfolder=folder or None), folder
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-    raise ValueError(f"vae {path!r} is no folder or hub id of an autoencoder: {reason}")
-
-
-def _check_vae(path: str, own: Mapping[str, Any], model: str) -> None:
-    other, _ = _config_of_vae(path)
-    if str(other.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"vae {path!r} is a {other['_class_name']}; {model!r} has an AutoencoderKL")
-    if len(other["block_out_channels"]) != len(own["block_out_channels"]):
-        raise ValueError(f"vae {path!r} scales pictures down by another factor than the one of {model!r}")
-    for key, default in LATENT_SPACE.items():
-        ours, theirs = own.get(key, default), other.get(key, default)
-        if ours != theirs:
-            raise ValueError(
-                f"vae {path!r} has another latent space than {model!r}: its {key} is {theirs}, the model's is {ours}"
-            )
-
-
-def _chosen_vae(settings: LatentModelSettings, own: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration of the autoencoder that will be used."""
-    return own if settings.vae is None else _config_of_vae(settings.vae)[0]
-
-
-def _parts(settings: LatentModelSettings, encoders: Sequence[str], upcast: bool) -> dict[str, Place]:
-    """Where the networks lie.
-
-    An autoencoder that has to run in float32 beside half-precision networks is read from its full-precision file if
-    there is one, whatever variant the other parts come in: rounded weights would bound every picture's PSNR.
-    """
-    place = partial(Place, settings.model, settings.revision, allow_pickle=bool(settings.allow_pickle))
-    parts = {part: place(folder=part, variant=settings.variant) for part in ("unet", "vae", *encoders)}
-    if settings.vae is not None:
-        folder = _config_of_vae(settings.vae)[1]
-        parts["vae"] = Place(settings.vae, None, folder, allow_pickle=bool(settings.allow_pickle))
-    elif upcast:
-        parts["vae"] = place(folder="vae")
-    return parts
-
-
-def _classes() -> dict[str, Any]:
-    """What each part is loaded as."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    return {
-        "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
-    }  # fmt: skip
-
-
 def _swap(settings: LatentModelSettings, scheduler: Mapping[str, Any], stock: bool) -> tuple[str, dict[str, Any]]:
     """The class of sampler that regenerates, and what is changed in the pipeline's configuration for it."""
     from diffusers import DDIMScheduler
@@ -430,22 +363,11 @@ def _swap(settings: LatentModelSettings, scheduler: Mapping[str, Any], stock: bo
 
 
 def _usage(
-    settings: LatentModelSettings, scheduler: Mapping[str, Any], stock: bool,
+    settings: LatentModelSettings, kind: str, scheduler: Mapping[str, Any], stock: bool,
     text_latent: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> Usage:  # fmt: skip
     sampler, changes = _swap(settings, scheduler, stock)
-    names, given = ["DiffusionPipeline"], ""
-    lines = []
-    if settings.vae is not None:
-        names.insert(0, "AutoencoderKL")
-        _, folder = _config_of_vae(settings.vae)
-        where = f', subfolder="{folder}"' if folder else ""
-        lines.append(f'vae = AutoencoderKL.from_pretrained("{settings.vae}"{where}, dtype=torch.float32)')
-        given = ", vae=vae"
-    if settings.revision is not None:
-        given += f', revision="{settings.revision}"'
-    load = f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)'
-    pipeline = "\n".join([*lines, load])
+    names, pipeline = lines(settings, kind)
     if not changes:
         return Usage(tuple(names), pipeline, (), "", text_latent)
     options = ", ".join(f"{key}={value!r}" for key, value in changes.items())

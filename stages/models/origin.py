@@ -1,0 +1,153 @@
+"""Where the networks of a latent model come from: a folder or hub id, a checkpoint of one file, another autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from stages.models.latent import Network, Place
+from stages.models.one_file import FilePart, check_parts, configuration_of, is_one_file
+from stages.models.settings import LatentModelSettings
+from stages.models.weights import WeightsError, weights_of
+
+LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None,
+                "latents_std": None}  # fmt: skip
+"""What two autoencoders must have in common to serve one U-Net, with `AutoencoderKL`'s defaults."""
+
+
+def config_of_vae(path: str) -> tuple[dict[str, Any], str]:
+    """An autoencoder's configuration, and where it lies: on top (""), or in a pipeline's folder ``vae``."""
+    from diffusers import AutoencoderKL
+
+    for folder in ("", "vae"):
+        try:
+            return AutoencoderKL.load_config(path, subfolder=folder or None), folder
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+    raise ValueError(f"vae {path!r} is no folder or hub id of an autoencoder: {reason}")
+
+
+def check_vae(path: str, own: Mapping[str, Any], model: str) -> None:
+    other, _ = config_of_vae(path)
+    if str(other.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"vae {path!r} is a {other['_class_name']}; {model!r} has an AutoencoderKL")
+    if len(other["block_out_channels"]) != len(own["block_out_channels"]):
+        raise ValueError(f"vae {path!r} scales pictures down by another factor than the one of {model!r}")
+    for key, default in LATENT_SPACE.items():
+        ours, theirs = own.get(key, default), other.get(key, default)
+        if ours != theirs:
+            raise ValueError(
+                f"vae {path!r} has another latent space than {model!r}: its {key} is {theirs}, the model's is {ours}"
+            )
+
+
+def chosen_vae(settings: LatentModelSettings, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the autoencoder that will be used."""
+    return own if settings.vae is None else config_of_vae(settings.vae)[0]
+
+
+def configuration(settings: LatentModelSettings) -> tuple[str, str | None]:
+    """Folder or hub id of the model's configuration, and the revision there.
+
+    Raises:
+        ValueError: The model is one file, and no checkpoint of Stable Diffusion.
+    """
+    if not is_one_file(settings.model):
+        return settings.model, settings.revision
+    found = configuration_of(settings.model)
+    check_parts(settings.model, own_vae=settings.vae is None)
+    return settings.config or found, None
+
+
+def networks(settings: LatentModelSettings, encoders: Sequence[str], upcast: bool) -> dict[str, Network]:
+    """The model's networks by part, the denoiser first.
+
+    An autoencoder that has to run in float32 beside half-precision networks is read from its full-precision file if
+    there is one, whatever variant the other parts come in: rounded weights would bound every picture's PSNR.
+    """
+    pickles = bool(settings.allow_pickle)
+    names = ("unet", "vae", *encoders)
+    parts: dict[str, Network]
+    if is_one_file(settings.model):
+        parts = {part: FilePart(settings.model, configuration(settings)[0], part) for part in names}
+    else:
+        place = partial(Place, settings.model, settings.revision, allow_pickle=pickles)
+        variants = {part: None if part == "vae" and upcast else settings.variant for part in names}
+        parts = {part: place(folder=part, variant=variant) for part, variant in variants.items()}
+    if settings.vae is not None:
+        parts["vae"] = Place(settings.vae, None, config_of_vae(settings.vae)[1], allow_pickle=pickles)
+    return parts
+
+
+def load_pipeline(
+    settings: LatentModelSettings, kind: Any, parts: Mapping[str, Network], upcast: bool, left_out: Mapping[str, Any]
+) -> Any:
+    """The pipeline, each network in the type that it runs in, on the CPU.
+
+    Args:
+        kind: Its class.
+        parts: From `networks`.
+        upcast: The autoencoder is read in float32.
+        left_out: Its parts that are not loaded.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    classes: dict[str, Any] = {
+        "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }  # fmt: skip
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    one_file = is_one_file(settings.model)
+    # Text encoders are no classes of diffusers: out of a file, they come with the pipeline.
+    loaded = {
+        part: network.load(classes[part], torch.float32 if part == "vae" and upcast else dtype)
+        for part, network in parts.items()
+        if not one_file or part in ("unet", "vae")
+    }
+    if one_file:
+        config = configuration(settings)[0]
+        return kind.from_single_file(settings.model, config=config, dtype=dtype, **loaded, **left_out)
+    return kind.from_pretrained(settings.model, revision=settings.revision, dtype=dtype, **loaded, **left_out)
+
+
+def lines(settings: LatentModelSettings, kind: str) -> tuple[list[str], str]:
+    """What is imported from diffusers, and the lines of Python that make `pipe` of the model.
+
+    Args:
+        kind: Class of its pipeline, for a checkpoint of one file.
+    """
+    names, code, given = [], [], ""
+    if settings.vae is not None:
+        names.append("AutoencoderKL")
+        folder = config_of_vae(settings.vae)[1]
+        where = f', subfolder="{folder}"' if folder else ""
+        code.append(f'vae = AutoencoderKL.from_pretrained("{settings.vae}"{where}, dtype=torch.float32)')
+        given = ", vae=vae"
+    if is_one_file(settings.model):
+        names.append(kind)
+        given = f', config="{configuration(settings)[0]}"{given}'
+        code.append(f'pipe = {kind}.from_single_file("{settings.model}"{given}, dtype=torch.float32)')
+    else:
+        names.append("DiffusionPipeline")
+        if settings.revision is not None:
+            given += f', revision="{settings.revision}"'
+        given += _variant(settings)
+        code.append(f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)')
+    code += [lora.usage() for lora in settings.loras or ()]
+    return names, "\n".join(code)
+
+
+def _variant(settings: LatentModelSettings) -> str:
+    """The pipeline's argument that says which weight files it reads, where it does not find them by itself."""
+    try:
+        pickles = bool(settings.allow_pickle)
+        weights = weights_of(
+            settings.model, settings.revision, "unet", variant=settings.variant, allow_pickle=pickles
+        )  # fmt: skip
+    except (FileNotFoundError, WeightsError):  # whoever loads it is told
+        return ""
+    return "" if weights.variant is None else f', variant="{weights.variant}"'
