@@ -5,7 +5,7 @@ Legend: B slots; `loss_B`, `scale_B` one number a slot; `active_B`, `which_B`, `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -13,6 +13,11 @@ from stages.engine.slots import per_row, slot_mask
 
 FLOAT16_SCALE = 2.0**16
 """What `torch.amp.GradScaler` starts from too."""
+
+
+def loss_scale(dtypes: Iterable[torch.dtype]) -> float | None:
+    """`RowGradient`'s scale for a gradient through networks of these dtypes: None unless one is float16."""
+    return FLOAT16_SCALE if torch.float16 in set(dtypes) else None
 
 
 class RowGradient:

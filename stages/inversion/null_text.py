@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from stages.engine.adamw import RowAdamW
+from stages.engine.gradients import RowGradient
 from stages.models.latent import Condition, Predict
 from stages.models.sampler import sample
 from stages.models.schedule import Schedule
@@ -38,6 +39,7 @@ def learn_null_text(
     *,
     guidance: float = 7.5,
     iterations: int = 10,
+    scale: float | None = None,
 ) -> NullText:
     """Bend guided sampling back onto the pivot, step by step from the noise.
 
@@ -50,6 +52,8 @@ def learn_null_text(
         predict: The network without guidance.
         path_BSCHW: The DDIM inversion at guidance 1, z_0 first.
         condition: Needs `null_text_BLE`.
+        scale: `RowGradient`'s: a mean over a latent's thousands of numbers, near the pivot, has a gradient that
+            float16 rounds to zero. A row whose gradient overflows skips that update.
     """
     rows, steps = len(path_BSCHW), len(schedule)
     null_BLE = condition["null_text_BLE"].detach().float().clone()
@@ -58,6 +62,7 @@ def learn_null_text(
     z_BCHW = path_BSCHW[:, steps]
     forwards_B = torch.zeros(rows, dtype=torch.int64, device=z_BCHW.device)
     backwards_B = torch.zeros_like(forwards_B)
+    gradient = RowGradient(rows, scale, z_BCHW.device)
     for i, k in enumerate(range(steps - 1, -1, -1)):
         step = schedule.at(torch.full((rows,), k, device=z_BCHW.device))
         target_BCHW = path_BSCHW[:, k]
@@ -76,10 +81,10 @@ def learn_null_text(
             with torch.enable_grad():
                 variable_BLE = null_BLE.detach().clone().requires_grad_(True)
                 loss_B = (guided(variable_BLE) - target_BCHW).square().flatten(1).mean(1)
-                (gradient_BLE,) = torch.autograd.grad(loss_B.sum(), variable_BLE)
+                gradient_BLE, skip_B = gradient(loss_B, variable_BLE, active_B)
             forwards_B += active_B
             backwards_B += active_B
-            optimiser.step(gradient_BLE, active_B)
+            optimiser.step(gradient_BLE, active_B & ~skip_B)
             # The loss belongs to the embedding before this update, as in the published loop: the update is kept.
             active_B = active_B & (loss_B.detach() >= 1e-5 + 2e-5 * i)
             if not bool(active_B.any()):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from pipeline.contract import Row, failed
+from stages.engine.gradients import loss_scale
 from stages.engine.passthrough import in_batches
 from stages.engine.solver import Occupancy, solve
 from stages.inversion import pairs
@@ -93,6 +94,7 @@ class NullText(Scheme):
         learned = learn_null_text(
             self.predict, self.schedule, stacked(rows, "path", self.model.device),
             conditions(rows, self.model.device), guidance=self.settings.guidance, iterations=self.settings.iterations,
+            scale=loss_scale(self.model.dtypes.values()),
         )  # fmt: skip
         for i, row in enumerate(rows):
             forwards, backwards = row["forwards"] + int(learned.forwards_B[i]), int(learned.backwards_B[i])
