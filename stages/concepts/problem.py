@@ -28,6 +28,7 @@ from stages.concepts.prepare import Prepared
 from stages.concepts.settings import LegoSettings
 from stages.engine.adamw import RowAdamW
 from stages.engine.checkpoint import read_checkpoint, write_checkpoint
+from stages.engine.gradients import RowGradient, loss_scale
 from stages.engine.stopping import REASONS, RUNNING, StoppingRule
 from stages.models.denoising_loss import DenoisingLoss
 from stages.models.latent import LatentModel
@@ -100,6 +101,7 @@ class LegoProblem:
         self.slots = slots
         self.held: list[Slot | None] = [None] * B
         self.v_BVE = torch.zeros((B, V, E), device=device, requires_grad=True)
+        self.gradient = RowGradient(B, loss_scale(self.model.dtypes.values()), device)
         self.optimiser = RowAdamW(self.v_BVE, self.settings.lr, weight_decay=0.0)
         rule = StoppingRule(
             limit=self.settings.steps // self.settings.window,
@@ -142,6 +144,7 @@ class LegoProblem:
                 present_BVM[b, number, : len(words_ME)] = True
         self.v_BVE[b] = 0
         self.v_BVE[b, : len(prepared.start_VE)] = prepared.start_VE
+        self.gradient.reset([b])
         self.optimiser.reset([b])
         self.stopper.reset([b])
         self.sums_2B[:, b] = 0
@@ -194,9 +197,9 @@ class LegoProblem:
         """One step of every active concept: K pictures each, one pass for all."""
         learning = [b for b, active in enumerate(self.active_B.tolist()) if active]
         loss_B, context_B = self.losses(*self._draws(learning))
-        total = torch.where(self.active_B, loss_B + self.settings.context_weight * context_B, 0.0).sum()
-        (grad_BVE,) = torch.autograd.grad(total, self.v_BVE)
-        self.optimiser.step(grad_BVE, self.active_B)
+        total_B = torch.where(self.active_B, loss_B + self.settings.context_weight * context_B, 0.0)
+        grad_BVE, skip_B = self.gradient(total_B, self.v_BVE, self.active_B)
+        self.optimiser.step(grad_BVE, self.active_B & ~skip_B)
         self.sums_2B += torch.stack([loss_B, context_B]).detach()
         for b in learning:
             self._slot(b).step += 1
@@ -273,6 +276,8 @@ class LegoProblem:
             return None
         settings = self.settings.model_dump()
         described = [row["id"], self.seed, settings, prepared.tokens, self.width, prepared.with_I.tolist()]
+        if self.gradient.scale is not None:
+            described.append(self.gradient.scale)
         digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16)
         for tensor in prepared.tensors():
             digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
@@ -299,21 +304,24 @@ class LegoProblem:
             return
         tensors, meta = found
         slot.step, slot.seconds, slot.curve = meta["step"], meta["seconds"], meta["curve"]
+        self.optimiser.steps_B[b] = slot.step
         for name, state in self._slot_state(b).items():
             state.copy_(tensors[name])
-        self.optimiser.steps_B[b] = slot.step
         for state_B, value in zip(self._stopper_state(), tensors["stopper"], strict=True):
             state_B[b] = value.to(state_B.dtype)
         self.active_B[b] = self.stopper.reason_B[b] == RUNNING
 
     def _slot_state(self, b: int) -> dict[str, torch.Tensor]:
         """A slot's part of what changes while it learns: views, to be read and written."""
-        return {
+        state = {
             "v": self.v_BVE[b],
             "first": self.optimiser.first[b],
             "second": self.optimiser.second[b],
             "sums": self.sums_2B[:, b],
         }
+        if self.gradient.scale is not None:  # a step that overflowed was no update
+            state |= {"scale": self.gradient.scale_B[b], "updates": self.optimiser.steps_B[b]}
+        return state
 
     def _stopper_state(self) -> tuple[torch.Tensor, ...]:
         stopper = self.stopper

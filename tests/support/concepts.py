@@ -15,8 +15,8 @@ from stages.models.settings import LatentModelSettings
 from tests.support.tiny_stable_diffusion import WORDS
 
 
-def opened(folder):
-    return open_latent_model(LatentModelSettings(model=folder, device="cpu"))
+def opened(folder, dtype="float32"):
+    return open_latent_model(LatentModelSettings(model=folder, device="cpu", dtype=dtype))
 
 
 def pictures(seed: int, count: int = 2) -> list[Image.Image]:

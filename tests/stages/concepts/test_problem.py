@@ -13,6 +13,9 @@ from stages.concepts.draws import draw
 from stages.concepts.prepare import prepare
 from stages.concepts.problem import LegoProblem
 from stages.concepts.settings import LegoSettings, Templates
+from stages.engine import gradients
+from stages.engine.adamw import RowAdamW
+from stages.engine.gradients import RowGradient
 from stages.engine.solver import solve
 from tests.support.concepts import concept_row, learn, opened
 from tests.support.tiny_stable_diffusion import build
@@ -180,7 +183,10 @@ def test_a_concept_whose_loss_is_not_finite_fails_alone(model):
     assert np.abs(learned["concept-0"]["embeddings"] - alone).max() < 1e-4
 
 
-def test_a_killed_run_goes_on_from_its_checkpoints_and_ends_equal(model, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_killed_run_goes_on_from_its_checkpoints_and_ends_equal(folder, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(gradients, "FLOAT16_SCALE", 2.0**36)  # the first steps overflow, and are no updates
+    model = opened(folder, dtype)
     settings = LegoSettings(steps=30, window=5, tolerance=1e-3, patience=5)
     rows = [concept_row(i) for i in range(3)]
     undisturbed = learn(model, rows, settings, slots=2)
@@ -225,3 +231,42 @@ def test_checkpoints_belong_to_their_settings(model, tmp_path):
     for lr in (1e-3, 2e-3):
         learn(model, [row], LegoSettings(steps=2, window=2, lr=lr), slots=1, checkpoints=str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_float16_keeps_the_gradient_of_a_real_latents_mean(tmp_path, monkeypatch, kind):
+    """A tiny latent's loss is a mean over 64 times fewer numbers than Stable Diffusion's 4 x 64 x 64: weighted so."""
+    folder = build(tmp_path, kind)
+    settings = LegoSettings(steps=10, window=5, context="none", pictures=4)
+    losses, step = LegoProblem.losses, RowAdamW.step
+    monkeypatch.setattr(LegoProblem, "losses", lambda self, *drawn: tuple(x / 64 for x in losses(self, *drawn)))
+
+    def first(dtype, scaled=True):
+        """Of each concept's first update, (B, V E); a step that overflows is made again with the same draws."""
+        model = opened(folder, dtype)
+        problem = LegoProblem(model, settings, slots=2, max_words=4, seed=7)
+        if not scaled:
+            problem.gradient = RowGradient(2)
+        seen = {}
+
+        def kept(self, grad, active_B=None, lr_B=None):
+            for b in active_B.nonzero().flatten().tolist():
+                seen.setdefault(b, grad[b].flatten().double())
+
+        monkeypatch.setattr(RowAdamW, "step", kept)
+        rows = [concept_row(0), concept_row(1)]
+        problem.load(
+            [0, 1], [{**r, "prepared": prepare(r, model, settings, Templates(), max_words=4, root="")} for r in rows]
+        )
+        drawn = problem._draws([0, 1])
+        monkeypatch.setattr(problem, "_draws", lambda learning: drawn)
+        while len(seen) < 2:
+            problem.step()
+        monkeypatch.setattr(RowAdamW, "step", step)
+        return torch.stack([seen[0], seen[1]])
+
+    reference = first("float32")
+    cosine_B = torch.nn.functional.cosine_similarity(first("float16"), reference, dim=1)
+    assert cosine_B.min() > 0.999
+    lost_B = torch.nn.functional.cosine_similarity(first("float16", scaled=False), reference, dim=1)
+    assert lost_B.min() < 0.999
