@@ -18,7 +18,7 @@ from tests.test_docs import PAGES
 
 BEFORE = {
     "architecture.md": """
-from typing import Literal
+from typing import ClassVar, Literal
 from jobs.page import charts
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
