@@ -12,7 +12,7 @@ import torch
 from datasets import load_dataset
 from diffusers import {names}
 
-rows = load_dataset("{output}", split="train")
+rows = {rows}
 row = next(row for row in rows if row["status"] == "ok"{which})
 {load}
 seed = torch.tensor(row["latent"]).reshape(1, {shape})
@@ -33,9 +33,11 @@ def lines(
         method: Of the row; None: whichever comes first.
         said: How the pipeline is told what the picture shows.
     """
+    from pipeline.output.publish import loading
+
     names, load = geometry.usage.regenerating()
     return _LINES.format(
-        names=", ".join(names), load=load, output=output, shape=", ".join(map(str, geometry.latent_shape)),
+        names=", ".join(names), load=load, rows=loading(output), shape=", ".join(map(str, geometry.latent_shape)),
         which="" if method is None else f' and row["method"] == "{method}"', steps=steps, guidance=guidance,
         negative=f", negative_prompt={negative!r}" if negative else "", said=said,
     )  # fmt: skip

@@ -73,12 +73,14 @@ class TrainInverter(RowJob, DrawPairsSettings):
             file.write(json.dumps(measures, indent=2).encode())
 
     def card(self, finished: pipeline.run.driver.Finished) -> str:
+        from pipeline.output.publish import loading
         from stages.models.families import read_geometry
 
         geometry = read_geometry(self)
         usage = geometry.usage
         return _CARD.format(
             names=", ".join(usage.names), load=usage.pipeline, output=finished.output.path,
+            rows=loading(finished.output.path),
             shape=", ".join(map(str, geometry.latent_shape)), steps=self.steps,
             given=", ".join(f"{argument}={name}" for argument, (name, _) in usage.text_latent.items()),
         )  # fmt: skip
@@ -109,7 +111,7 @@ from datasets import load_dataset
 from diffusers import {names}
 from stages.inverter.model import TextInverter
 
-rows = load_dataset("{output}", split="train")
+rows = {rows}
 row = next(row for row in rows if row["status"] == "ok")
 inverter = TextInverter.load("{output}/inverter")
 latent = torch.tensor(row["latent"]).reshape(1, {shape})  # of a picture, scaled

@@ -95,7 +95,7 @@ def card(output: Output, tally: Tally, content: str, title: str, description: st
         "(`status` and `error` say which and why; their outputs are null).",
         "\n".join(errors),
         "## Load\n\n```python\nfrom datasets import load_dataset\n\n"
-        f'dataset = load_dataset("{output.path}", split="train")\n```',
+        f"dataset = {loading(output.path)}\n```",
         "## Columns\n\n| column | type | meaning |\n|---|---|---|\n" + "\n".join(rows),
         "## Measures\n\n| column | rows | mean | least | greatest |\n|---|---|---|---|---|\n" + "\n".join(measures)
         if measures else "",
@@ -114,6 +114,13 @@ def _revision(model: Mapping[str, str]) -> str:
     """Branch, tag or commit as it was asked for, and the commit that it stood for."""
     asked, commit = model.get("revision", ""), model.get("commit", "")
     return " ".join(_code(word) for word in dict.fromkeys((asked, commit)) if word) or "-"
+
+
+def loading(path: str) -> str:
+    """The expression that opens a dataset with `datasets`, which takes a folder of this machine, or files anywhere."""
+    if "://" not in path:
+        return f'load_dataset("{path}", split="train")'
+    return f'load_dataset("parquet", data_files="{path}/data/part-*.parquet", split="train")'
 
 
 def _kind(arrow: Any, column: dict[str, Any] | None) -> str:

@@ -94,6 +94,14 @@ def test_seeds_of_pictures(models: dict[str, str], inputs: Path, made: Made) -> 
         assert np.abs(again - kept).max() <= 2
 
 
+def test_a_dataset_at_an_address_is_read_from_there(models: dict[str, str], inputs: Path, tmp_path: Path) -> None:
+    job = pictures_job(models, inputs, "sd", methods=["ddim"], max_failed_fraction=1.0)
+    assert run_job(job, output=f"file://{tmp_path}/out").state == "complete"
+    codes = snippets(tmp_path / "out")
+    assert all(f'data_files="file://{tmp_path}/out/data/part-*.parquet"' in code for code, _ in codes)
+    run(codes)
+
+
 def test_seeds_that_are_no_seeds_alone_get_no_lines(models: dict[str, str], inputs: Path, made: Made) -> None:
     out = made(pictures_job(models, inputs, "sd", methods=["edict"]))
     text = (out / "README.md").read_text()
