@@ -35,6 +35,7 @@ def _renamed(state: dict[str, torch.Tensor], old: str, new: str, names: dict[str
 def unet(network: Any) -> dict[str, torch.Tensor]:
     state, config = network.state_dict(), network.config
     made = _renamed(state, "time_embedding", "time_embed", {"linear_1": "0", "linear_2": "2"})
+    made |= _renamed(state, "add_embedding", "label_emb.0", {"linear_1": "0", "linear_2": "2"})
     made |= _renamed(state, "conv_in", "input_blocks.0.0")
     made |= _renamed(state, "conv_norm_out", "out.0") | _renamed(state, "conv_out", "out.2")
     number = 1
@@ -86,20 +87,51 @@ def vae(network: Any) -> dict[str, torch.Tensor]:
     return made
 
 
-def write(folder: str, file: Path, leave_out: str = "") -> str:
+def clip(network: Any) -> dict[str, torch.Tensor]:
+    """As transformers named CLIP's text encoder then."""
+    return {
+        key if key.startswith("text_model.") else f"text_model.{key}": value
+        for key, value in network.state_dict().items()
+    }
+
+
+def open_clip(network: Any) -> dict[str, torch.Tensor]:
+    """As OpenCLIP names a text encoder with a projection: the three projections of an attention are one matrix."""
+    state = clip(network)
+    made = {
+        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "text_projection": network.text_projection.weight.detach().T,
+    }
+    made |= _renamed(state, "text_model.final_layer_norm", "ln_final")
+    for layer in range(network.config.num_hidden_layers):
+        old, new = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
+        names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+                 "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
+        for mine, theirs in names.items():
+            made |= _renamed(state, f"{old}.{mine}", f"{new}.{theirs}")
+        for kind in ("weight", "bias"):
+            parts = [state[f"{old}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            made[f"{new}.attn.in_proj_{kind}"] = torch.cat(parts)
+    return made
+
+
+def write(folder: str, file: Path, kind: str = "sd", leave_out: str = "") -> str:
     """Write a folder's networks as one checkpoint, but for those whose names begin with `leave_out`."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from safetensors.torch import save_file
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    text = {key if key.startswith("text_model.") else f"text_model.{key}": value
-            for key, value in pipe.text_encoder.state_dict().items()}  # fmt: skip
-    parts = {
-        "model.diffusion_model": unet(pipe.unet), "first_stage_model": vae(pipe.vae),
-        "cond_stage_model.transformer": text,
-    }  # fmt: skip
+    if kind == "sd":
+        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        texts = {"cond_stage_model.transformer": clip(pipe.text_encoder)}
+    else:
+        pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+        texts = {"conditioner.embedders.0.transformer": clip(pipe.text_encoder),
+                 "conditioner.embedders.1.model": open_clip(pipe.text_encoder_2)}  # fmt: skip
+    parts = {"model.diffusion_model": unet(pipe.unet), "first_stage_model": vae(pipe.vae), **texts}
+    assert len(parts["model.diffusion_model"]) == len(pipe.unet.state_dict())
+    assert len(parts["first_stage_model"]) == len(pipe.vae.state_dict())
     state = {f"{prefix}.{key}": value for prefix, part in parts.items() for key, value in part.items()}
-    assert len(state) == sum(len(getattr(pipe, name).state_dict()) for name in ("unet", "vae", "text_encoder"))
     chosen = {key: value.contiguous() for key, value in state.items() if not leave_out or not key.startswith(leave_out)}
     save_file(chosen, file, metadata={"format": "pt"})
     return str(file)

@@ -57,6 +57,21 @@ def test_it_is_the_folders_model_to_the_bit(folder: str, file: str, config: str)
     assert torch.equal(condition["text_BLE"], whole.condition(["red star"])["text_BLE"])
 
 
+def test_sdxl_s_two_text_encoders_are_found_in_it(tmp_path: Path) -> None:
+    folder = tiny_stable_diffusion.build(tmp_path / "sdxl", "sdxl")
+    file = one_file.write(folder, tmp_path / "xl.safetensors", "sdxl")
+    one, whole = (
+        open_latent_model(given) for given in (settings(file, folder), LatentModelSettings(model=folder, device="cpu"))
+    )
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        found, wanted = (getattr(model.pipeline, part).state_dict() for model in (one, whole))  # type: ignore[attr-defined]
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), part
+    assert len({known["fingerprint"] for known in one.geometry.fingerprints().values()}) == 4
+    condition = one.condition(["red star"])
+    assert all(torch.equal(condition[name], value) for name, value in whole.condition(["red star"]).items())
+
+
 def test_the_autoencoder_runs_in_float32_beside_half_precision(file: str, config: str) -> None:
     model = open_latent_model(settings(file, config, dtype="float16"))
     assert (model.dtypes["unet"], model.dtypes["text_encoder"]) == (torch.float16, torch.float16)
