@@ -20,6 +20,7 @@ import torch
 
 from pipeline.contract import Row
 from stages.engine.adamw import RowAdamW
+from stages.engine.gradients import RowGradient
 from stages.engine.slots import per_row
 from stages.engine.solver import solve
 from stages.engine.stopping import StoppingRule
@@ -39,14 +40,15 @@ def cosine_rate(rate: float, steps: int, warmup: int) -> Callable[[torch.Tensor]
 class BoostProblem:
     """Adam on each row's image latent through the frozen decoder. A `stages.engine.solver.Problem`.
 
-    Rows come with `x` (3, H, W) and `z`; optionally `offset`, added to z before decoding, and `boost`, the optimiser's
-    state from an earlier visit. They leave with a new `z`, `boost`, and `decodes`, the decoder passes spent (a gradient
-    counts as two more).
+    Rows come with `x` (3, H, W) and `z`; optionally `offset`, added to z before decoding, and, from an earlier visit,
+    `decodes` and `boost`, the state of optimiser and loss scale. They leave with a new `z`, `boost`, and `decodes`, the
+    decoder passes spent (a gradient counts as two more).
 
     Args:
         decode: Latents to pictures.
         steps: Updates of a row in all; the rate's cosine ends there.
         visit: Updates before a row leaves; all when None.
+        scale: `RowGradient`'s; a row whose gradient overflows loses that update.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class BoostProblem:
         visit: int | None = None,
         rate: float = 0.1,
         warmup: int = 10,
+        scale: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.scale = scale
         self.decode, self.device = decode, torch.device(device)
         self.latent_shape, self.size = latent_shape, size
         self.rule = StoppingRule(limit=min(visit or steps, steps))
@@ -74,11 +78,13 @@ class BoostProblem:
         self.z_BCHW = torch.zeros((slots, *self.latent_shape), device=self.device)
         self.offset_BCHW = torch.zeros_like(self.z_BCHW)
         self.x_BCHW = torch.zeros((slots, 3, self.size, self.size), device=self.device)
+        self.gradient = RowGradient(slots, self.scale, self.device)
         self.optimiser = RowAdamW(self.z_BCHW, self.lr, weight_decay=0.0)
         self.stopper = self.rule.start(slots, self.device)
         self.active_B = torch.zeros(slots, dtype=torch.bool, device=self.device)
 
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
+        self.gradient.reset(slots)
         self.optimiser.reset(slots)
         self.stopper.reset(slots)
         for slot, row in zip(slots, rows, strict=True):
@@ -87,9 +93,9 @@ class BoostProblem:
             self.x_BCHW[slot] = row["x"].to(self.device)
             self.offset_BCHW[slot] = row["offset"].to(self.device) if "offset" in row else 0.0
             if "boost" in row:
-                first, second, steps = row["boost"]
+                first, second, steps, scale = row["boost"]
                 self.optimiser.first[slot], self.optimiser.second[slot] = first.to(self.device), second.to(self.device)
-                self.optimiser.steps_B[slot] = steps
+                self.optimiser.steps_B[slot], self.gradient.scale_B[slot] = steps, scale
         self.active_B[torch.as_tensor(slots, device=self.device)] = True
 
     def step(self) -> torch.Tensor:
@@ -97,8 +103,9 @@ class BoostProblem:
             z_BCHW = self.z_BCHW.detach().clone().requires_grad_(True)
             error = self.decode(z_BCHW + self.offset_BCHW) - self.x_BCHW
             loss_B = error.flatten(1).square().mean(1)
-            (gradient_BCHW,) = torch.autograd.grad(loss_B.sum(), z_BCHW)
-        self.optimiser.step(torch.where(per_row(self.active_B, gradient_BCHW), gradient_BCHW, 0.0), self.active_B)
+            gradient_BCHW, skip_B = self.gradient(loss_B, z_BCHW, self.active_B)
+        gradient_BCHW = torch.where(per_row(self.active_B, gradient_BCHW), gradient_BCHW, 0.0)
+        self.optimiser.step(gradient_BCHW, self.active_B & ~skip_B)
         done_B = self.stopper.update(loss_B, self.active_B)
         self.active_B = self.active_B & ~done_B
         return done_B
@@ -109,10 +116,11 @@ class BoostProblem:
             row = self.rows[slot]
             assert row is not None
             self.rows[slot] = None
-            steps = int(self.optimiser.steps_B[slot])
             moments = (self.optimiser.first, self.optimiser.second)
-            boost = (*(moment[slot].to("cpu", copy=True) for moment in moments), steps)
-            rows.append({**row, "z": self.z_BCHW[slot].to("cpu", copy=True), "boost": boost, "decodes": 3 * steps})
+            counts = int(self.optimiser.steps_B[slot]), float(self.gradient.scale_B[slot])
+            boost = (*(moment[slot].to("cpu", copy=True) for moment in moments), *counts)
+            decodes = row.get("decodes", 0) + 3 * int(self.stopper.steps_B[slot])
+            rows.append({**row, "z": self.z_BCHW[slot].to("cpu", copy=True), "boost": boost, "decodes": decodes})
         self.active_B[torch.as_tensor(slots, device=self.device)] = False
         return rows
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.contract import Column, Form, Row, StageInfo, batches, failed, ok
+from stages.engine.gradients import loss_scale
 from stages.engine.passthrough import in_batches
 from stages.engine.solver import Occupancy
 from stages.inversion.ilb import BoostProblem, boost_decoder, boost_joint
@@ -226,6 +227,7 @@ class InvertImages:
             return BoostProblem(
                 self.model.decode, slots=self.slots, latent_shape=self.geometry.latent_shape, size=self.geometry.size,
                 steps=boost.steps, visit=visit, rate=boost.rate, warmup=boost.warmup, device=self.device,
+                scale=loss_scale([self.model.dtypes["vae"]]),
             )  # fmt: skip
 
         def back(some: Sequence[Row]) -> Iterator[Row]:
