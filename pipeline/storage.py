@@ -10,16 +10,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, TypeVar
-from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from pipeline import machine
 
 T = TypeVar("T")
 DIGEST_BYTES, BLOCK_BYTES = 16, 4 << 20
@@ -61,7 +61,7 @@ def patiently(action: Callable[[], T]) -> T:
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
             if full or attempt == ATTEMPTS - 1:
                 raise
-            time.sleep(FIRST_WAIT_S * 2**attempt)
+            machine.here.sleep(FIRST_WAIT_S * 2**attempt)
     raise AssertionError("unreachable")
 
 
@@ -262,7 +262,7 @@ class Folder:
 
     def _replace(self, name: str, data: bytes, place: Callable[[str], None]) -> None:
         parent = self._parent(name)
-        temp = f"{parent}/.{uuid4().hex}.tmp"
+        temp = f"{parent}/.{machine.here.token()}.tmp"
         try:
             with open(temp, "wb") as handle:
                 handle.write(data)

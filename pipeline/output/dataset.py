@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from pipeline import machine
 from pipeline.input.files import OWN
 from pipeline.output import lock, parquet
 from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_errors, read_summary, recorded_shard
@@ -29,6 +27,8 @@ from pipeline.storage import Folder
 
 PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
 READERS = 16
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -149,28 +149,24 @@ class Output:
         """
         shards = {name: recorded_shard(name, self.run) for name in self.folder.listing(RECORDS)}
         found = sorted((shard, name) for name, shard in shards.items() if shard is not None)
-        pending = (f"{RECORDS}/{name}" for _, name in found)
-        for name, read in self._reading(pending):
-            try:
-                record = read()
-            except OutputError as error:
-                if damaged is None:
-                    raise
-                damaged(name, error)
-                continue
-            yield record
+        names = [f"{RECORDS}/{name}" for _, name in found]
+        for name, record in zip(names, self.several(self._record, names), strict=True):
+            if isinstance(record, Record):
+                yield record
+            elif damaged is None:
+                raise record
+            else:
+                damaged(name, record)
 
-    def _reading(self, names: Iterator[str]) -> Iterator[tuple[str, Callable[[], Record]]]:
-        """Records on their way: several at a time from a store."""
-        if self.folder.local:
-            yield from ((name, partial(self.record, name)) for name in names)
-            return
-        with ThreadPoolExecutor(READERS) as pool:
-            window = deque((name, pool.submit(self.record, name)) for name in islice(names, READERS))
-            while window:
-                name, reading = window.popleft()
-                yield name, reading.result
-                window.extend((name, pool.submit(self.record, name)) for name in islice(names, 1))
+    def several(self, function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
+        """Results in the order of the items; from a store, which answers late, some are fetched at a time."""
+        return map(function, items) if self.folder.local else machine.several(function, items, READERS)
+
+    def _record(self, name: str) -> Record | OutputError:
+        try:
+            return self.record(name)
+        except OutputError as error:
+            return error
 
     def record(self, name: str) -> Record:
         """A commit record of this run by its file's name.

@@ -12,16 +12,11 @@ higher epoch than its own has lost the folder; it asks before all that it change
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import threading
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
+from pipeline import machine
 from pipeline.input.files import OWN
 from pipeline.storage import Folder
 
@@ -41,34 +36,6 @@ class OutputLocked(RuntimeError):
 
 class LockLost(RuntimeError):
     """This run does not hold the output folder any more; it must change nothing in it."""
-
-
-def _clock() -> float:
-    """Seconds that no one sets, and that go on while the machine sleeps where the system counts them."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _namespace() -> str:
-    """The process namespace that our numbers of processes belong to."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """When a process began, in clock ticks since boot; empty if there is no such process (or no /proc to ask)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
 
 
 def lock_name(epoch: int) -> str:
@@ -104,10 +71,10 @@ def _alive(content: Mapping[str, Any]) -> bool | None:
     """Whether a lock's holder lives; None: it cannot be asked from here."""
     if content["damaged"]:
         return False
-    here = (socket.gethostname(), _boot(), _namespace())
-    if not all(here) or (content["host"], content["boot"], content["namespace"]) != here:
+    mine = machine.here.process()
+    if any(not mine[name] or content[name] != mine[name] for name in ("host", "boot", "namespace")):
         return None
-    return _started(content["pid"]) == content["process"]
+    return machine.here.began(content["pid"]) == content["process"]
 
 
 def holder(folder: Folder) -> dict[str, Any] | None:
@@ -119,7 +86,7 @@ def holder(folder: Folder) -> dict[str, Any] | None:
     content = _content(folder, latest_epoch(folder))
     if content is None:
         return None
-    silent = max(0.0, time.time() - content["renewed"])
+    silent = max(0.0, machine.here.wall() - content["renewed"])
     alive = _alive(content)
     return {**content, "silent_s": silent, "stale": silent > LEASE_S if alive is None else not alive}
 
@@ -139,33 +106,28 @@ class Lock:
     """
 
     def __init__(self, folder: Folder, say: Callable[[str], None] = lambda message: None) -> None:
-        self._folder, self._token, self._say = folder, uuid4().hex, say
-        self._stop, self.lost = threading.Event(), False
+        self._folder, self._token, self._say = folder, machine.here.token(), say
+        self.lost = False
         self._exclusive = folder.local or folder.is_exclusive(f"{OWN}/{self._token}.probe")
         if not self._exclusive:
             say(f"{folder.url}: this store does not refuse to replace a file that is to be created (no conditional "
                 "writes): see to it that one run at a time writes here")  # fmt: skip
         self.epoch = self._acquire()
-        self._known = _clock()
-        self._thread = threading.Thread(target=self._keep, daemon=True, name="latentmill-lock")
-        self._thread.start()
+        self._known = machine.here.clock()
+        self._stop = machine.here.every(RENEW_S, self._renew)
 
     def _mine(self, done: bool = False) -> bytes:
         mine: Mapping[str, Any] = {
-            "host": socket.gethostname(),
-            "boot": _boot(),
-            "namespace": _namespace(),
-            "pid": os.getpid(),
-            "process": _started(os.getpid()),
+            **machine.here.process(),
             "token": self._token,
-            "renewed": time.time(),
+            "renewed": machine.here.wall(),
             "done": done,
         }
         return json.dumps(mine).encode()
 
     def _acquire(self) -> int:
         """Wait for a holder that may be dead, then take the next epoch."""
-        seen, since = None, _clock()
+        seen, since = None, machine.here.clock()
         while True:
             epoch = latest_epoch(self._folder)
             other = _content(self._folder, epoch)
@@ -174,23 +136,23 @@ class Lock:
                 return self._take(epoch + 1)
             now = (epoch, other["token"], other["renewed"])
             if alive or now != (seen or now):
-                silent = max(0.0, time.time() - other["renewed"])
+                silent = max(0.0, machine.here.wall() - other["renewed"])
                 raise OutputLocked(
                     f"{self._folder.url}: another run holds this folder (process {other['pid']} on {other['host']}, "
                     f"last sign of life {silent:.0f} s ago); wait for it, stop it, or name another output folder"
                 )
             if seen is None:
-                seen, since = now, _clock()
+                seen, since = now, machine.here.clock()
                 self._say(f"process {other['pid']} on {other['host']} held {self._folder.url} last; whether it lives "
                           f"shows within {RENEW_S:.0f} s, that it is dead after {LEASE_S:.0f} s: waiting")  # fmt: skip
-            elif _clock() - since > LEASE_S:
+            elif machine.here.clock() - since > LEASE_S:
                 return self._take(epoch + 1)
-            time.sleep(POLL_S)
+            machine.here.sleep(POLL_S)
 
     def _take(self, epoch: int) -> int:
         taken = self._folder.create(lock_name(epoch), self._mine())
         if not self._exclusive:
-            time.sleep(SETTLE_S)  # two may have written it; the later one's token stands
+            machine.here.sleep(SETTLE_S)  # two may have written it; the later one's token stands
         if not taken or not self._holds(epoch):
             raise OutputLocked(f"{self._folder.url}: another run has just taken this folder; try again")
         for earlier in _epochs(self._folder):
@@ -210,26 +172,26 @@ class Lock:
         Raises:
             LockLost: Another run has the folder, or it was deleted.
         """
-        if not self.lost and not self._folder.local and _clock() - self._known < RENEW_S:
+        if not self.lost and not self._folder.local and machine.here.clock() - self._known < RENEW_S:
             return
         if self.lost or not self._holds(self.epoch):
             self.lost = True
             raise LockLost("another run has taken this output folder, or it was deleted; this run has stopped")
-        self._known = _clock()
+        self._known = machine.here.clock()
 
-    def _keep(self) -> None:
-        while not self._stop.wait(RENEW_S):
-            try:
-                if not self._holds(self.epoch):
-                    self.lost = True
-                    return
-                self._folder.write(lock_name(self.epoch), self._mine())
-                self._known = _clock()
-            except OSError:
-                continue  # the store is away or the disk is full: the next turn tries again
+    def _renew(self) -> bool:
+        """Whether it is to be renewed again."""
+        try:
+            if not self._holds(self.epoch):
+                self.lost = True
+                return False
+            self._folder.write(lock_name(self.epoch), self._mine())
+            self._known = machine.here.clock()
+        except OSError:
+            pass  # the store is away or the disk is full: the next turn tries again
+        return True
 
     def release(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=RENEW_S)
+        self._stop()
         if not self.lost and self._holds(self.epoch):
             self._folder.write(lock_name(self.epoch), self._mine(done=True))

@@ -10,11 +10,11 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from pipeline import machine
 from pipeline.run.tasks import Outcome, Resources, Task, WorkerJob
 
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -199,7 +199,7 @@ class Pool:
     def grow(self, size: int) -> None:
         """Start workers until there are ``size`` of them, ready or not."""
         while len(self._members) < size:
-            self._members.append(_Member(self._make(self._job), time.monotonic()))
+            self._members.append(_Member(self._make(self._job), machine.here.clock()))
 
     @property
     def size(self) -> int:
@@ -237,7 +237,7 @@ class Pool:
         """Tasks that have ended, one way or another; returns at once when there is one, else after ``seconds``."""
         waiting = [ref for m in self._members for ref in (m.starting, m.running) if ref is not None]
         if not waiting:
-            time.sleep(seconds)
+            machine.here.sleep(seconds)
             return []
         self._ray.wait(waiting, num_returns=1, timeout=seconds)
         ready = set(self._ray.wait(waiting, num_returns=len(waiting), timeout=0)[0])

@@ -6,11 +6,11 @@ alone. A row that kills two workers becomes an error row; the pieces are then pu
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from pipeline import machine
 from pipeline.input.shards import Shard
 from pipeline.output.commit import Record
 from pipeline.output.dataset import Tally
@@ -64,14 +64,14 @@ class Dispatcher:
 
     def run(self) -> None:
         """Until every shard is committed."""
-        begun = told = time.monotonic()
+        begun = told = machine.here.clock()
         while self._left:
             self._pool.grow(min(self._pool.room(), self._left + sum(s.missing for s in self._splits.values())))
             self._hand_out()
             for task, outcome in self._pool.wait(TICK_S):
                 self._settle(task, outcome)
             self._pool.ask()
-            now = time.monotonic()
+            now = machine.here.clock()
             for message in self._pool.lost:
                 self._say(message)
             self._pool.lost.clear()
@@ -103,7 +103,7 @@ class Dispatcher:
             )
 
     def _hand_out(self) -> None:
-        now = time.monotonic()
+        now = machine.here.clock()
         due = [task for when, task in self._later if when <= now]
         self._later = [(when, task) for when, task in self._later if when > now]
         self._waiting.extend(due)
@@ -129,7 +129,7 @@ class Dispatcher:
             if self._tries[key] >= STORAGE_TRIES:
                 raise Stopped(f"shard {task.shard} could not be written: {outcome.reason}")
             self._say(f"shard {task.shard} could not be written ({outcome.reason}); it will be tried again")
-            self._later.append((time.monotonic() + RETRY_WAIT_S * 2 ** self._tries[key], task))
+            self._later.append((machine.here.clock() + RETRY_WAIT_S * 2 ** self._tries[key], task))
         else:
             self._meters.died()
             self._died(task, outcome.reason)

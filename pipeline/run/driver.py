@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
+from pipeline import machine
 from pipeline.contract import Column
 from pipeline.input.files import OWN
 from pipeline.input.read import wanted_columns
@@ -158,7 +158,7 @@ def run(
     lock = Lock(folder, lambda message: reporter.phase("planning", message=message))
     try:
         if not planned and not _check_folder(spec, drafted, folder):  # again: another run may have just ended here
-            plan = write_plan(spec, drafted, own_folder(folder), time.time(), lock.check)
+            plan = write_plan(spec, drafted, own_folder(folder), machine.here.wall(), lock.check)
             for note in plan["notes"]:
                 reporter.phase("planning", message=note)
         output = replace(Output.open(spec.output, spec.storage_options), lock=lock)

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
-from uuid import uuid4
 
+from pipeline import machine
 from pipeline.input.files import list_files
 from pipeline.input.read import reader_of
 from pipeline.input.source import Source
@@ -118,7 +118,7 @@ def write_plan(
     plan = _plan(drafted, totals)
     content = {
         "created": created,
-        "run": uuid4().hex[:RUN_DIGITS],
+        "run": machine.here.token()[:RUN_DIGITS],
         **asdict(plan),
         "fields": dict(drafted.fields),
         "input_content": totals.content,

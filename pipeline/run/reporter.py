@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
+from pipeline import machine
 from pipeline.output.dataset import Output, Tally
 from pipeline.output.progress import Phase, Progress
 
@@ -20,27 +20,27 @@ class Reporter:
 
     def __init__(self, output: Output | None, tell: Callable[[Progress], None] | None, wanted: int | None) -> None:
         self.output, self._tell, self._wanted = output, tell, wanted or 0
-        self._begun = time.monotonic()
+        self._begun = machine.here.clock()
         self._saved = self._shown = 0.0
         self._history: deque[tuple[float, int]] = deque()
         self._last = Progress("planning")
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._begun
+        return machine.here.clock() - self._begun
 
     def phase(self, phase: Phase, tally: Tally | None = None, message: str | None = None) -> None:
         self._emit(self._snapshot(phase, tally, 0, 0, message), True)
 
     def running(self, tally: Tally, active: int, workers: int, wanted: int, message: str | None = None) -> None:
-        now = time.monotonic()
+        now = machine.here.clock()
         if message is None and now - self._shown < TICK_S:
             return
         self._wanted = wanted
         self._emit(self._snapshot("running", tally, active, workers, message), False)
 
     def _snapshot(self, phase: Phase, tally: Tally | None, active: int, workers: int, message: str | None) -> Progress:
-        last, now = self._last, time.monotonic()
+        last, now = self._last, machine.here.clock()
         if tally is None:
             return replace(last, phase=phase, seconds=self.seconds, message=message)
         plan = self.output.plan if self.output is not None else {}
@@ -59,7 +59,7 @@ class Reporter:
         )  # fmt: skip
 
     def _emit(self, progress: Progress, save: bool) -> None:
-        now = time.monotonic()
+        now = machine.here.clock()
         self._last, self._shown = replace(progress, message=None), now
         if self._tell is not None:
             self._tell(progress)

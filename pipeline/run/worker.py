@@ -6,18 +6,15 @@ the device waits for none of them. Rows come back from the stage in any order an
 
 from __future__ import annotations
 
-import os
-import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import machine
 from pipeline.contract import Row
 from pipeline.output import commit, parquet
 from pipeline.output.commit import Record
@@ -33,13 +30,13 @@ class Worker:
     """Builds the stage; `process` may then be called any number of times, from one thread."""
 
     def __init__(self, job: WorkerJob) -> None:
-        begun = time.monotonic()
+        begun = machine.here.clock()
         self.job = job
         self.schema = decode_schema(job.schema)
         self._folder = Folder.at(job.output, job.storage_options)
         pa.array([None])  # imports pandas, if there is one: a third of a second that no shard has to pay
         self.stage = job.stage.build()
-        self.build_seconds = time.monotonic() - begun
+        self.build_seconds = machine.here.clock() - begun
         self._reader, self._guard = Reader(job, self.schema), Guard(self.stage)
         self._writer = Writer(job, self._folder, self.schema)
         self.done = 0
@@ -99,9 +96,9 @@ class Worker:
             ContractError, SourceError: No attempt will.
             Superseded: The folder belongs to another run or driver by now.
         """
-        self.done, begun, started = 0, time.monotonic(), time.time()
+        self.done, begun, started = 0, machine.here.clock(), machine.here.wall()
         self._take_summary()  # what an attempt that failed left behind
-        token = uuid4().hex[:12]
+        token = machine.here.token()[:12]
         part = "" if task.whole else f".{task.start}-{task.stop}"
         if task.pieces:
             piece = self._writer.write(task, self._name(task, f".{token}.parquet"), self._joined(task.pieces))
@@ -129,8 +126,8 @@ class Worker:
             rows_ok=piece.ok,
             rows_failed=piece.failed,
             started=started,
-            seconds=time.monotonic() - begun,
-            worker=f"{socket.gethostname()}:{os.getpid()}",
+            seconds=machine.here.clock() - begun,
+            worker="{host}:{pid}".format_map(machine.here.process()),
             measures=piece.measures,
             errors=piece.errors,
             summary=piece.summary,
@@ -156,9 +153,9 @@ class Worker:
         """(rows, seconds, bytes, failed) for a task, after its first row as a warm-up; writes nothing."""
         for rows in self._tables(replace(task, stop=task.start + 1)):
             rows.result()
-        begun = time.monotonic()
+        begun = machine.here.clock()
         tables = [rows.result() for rows in self._tables(task)]
-        seconds = time.monotonic() - begun
+        seconds = machine.here.clock() - begun
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, self.schema, compression="zstd", use_dictionary=False) as writer:
             for done in tables:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline import machine
 from pipeline.output import lock as locks
 from pipeline.output.lock import NAME, Lock, LockLost, OutputLocked, holder, latest_epoch, lock_name
 from pipeline.storage import Folder
@@ -37,9 +37,7 @@ def put(folder: Folder, epoch: int = 1, **said: Any) -> None:
 def here(**said: Any) -> dict[str, Any]:
     """What a process of this machine and namespace says; by default one that is gone."""
     return {
-        "host": socket.gethostname(),
-        "boot": locks._boot(),
-        "namespace": locks._namespace(),
+        **machine.here.process(),
         "pid": 1 << 30,
         **said,
     }
