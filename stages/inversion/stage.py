@@ -17,8 +17,10 @@ from pipeline.contract import Column, Form, Row, StageInfo, batches, failed, ok
 from stages.engine.gradients import loss_scale
 from stages.engine.passthrough import in_batches
 from stages.engine.solver import Occupancy
+from stages.inversion import lpips
 from stages.inversion.ilb import BoostProblem, boost_decoder, boost_joint
-from stages.inversion.metrics import load_lpips, measure_pictures, noise_statistics
+from stages.inversion.lpips import Lpips
+from stages.inversion.metrics import measure_pictures, noise_statistics
 from stages.inversion.schemes import Scheme, conditions, scheme_of, stacked
 from stages.inversion.settings import Boost, InvertImagesSettings
 from stages.inverter.model import TextInverter
@@ -55,7 +57,8 @@ class InvertImages:
         }
         self.store = np.dtype(settings.store)
         self.inverter = None if settings.inverter is None else TextInverter.load(settings.inverter, self.device)
-        self.lpips = load_lpips(self.device) if settings.lpips else None
+        measured = settings.lpips and lpips.lacking(self.geometry.size) is None
+        self.lpips = Lpips(lpips.weights_file(), self.device) if measured else None
         self._summary: dict[str, Occupancy] = {}
 
     @staticmethod
@@ -109,7 +112,10 @@ class InvertImages:
                 Column("latent_mse", "float32", doc="mean squared distance of the regenerated z_0 to the inverted one"),
             ]
             if settings.lpips:
-                columns.append(Column("lpips", "float32", doc="LPIPS (Alex); null where its weights are not installed"))
+                why_not = lpips.lacking(geometry.size)
+                columns.append(
+                    Column("lpips", "float32", doc=why_not or "LPIPS (AlexNet 0.1) of the regenerated picture")
+                )
         if settings.pictures:
             columns.append(Column("picture", "image", doc="the picture as it was fitted to the model"))
             columns += [Column("reconstruction", "image")] if settings.reconstruct else []
@@ -128,7 +134,13 @@ class InvertImages:
             metadata["inverter"] = settings.inverter
         captions = settings.prompt is None and settings.inverter is None
         reads = _reads(captions=captions, edits=settings.edit_guidance is not None)
-        return StageInfo(tuple(columns), geometry.fingerprints(), metadata, reads=reads)
+        models, notes = geometry.fingerprints(), []
+        if settings.lpips and settings.reconstruct:
+            if (why_not := lpips.lacking(geometry.size)) is None:
+                models["lpips"] = lpips.identity()
+            else:
+                notes.append(why_not)
+        return StageInfo(tuple(columns), models, metadata, reads, tuple(notes))
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
         """One row out for each in. With one method, rows stream; with several, they go method by method in groups."""
