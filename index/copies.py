@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import fsspec
-
+from pipeline.access import filesystem as filesystem_of
 from pipeline.storage import checksum, patiently
 
 FACTS = "reference.json"
@@ -39,7 +38,7 @@ def fetched(address: str, below: Iterable[str]) -> Path:
         FileNotFoundError: There is no finished reference.
         OSError: It could not be fetched whole.
     """
-    filesystem, root = fsspec.url_to_fs(address)
+    filesystem, root = filesystem_of(address)
     for folder in ("/".join(filter(None, (root.rstrip("/"), name))) for name in below):
         filesystem.invalidate_cache(folder)
         if not filesystem.exists(f"{folder}/{FACTS}"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,25 +83,27 @@ def plan_job(
     from pipeline.run.driver import calibrate, make_plan
 
     steps = list(job.named_steps(output)) if isinstance(job, Chain) else [(job.job, job)]
-    for number, (name, step) in enumerate(steps):
-        if not isinstance(step, RowJob):
-            continue
-        target = step.output or output
-        earlier = [str(before.output) for _, before in steps[:number]]
-        missing = (path for path in earlier if not Folder.at(path).exists("_SUCCESS"))
-        pending = next((path for path in missing if _mentions(step, path)), None)
-        if pending:
-            yield DryRun(name, step, target, None, f"reads {pending}, which is not there yet")
-            continue
-        try:
-            spec = run_spec(step.model_copy(update={"output": target}), target, limit)
-            plan = make_plan(spec)
-        except SourceError as error:
-            raise JobFileError(f"{name}: {error}") from error
-        timing = None
-        if calibrate_rows:
-            timing = calibrate(spec, rows=calibrate_rows, resources=step.resources.pool(), address=address)
-        yield DryRun(name, step, target, plan, "", timing)
+    with ExitStack() as stack:
+        for number, (name, step) in enumerate(steps):
+            if not isinstance(step, RowJob):
+                continue
+            target = step.output or output
+            stack.enter_context(step.access(target))  # later ones read what earlier ones wrote
+            earlier = [str(before.output) for _, before in steps[:number]]
+            missing = (path for path in earlier if not Folder.at(path).exists("_SUCCESS"))
+            pending = next((path for path in missing if _mentions(step, path)), None)
+            if pending:
+                yield DryRun(name, step, target, None, f"reads {pending}, which is not there yet")
+                continue
+            try:
+                spec = run_spec(step.model_copy(update={"output": target}), target, limit)
+                plan = make_plan(spec)
+            except SourceError as error:
+                raise JobFileError(f"{name}: {error}") from error
+            timing = None
+            if calibrate_rows:
+                timing = calibrate(spec, rows=calibrate_rows, resources=step.resources.pool(), address=address)
+            yield DryRun(name, step, target, plan, "", timing)
 
 
 def _mentions(job: Job, path: str) -> bool:

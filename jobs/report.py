@@ -12,6 +12,7 @@ from jobs.page.view import View
 from jobs.schema import registry
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
+from pipeline.access import granted
 
 
 def write_report(output: str, job: RowJob | None = None, storage_options: Mapping[str, Any] | None = None) -> str:
@@ -20,6 +21,7 @@ def write_report(output: str, job: RowJob | None = None, storage_options: Mappin
     Args:
         output: The run's or the chain's folder.
         job: The job that ran, for its own panels. Left out: rebuilt from the settings kept in the plan.
+        storage_options: fsspec's, of the store that it lies on.
 
     Returns:
         The page's address.
@@ -31,23 +33,24 @@ def write_report(output: str, job: RowJob | None = None, storage_options: Mappin
     from pipeline.storage import Folder
 
     title = output.rstrip("/").rpartition("/")[2] or output
-    steps = read_listing(output, storage_options) if job is None else None
-    if steps is not None:
-        page = render_chain([_step_part(output, step, storage_options) for step in steps], title)
-    else:
-        view = View(Output.open(output, storage_options))
-        page = render(view, own_panels(job or _stored_job(view)), title)
-    Folder.at(output, storage_options).write(REPORT_FILE, page.encode("utf-8", "replace"))
+    with granted(output, storage_options):
+        steps = read_listing(output) if job is None else None
+        if steps is not None:
+            page = render_chain([_step_part(output, step) for step in steps], title)
+        else:
+            view = View(Output.open(output))
+            page = render(view, own_panels(job or _stored_job(view)), title)
+        Folder.at(output).write(REPORT_FILE, page.encode("utf-8", "replace"))
     return f"{output.rstrip('/')}/{REPORT_FILE}"
 
 
-def _step_part(output: str, step: Mapping[str, str], storage_options: Mapping[str, Any] | None) -> StepPart:
+def _step_part(output: str, step: Mapping[str, str]) -> StepPart:
     from pipeline.output.dataset import Output
     from pipeline.output.planfile import OutputError
 
     href = f"{step['output'].removeprefix(output.rstrip('/') + '/').rstrip('/')}/{REPORT_FILE}"
     try:
-        view = View(Output.open(step["output"], storage_options))
+        view = View(Output.open(step["output"]))
     except OutputError:
         return StepPart(step["name"], step["job"], href, None)
     return StepPart(step["name"], step["job"], href, view, own_panels(_stored_job(view)))

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.kinds.chain import Chain, write_listing
+from jobs.kinds.chain import CHAIN_FILE, Chain, write_listing
 from jobs.report import write_report
 from jobs.schema import reading
 from jobs.schema.base import Job, RowJob
 from jobs.schema.reading import JobFileError
+from pipeline.access import granted
 from pipeline.contract import Settings, speed_names
 from pipeline.output.progress import Progress
 from pipeline.storage import Folder
@@ -118,7 +119,8 @@ def _run(job: Job, output: str, given: _Circumstances) -> JobResult:
     if isinstance(job, Chain):
         return _run_chain(job, output, given)
     if isinstance(job, RowJob):
-        return _run_rows(job, output, given)
+        with job.access(output):
+            return _run_rows(job, output, given)
     raise TypeError(f"{type(job).__name__} is neither a chain nor a job that maps rows")
 
 
@@ -150,14 +152,14 @@ def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
         seconds=ended.seconds,
         measures=ended.measures,
         errors=ended.errors,
-        report=_report(given, ended.output, job, job.storage_options),
+        report=_report(given, ended.output, job),
     )
 
 
-def _report(given: _Circumstances, output: str, job: RowJob | None, options: Mapping[str, Any]) -> str | None:
+def _report(given: _Circumstances, output: str, job: RowJob | None) -> str | None:
     """Write the page; what goes wrong with it is said, and is not the job's failure."""
     try:
-        return write_report(output, job, options)
+        return write_report(output, job)
     except Exception as error:
         given.say(f"{output}/report.html could not be written ({type(error).__name__}: {error}); "
                   f"`latentmill report {output}` tries again")  # fmt: skip
@@ -168,18 +170,12 @@ def _run_chain(chain: Chain, output: str, given: _Circumstances) -> JobResult:
     """Run the steps in order; stop at the first that does not complete."""
     started = time.monotonic()
     steps = list(chain.named_steps(output))
-    write_listing(output, steps, chain.storage_options)
-    done: dict[str, JobResult] = {}
-    with _one_ray(given.address, [step for _, step in steps]):
-        for number, (name, step) in enumerate(steps, start=1):
-            given.say(f"step {number} of {len(steps)}: {name} ({step.job}) -> {step.output}")
-            try:
-                done[name] = _run(step, str(step.output), given)
-            except Exception as error:
-                error.add_note(f"in step {name!r} of the chain")
-                raise
-            if done[name].state != "complete":
-                break
+    with ExitStack() as stack:
+        stack.enter_context(granted(output, chain.storage_options))
+        for _, step in steps:  # later ones read what earlier ones write
+            stack.enter_context(granted(step.output, step.storage_options))
+        done = _run_steps(steps, output, given)
+        report = _report(given, output, None)
     last = next(reversed(done.values()))
     stopped = f"step {next(reversed(done))!r}: {last.reason}" if last.state != "complete" else None
     return JobResult(
@@ -194,9 +190,29 @@ def _run_chain(chain: Chain, output: str, given: _Circumstances) -> JobResult:
         resumed=sum(result.resumed for result in done.values()),
         seconds=time.monotonic() - started,
         measures=last.measures,
-        report=_report(given, output, None, chain.storage_options),
+        report=report,
         steps=done,
     )
+
+
+def _run_steps(steps: Sequence[tuple[str, Job]], output: str, given: _Circumstances) -> dict[str, JobResult]:
+    """Step -> how it ended, up to the first that did not complete."""
+    done: dict[str, JobResult] = {}
+    if not Folder.at(output).exists(CHAIN_FILE):  # another chain's is left in place until this one is not refused
+        write_listing(output, steps)
+    with _one_ray(given.address, [step for _, step in steps]):
+        for number, (name, step) in enumerate(steps, start=1):
+            given.say(f"step {number} of {len(steps)}: {name} ({step.job}) -> {step.output}")
+            try:
+                done[name] = _run(step, str(step.output), given)
+            except Exception as error:
+                error.add_note(f"in step {name!r} of the chain")
+                raise
+            if number == 1:
+                write_listing(output, steps)
+            if done[name].state != "complete":
+                break
+    return done
 
 
 @contextmanager
@@ -222,7 +238,7 @@ def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
     stage = job.model_copy(update={"output": output}).stage()  # which may keep checkpoints there
     return RunSpec(
         stage=stage,
-        source=job.source(),
+        source=job.source().reachable(),
         output=output,
         config=job.own_settings(),
         seed=job.seed,

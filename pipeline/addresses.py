@@ -92,6 +92,11 @@ def _parts(address: str) -> tuple[str, str, str]:
     return protocol, host, path
 
 
+def store_of(address: str) -> tuple[str, str]:
+    """Protocol, and bucket or host, of an address; each by one name."""
+    return _parts(address)[:2]
+
+
 def _covers(place: str, protocol: str, host: str, path: str) -> bool:
     """Whether an address is a place's, or below it."""
     if is_local(place):

@@ -20,13 +20,14 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import machine
+from pipeline.access import options_for
 
 T = TypeVar("T")
 DIGEST_BYTES, BLOCK_BYTES = 16, 4 << 20
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.2
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-CLIENTS = frozenset({"adlfs", "azure", "gcsfs", "google"})
+CLIENTS = frozenset({"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google"})
 """Packages of store clients whose own exceptions are no OSErrors."""
 
 
@@ -159,11 +160,14 @@ class Folder:
     def at(url: str, storage_options: Mapping[str, Any] | None = None) -> Folder:
         """The folder at a path or address; it need not exist.
 
+        Args:
+            storage_options: fsspec's; left out: those that were granted for the address (`pipeline.access`).
+
         Raises:
             ValueError: No filesystem is installed for the address's protocol.
         """
         try:
-            fs, root = fsspec.url_to_fs(url, **(storage_options or {}))
+            fs, root = fsspec.url_to_fs(url, **(storage_options or options_for(url)))
         except ImportError as error:
             raise ValueError(f"{url}: {error}") from None
         return Folder(url, fs, root.rstrip("/") or "/", isinstance(fs, LocalFileSystem))

@@ -14,6 +14,7 @@ import typer
 
 from jobs.commands import compbench, search, try_concept
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
+from jobs.commands.stores import StorageOptions, parsed, reaching
 
 if TYPE_CHECKING:
     from jobs.run import JobResult
@@ -59,6 +60,7 @@ def run_job(
         bool, typer.Option("--calibrate", help="With --dry-run: time a sample, and estimate time and cost.")
     ] = False,
     sample: Annotated[int, typer.Option(min=1, help="Rows that --calibrate times.")] = 64,
+    storage_options: StorageOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Run a job, or resume it: [bold]latentmill run-job JOB.yaml --output OUT[/bold].
@@ -77,6 +79,8 @@ def run_job(
         stop("--calibrate belongs to --dry-run")
     with errors(), terminable():
         described = reading.load(job, settings or ())
+        options = {**described.storage_options, **parsed(storage_options)}
+        described = described.model_copy(update={"storage_options": options})
         if dry_run:
             target = output or described.output or "out"
             rows = sample if calibrate else 0
@@ -99,6 +103,7 @@ def run_job(
 @app.command()
 def status(
     out: Out,
+    storage_options: StorageOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """How far a run is; works from any shell that can read the folder."""
@@ -110,7 +115,7 @@ def status(
     from pipeline.output.dataset import Output
     from pipeline.output.planfile import OutputError
 
-    with errors():
+    with errors(), reaching(out, storage_options):
         steps = read_listing(out) or [{"name": "", "output": out}]
         found: dict[str, Any] = {}
         for step in steps:
@@ -145,6 +150,7 @@ def verify(
     out: Out,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     checksums: Annotated[bool, typer.Option(help="Also compare every file's digest with its record.")] = True,
+    storage_options: StorageOptions = None,
 ) -> None:
     """Read the whole output: every planned id exactly once, in files that match their records?
 
@@ -155,7 +161,7 @@ def verify(
     from jobs.kinds.chain import read_listing
     from pipeline.output.verify import verify as verified
 
-    with errors():
+    with errors(), reaching(out, storage_options):
         steps = read_listing(out) or [{"name": "", "output": out}]
         reports = {step["name"]: verified(step["output"], checksums=checksums) for step in steps}
     if as_json:
@@ -179,11 +185,11 @@ def verify(
 
 
 @app.command()
-def report(out: Out) -> None:
+def report(out: Out, storage_options: StorageOptions = None) -> None:
     """Write OUT/report.html again: one page that works offline."""
     from jobs.report import write_report
 
-    with errors():
+    with errors(), reaching(out, storage_options):
         typer.echo(write_report(out))
 
 

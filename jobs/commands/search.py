@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.commands.errors import errors
+from jobs.commands.stores import StorageOptions, reaching
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +25,11 @@ def search(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Some text, or the path of a picture.")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many rows to show.")] = 10,
     page: Annotated[Path | None, typer.Option(help="Also write an HTML page with the pictures.")] = None,
+    storage_options: StorageOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
     """The rows of a reference nearest to a text or a picture."""
-    with errors():
+    with errors(), reaching(reference, storage_options):
         found = find(reference, query, k)
         if page is not None:
             write_page(page, reference, query, found)

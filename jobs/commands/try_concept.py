@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.commands.errors import errors
+from jobs.commands.stores import StorageOptions, reaching
 
 
 def try_concept(
@@ -25,12 +26,13 @@ def try_concept(
     seed: Annotated[int, typer.Option(min=0, help="The same noise is used with and without.")] = 0,
     model: Annotated[str | None, typer.Option(help="Model to draw with; left out: the one it was learned on.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes the GPU where there is one.")] = "auto",
+    storage_options: StorageOptions = None,
 ) -> None:
     """Draw a sheet: above without a learned concept, below with it, from the same noise."""
     from jobs.kinds.learn_concepts import COLUMNS, ok_rows
     from pipeline.output.dataset import Output
 
-    with errors():
+    with errors(), reaching(out, storage_options):
         opened = Output.open(out)
         rows = list(ok_rows(opened.tables(list(COLUMNS))))
         plain, path = draw_sheet(

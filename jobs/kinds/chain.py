@@ -17,7 +17,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from jobs.schema import registry
 from jobs.schema.base import Job, Resources
+from jobs.schema.concept_input import absolute
 from jobs.schema.steps import step_kinds, step_model
+from pipeline.output.planfile import PLAN, OutputError
 from pipeline.storage import Folder
 
 CHAIN_FILE = "chain.json"
@@ -108,7 +110,11 @@ class Chain(Job):
         for step in self.steps:
             raw = step.model_dump(mode="json", exclude_unset=True)
             name = raw["name"]
-            inherited = {"seed": self.seed, "resources": self.resources and self.resources.model_dump(mode="json")}
+            inherited = {
+                "seed": self.seed,
+                "resources": self.resources and self.resources.model_dump(mode="json"),
+                "storage_options": self.storage_options or None,
+            }
             for key, value in inherited.items():
                 if value is not None and key in type(step).model_fields:
                     raw.setdefault(key, value)
@@ -122,16 +128,43 @@ def _reads_rows(kind: Any) -> bool:
     return kind in step_kinds() and "input" in registry.find(kind).model_fields
 
 
-def write_listing(output: str, steps: Sequence[tuple[str, Job]], storage_options: Mapping[str, Any]) -> None:
-    """Leave in the chain's folder which steps it has, and where they write."""
-    listing = {"steps": [{"name": name, "job": step.job, "output": step.output} for name, step in steps]}
-    Folder.at(output, storage_options).write(CHAIN_FILE, json.dumps(listing, indent=2).encode())
+def write_listing(output: str, steps: Sequence[tuple[str, Job]]) -> None:
+    """Leave in the chain's folder which steps it has, and where they write: below it by the name alone, so that the
+    folder may move; elsewhere in full, so that it is found from any working directory.
+    """
+
+    def place(step: Job) -> str:
+        target, above = absolute(str(step.output)), absolute(output)
+        return target.removeprefix(f"{above}/")
+
+    listing = {"steps": [{"name": name, "job": step.job, "output": place(step)} for name, step in steps]}
+    Folder.at(output).write(CHAIN_FILE, json.dumps(listing, indent=2).encode())
 
 
-def read_listing(output: str, storage_options: Mapping[str, Any] | None = None) -> list[dict[str, str]] | None:
-    """``name``, ``job`` and ``output`` of a chain's steps; None where the folder holds no chain."""
-    folder = Folder.at(output, storage_options)
+def read_listing(output: str) -> list[dict[str, str]] | None:
+    """``name``, ``job`` and ``output`` of a chain's steps; None where the folder holds no chain.
+
+    Raises:
+        OutputError: The listing is damaged.
+    """
+    folder = Folder.at(output)
     if not folder.exists(CHAIN_FILE):
         return None
-    steps: list[dict[str, str]] = json.loads(folder.read(CHAIN_FILE))["steps"]
+    try:
+        steps: list[dict[str, str]] = [
+            {"name": step["name"], "job": step["job"], "output": _found(output, step)}
+            for step in json.loads(folder.read(CHAIN_FILE))["steps"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{output.rstrip('/')}/{CHAIN_FILE} is damaged ({error}); run the chain again"
+        raise OutputError(problem) from None
     return steps
+
+
+def _found(output: str, step: Mapping[str, str]) -> str:
+    """Where a step writes. Older code left paths as they were typed, relative to a directory that nobody knows now."""
+    place, above = step["output"], output.rstrip("/")
+    if "://" in place or place.startswith("/"):
+        return place
+    below = (f"{above}/{place}", f"{above}/{step['name']}", place)
+    return next((found for found in below if Folder.at(found).exists(PLAN)), below[0])

@@ -14,6 +14,7 @@ from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.concept_input import absolute, allowed, concept_source, folder_of
 from jobs.schema.panel import Panel
+from pipeline.access import filesystem as filesystem_of
 from pipeline.contract import StageSpec
 from stages.concepts.settings import ConceptLearning, LearnConceptsSettings, LegoSettings, Templates
 from stages.models.names import FolderName
@@ -190,9 +191,7 @@ def _safetensors(token: str, vector: Any) -> bytes:
 
 
 def _drop_checkpoints(output: str) -> None:
-    import fsspec
-
-    filesystem, folder = fsspec.core.url_to_fs(f"{absolute(output)}/{CHECKPOINTS}")
+    filesystem, folder = filesystem_of(f"{absolute(output)}/{CHECKPOINTS}")
     if filesystem.exists(folder):
         filesystem.rm(folder, recursive=True)
 

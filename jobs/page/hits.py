@@ -89,7 +89,7 @@ def _pictures(output: Output, wanted: dict[int, list[int]]) -> dict[tuple[int, i
     from pipeline.input.source import Source, SourceError
     from pipeline.output.planfile import read_shards
 
-    source = Source.from_json(output.plan["source"])
+    source = Source.from_json(output.plan["source"]).reachable()
     found: dict[tuple[int, int], Image] = {}
     for shard in read_shards(output.own):
         for row in wanted.get(shard.index, ()):

@@ -7,12 +7,14 @@ it is a chain or maps rows. Nothing here imports Ray, torch or datasets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from jobs.schema.panel import Panel
+from pipeline.access import granted
 from pipeline.addresses import has_password, problem_with, shown
 from pipeline.contract import Settings, added
 from pipeline.input.source import Format, Source
@@ -37,7 +39,8 @@ class Input(Settings):
     images: tuple[str, ...] = ()
     """Columns that hold pictures as encoded bytes or as paths, where the input does not say so itself."""
     storage_options: dict[str, Any] = {}
-    """For fsspec: endpoint, keys, ... Never written to the output."""
+    """For fsspec: endpoint, keys, ... Never written to the output. Left out: what the job's own `storage_options` say,
+    where the input lies in the same bucket or an earlier step of the chain wrote it."""
     max_pixels: int = Field(100_000_000, ge=1)
     """A picture with more pixels fails its row before it is decoded."""
     allow: tuple[str, ...] | None = added()
@@ -140,7 +143,9 @@ class Job(Settings):
     output: str | None = None
     """Folder, local or fsspec address, that the dataset is written to. ``--output`` sets it too."""
     storage_options: dict[str, Any] = {}
-    """For fsspec, when the output is remote: endpoint, keys, ... Never written to the output."""
+    """For fsspec: endpoint, keys, ... of the store that the output lies on, and of whatever the job names there beside
+    it (a reference, an inverter, an input in the same bucket without options of its own). Never written to the output.
+    Steps of a chain that have none take the chain's."""
 
     @field_validator("output")
     @classmethod
@@ -165,6 +170,17 @@ class RowJob(Job):
     resources: Resources = Resources()
     max_failed_fraction: float = Field(0.1, ge=0, le=1)
     """The job stops when more than this share of the rows has failed."""
+
+    @contextmanager
+    def access(self, output: str) -> Iterator[None]:
+        """While it lasts, the job's stores are opened with its options: `storage_options` for the output and for what
+        its settings name beside it, those of the input for the input's buckets.
+        """
+        with ExitStack() as stack:
+            for path in self.input.path:
+                stack.enter_context(granted(path, self.input.storage_options, "store"))
+            stack.enter_context(granted(output, self.storage_options))
+            yield
 
     def source(self) -> Source:
         """What the pipeline reads: the input, unless the job makes several rows of one (``variants``)."""

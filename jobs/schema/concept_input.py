@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from jobs.schema.base import Input
+from pipeline.access import filesystem as filesystem_of
 from pipeline.input.source import Source
 
 
@@ -17,9 +18,7 @@ def concept_source(given: Input) -> Source:
 
 
 def _is_tree(path: str) -> bool:
-    import fsspec
-
-    filesystem, folder = fsspec.core.url_to_fs(path)
+    filesystem, folder = filesystem_of(path)
     return bool(filesystem.isdir(folder) and filesystem.glob(f"{folder.rstrip('/')}/**/concept.yaml"))
 
 

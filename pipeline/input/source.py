@@ -7,9 +7,10 @@ A `Source` is JSON-able, so that it can be written into the plan and sent to a w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from pipeline.access import options_for
 from pipeline.addresses import has_password, shown, unsigned
 
 Format = Literal[
@@ -93,6 +94,13 @@ class Source:
     def whole(self, address: str) -> str:
         """An address as it is to be opened, with the query that it was given with."""
         return self.signed.get(address, address)
+
+    def reachable(self) -> Source:
+        """The same, with the options that were granted for the stores it lies in, unless it brings its own."""
+        if self.storage_options:
+            return self
+        found = [options_for(entry, "store") for entry in self.path]
+        return replace(self, storage_options=found[0]) if found and all(one == found[0] for one in found) else self
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the storage options and the queries of addresses, which may hold secrets."""

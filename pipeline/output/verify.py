@@ -130,7 +130,7 @@ def _check_file(
 def _check_ids(output: Output, shard: Shard, ids: list[str], input_options: Mapping[str, Any] | None) -> str | None:
     if shard.ids is not None and digest(ids) == shard.ids:
         return None
-    source = Source.from_json(output.plan["source"], input_options)
+    source = Source.from_json(output.plan["source"], input_options).reachable()
     try:
         planned = expected_ids(resolve(source) if source.format is None else source, shard)
     except (SourceError, OSError) as error:

@@ -35,8 +35,10 @@ class _Actor:
     def __init__(self, job: WorkerJob) -> None:
         self.problem: str | None = None
         try:
+            from pipeline import access
             from pipeline.run.worker import Worker
 
+            access.hold(job.granted)
             self.worker = Worker(job)
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"

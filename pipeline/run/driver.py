@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from pipeline import machine
+from pipeline import access, machine
 from pipeline.contract import Column
 from pipeline.input.files import OWN
 from pipeline.input.read import wanted_columns
@@ -306,6 +306,7 @@ def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJo
         columns=tuple(Column(**{**column, "shape": tuple(column["shape"])}) for column in plan["stage_columns"]),
         output=output.folder.root if output.folder.local else spec.output,
         storage_options=spec.storage_options,
+        granted=access.held(),
         run=output.run,
         epoch=output.epoch,
         reads=plan.get("reads"),
@@ -331,8 +332,8 @@ def calibrate(
     job = WorkerJob(
         stage=spec.stage, source=drafted.source, wanted=drafted.wanted, kept=drafted.kept,
         schema=encode_schema(drafted.schema), columns=drafted.info.columns, output=spec.output,
-        storage_options=spec.storage_options, reads=drafted.info.reads, decode_threads=resources.decode_threads,
-        encode_threads=resources.encode_threads,
+        storage_options=spec.storage_options, granted=access.held(), reads=drafted.info.reads,
+        decode_threads=resources.decode_threads, encode_threads=resources.encode_threads,
     )  # fmt: skip
     try:
         with connected(address, resources.cpus):

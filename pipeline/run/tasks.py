@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.access import Grant
 from pipeline.contract import Column, Form, StageSpec
 from pipeline.input.rows import Span, Wanted
 from pipeline.input.source import Source
@@ -38,6 +39,7 @@ class WorkerJob:
     """All a worker has to know, once.
 
     Attributes:
+        granted: Options of stores, for what the stage opens there.
         run: Id of the run that it works for; epoch: of the driver that gives the work out.
         schema: The output's, encoded by `pipeline.output.schema.encode_schema`.
         reads: Which columns the stage takes, and in which form; None: all, as they are found.
@@ -52,6 +54,7 @@ class WorkerJob:
     columns: tuple[Column, ...]
     output: str
     storage_options: Mapping[str, Any]
+    granted: tuple[Grant, ...] = field(default=(), repr=False)
     run: str = ""
     epoch: int = 0
     reads: Mapping[str, Form] | None = None

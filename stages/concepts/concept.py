@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pipeline.access import filesystem as filesystem_of
 from pipeline.addresses import Refused, names_host, placed, shown
 from pipeline.contract import Row
 from pipeline.pictures import decode_picture
@@ -294,12 +295,11 @@ def open_picture(value: Any, root: str = "", allow: Iterable[str] = ()) -> Image
 
 def _fetched(address: str, root: str, allow: tuple[str, ...]) -> bytes:
     """The bytes behind an address of a row, which is a stranger's."""
-    import fsspec
-
     place = placed(address, root, allow)
     if place.startswith(("http://", "https://")):
         return get(place, {}, MAX_BYTES, partial(names_host, (root, *allow)))
-    with fsspec.open(place, "rb") as file:
+    filesystem, path = filesystem_of(place)
+    with filesystem.open(path, "rb") as file:
         data: bytes = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ConceptError(f"{shown(address)} has more than {MAX_BYTES:,} bytes: make it smaller")

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from pipeline.access import filesystem as filesystem_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,11 +25,10 @@ def write_checkpoint(path: str, tensors: Mapping[str, torch.Tensor], meta: Mappi
         tensors: Copied to the CPU.
         meta: JSON-able.
     """
-    import fsspec
     from safetensors.torch import save
 
     data = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, metadata={"state": json.dumps(meta)})
-    filesystem, target = fsspec.core.url_to_fs(path)
+    filesystem, target = filesystem_of(path)
     if "file" not in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
         filesystem.pipe_file(target, data)  # one PUT
         return
@@ -42,11 +43,10 @@ def write_checkpoint(path: str, tensors: Mapping[str, torch.Tensor], meta: Mappi
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """Tensors and meta of a checkpoint; None where there is none, or none that can be read."""
-    import fsspec
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    filesystem, target = fsspec.core.url_to_fs(path)
+    filesystem, target = filesystem_of(path)
     try:
         data: bytes = filesystem.cat_file(target)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

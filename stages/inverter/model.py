@@ -14,6 +14,7 @@ import torch
 from pydantic import model_validator
 from torch import nn
 
+from pipeline.access import filesystem as filesystem_of
 from stages.inverter.settings import Network
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -78,12 +79,11 @@ class TextInverter(nn.Module):
 
     def save(self, folder: str) -> None:
         """Write config.json and model.safetensors into a folder, local or remote."""
-        import fsspec
         from safetensors.torch import save
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         for name, data in ((CONFIG, self.shape.model_dump_json().encode()), (WEIGHTS, save(tensors))):
-            filesystem, path = fsspec.core.url_to_fs(f"{folder.rstrip('/')}/{name}")
+            filesystem, path = filesystem_of(f"{folder.rstrip('/')}/{name}")
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
             with filesystem.open(path, "wb") as file:
                 file.write(data)
@@ -95,11 +95,10 @@ class TextInverter(nn.Module):
         Raises:
             ValueError: There is none.
         """
-        import fsspec
         from safetensors.torch import load
 
         for place in (folder, f"{folder.rstrip('/')}/inverter"):
-            filesystem, path = fsspec.core.url_to_fs(f"{place.rstrip('/')}/{WEIGHTS}")
+            filesystem, path = filesystem_of(f"{place.rstrip('/')}/{WEIGHTS}")
             if filesystem.exists(path):
                 config = filesystem.cat_file(f"{path.rpartition('/')[0]}/{CONFIG}")
                 inverter = TextInverter(InverterShape.model_validate_json(config))

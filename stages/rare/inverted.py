@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pipeline.access import filesystem as filesystem_of
 from pipeline.contract import Row
 from stages.concepts.concept import open_picture
 from stages.rare.references import ConceptRow, References, stacked
@@ -27,11 +28,10 @@ class InvertedDataset:
     """
 
     def __init__(self, path: str, by: str, unet: str, sampler: str | None = None) -> None:
-        import fsspec
         import pyarrow.dataset as ds
 
         fingerprint(path)
-        filesystem, root = fsspec.core.url_to_fs(path)
+        filesystem, root = filesystem_of(path)
         self.path, self.by = path, by
         self.data = ds.dataset(f"{root.rstrip('/')}/data", format="parquet", filesystem=filesystem)
         note = json.loads((self.data.schema.metadata or {}).get(b"latentmill", b"{}"))
@@ -104,9 +104,7 @@ def fingerprint(path: str) -> str:
     Raises:
         ValueError: There is no finished run.
     """
-    import fsspec
-
-    filesystem, root = fsspec.core.url_to_fs(path)
+    filesystem, root = filesystem_of(path)
     try:
         data: bytes = filesystem.cat_file(f"{root.rstrip('/')}/_SUCCESS")
     except FileNotFoundError:

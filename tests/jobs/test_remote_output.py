@@ -1,4 +1,4 @@
-"""A job whose output lies on a store that only its own `storage_options` reach."""
+"""Outputs on a store that only the job file's `storage_options` reach: no environment, no profile knows its keys."""
 
 from __future__ import annotations
 
@@ -8,25 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from jobs.commands.cli import app
+from jobs.commands.stores import parsed
 from jobs.report import write_report
 from jobs.run import run_job
 from jobs.schema.base import RowJob
+from pipeline.access import granted, options_for
 from tests.support.weather import s3_server
 
-s3fs = pytest.importorskip("s3fs")
-pytest.importorskip("moto.server")
+SECRET = "hush-hush-secret"
 
 
 @pytest.fixture
-def options() -> Iterator[dict[str, Any]]:
+def options(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
     with s3_server() as port:
-        yield {"key": "test", "secret": "test", "endpoint_url": f"http://127.0.0.1:{port}"}
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield {"key": "test", "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{port}"}
+
+
+def invoke(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
 
 
 def test_a_run_ends_with_its_report(
     tmp_path: Path, toy_job: type[RowJob], local_ray: str, options: dict[str, Any]
 ) -> None:
+    import s3fs
+
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"row {n}"}) for n in range(4)))
     step = {"job": "toy", "input": str(rows), "resources": {"cpus": 0.5}, "storage_options": options}
@@ -38,3 +53,74 @@ def test_a_run_ends_with_its_report(
     chain = {"job": "chain", "steps": [{**step, "name": "one"}], "storage_options": options}
     assert run_job(chain, output="s3://bucket/chain").report == "s3://bucket/chain/report.html"
     assert 'href="one/report.html"' in fs.cat_file("bucket/chain/report.html").decode()
+
+
+@pytest.mark.slow
+def test_a_chain_and_all_commands_reach_the_store(
+    tmp_path: Path, local_ray: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference, what reads it, what trains and keeps checkpoints; the keys stand in the chain alone, and nowhere in
+    what it wrote."""
+    import s3fs
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"a {c} star"}) + "\n" for c in ("red", "blue", "green", "pink")))
+    steps = [
+        {"job": "reference", "input": "micro-world://train?rows=40&seed=0", "encoder": "micro:prior"},
+        {"job": "invert-prompts", "input": str(prompts), "model": "micro:prior", "reference": "${reference}",
+         "methods": [{"method": "direct"}]},
+        {"job": "train-inverter", "input": "${invert-prompts}", "model": "micro:stable-diffusion", "steps": 2,
+         "network": {"width": 32, "layers": 1, "heads": 2}, "training": {"steps": 3, "batch": 2},
+         "checkpoint_seconds": 0},
+        {"job": "invert-text", "input": "micro-world://train?rows=2&seed=0", "model": "micro:stable-diffusion",
+         "inverter": "${train-inverter}"},
+    ]  # fmt: skip
+    job = tmp_path / "chain.yaml"
+    resources = {"cpus": 0.5}
+    chain = {"job": "chain", "steps": steps, "resources": resources, "storage_options": options}
+    job.write_text(yaml.safe_dump(chain))
+    done = invoke("run-job", str(job), "-o", "s3://bucket/all")
+    assert done.exit_code == 0, done.output
+    keys = ("--storage-options", f"@{job}")
+    assert "reference: complete" in invoke("status", "s3://bucket/all", *keys).output
+    assert json.loads(invoke("verify", "s3://bucket/all", "--json", *keys).output)["ok"] is True
+    assert invoke("report", "s3://bucket/all", *keys).output.strip() == "s3://bucket/all/report.html"
+    found = invoke("search", "s3://bucket/all/reference", "a red star", "--json", "-k", "2", *keys)
+    assert len(json.loads(found.output)) == 2
+    assert json.loads(invoke("run-job", str(job), "-o", "s3://bucket/all", "--dry-run", "--json").output)[1]["plan"]
+    fs = s3fs.S3FileSystem(**options)
+    names = fs.find("bucket/all")
+    assert not [name for name in names if SECRET.encode() in fs.cat_file(name)]
+    refused = invoke("status", "s3://bucket/all", "--storage-options", f"endpoint_url={options['endpoint_url']}")
+    assert refused.exit_code == 2
+    assert refused.stderr.count("\n") == 1
+    assert "Traceback" not in refused.stderr
+
+
+def test_the_nearest_grant_opens_an_address() -> None:
+    with granted("s3://bucket/out", {"key": "mine"}), granted("s3://other/in/*.txt", {"key": "theirs"}, "store"):
+        assert options_for("s3://bucket/out/_checkpoints/x") == {"key": "mine"}
+        assert options_for("s3a://elsewhere/reference") == {"key": "mine"}
+        assert options_for("s3://other/pictures/1.png") == {"key": "theirs"}
+        assert options_for("s3://elsewhere/reference", "store") == {}
+        assert options_for("gs://bucket/out") == options_for("https://bucket/out") == options_for("/bucket/out") == {}
+        with granted("s3://bucket", {"key": "newer"}):
+            assert options_for("s3://bucket/in") == {"key": "newer"}
+            assert options_for("s3://bucket/out/x") == {"key": "mine"}
+    with granted("out/here", {"key": "mine"}):  # written to a disk, with a reference on a store
+        assert options_for("s3://bucket/reference") == {"key": "mine"}
+        assert options_for("https://host/picture.png") == {}
+    assert options_for("s3://bucket/out") == {}
+
+
+def test_options_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("job: reference\nstorage_options: {key: k, anon: false}\n")
+    assert parsed(["key=0123", "anon=true", "client_kwargs={verify: false}"]) == {
+        "key": "0123", "anon": True, "client_kwargs": {"verify": False},
+    }  # fmt: skip
+    assert parsed([f"@{file}", "anon=true"]) == {"key": "k", "anon": True}
+    for wrong, said in (("key", "key=value"), (f"@{tmp_path}/none", "No such file"), ("a=[", "not valid YAML")):
+        with pytest.raises(ValueError, match=said):
+            parsed([wrong])
+    assert invoke("status", "s3://bucket/x", "--storage-options", f"secret-{SECRET}").stderr.count(SECRET) == 0
