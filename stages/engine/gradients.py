@@ -64,10 +64,27 @@ class RowGradient:
         if self.scale is None:
             (grad_B,) = torch.autograd.grad(loss_B.sum(), x_B)
             return grad_B, self._none_B
-        (grad_B,) = torch.autograd.grad((loss_B * self.scale_B).sum(), x_B)
-        with torch.no_grad():
-            grad_B = grad_B / per_row(self.scale_B, grad_B)
-            skip_B = ~grad_B.flatten(1).isfinite().all(1)
-            halved_B = skip_B if active_B is None else skip_B & active_B
-            self.scale_B.copy_(torch.where(halved_B, self.scale_B / 2, self.scale_B))
-            return torch.where(per_row(skip_B, grad_B), 0.0, grad_B), skip_B
+        grad_B, skip_B = scaled_gradient(loss_B, x_B, self.scale_B)
+        halved_B = skip_B if active_B is None else skip_B & active_B
+        self.scale_B.copy_(torch.where(halved_B, self.scale_B / 2, self.scale_B))
+        return grad_B, skip_B
+
+
+def scaled_gradient(
+    loss_B: torch.Tensor, x_B: torch.Tensor, scale_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of each row's loss, which is multiplied by the row's scale on its way back through the network.
+
+    Args:
+        loss_B: Each row's loss.
+        x_B: The variable (B, ...), a leaf of loss_B's graph, float32.
+        scale_B: Positive.
+
+    Returns:
+        grad_B, of x_B's shape and unscaled, zero in rows that overflowed; which rows did.
+    """
+    (grad_B,) = torch.autograd.grad((loss_B * scale_B).sum(), x_B)
+    with torch.no_grad():
+        grad_B = grad_B / per_row(scale_B, grad_B)
+        over_B = ~grad_B.flatten(1).isfinite().all(1)
+        return torch.where(per_row(over_B, grad_B), 0.0, grad_B), over_B

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from pipeline.contract import Row, failed
+from stages.engine.gradients import scaled_gradient
 from stages.engine.slots import per_row, slot_mask
 from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
@@ -120,6 +121,7 @@ class InversionProblem(Generic[State]):
         slots: Rows at once.
         latent_shape: (C, H, W).
         keep_path: Keep every z_t; needed to replay.
+        half: The network computes in float16: gradients are taken of losses that are scaled to its range.
     """
 
     def __init__(
@@ -132,8 +134,9 @@ class InversionProblem(Generic[State]):
         latent_shape: tuple[int, int, int],
         device: torch.device | str = "cpu",
         keep_path: bool = False,
+        half: bool = False,
     ) -> None:
-        self.predict, self.rule, self.keep_path = predict, rule, keep_path
+        self.predict, self.rule, self.keep_path, self.half = predict, rule, keep_path, half
         self.device = torch.device(device)
         self.schedule = schedule.to(self.device)
         self.latent_shape = latent_shape
@@ -214,7 +217,10 @@ class InversionProblem(Generic[State]):
             x_BCHW = self.x_BCHW[which].detach().clone().requires_grad_(True)
             m_BCHW = self.predict(x_BCHW, part.t_B, take(self.condition, which))
             loss_B = self.rule.loss(x_BCHW, m_BCHW, self.prev_BCHW[which], part)
-            (gradient_BCHW,) = torch.autograd.grad(loss_B.sum(), x_BCHW)
+            if self.half:
+                gradient_BCHW, _ = scaled_gradient(loss_B, x_BCHW, residual_scale(loss_B, x_BCHW, part))
+            else:
+                (gradient_BCHW,) = torch.autograd.grad(loss_B.sum(), x_BCHW)
         return m_BCHW.detach(), gradient_BCHW
 
     @torch.no_grad()
@@ -266,6 +272,16 @@ class InversionProblem(Generic[State]):
         self.broken_B[where] = False
         self.active_B[where] = False
         return rows
+
+
+@torch.no_grad()
+def residual_scale(loss_B: torch.Tensor, x_BCHW: torch.Tensor, step: Step) -> torch.Tensor:
+    """The power of two that brings the gradient of |r|^2 / 2 at the network's output, weight r, to a mean square of
+    about 1 (ours). The nearer a row is to its solution, the smaller r; a fixed scale would fit one distance alone, and
+    overflow is no matter of trying, which costs passes.
+    """
+    rms_B = (2 * loss_B / x_BCHW[0].numel()).sqrt() * step.weight.flatten().abs()
+    return torch.exp2(-rms_B.clamp(min=2.0**-60).log2().round())
 
 
 def take(condition: Condition, which: torch.Tensor | slice) -> Condition:

@@ -206,8 +206,9 @@ def line_search(point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> tuple[to
     if (slope_BCHW := point.gradient_BCHW) is None:
         return x_BCHW, state
     # |r|^2 / |J'r|^2: the exact step when J is a multiple of a rotation.
-    steepness_B = slope_BCHW.flatten(1).square().sum(1).clamp(min=1e-30)
-    length_B = point.r_BCHW.flatten(1).square().sum(1) / steepness_B
+    steepness_B = slope_BCHW.flatten(1).square().sum(1)
+    length_B = point.r_BCHW.flatten(1).square().sum(1) / steepness_B.clamp(min=1e-30)
+    length_B = torch.where(steepness_B == 0, 0.0, length_B)  # a gradient that overflowed leads nowhere
     differentiated_B = state.mode_B == DIFFERENTIATE
     keep = per_row(differentiated_B, x_BCHW)
     x_BCHW = torch.where(keep, point.x_BCHW - per_row(length_B, x_BCHW) * slope_BCHW, x_BCHW)

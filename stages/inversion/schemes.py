@@ -48,6 +48,7 @@ class Scheme:
         return InversionProblem(
             self.predict, self.schedule, rule, slots=slots, device=self.model.device,
             latent_shape=self.model.geometry.latent_shape, keep_path=self.keep_path,
+            half=self.model.dtypes[denoiser] == torch.float16,
         )  # fmt: skip
 
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:

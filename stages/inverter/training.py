@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from stages.engine.checkpoint import read_checkpoint, write_checkpoint
+from stages.engine.gradients import loss_scale
 from stages.engine.randomness import row_generator, row_seed
 from stages.inverter.model import InverterShape, TextInverter
 from stages.inverter.settings import Training
@@ -113,7 +114,10 @@ def train_inverter(
     noise_loss = DenoisingLoss(model)
     optimiser = torch.optim.AdamW(inverter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, settings.steps))
-    first, curve = _resume(checkpoint, inverter, optimiser, schedule)
+    # One scale for the batch's one loss: a step whose gradient overflows is skipped, as its kind does.
+    scale = loss_scale(model.dtypes.values())
+    scaler = torch.amp.GradScaler(model.device.type, init_scale=scale or 1.0, enabled=scale is not None)
+    first, curve = _resume(checkpoint, inverter, optimiser, schedule, scaler)
     saved = time.monotonic()
     inverter.train()
     for step in range(first, settings.steps):
@@ -127,18 +131,20 @@ def train_inverter(
         if settings.noise_rows:
             noise = _noise_error(noise_loss, z_BCHW, guess_BTK, guess_BP, settings.noise_rows, generator)
         optimiser.zero_grad(set_to_none=True)
-        (error + settings.noise_weight * noise).backward()
+        scaler.scale(error + settings.noise_weight * noise).backward()
+        scaler.unscale_(optimiser)
         nn.utils.clip_grad_norm_(inverter.parameters(), 1.0)
-        optimiser.step()
+        scaler.step(optimiser)
+        scaler.update()
         schedule.step()
         if (step + 1) % max(1, settings.steps // 20) == 0 or step + 1 == settings.steps:
             curve.append({"step": step + 1, "error": error.item(), "noise_loss": noise.item()})
             report(f"inverter: step {step + 1} of {settings.steps}, error {curve[-1]['error']:.4f}")
         if checkpoint and time.monotonic() - saved > checkpoint_seconds:
-            _keep(checkpoint, inverter, optimiser, step + 1, curve)
+            _keep(checkpoint, inverter, optimiser, scaler, step + 1, curve)
             saved = time.monotonic()
     if checkpoint:
-        _keep(checkpoint, inverter, optimiser, settings.steps, curve)
+        _keep(checkpoint, inverter, optimiser, scaler, settings.steps, curve)
     inverter.eval().requires_grad_(False)
     return inverter, measure(model, inverter, pairs, held) | {"curve": curve, "trained_on": len(trained)}
 
@@ -217,17 +223,19 @@ def measure(model: LatentModel, inverter: TextInverter, pairs: Pairs, held: np.n
 
 
 def _keep(
-    path: str, inverter: TextInverter, optimiser: torch.optim.AdamW, step: int, curve: list[dict[str, Any]]
-) -> None:
+    path: str, inverter: TextInverter, optimiser: torch.optim.AdamW, scaler: torch.amp.GradScaler, step: int,
+    curve: list[dict[str, Any]],
+) -> None:  # fmt: skip
     tensors = {f"model.{name}": tensor for name, tensor in inverter.state_dict().items()}
     for number, state in optimiser.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    write_checkpoint(path, tensors, {"step": step, "curve": curve})
+    write_checkpoint(path, tensors, {"step": step, "curve": curve, "scaler": scaler.state_dict()})
 
 
 def _resume(
-    path: str | None, inverter: TextInverter, optimiser: torch.optim.AdamW, schedule: torch.optim.lr_scheduler.LambdaLR
-) -> tuple[int, list[dict[str, Any]]]:
+    path: str | None, inverter: TextInverter, optimiser: torch.optim.AdamW,
+    schedule: torch.optim.lr_scheduler.LambdaLR, scaler: torch.amp.GradScaler,
+) -> tuple[int, list[dict[str, Any]]]:  # fmt: skip
     found = read_checkpoint(path) if path else None
     if found is None:
         return 0, []
@@ -240,6 +248,8 @@ def _resume(
             states.setdefault(int(number), {})[name] = tensor
     plain = optimiser.state_dict()
     optimiser.load_state_dict({"state": states, "param_groups": plain["param_groups"]})
+    if meta.get("scaler"):  # none in checkpoints of before
+        scaler.load_state_dict(meta["scaler"])
     for _ in range(meta["step"]):
         schedule.step()
     return meta["step"], meta["curve"]

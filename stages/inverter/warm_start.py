@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from stages.engine.gradients import RowGradient, loss_scale
 from stages.inverter.model import TextInverter
 from stages.models.words import Encoder, encode
 
@@ -43,11 +44,13 @@ def warm_start(
     """
     with torch.no_grad():
         wanted_ITK, _ = inverter(z_ICHW)
-    v_VE = start_VE.clone().requires_grad_(True)
-    optimiser = torch.optim.AdamW([v_VE], lr=lr, weight_decay=0.0)
+    v_1VE = start_VE[None].clone().requires_grad_(True)
+    gradient = RowGradient(1, loss_scale(encoder.table.dtype for encoder in encoders), v_1VE.device)
+    optimiser = torch.optim.AdamW([v_1VE], lr=lr, weight_decay=0.0)
     for _ in range(steps):
-        text_ITK, _ = encode(encoders, ids_EIT, which_EIT, v_VE.expand(len(z_ICHW), -1, -1))
-        loss = ((text_ITK.float() - wanted_ITK) / inverter.std_TK).square().mean()
-        (v_VE.grad,) = torch.autograd.grad(loss, v_VE)
-        optimiser.step()
-    return v_VE.detach()
+        text_ITK, _ = encode(encoders, ids_EIT, which_EIT, v_1VE.expand(len(z_ICHW), -1, -1))
+        loss_1 = ((text_ITK.float() - wanted_ITK) / inverter.std_TK).square().mean()[None]
+        v_1VE.grad, skip_1 = gradient(loss_1, v_1VE)
+        if not bool(skip_1):
+            optimiser.step()
+    return v_1VE[0].detach()

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from stages.engine.adamw import RowAdamW
+from stages.engine.gradients import RowGradient
+from stages.engine.slots import per_row
 from stages.models.latent import Condition, Predict
 from stages.models.sampler import denoise
 from stages.models.schedule import Schedule
@@ -100,7 +102,7 @@ def select_loss(
 
 def optimise_noise(
     z_BCHW: torch.Tensor, condition: Condition, target: Target, *, predict: Predict, schedule: Schedule,
-    embed: Callable[[torch.Tensor], torch.Tensor], iterations: int, rate: float,
+    embed: Callable[[torch.Tensor], torch.Tensor], iterations: int, rate: float, scale: float | None = None,
 ) -> Selected:  # fmt: skip
     """AdamW on the noise; every row has its own loss, so rows do not see each other.
 
@@ -108,6 +110,8 @@ def optimise_noise(
         schedule: At least three steps.
         embed: Latents to image embeddings, differentiable.
         iterations, rate: Updates; the rate falls to a tenth after three of them.
+        scale: `RowGradient`'s. With five updates none is to be lost: a gradient that overflows is taken again under
+            half the scale. A row without a finite one becomes NaN.
     """
     noise_BCHW = z_BCHW.detach().clone()
 
@@ -116,14 +120,19 @@ def optimise_noise(
         return torch.where(steps_B < FAST, full, slow)
 
     adam = RowAdamW(noise_BCHW, slowed)
+    gradient = RowGradient(len(noise_BCHW), scale, noise_BCHW.device)
     start_B = loss_B = torch.zeros(len(noise_BCHW))
     for update in range(iterations):
-        variable = noise_BCHW.detach().clone().requires_grad_(True)
-        with torch.enable_grad():
-            latents = last_latents(predict, schedule, variable, condition, len(TAIL))
-            each_B = select_loss(latents, target, embed)
-            (gradient,) = torch.autograd.grad(each_B.sum(), variable)
-        adam.step(gradient)
+        repeat = True
+        while repeat:
+            variable = noise_BCHW.detach().clone().requires_grad_(True)
+            with torch.enable_grad():
+                latents = last_latents(predict, schedule, variable, condition, len(TAIL))
+                each_B = select_loss(latents, target, embed)
+                slope_BCHW, skip_B = gradient(each_B, variable)
+            repeat = bool((skip_B & each_B.isfinite() & (gradient.scale_B >= 1)).any())
+        adam.step(slope_BCHW)
+        noise_BCHW.masked_fill_(per_row(skip_B, noise_BCHW), torch.nan)
         loss_B = each_B.detach().cpu()
         start_B = loss_B if update == 0 else start_B
     return Selected(noise_BCHW, start_B, loss_B)

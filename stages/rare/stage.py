@@ -19,6 +19,7 @@ import torch
 
 from pipeline.contract import Row, StageInfo, failed, ok
 from stages.concepts.concept import ConceptError
+from stages.engine.gradients import loss_scale
 from stages.engine.randomness import row_generator
 from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import InvertImages
@@ -206,6 +207,7 @@ class RareConcepts:
                 predict=model.predictor(self.settings.guidance),
                 schedule=model.schedule(method.steps or self.settings.steps),
                 embed=embedder(model.decode, self.judge.images), iterations=iterations, rate=rate,
+                scale=loss_scale(model.dtypes.values()),
             )  # fmt: skip
             yield done.z_BCHW.cpu(), torch.stack([done.start_B, done.loss_B], 1)
 

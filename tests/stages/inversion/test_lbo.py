@@ -11,6 +11,7 @@ from stages.inversion.fixed_point import FixedPoint
 from stages.inversion.lbo import LatentBias, replay_bias
 from stages.models.sampler import sample
 from stages.models.schedule import ddim_schedule
+from tests.stages.inversion import plain
 
 SHAPE = (2, 4, 4)
 CONFIG = {
@@ -93,6 +94,47 @@ def test_where_the_fixed_point_expands_the_gradient_helps() -> None:
     done, safe, _ = invert(LatentBias(passes=40, tolerance=1e-5), **strong)
     assert safe < plain / 2, (safe, plain)
     assert sum(row["backwards"] for row in done) > 0
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("k", [0, 4])
+def test_float16_keeps_the_gradient_however_near_the_solution(model, work, half_model, k: int, distance: float) -> None:
+    """A step's residual is made the same for both networks; its direct part, which no network sees, is taken away."""
+    z, condition, schedule = work
+    step = schedule.at(torch.full((len(z),), k))
+    r = torch.randn(z.shape, generator=torch.Generator().manual_seed(8)) * distance
+
+    def through(of, half: bool) -> torch.Tensor:
+        problem = InversionProblem(of.predictor(), schedule, LatentBias(), slots=3, latent_shape=plain.SHAPE, half=half)
+        problem.load([0, 1, 2], plain.rows_of(z, condition))
+        problem.x_BCHW = z
+        with torch.no_grad():
+            problem.prev_BCHW = step.down(z, problem.predict(z, step.t_B, problem.condition)) - r
+        _, gradient = problem._differentiate(slice(None), step)
+        return (gradient - step.scale * r).flatten(1).double()
+
+    def cosine_B(half: bool) -> torch.Tensor:
+        return torch.nn.functional.cosine_similarity(through(half_model, half), through(model, False), dim=1)
+
+    assert float(cosine_B(True).min()) > 0.999
+    if distance < 1e-4:
+        assert float(cosine_B(False).max()) < 0.999
+
+
+def test_a_gradient_that_overflows_costs_its_passes_and_nothing_else() -> None:
+    def overflowing(z, t, condition):
+        z = z.clone()
+        if z.requires_grad:
+            z.register_hook(lambda gradient: gradient * torch.inf)
+        return network(6.0)(z, t, condition)
+
+    problem = InversionProblem(
+        overflowing, ddim_schedule(CONFIG, 4), LatentBias(passes=40, tolerance=1e-5), slots=3, latent_shape=SHAPE,
+        half=True,
+    )  # fmt: skip
+    done = list(solve(problem, rows()))
+    assert sum(row["backwards"] for row in done) > 0
+    assert all(row.get("status") != "failed" and bool(row["noise"].isfinite().all()) for row in done)
 
 
 def test_replay_gives_the_inverted_latent_back() -> None:

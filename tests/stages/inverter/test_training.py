@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from stages.engine.checkpoint import read_checkpoint
+from stages.inverter import training
 from stages.inverter.model import InverterShape
 from stages.inverter.settings import Training
 from stages.inverter.training import Pairs, split, text_conditions, train_inverter
+from stages.models.families import open_latent_model
+from stages.models.settings import LatentModelSettings
 from tests.support.concepts import opened
 from tests.support.tiny_stable_diffusion import WORDS, build
 
@@ -43,7 +46,11 @@ def test_inverter_learns_and_beats_the_mean_latent(model):
     assert measures["mse"] == pytest.approx((guess - text).square().mean().item(), rel=1e-4)
 
 
-def test_training_killed_and_resumed_ends_equal(model, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_training_killed_and_resumed_ends_equal(dtype, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """In float16 from a scale at which the first steps overflow, so that it is not the first one any more."""
+    monkeypatch.setattr(training, "loss_scale", lambda dtypes: 2.0**28 if dtype == "float16" else None)
+    model = open_latent_model(LatentModelSettings(model=build(tmp_path / "model"), device="cpu", dtype=dtype))
     shape = InverterShape(text=(16, 32), **SMALL)
     path = str(tmp_path / "c.safetensors")
 
@@ -62,11 +69,39 @@ def test_training_killed_and_resumed_ends_equal(model, tmp_path):
 
     with pytest.raises(Killed):
         trained(checkpoint=path, checkpoint_seconds=-1.0, report=die)
-    assert read_checkpoint(path)[1]["step"] == 6
+    meta = read_checkpoint(path)[1]
+    assert meta["step"] == 6
+    if dtype == "float16":
+        assert 1 < meta["scaler"]["scale"] < 2.0**28
     resumed, measures = trained(checkpoint=path, checkpoint_seconds=-1.0)
     assert [point["step"] for point in measures["curve"]] == list(range(1, 13))
     for name, tensor in whole.state_dict().items():
         assert torch.allclose(tensor, resumed.state_dict()[name], atol=1e-6), name
+
+
+def test_float16_keeps_the_gradient_of_a_real_latents_mean(model, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Of the noise-prediction loss alone, a small part of the whole; a weight makes it as small as the mean over a real
+    latent and sixteen pictures makes it."""
+    half = open_latent_model(LatentModelSettings(model=build(tmp_path), device="cpu", dtype="float16"))
+    monkeypatch.setattr(training, "_standard_error", lambda inverter, guess, *_: 0.0 * guess.sum())
+    shape = InverterShape(text=(16, 32), **SMALL)
+
+    def gradient(of) -> torch.Tensor:
+        seen = []
+
+        def kept(parameters, limit):
+            seen.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).double())
+
+        monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", kept)
+        settings = Training(steps=1, batch=4, noise_rows=4, noise_weight=1e-4)
+        train_inverter(of, pairs(), shape, settings, seed=1)
+        return seen[0]
+
+    reference, scaled = gradient(model), gradient(half)
+    assert torch.nn.functional.cosine_similarity(scaled, reference, dim=0) > 0.999
+    assert float(scaled.norm() / reference.norm()) == pytest.approx(1, abs=0.02)  # unscaled before it is clipped
+    monkeypatch.setattr(training, "loss_scale", lambda dtypes: None)
+    assert torch.nn.functional.cosine_similarity(gradient(half), reference, dim=0) < 0.99
 
 
 def test_a_batch_may_be_smaller_than_the_rows_of_the_noise_loss(model):

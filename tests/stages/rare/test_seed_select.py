@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from stages.engine.adamw import RowAdamW
+from stages.engine.gradients import loss_scale
 from stages.models.clip import ImageEncoder
+from stages.models.families import open_latent_model
 from stages.models.latent import LatentModel
 from stages.models.sampler import sample
+from stages.models.settings import LatentModelSettings
 from stages.rare.seed_select import Target, centroid, clip_pixels, embedder, last_latents, optimise_noise, select_loss
+from tests.support import tiny_stable_diffusion
 from tests.support.rare import picture
 
 
@@ -86,3 +93,64 @@ def test_optimised_seeds_against_torch_adamw_row_by_row(model: LatentModel, clip
         assert float(found.loss_B[row]) == pytest.approx(losses[-1], rel=1e-3)
         assert losses[-1] < losses[0]
         assert float((found.z_BCHW[row] - variable[0].detach()).abs().max()) < 0.01
+
+
+def test_float16_keeps_small_gradients_and_loses_no_update_to_an_overflow(
+    model: LatentModel, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings that hardly move make the loss's gradient as small as that of a real latent, a mean over 64 times as
+    many numbers, near its aim."""
+    half = open_latent_model(
+        LatentModelSettings(model=tiny_stable_diffusion.build(tmp_path), device="cpu", dtype="float16")
+    )
+    encoder = ImageEncoder(clip)
+    z = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(4))
+    condition = model.condition(["red star", "a ring"], guided=True)
+    aim = torch.nn.functional.normalize(torch.randn((2, 25), generator=torch.Generator().manual_seed(5)), dim=1)
+    step = RowAdamW.step
+
+    def gradients(of: LatentModel, scale: float | None, size: float) -> torch.Tensor:
+        """Of the update: (B, C H W)."""
+        seen: list[torch.Tensor] = []
+
+        def embed(z: torch.Tensor) -> torch.Tensor:
+            return torch.cat([size * embedder(of.decode, encoder)(z), torch.ones(2, 1)], dim=1)
+
+        def kept(self, grad, active_B=None, lr_B=None) -> None:
+            seen.append(grad.detach().flatten(1).double())
+            step(self, grad, active_B, lr_B)
+
+        monkeypatch.setattr(RowAdamW, "step", kept)
+        with torch.no_grad():
+            latent = last_latents(of.predictor(2.0), of.schedule(3), z, condition, 1)[0]
+        found = optimise_noise(
+            z, condition, Target(aim, latent), predict=of.predictor(2.0), schedule=of.schedule(3), embed=embed,
+            iterations=1, rate=0.05, scale=scale,
+        )  # fmt: skip
+        assert bool(found.z_BCHW.isfinite().all())
+        (grad,) = seen
+        return grad
+
+    def cosine_B(scale: float | None, size: float) -> torch.Tensor:
+        pair = gradients(half, scale, size), gradients(model, None, size)
+        return torch.nn.functional.cosine_similarity(*pair, dim=1)
+
+    scale = loss_scale(half.dtypes.values())
+    assert float(cosine_B(scale, 1e-5).min()) > 0.999
+    assert float(cosine_B(None, 1e-5).max()) < 0.999
+    assert float(cosine_B(2.0**24, 1.0).min()) > 0.999
+
+
+def test_a_row_whose_gradient_is_never_finite_becomes_nan(model: LatentModel) -> None:
+    def embed(z: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.tensor([[True], [False]]), torch.nan, 1.0) * z.flatten(1)
+
+    z = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(4))
+    condition = model.condition(["red star", "a ring"])
+    target = Target(torch.nn.functional.normalize(torch.ones((2, 256)), dim=1), torch.zeros_like(z))
+    found = optimise_noise(
+        z, condition, target, predict=model.predictor(), schedule=model.schedule(3), embed=embed, iterations=2,
+        rate=0.05, scale=2.0**16,
+    )  # fmt: skip
+    assert bool(found.z_BCHW[0].isnan().all())
+    assert bool(found.z_BCHW[1].isfinite().all())
