@@ -80,7 +80,7 @@ def plan_job(
         calibrate_rows: Time so many rows on one worker; 0 for none.
     """
     from pipeline.input.source import SourceError
-    from pipeline.run.driver import calibrate, make_plan
+    from pipeline.run.driver import calibrate, dry_plan
 
     steps = list(job.named_steps(output)) if isinstance(job, Chain) else [(job.job, job)]
     with ExitStack() as stack:
@@ -97,7 +97,7 @@ def plan_job(
                 continue
             try:
                 spec = run_spec(step.model_copy(update={"output": target}), target, limit)
-                plan = make_plan(spec)
+                plan = dry_plan(spec, address)
             except SourceError as error:
                 raise JobFileError(f"{name}: {error}") from error
             timing = None

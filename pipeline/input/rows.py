@@ -83,7 +83,7 @@ class Span:
 
 @dataclass(frozen=True)
 class FileScan:
-    """What a scan found: number of rows, a digest of what they are, byte offsets of the rows that begin shards.
+    """What a scan found: number of rows, a digest of what they are, byte offsets of the rows that were asked for.
 
     ``keys``: the rows' natural keys where the format has them (ids derive from them and have to be checked).
     ``schema``: the columns with their types, where the file tells. ``notes``: what the user should know of it.
@@ -100,7 +100,7 @@ class FileScan:
 Wanted = Mapping[str, str] | None
 """Name in the row -> name in the input; None: everything."""
 Begins = Callable[[int], bool]
-"""Whether a shard begins at this row of the file."""
+"""Whether to note where this row of the file begins."""
 Look = Callable[[int, Mapping[str, Any]], None]
 """Is shown each row of a file while it is scanned: its number and its values; pictures as `Encoded` without bytes."""
 

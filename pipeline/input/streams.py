@@ -37,11 +37,18 @@ def codec_of(path: str) -> str | None:
     return next((codec for suffix, codec in COMPRESSED.items() if path.lower().endswith(suffix)), None)
 
 
-def open_input(path: str, source: Source) -> IO[bytes]:
-    """Open an input file for reading, decompressed if its name says that it is compressed."""
+def open_input(path: str, source: Source, ahead: int | None = None) -> IO[bytes]:
+    """Open an input file for reading, decompressed if its name says that it is compressed.
+
+    Args:
+        ahead: Bytes that are fetched from a store at once; None: as many as its client likes.
+    """
     codec = codec_of(path)
     if "://" not in path and codec is None:
         return open(path, "rb")
+    if codec is None and ahead is not None:
+        filesystem, name = fsspec.url_to_fs(source.whole(path), **source.storage_options)
+        return patiently(lambda: filesystem.open(name, "rb", block_size=ahead))
     told = None if codec == "zstd" else codec
 
     def opened() -> IO[bytes]:

@@ -95,6 +95,12 @@ class Values:
         elif kind is np.ndarray:
             self._arrays.add((value.shape, value.dtype))
 
+    def join(self, other: Values) -> None:
+        """Whatever another has seen, this has too."""
+        self._kinds |= other._kinds
+        self._arrays |= other._arrays
+        self._least, self._most = min(self._least, other._least), max(self._most, other._most)
+
     def field(self, name: str) -> pa.Field:
         """Text, numbers, truth values, pictures and arrays keep their type; anything else, and any mixture, is JSON."""
         kinds = self._kinds
@@ -167,6 +173,12 @@ class Settling:
         self._rows += 1
         for name, column in self.columns.items():
             self._values[name].add(values.get(column))
+
+    def join(self, other: Settling) -> None:
+        """The rows that another of the same columns was shown."""
+        self._rows += other._rows
+        for name, values in other._values.items():
+            self._values[name].join(values)
 
     def field(self, before: pa.Field) -> pa.Field:
         """What has been settled for a column; nothing was said about those of formats with fixed columns.

@@ -25,7 +25,8 @@ SPANS_A_GROUP = 20_000
 _FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.string()), ("digest", pa.string()),
                     ("rows", pa.int64())])  # fmt: skip
 _SPANS = pa.schema([("shard", pa.int64()), ("ids", pa.string()), ("name", pa.string()), ("path", pa.binary()),
-                    ("start", pa.int64()), ("stop", pa.int64()), ("offset", pa.int64())])  # fmt: skip
+                    ("start", pa.int64()), ("stop", pa.int64()), ("offset", pa.int64()),
+                    ("ahead", pa.int64())])  # fmt: skip
 
 
 class OutputError(ValueError):
@@ -70,7 +71,7 @@ class Tables:
     def shard(self, shard: Shard) -> None:
         for s in shard.spans:
             path = s.path.encode(errors="surrogateescape")
-            self._spans.add((shard.index, shard.ids, s.name, path, s.start, s.stop, s.offset))
+            self._spans.add((shard.index, shard.ids, s.name, path, s.start, s.stop, s.offset, s.ahead))
 
     def __enter__(self) -> Tables:
         return self
@@ -147,12 +148,13 @@ def read_shards(folder: Folder) -> Iterator[Shard]:
     """
     index, ids, spans = -1, None, list[Span]()
     pins = _Pinned(folder)
-    for shard, own, name, path, start, stop, offset in _table_rows(folder, "shards.parquet"):
+    for shard, own, name, path, start, stop, offset, *ahead in _table_rows(folder, "shards.parquet"):
         if shard != index and spans:
             yield Shard(index, tuple(spans), ids)
             spans = []
         index, ids = shard, own
         address = path.decode(errors="surrogateescape")
-        spans.append(Span(name, address, start, stop, offset, pin=pins.of(name)))
+        passed = ahead[0] if ahead else 0  # older plans have no such column
+        spans.append(Span(name, address, start, stop, offset, passed, pins.of(name)))
     if spans:
         yield Shard(index, tuple(spans), ids)

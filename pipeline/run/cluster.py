@@ -10,13 +10,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from pipeline import machine
 from pipeline.run.tasks import Outcome, Resources, Task, WorkerJob
 
+T = TypeVar("T")
+R = TypeVar("R")
 OBJECT_STORE_BYTES = 200 * 2**20
 """Of a Ray that we start: nothing but descriptors and records passes through it."""
 
@@ -149,6 +153,44 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
     finally:
         with _held_interrupt():
             ray.shutdown()
+
+
+def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """A function of each item, computed by tasks on the cluster, a few ahead of what is asked for; in order.
+
+    Raises:
+        SourceError, OSError: The function did.
+        ClusterError: Its process died, three times more after it was started anew.
+    """
+    import ray
+
+    remote: Any = ray.remote
+    told = remote(num_cpus=1, max_retries=3)(_told).remote
+    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    running: deque[tuple[T, Any]] = deque()
+    coming = iter(items)
+    while True:
+        running.extend((item, told(function, item)) for item in islice(coming, ahead - len(running)))
+        if not running:
+            return
+        item, answer = running.popleft()
+        try:
+            found, error = ray.get(answer)
+        except ray.exceptions.RayError as lost:
+            raise ClusterError(f"{item}: its task cannot be done ({_first_line(lost)})") from None
+        if error is not None:
+            raise error
+        yield found
+
+
+def _told(function: Callable[[T], R], item: T) -> tuple[R | None, Exception | None]:
+    """Runs in a worker process: what is the input's or the storage's fault is an answer."""
+    from pipeline.input.source import SourceError
+
+    try:
+        return function(item), None
+    except (SourceError, OSError) as error:
+        return None, error
 
 
 class _Member:

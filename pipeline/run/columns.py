@@ -130,7 +130,7 @@ class Watched:
     """
 
     def __init__(self, source: Source, keep: tuple[str, ...], reads: Reads) -> None:
-        self._source, self._keep, self._reads = source, keep, reads
+        self._source, self.keep, self.reads = source, keep, reads
         columns = {name: source.columns.get(name, name) for name in keep if name not in source.variants}
         self.kept = Settling(columns)
 
@@ -151,8 +151,13 @@ class Watched:
         Raises:
             SourceError: It lacks one, has one twice, or has a kept one in a type that does not go with another file's.
         """
-        check_file(self._source, file, schema, self._keep, self._reads)
+        check_file(self._source, file, schema, self.keep, self.reads)
         self.kept.file(file.path, schema)
+
+    def join(self, rows: Settling | None) -> None:
+        """What the rows of a file, shown to another, said."""
+        if rows is not None:
+            self.kept.join(rows)
 
     def settled(self, schema: pa.Schema) -> pa.Schema:
         """The output's schema, now that all of the input has been scanned."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
@@ -23,11 +25,12 @@ from pipeline.output.products import take_stock
 from pipeline.output.progress import Progress
 from pipeline.output.publish import publish, set_aside
 from pipeline.output.schema import encode_schema
-from pipeline.run.cluster import ClusterError, Meters, Pool, connected
+from pipeline.run.cluster import ClusterError, Meters, Pool, connected, spread
 from pipeline.run.dispatch import Dispatcher, Stopped
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft
 from pipeline.run.plan import Plan, PlanMismatch, check_input, differences, make_plan, write_plan
 from pipeline.run.reporter import Reporter
+from pipeline.run.scan import Scans, is_heavy, one_by_one, scan_elsewhere
 from pipeline.run.survey import Survey, survey
 from pipeline.run.tasks import Resources, Task, WorkerJob
 from pipeline.storage import Folder
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration", "Finished", "Plan", "PlanError", "PlanMismatch", "Progress", "Resources", "RunError", "RunResult",
-    "RunSpec", "calibrate", "make_plan", "run",
+    "RunSpec", "calibrate", "dry_plan", "make_plan", "run",
 ]  # fmt: skip
 
 
@@ -158,7 +161,8 @@ def run(
     lock = Lock(folder, lambda message: reporter.phase("planning", message=message))
     try:
         if not planned and not _check_folder(spec, drafted, folder):  # again: another run may have just ended here
-            plan = write_plan(spec, drafted, own_folder(folder), machine.here.wall(), lock.check)
+            with _scanning(drafted.source, spec.limit, address, resources.cpus) as scans:
+                plan = write_plan(spec, drafted, own_folder(folder), machine.here.wall(), lock.check, scans)
             for note in plan["notes"]:
                 reporter.phase("planning", message=note)
         output = replace(Output.open(spec.output, spec.storage_options), lock=lock)
@@ -170,6 +174,30 @@ def run(
         raise RunError(str(lost)) from None
     finally:
         lock.release()
+
+
+def dry_plan(spec: RunSpec, address: str | None = None) -> Plan:
+    """`make_plan`; an input that takes long to scan is scanned on the cluster.
+
+    Raises:
+        SourceError, PlanError: As `make_plan` does.
+        RunError: No Ray.
+    """
+    with _scanning(draft(spec).source, spec.limit, address, 1) as scans:
+        return make_plan(spec, scans)
+
+
+@contextmanager
+def _scanning(source: Source, limit: int | None, address: str | None, cpus: float) -> Iterator[Scans]:
+    """How the files of a resolved source are scanned."""
+    if not is_heavy(source, limit):
+        yield one_by_one
+        return
+    try:
+        with connected(address, cpus):
+            yield partial(spread, scan_elsewhere)
+    except ClusterError as error:
+        raise RunError(f"the input cannot be scanned: {error}") from None
 
 
 def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:

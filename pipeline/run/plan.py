@@ -15,6 +15,7 @@ from pipeline.input.source import Source
 from pipeline.output import planfile
 from pipeline.output.schema import encode_schema
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft, fingerprint, watched
+from pipeline.run.scan import Scans, one_by_one
 from pipeline.run.survey import Survey, survey
 from pipeline.storage import Folder
 
@@ -69,7 +70,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(spec: RunSpec) -> Plan:
+def make_plan(spec: RunSpec, scans: Scans = one_by_one) -> Plan:
     """Plan a run without writing anything (``--dry-run``).
 
     Raises:
@@ -78,7 +79,8 @@ def make_plan(spec: RunSpec) -> Plan:
     """
     drafted = draft(spec)
     totals = Survey()
-    for _ in survey(drafted.source, spec.shard_rows, spec.limit, totals, lambda file, scan: None, watched(drafted)):
+    columns = watched(drafted)
+    for _ in survey(drafted.source, spec.shard_rows, spec.limit, totals, lambda file, scan: None, columns, scans):
         pass
     return _plan(drafted, totals)
 
@@ -99,20 +101,26 @@ def _plan(drafted: Draft, totals: Survey) -> Plan:
 
 
 def write_plan(
-    spec: RunSpec, drafted: Draft, folder: Folder, created: float, check: Callable[[], None] = lambda: None
+    spec: RunSpec,
+    drafted: Draft,
+    folder: Folder,
+    created: float,
+    check: Callable[[], None] = lambda: None,
+    scans: Scans = one_by_one,
 ) -> dict[str, Any]:
     """Scan the input and write the plan; it exists once ``plan.json`` does.
 
     Args:
         folder: The bookkeeping folder inside the output folder.
         check: Asked before the plan is put in place; raises if the folder is another run's by now.
+        scans: How the input's files are scanned.
 
     Returns:
         What ``plan.json`` holds.
     """
     totals, columns = Survey(), watched(drafted)
     with planfile.Tables(folder) as tables:
-        for shard in survey(drafted.source, spec.shard_rows, spec.limit, totals, tables.file, columns):
+        for shard in survey(drafted.source, spec.shard_rows, spec.limit, totals, tables.file, columns, scans):
             tables.shard(shard)
         check()
     plan = _plan(drafted, totals)

@@ -1,4 +1,4 @@
-"""Which rows form which shard: the input is scanned once, as a stream, and cut into shards of equal row count.
+"""Which rows form which shard: the files' scans are laid end to end and cut into shards of equal row count.
 
 Memory does not grow with the number of rows.
 """
@@ -6,19 +6,18 @@ Memory does not grow with the number of rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 
 from pipeline.input.files import InputFile, list_files
 from pipeline.input.ids import Uniqueness, digest
-from pipeline.input.read import reader_of
 from pipeline.input.rows import FileScan, Span
 from pipeline.input.shards import Shard
 from pipeline.input.source import Source, SourceError
 from pipeline.input.walk import LeftOut
 from pipeline.run.columns import Watched
+from pipeline.run.scan import Scans, ScanTask, entered, one_by_one, scan_file
 
 
 @dataclass
@@ -33,21 +32,14 @@ class Survey:
     notes: list[str] = field(default_factory=list)
 
 
-def _file_ids(source: Source, file: InputFile, scan: FileScan | None) -> Iterator[str]:
-    """Ids that have to be checked: the user's, or natural keys; else the file's name stands for all of its rows."""
-    if source.id is not None:
-        span = Span(file.name, file.path, 0, 1 << 62)
-        yield from (raw.id for raw in reader_of(source).rows(source, span, {}))
-        return
-    keys = scan.keys if scan is not None else reader_of(source).scan(source, file, lambda row: False).keys
-    yield from keys if keys is not None else (file.name,)
-
-
 def survey(
     source: Source, every: int, limit: int | None, totals: Survey, seen: Callable[[InputFile, FileScan], None],
-    columns: Watched | None = None,
+    columns: Watched | None = None, scans: Scans = one_by_one,
 ) -> Iterator[Shard]:  # fmt: skip
     """Scan a resolved source and cut it into shards; ``totals``, ``seen`` and ``columns`` follow along.
+
+    Args:
+        scans: How files are scanned. With a limit they have to be scanned one by one.
 
     Raises:
         SourceError: A file cannot be read, or lacks a column; two rows share an id; there are no rows.
@@ -56,33 +48,28 @@ def survey(
     spans: list[Span] = []
     ids: list[str] = []
     held = 0
-    own_ids = source.id is not None
     aside = LeftOut()
-    for file in list_files(source, aside):
-        if limit is not None and totals.rows >= limit:
-            break
-        begun = totals.rows
-        begins = partial(_begins, begun, every)
-        left = None if limit is None else limit - begun
-        shown = columns.look(left) if columns is not None else None
-        scan = reader_of(source).scan(source, file, begins, shown)
-        if columns is not None and scan.schema is not None:
-            columns.file(file, scan.schema)
-        rows = scan.rows if left is None else min(scan.rows, left)
+    for found in scans(_tasks(source, limit, totals, columns, aside)):
+        file, scan = found.file, found.scan
+        if columns is not None:
+            columns.join(found.kept)
+            if scan.schema is not None:
+                columns.file(file, scan.schema)
+        rows = scan.rows if limit is None else min(scan.rows, limit - totals.rows)
         seen(file, scan)
         totals.notes += scan.notes
         content.update(f"{file.name}\0{rows}\0{scan.digest}\n".encode())
         totals.files, totals.bytes = totals.files + 1, totals.bytes + file.size
-        checked = _file_ids(source, file, scan)
-        row_ids = own_ids or scan.keys is not None
-        if not row_ids:
-            unique.add(list(checked))
+        row_ids = None if found.ids is None else iter(found.ids)
+        if row_ids is None:
+            unique.add([file.name])  # stands for all of its rows
         at = 0
         while at < rows:
             take = min(every - held, rows - at)
-            spans.append(Span(file.name, file.path, at, at + take, scan.offsets.get(at, 0)))
-            if row_ids:
-                fresh = list(islice(checked, take))
+            offset, ahead = entered(scan, at)
+            spans.append(Span(file.name, file.path, at, at + take, offset, ahead))
+            if row_ids is not None:
+                fresh = list(islice(row_ids, take))
                 unique.add(fresh)
                 ids += fresh
             at, held = at + take, held + take
@@ -103,9 +90,15 @@ def survey(
     totals.notes += columns.kept.notes() if columns is not None else []
 
 
-def _begins(begun: int, every: int, row: int) -> bool:
-    """Whether a shard of ``every`` rows begins at a row of a file whose first one is row ``begun`` of the input."""
-    return (begun + row) % every == 0
+def _tasks(
+    source: Source, limit: int | None, totals: Survey, columns: Watched | None, aside: LeftOut
+) -> Iterator[ScanTask]:
+    """A task a file, until there are rows enough."""
+    keep, reads = (None, None) if columns is None else (columns.keep, columns.reads)
+    for file in list_files(source, aside):
+        if limit is not None and totals.rows >= limit:
+            return
+        yield ScanTask(source, file, keep, reads, None if limit is None else limit - totals.rows)
 
 
 def _name_duplicates(source: Source, limit: int | None, suspects: set[int]) -> None:
@@ -113,7 +106,7 @@ def _name_duplicates(source: Source, limit: int | None, suspects: set[int]) -> N
     places: dict[str, str] = {}
     rows = 0
     for file in list_files(source):
-        for row, own in enumerate(_file_ids(source, file, None)):
+        for row, own in enumerate(_ids(source, file)):
             if limit is not None and rows >= limit:
                 return
             rows += 1
@@ -124,3 +117,9 @@ def _name_duplicates(source: Source, limit: int | None, suspects: set[int]) -> N
                 advice = "give every row its own id" if source.id is not None else "name every file once"
                 raise SourceError(f"two rows share the id {own!r}: {places[own]} and {place}; {advice}")
             places[own] = place
+
+
+def _ids(source: Source, file: InputFile) -> Iterable[str]:
+    """The ids that are unique in a file: of its rows, or its name, which stands for all of them."""
+    ids = scan_file(ScanTask(source, file)).ids
+    return ids if ids is not None else (file.name,)

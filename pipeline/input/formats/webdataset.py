@@ -24,6 +24,9 @@ LONGEST_NAME = 1 << 20
 _NAMING = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
+SCANNED_AHEAD = 2 << 20
+"""Bytes that a scan fetches at once: what is longer is passed over, and fetching less would wait longer than it saves
+(at 30 ms a request and 100 MB/s)."""
 TEXTS = ("txt", "text", "caption")
 """Members whose content is the column ``text`` too."""
 BEHIND_THE_END = 1 << 16
@@ -119,14 +122,14 @@ class _Tar(tarfile.TarFile):
 
 
 @contextmanager
-def _opened(source: Source, path: str, offset: int) -> Iterator[tuple[_Tar, IO[bytes]]]:
+def _opened(source: Source, path: str, offset: int, ahead: int | None = None) -> Iterator[tuple[_Tar, IO[bytes]]]:
     """The tar from a member's header on, and the file under it.
 
     Raises:
         SourceError: It is none, or is found to be damaged in the course.
     """
     entered = False
-    with open_input(path, source) as handle, decompressing(path):
+    with open_input(path, source, ahead) as handle, decompressing(path):
         handle.seek(offset)
         try:
             with _Tar.open(fileobj=handle, mode="r:") as tar:
@@ -144,7 +147,7 @@ def _scan(source: Source, file: InputFile, begins: Begins, look: Look | None = N
     def reads(number: int, extension: str) -> bool:
         return look is not None and extension.rpartition(".")[2] in (*TEXTS, "cls", "json", "npy")
 
-    with _opened(source, file.path, 0) as (tar, handle):
+    with _opened(source, file.path, 0, SCANNED_AHEAD) as (tar, handle):
         try:
             for sample in _samples(tar, reads):
                 if sample.key in seen:

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.input.source import SourceError
+from pipeline.input.files import list_files, resolve
+from pipeline.input.read import reader_of
+from pipeline.input.source import Source, SourceError
 from pipeline.run.plan import make_plan
 from tests.support.plain_stages import rows_of, spec_of
+from tests.support.weather import s3_server
 
 Members = list[tuple[str, bytes]]
 JUNK = b"\0\5\x16\7" + b"\0" * 60
@@ -170,3 +173,31 @@ def test_text_members_by_windows_editors(tmp_path: Path) -> None:
     rows = rows_of(_tar(tmp_path / "in.tar", members), tmp_path / "out", stage="Said", columns={"prompt": "text"})
     assert [(row["status"], row["said"]) for row in rows] == [("ok", "a red star"), ("failed", None), ("ok", "b")]
     assert "1.txt in in.tar" in rows[1]["error"]
+
+
+def test_a_scan_on_a_store_passes_over_large_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    members: Members = [(f"{i}.{kind}", b"x" * size) for i in range(4) for kind, size in (("jpg", 6 << 20), ("txt", 9))]
+    buffer, fetched = io.BytesIO(), list[int]()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    fetch = s3fs.core.S3File._fetch_range
+
+    def counted(file: Any, start: int, end: int) -> bytes:
+        found: bytes = fetch(file, start, end)
+        fetched.append(len(found))
+        return found
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counted)
+    with s3_server() as port:
+        options = {"key": "test", "secret": "test", "endpoint_url": f"http://127.0.0.1:{port}"}
+        s3fs.S3FileSystem(**options).pipe_file("bucket/in/a.tar", buffer.getvalue())
+        source = resolve(Source(("s3://bucket/in",), storage_options=options))
+        scan = reader_of(source).scan(source, next(list_files(source)), lambda row: True)
+    assert scan.rows == 4
+    assert list(scan.offsets.values()) == [i * ((6 << 20) + 3 * 512) for i in range(4)]
+    assert sum(fetched) < len(buffer.getvalue()) // 2
