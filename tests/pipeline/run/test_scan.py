@@ -23,7 +23,7 @@ from pipeline.run.cluster import spread
 from pipeline.run.columns import Watched
 from pipeline.run.driver import _scanning, dry_plan, run
 from pipeline.run.plan import make_plan
-from pipeline.run.scan import MARK, Scanned, ScanTask, Scans, is_heavy, one_by_one, scan_elsewhere
+from pipeline.run.scan import MARK, Scanned, Scans, ScanTask, is_heavy, one_by_one, scan_elsewhere
 from pipeline.run.survey import Survey, survey
 from pipeline.storage import Folder
 from tests.support.faulty import data
