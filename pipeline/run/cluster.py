@@ -28,6 +28,9 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30),
 """glibc keeps freed memory instead of handing it back to the kernel. On a CPU a network's activations are megabytes
 that come and go in every layer; fetching them anew each time costs page faults (docs/runtime.md has the figures)."""
 
+PACKAGES = ("index", "micro", "pipeline", "stages")
+"""What workers import of ours."""
+
 
 class ClusterError(RuntimeError):
     """There is no Ray to work on; the message says what was tried."""
@@ -85,6 +88,23 @@ def _import_paths() -> str:
     return os.pathsep.join(path for path in own if os.path.isdir(path) and "site-packages" not in path)
 
 
+def _importer() -> Callable[[], None]:
+    """What Ray runs first of all in a worker process. Later it puts the driver's working directory first on the path: a
+    folder ``pipeline`` or a file ``index.py`` there must not be taken for ours, which have such plain names.
+    """
+    names = PACKAGES
+
+    def import_packages() -> None:  # in here it travels by value: a worker without latentmill says so by its actor
+        import importlib
+        from contextlib import suppress
+
+        for name in names:
+            with suppress(ImportError):
+                importlib.import_module(name)
+
+    return import_packages
+
+
 @contextmanager
 def _held_interrupt() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until Ray has started or stopped: caught halfway it crashes the process. Twice insists.
@@ -130,14 +150,16 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
         yield False
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None or not address.startswith("ray://"):  # whose workers don't get our working directory
+        options["runtime_env"] = {"worker_process_setup_hook": _importer()}
     if address is None:
         options |= {
             "address": "local",
             "num_cpus": max(os.cpu_count() or 1, int(cpus) + 1),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "runtime_env": {"env_vars": {"PYTHONPATH": _import_paths()} | _allocator()},
         }
+        options["runtime_env"] |= {"env_vars": {"PYTHONPATH": _import_paths()} | _allocator()}
     else:
         options["address"] = address
     try:
