@@ -61,6 +61,7 @@ class Record:
         summary_bytes: Their sizes; empty for older code.
         run: Id of the run; empty in a folder that older code planned.
         epoch: Of the driver that gave the work out; 0 for older code.
+        made_with: Versions of the worker's packages, as the card tells them; empty for older code.
     """
 
     shard: int
@@ -79,6 +80,7 @@ class Record:
     run: str = ""
     epoch: int = 0
     summary_bytes: tuple[int, ...] = ()
+    made_with: str = ""
 
     @property
     def rows(self) -> int:

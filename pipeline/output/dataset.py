@@ -62,6 +62,8 @@ class Tally:
     def __post_init__(self) -> None:
         self._errors: Counter[str] = Counter()
         self._measures: dict[str, dict[str, float]] = {}
+        self.made_with: Counter[str] = Counter()
+        """Versions that shards were made with -> shards; those of older code say none."""
 
     def add(self, record: Record) -> None:
         self.shards += 1
@@ -69,6 +71,8 @@ class Tally:
         self.failed += record.rows_failed
         self.bytes += record.size
         self._errors.update(record.errors)
+        if record.made_with:
+            self.made_with[record.made_with] += 1
         merge_measures(self._measures, record.measures)
 
     @property

@@ -100,8 +100,17 @@ def card(output: Output, tally: Tally, content: str, title: str, description: st
         "## Measures\n\n| column | rows | mean | least | greatest |\n|---|---|---|---|---|\n" + "\n".join(measures)
         if measures else "",
         "## Models\n\n| role | model | revision |\n|---|---|---|\n" + "\n".join(models) if models else "",
+        _versions(tally),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _versions(tally: Tally) -> str:
+    """What the rows were made with: a line, or where a run was resumed under others, a line for each."""
+    if len(tally.made_with) < 2:
+        return "".join(f"Made with {_code(made_with)}." for made_with in tally.made_with)
+    lines = [f"- {shards} files: {_code(made_with)}" for made_with, shards in sorted(tally.made_with.items())]
+    return "## Versions\n\nNot all rows were made with the same packages:\n\n" + "\n".join(lines)
 
 
 def _code(text: str) -> str:

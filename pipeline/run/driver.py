@@ -33,6 +33,7 @@ from pipeline.run.reporter import Reporter
 from pipeline.run.scan import Scans, is_heavy, one_by_one, scan_elsewhere
 from pipeline.run.survey import Survey, survey
 from pipeline.run.tasks import Resources, Task, WorkerJob
+from pipeline.run.versions import differing, told, versions
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:
@@ -229,6 +230,9 @@ def _resumed(
     try:
         tally, done = _survey(output, reporter)
         resumed, complete = tally.shards, output.folder.exists(SUCCESS)
+        if 0 < resumed < planned:
+            for message in _other_versions(tally):
+                reporter.phase("planning", tally, message)
         wrong = wrong_products(output, checksums=False) if complete else []
         for problem in wrong:
             reporter.phase("planning", tally, f"{problem}; it is made again")
@@ -268,6 +272,16 @@ def _resumed(
         failed=tally.failed, shards=int(output.plan["shards"]), resumed=resumed, seconds=reporter.seconds,
         measures=tally.measures, errors=tally.errors,
     )  # fmt: skip
+
+
+def _other_versions(tally: Tally) -> Iterator[str]:
+    """What to say when what is left will be made with other packages than what is there."""
+    now = told(versions())
+    for then, shards in tally.made_with.items():
+        if then != now:
+            old, new = differing(then, now)
+            yield (f"{shards} shards were made with {old}, the others will be with {new}: rows may differ by what "
+                   "these compute otherwise; the card names both")  # fmt: skip
 
 
 def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:

@@ -17,6 +17,7 @@ from pipeline.output.schema import encode_schema
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft, fingerprint, watched
 from pipeline.run.scan import Scans, one_by_one
 from pipeline.run.survey import Survey, survey
+from pipeline.run.versions import versions
 from pipeline.storage import Folder
 
 RUN_DIGITS = 12
@@ -128,6 +129,7 @@ def write_plan(
         "created": created,
         "run": machine.here.token()[:RUN_DIGITS],
         **asdict(plan),
+        "versions": versions(),
         "fields": dict(drafted.fields),
         "input_content": totals.content,
         "source": drafted.source.to_json(),

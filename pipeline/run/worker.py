@@ -22,6 +22,7 @@ from pipeline.output.schema import decode_schema
 from pipeline.run.guard import Guard, Waiting
 from pipeline.run.reading import Reader
 from pipeline.run.tasks import Piece, Task, WorkerJob
+from pipeline.run.versions import told, versions
 from pipeline.run.writing import Writer, in_order
 from pipeline.storage import Folder
 
@@ -134,6 +135,7 @@ class Worker:
             summary_bytes=piece.summary_bytes,
             run=self.job.run,
             epoch=self.job.epoch,
+            made_with=told(versions()),
         )
         return commit.write_record(self._folder, record)
 
