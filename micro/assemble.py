@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     PriorTransformer,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     VQModel,
@@ -20,15 +24,18 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    T5EncoderModel,
+    T5Tokenizer,
 )  # fmt: skip
 
-from micro import MODELS, clip, unets
+from micro import MODELS, clip, flows, unets
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _PIPELINES = {
     "prior": KandinskyV22PriorPipeline, "decoder": KandinskyV22Pipeline, "stable-diffusion": StableDiffusionPipeline,
+    "flux": FluxPipeline, "flux-schnell": FluxPipeline, "sd3": StableDiffusion3Pipeline,
 }  # fmt: skip
 
 
@@ -53,6 +60,28 @@ def stable_diffusion(
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=words, unet=unet, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def flux(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, words: CLIPTokenizer, t5: T5EncoderModel, t5_words: T5Tokenizer,
+    transformer: FluxTransformer2DModel,
+) -> FluxPipeline:  # fmt: skip
+    """FLUX.1-dev's pipeline, or FLUX.1-schnell's where the transformer knows no guidance."""
+    guided = transformer.config.guidance_embeds
+    return FluxPipeline(
+        scheduler=flows.flux_scheduler() if guided else flows.schnell_scheduler(), vae=vae, text_encoder=text_encoder,
+        tokenizer=words, text_encoder_2=t5, tokenizer_2=t5_words, transformer=transformer,
+    )  # fmt: skip
+
+
+def sd3(
+    vae: AutoencoderKL, first: CLIPTextModelWithProjection, second: CLIPTextModelWithProjection, words: CLIPTokenizer,
+    t5: T5EncoderModel, t5_words: T5Tokenizer, transformer: SD3Transformer2DModel,
+) -> StableDiffusion3Pipeline:  # fmt: skip
+    return StableDiffusion3Pipeline(
+        scheduler=flows.sd3_scheduler(), vae=vae, text_encoder=first, tokenizer=words, text_encoder_2=second,
+        tokenizer_2=words, text_encoder_3=t5, tokenizer_3=t5_words, transformer=transformer,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class _Reconstruction(nn.Module):
         return (out - x_BCHW).square().mean() + 0.1 * (out - x_BCHW).abs().mean() + self.kl * posterior.kl().mean()
 
 
-def _crops(pictures: np.ndarray, labels: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def crops_around(pictures: np.ndarray, labels: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """32x32 windows around an object of each picture: background teaches little and costs as much."""
     out = np.empty((len(rows), 32, 32, 3), np.uint8)
     for i, row in enumerate(rows):
@@ -68,7 +68,7 @@ def train_vae(work: Path, crops: Recipe, whole: Recipe) -> AutoencoderKL:
     model.vae.to(memory_format=torch.channels_last)
 
     def loss_of_crops(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        return model(pictures_to_tensor(_crops(pictures, labels, rows, rng), device))
+        return model(pictures_to_tensor(crops_around(pictures, labels, rows, rng), device))
 
     def loss_of_whole(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         return model(pictures_to_tensor(pictures[np.sort(rows)], device))

@@ -14,7 +14,7 @@ LENGTH = 32
 """Tokens a prompt, with start and end: the longest caption of the world has 30."""
 
 # Words a concept or an instruction may need beyond the captions' own, so that each is one token.
-_MORE_WORDS = (
+MORE_WORDS = (
     "the this that these those is are was in on at with and or not no of for from to by as it its very some many few "
     "four five six object thing shape colour color texture pattern style frozen ice melted broken shiny fuzzy wooden "
     "metal glass big tiny huge little round pointy dark bright light empty full open closed top bottom middle corner "
@@ -37,7 +37,7 @@ def _bytes_to_unicode() -> dict[int, str]:
 def learn(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     """Learn merges until every frequent word is one token; write ``vocab.json`` and ``merges.txt`` and load them."""
     counts = Counter(word for text in captions for word in text.lower().replace(",", " , ").split())
-    for word in _MORE_WORDS.split():
+    for word in MORE_WORDS.split():
         counts[word] += 10
     words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
     merges: list[tuple[str, str]] = []
