@@ -37,7 +37,7 @@ class JobResult:
         job: Kind of the job.
         output: Folder of the dataset; ``data`` is the glob of its Parquet files, ``report`` the page.
         state: ``complete``, ``interrupted`` (run again to resume) or ``failed``; ``reason`` says why not complete.
-        planned, ok, failed: Rows. Of a chain: of all its steps.
+        planned, ok, failed, duplicates: Rows. Of a chain: of all its steps.
         shards, resumed: Planned shards, and those an earlier run had committed.
         seconds: Of this run.
         measures: Numeric column -> ``{"n", "mean", "min", "max"}``; of a chain, those of its last step.
@@ -59,6 +59,7 @@ class JobResult:
     errors: Mapping[str, int] = field(default_factory=dict)
     report: str | None = None
     steps: Mapping[str, JobResult] = field(default_factory=dict)
+    duplicates: int = 0
 
     @property
     def data(self) -> str:
@@ -152,6 +153,7 @@ def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
         seconds=ended.seconds,
         measures=ended.measures,
         errors=ended.errors,
+        duplicates=ended.duplicates,
         report=_report(given, ended.output, job),
     )
 
@@ -186,6 +188,7 @@ def _run_chain(chain: Chain, output: str, given: _Circumstances) -> JobResult:
         planned=sum(result.planned for result in done.values()),
         ok=sum(result.ok for result in done.values()),
         failed=sum(result.failed for result in done.values()),
+        duplicates=sum(result.duplicates for result in done.values()),
         shards=sum(result.shards for result in done.values()),
         resumed=sum(result.resumed for result in done.values()),
         seconds=time.monotonic() - started,

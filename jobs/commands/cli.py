@@ -141,6 +141,8 @@ def status(
             typer.echo(f"  held by {holder.get('host')} (pid {holder.get('pid')})")
         for reason, count in list(state.errors.items())[:5]:
             typer.echo(f"  {count:,} x {printable(reason)}")
+        for note in state.notes:
+            typer.echo(f"  {printable(note)}")
         if state.progress.seconds_left and state.state == "running":
             typer.echo(f"  about {duration(state.progress.seconds_left)} left")
 
@@ -174,7 +176,7 @@ def verify(
             verdict = "ok" if report.ok else "NOT OK"
             typer.echo(
                 f"{prefix}{verdict}: {report.planned:,} rows planned, {report.found:,} found "
-                f"({report.rows_ok:,} ok, {report.rows_failed:,} failed)"
+                f"({report.rows_ok:,} ok, {report.rows_failed:,} failed{_twins(report.rows_duplicate)})"
             )
             for problem in report.problems:
                 typer.echo(f"  {printable(problem)}")
@@ -205,6 +207,10 @@ for _command in (search.search, compbench.compbench, try_concept.try_concept):
     app.command()(_command)
 
 
+def _twins(count: int) -> str:
+    return f", {count:,} duplicates" if count else ""
+
+
 def _again() -> str:
     import shlex
 
@@ -218,6 +224,7 @@ def _print_result(result: JobResult, kind: str) -> None:
     console = stderr()
     console.print(
         f"[bold {style}]{result.state}[/]  {result.planned:,} rows: {result.ok:,} ok, {result.failed:,} failed"
+        f"{_twins(result.duplicates)}"
         f"  ({duration(result.seconds)}, {kind})",
         soft_wrap=True,
     )

@@ -19,13 +19,14 @@ def line(snapshot: Progress) -> str:
     """A snapshot in words."""
     if snapshot.phase in ("planning", "starting") and not snapshot.rows:
         return f"{snapshot.phase} ..."
-    settled = snapshot.rows_ok + snapshot.rows_failed + snapshot.rows_active
+    settled = snapshot.rows_done + snapshot.rows_active
     share = settled / snapshot.rows if snapshot.rows else 1.0
     at_work = snapshot.phase in ("starting", "running")
     parts = [
         snapshot.phase,
         f"{share:4.0%}  {settled:,}/{snapshot.rows:,} rows",
         f"{snapshot.rows_failed:,} failed" if snapshot.rows_failed else "",
+        f"{snapshot.rows_duplicate:,} duplicates" if snapshot.rows_duplicate else "",
         rate(snapshot.rows_per_second) if snapshot.rows_per_second else "",
         f"{duration(snapshot.seconds_left)} left" if snapshot.seconds_left and snapshot.phase == "running" else "",
         f"{snapshot.shards_done:,}/{snapshot.shards:,} shards",
@@ -38,7 +39,7 @@ def line(snapshot: Progress) -> str:
 def bar(snapshot: Progress) -> str:
     """Committed rows as full blocks, rows under way as light ones."""
     rows = max(1, snapshot.rows)
-    full = round(_BAR * (snapshot.rows_ok + snapshot.rows_failed) / rows)
+    full = round(_BAR * snapshot.rows_done / rows)
     light = min(_BAR - full, round(_BAR * snapshot.rows_active / rows))
     return "█" * full + "▒" * light + "·" * (_BAR - full - light)
 

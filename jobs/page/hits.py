@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.input.rows import Span
     from pipeline.output.dataset import Output
 
-NOT_SHOWN = ("id", "embedding", "norm", "status", "error")
+NOT_SHOWN = ("id", "embedding", "norm", "status", "error", "duplicate_of")
 
 
 @dataclass(frozen=True)

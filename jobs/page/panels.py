@@ -53,7 +53,7 @@ def _tile(label: str, value: Content, note: Content = None, tone: str | None = N
 
 def _overview(view: View) -> Html:
     progress, records = view.status.progress, view.records
-    done = progress.rows_ok + progress.rows_failed
+    done = progress.rows_done
     seconds = sum(record.seconds for record in records)
     written = sum(record.size for record in records)
     workers = len({record.worker for record in records})
@@ -68,6 +68,11 @@ def _overview(view: View) -> Html:
             f"{progress.rows_failed:,}",
             f"{share:.2%} of rows" if progress.rows_failed else "none",
             "bad" if progress.rows_failed else "good",
+        ),
+        *(
+            [_tile("duplicates", f"{progress.rows_duplicate:,}", "hold what an earlier row holds")]
+            if progress.rows_duplicate
+            else []
         ),
         _tile("speed", f"{charts.number(done / elapsed)}/s" if elapsed else "-", "rows, all workers together"),
         _tile("time at work", duration(elapsed), f"{duration(seconds)} of workers' time"),
@@ -117,7 +122,7 @@ def throughput(records: Sequence[Record], bins: int = 60) -> tuple[list[float], 
 
     for record in records:
         begin, end = worked(record.started), worked(record.started + record.seconds)
-        count = record.rows_ok + record.rows_failed
+        count = record.rows
         first, last = min(bins - 1, int(begin / width)), min(bins - 1, int(end / width))
         for index in range(first, last + 1):
             overlap = min(end, (index + 1) * width) - max(begin, index * width)
@@ -138,7 +143,7 @@ def _throughput(view: View) -> Html:
 def _by_worker(records: Sequence[Record]) -> Html:
     rows: dict[str, float] = {}
     for record in records:
-        rows[record.worker] = rows.get(record.worker, 0.0) + record.rows_ok + record.rows_failed
+        rows[record.worker] = rows.get(record.worker, 0.0) + record.rows
     top = dict(sorted(rows.items(), key=lambda item: -item[1])[:12])
     more = f" (first 12 of {len(rows)})" if len(rows) > 12 else ""
     return tag("div", charts.bars(top, f"Rows by worker{more}"), class_="cell wide")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.output.dataset import Output, Status
 
 ColumnKind = Literal["image", "text", "number", "bool", "vector", "other"]
-_OWN = frozenset({"id", "status", "error"})
+_OWN = frozenset({"id", "status", "error", "duplicate_of"})
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class View:
 
         found: list[dict[str, Any]] = []
         for table in self._tables(["id", "status", "error"], [record for record in self.records if record.rows_failed]):
-            bad = table.filter(pc.not_equal(table.column("status"), "ok"))
+            bad = table.filter(pc.equal(table.column("status"), "failed"))
             found += bad.select(["id", "error"]).slice(0, limit - len(found)).to_pylist()
             if len(found) >= limit:
                 break

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
@@ -47,6 +47,10 @@ class Input(Settings):
     """Where rows may point, beside the folder of their own file: absolute folders and beginnings of addresses, for
     instance ``[/data/pictures, "https://images.example.org/", "s3://bucket/"]``. ``https://`` stands for every public
     host; one of an inner network has to be named."""
+    dedupe: Literal["content"] | None = added()
+    """``content``: rows that hold the same (the bytes of their pictures, their texts) are processed once, whatever
+    files and shards they lie in. The first in the input's order is; the others get the status ``duplicate`` and its id
+    in ``duplicate_of``. Planning reads the input as a whole for it."""
 
     @model_validator(mode="before")
     @classmethod

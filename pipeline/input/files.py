@@ -15,7 +15,7 @@ import fsspec
 from pipeline.addresses import unsigned
 from pipeline.input.source import FORMATS, SUFFIXES, Format, Source, SourceError
 from pipeline.input.streams import COMPRESSED
-from pipeline.input.walk import LeftOut, underscored, walk
+from pipeline.input.walk import LeftOut, followed, printable, underscored, walk
 from pipeline.storage import patiently
 
 LINES = ("jsonl", "csv", "text")
@@ -83,7 +83,10 @@ class _Place:
             yield from walk(self.fs, self.path, left)
         else:
             found = patiently(lambda: self.fs.glob(self.path, detail=True))
-            yield from (found[name] for name in sorted(found) if found[name]["type"] != "directory")
+            for name in sorted(found):
+                info = followed(self.fs, found[name], left) if found[name].get("islink") else found[name]
+                if info is not None and info["type"] != "directory":
+                    yield info
 
 
 def _place(entry: str, source: Source) -> _Place:
@@ -244,21 +247,16 @@ def list_files(source: Source, left: LeftOut | None = None) -> Iterator[InputFil
             if source.format == "images" and format_of(base) == "text":
                 continue
             if source.format == "datasets" and not saved.names(path):
-                left.add("data files that state.json does not name")
+                left.add("data files that state.json does not name", base)
                 continue
             if info.get("islink"):
-                left.link()
+                left.link("files", base)
             found = True
             name = path[len(common) :].lstrip("/") if path.startswith(common) else path
             address = place.fs.unstrip_protocol(path) if _remote(place.fs) else path
             yield InputFile(printable(name), address, int(info["size"] or 0), version_of(info))
         if not found:
             raise SourceError(f"{entry}: no {source.format} file there")
-
-
-def printable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are no UTF-8 become ``\\xNN``."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _remote(fs: Any) -> bool:

@@ -25,7 +25,7 @@ from pipeline.input.source import Source, SourceError
 from pipeline.input.variants import repeated
 from pipeline.pictures import PictureError, decode_picture
 
-OWN_COLUMNS = ("id", "status", "error")
+OWN_COLUMNS = ("id", "status", "error", "duplicate_of")
 """What rows carry through a stage beside its columns."""
 FORMATS: dict[str, Format] = {
     "parquet": PARQUET,

@@ -36,11 +36,17 @@ class Encoded:
 
 @dataclass(slots=True)
 class Raw:
-    """A row before its pictures are decoded."""
+    """A row before its pictures are decoded.
+
+    Attributes:
+        error: Why it cannot be had.
+        twin: Id of the row that it is a duplicate of, as the step before says.
+    """
 
     id: str
     values: dict[str, Any]
     error: str | None = None
+    twin: str | None = None
 
 
 @dataclass(frozen=True)

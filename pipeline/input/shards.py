@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from pipeline.input.read import read_rows
 from pipeline.input.rows import Span
@@ -18,11 +19,13 @@ class Shard:
 
     Attributes:
         ids: Digest of its ids in order, if they come from the input's content; None: they follow from the spans.
+        twins: Rows that hold what an earlier row of the input holds: place in the shard -> that row's id.
     """
 
     index: int
     spans: tuple[Span, ...]
     ids: str | None = None
+    twins: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:

@@ -63,6 +63,7 @@ class Source:
             ends in (``<id>/<value>``). Rows of the input stay together; a run's ``limit`` counts the rows made so.
         allow: Folders and beginnings of addresses that rows may point to, beside the folder of their own file
             (`pipeline.addresses.placed`).
+        dedupe: ``content``: of the rows that hold the same, the first is processed, the others name it.
         signed: Web address without its query -> the whole, as ``path`` was given. Kept apart like the storage options.
     """
 
@@ -76,6 +77,7 @@ class Source:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     allow: tuple[str, ...] = ()
     signed: Mapping[str, str] = field(default_factory=dict)
+    dedupe: Literal["content"] | None = None
 
     def __post_init__(self) -> None:
         """Sets queries aside: nothing that names a file, in ids, plans or messages, ever sees a signature."""
@@ -108,6 +110,8 @@ class Source:
         del plain["storage_options"], plain["signed"]
         if not self.allow:  # newer than some plans
             del plain["allow"]
+        if self.dedupe is None:
+            del plain["dedupe"]
         return plain
 
     @staticmethod

@@ -39,7 +39,12 @@ def repeated(format: Format, name: str, values: tuple[str, ...]) -> Format:
         entered = (span.start - span.ahead) // count
         inner = replace(span, start=first, stop=-(-span.stop // count), ahead=first - entered)
         every = (
-            replace(raw, id=f"{raw.id}/{value}", values={**raw.values, name: value})
+            replace(
+                raw,
+                id=f"{raw.id}/{value}",
+                values={**raw.values, name: value},
+                twin=None if raw.twin is None else f"{raw.twin}/{value}",
+            )
             for raw in format.rows(source, inner, wanted)
             for value in values
         )

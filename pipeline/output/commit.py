@@ -52,7 +52,7 @@ class Record:
         file: Name of the winning attempt's file.
         size: Its bytes.
         checksum: Its BLAKE2b digest, hex.
-        rows_ok, rows_failed: Rows in it by status.
+        rows_ok, rows_failed, rows_duplicate: Rows in it by status.
         started, seconds: When work on it began (Unix time), and how long it took.
         worker: Host and process that did it.
         measures: Numeric stage column -> ``{"n", "sum", "min", "max"}`` over rows with status ok.
@@ -81,10 +81,11 @@ class Record:
     epoch: int = 0
     summary_bytes: tuple[int, ...] = ()
     made_with: str = ""
+    rows_duplicate: int = 0
 
     @property
     def rows(self) -> int:
-        return self.rows_ok + self.rows_failed
+        return self.rows_ok + self.rows_failed + self.rows_duplicate
 
     @staticmethod
     def from_json(data: bytes) -> Record:

@@ -41,6 +41,7 @@ class Status:
         holder: Who holds the lock: host, pid, seconds since its last sign of life. None: nobody.
         errors: Commonest reasons of failed rows -> count.
         measures: Column -> ``{"n", "mean", "min", "max"}`` over committed rows.
+        notes: What planning found out about the input: what is left out of it, how many rows are duplicates, ...
     """
 
     state: str
@@ -48,6 +49,7 @@ class Status:
     holder: Mapping[str, Any] | None
     errors: Mapping[str, int]
     measures: Mapping[str, Mapping[str, float]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Tally:
     shards: int = 0
     ok: int = 0
     failed: int = 0
+    duplicates: int = 0
     bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -69,11 +72,16 @@ class Tally:
         self.shards += 1
         self.ok += record.rows_ok
         self.failed += record.rows_failed
+        self.duplicates += record.rows_duplicate
         self.bytes += record.size
         self._errors.update(record.errors)
         if record.made_with:
             self.made_with[record.made_with] += 1
         merge_measures(self._measures, record.measures)
+
+    @property
+    def rows(self) -> int:
+        return self.ok + self.failed + self.duplicates
 
     @property
     def errors(self) -> dict[str, int]:
@@ -253,12 +261,14 @@ class Output:
             shards=int(self.plan["shards"]),
             rows_ok=tally.ok,
             rows_failed=tally.failed,
+            rows_duplicate=tally.duplicates,
             shards_done=tally.shards,
         )
         if not alive:
             counted = replace(counted, rows_active=0, workers=0, rows_per_second=0.0, seconds_left=None)
         kept = {key: held[key] for key in ("host", "pid", "silent_s")} if held is not None and alive else None
-        return Status(state, counted, kept, tally.errors, tally.measures)
+        notes = tuple(self.plan.get("notes") or ())
+        return Status(state, counted, kept, tally.errors, tally.measures, notes)
 
     def _last_progress(self) -> Progress:
         try:

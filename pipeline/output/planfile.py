@@ -1,4 +1,5 @@
-"""A plan on disk: ``plan.json`` (small), ``files.parquet`` (a row a file) and ``shards.parquet`` (a row a span).
+"""A plan on disk: ``plan.json`` (small), ``files.parquet`` (a row a file), ``shards.parquet`` (a row a span)
+and, with ``dedupe``, ``duplicates.parquet`` (a row a duplicate).
 
 They lie in the bookkeeping folder of an output; the plan exists once ``plan.json`` does, which is written last.
 """
@@ -6,7 +7,7 @@ They lie in the bookkeeping folder of an output; the plan exists once ``plan.jso
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,8 @@ _FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.
 _SPANS = pa.schema([("shard", pa.int64()), ("ids", pa.string()), ("name", pa.string()), ("path", pa.binary()),
                     ("start", pa.int64()), ("stop", pa.int64()), ("offset", pa.int64()),
                     ("ahead", pa.int64())])  # fmt: skip
+TWINS = "duplicates.parquet"
+_TWINS = pa.schema([("shard", pa.int64()), ("place", pa.int64()), ("first", pa.string())])
 
 
 class OutputError(ValueError):
@@ -60,10 +63,16 @@ def planned_run(folder: Folder) -> str | None:
 
 
 class Tables:
-    """The plan's two tables while the input is scanned; a context manager that leaves whole files or none."""
+    """The plan's tables while the input is scanned; a context manager that leaves whole files or none.
 
-    def __init__(self, folder: Folder) -> None:
+    Args:
+        twins: There is a table of rows that are duplicates.
+    """
+
+    def __init__(self, folder: Folder, twins: bool = False) -> None:
         self._files, self._spans = _Rows(folder, "files.parquet", _FILES), _Rows(folder, "shards.parquet", _SPANS)
+        folder.remove(TWINS)  # of a plan that was never finished
+        self._twins = _Rows(folder, TWINS, _TWINS) if twins else None
 
     def file(self, file: InputFile, scan: FileScan) -> None:
         self._files.add((file.name, file.size, file.version, scan.digest, scan.rows))
@@ -73,11 +82,16 @@ class Tables:
             path = s.path.encode(errors="surrogateescape")
             self._spans.add((shard.index, shard.ids, s.name, path, s.start, s.stop, s.offset, s.ahead))
 
+    def twin(self, shard: int, place: int, first: str) -> None:
+        """A row that holds what the row ``first`` holds; in the order of shards."""
+        assert self._twins is not None
+        self._twins.add((shard, place, first))
+
     def __enter__(self) -> Tables:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        for table in (self._files, self._spans):
+        for table in filter(None, (self._files, self._spans, self._twins)):
             if kind is None:
                 table.close()
             else:
@@ -140,6 +154,23 @@ class _Pinned:
         return self._pin
 
 
+def _twins_of(folder: Folder) -> Callable[[int], dict[int, str]]:
+    """Shard -> its duplicates; to be asked in the order of shards."""
+    rows = _table_rows(folder, TWINS) if folder.exists(TWINS) else iter(())
+    ahead = next(rows, None)
+
+    def twins(index: int) -> dict[int, str]:
+        nonlocal ahead
+        found: dict[int, str] = {}
+        while ahead is not None and ahead[0] <= index:
+            if ahead[0] == index:
+                found[ahead[1]] = ahead[2]
+            ahead = next(rows, None)
+        return found
+
+    return twins
+
+
 def read_shards(folder: Folder) -> Iterator[Shard]:
     """The plan's shards in order, a few thousand spans in memory at a time. Their spans say what the files were.
 
@@ -147,14 +178,14 @@ def read_shards(folder: Folder) -> Iterator[Shard]:
         OutputError: The two tables do not belong together.
     """
     index, ids, spans = -1, None, list[Span]()
-    pins = _Pinned(folder)
+    pins, twins = _Pinned(folder), _twins_of(folder)
     for shard, own, name, path, start, stop, offset, *ahead in _table_rows(folder, "shards.parquet"):
         if shard != index and spans:
-            yield Shard(index, tuple(spans), ids)
+            yield Shard(index, tuple(spans), ids, twins(index))
             spans = []
         index, ids = shard, own
         address = path.decode(errors="surrogateescape")
         passed = ahead[0] if ahead else 0  # older plans have no such column
         spans.append(Span(name, address, start, stop, offset, passed, pins.of(name)))
     if spans:
-        yield Shard(index, tuple(spans), ids)
+        yield Shard(index, tuple(spans), ids, twins(index))

@@ -17,6 +17,7 @@ class Progress:
         rows: Planned rows.
         rows_ok: Rows in committed shards that were processed.
         rows_failed: Rows in committed shards that came out as error rows.
+        rows_duplicate: Rows in committed shards that hold what an earlier row holds.
         rows_active: Rows already through the stage in shards not yet committed.
         shards: Planned shards.
         shards_done: Committed shards.
@@ -41,7 +42,13 @@ class Progress:
     rows_per_second: float = 0.0
     seconds_left: float | None = None
     message: str | None = None
+    rows_duplicate: int = 0
+
+    @property
+    def rows_done(self) -> int:
+        """Rows in committed shards."""
+        return self.rows_ok + self.rows_failed + self.rows_duplicate
 
     @property
     def rows_left(self) -> int:
-        return max(0, self.rows - self.rows_ok - self.rows_failed - self.rows_active)
+        return max(0, self.rows - self.rows_done - self.rows_active)

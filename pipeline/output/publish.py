@@ -49,7 +49,8 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
         raise OutputError(f"{output.path}: {shards} of {output.plan['shards']} shards have a record; run the job again")
     output.check()
     output.folder.write(CARD, card(output, tally, content.hexdigest(), title, description).encode())
-    summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed, "shards": tally.shards,
+    summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed,
+               **({"duplicates": tally.duplicates} if tally.duplicates else {}), "shards": tally.shards,
                "fingerprint": output.plan["fingerprint"]}  # fmt: skip
     output.folder.write(SUCCESS, (json.dumps(summary) + "\n").encode())
     leftovers.remove()
@@ -88,12 +89,14 @@ def card(output: Output, tally: Tally, content: str, title: str, description: st
                 for name, m in tally.measures.items()]  # fmt: skip
     models = [f"| {role} | {_code(model.get('path', ''))} | {_revision(model)} |"
               for role, model in plan["models"].items()]  # fmt: skip
+    notes = plan.get("notes") or ()
     errors = [f"- {count} x {_code(reason)}" for reason, count in tally.errors.items()]
     parts = [
         "\n".join(front), f"# {title}", description.strip(),
         f"## Rows\n\n{plan['rows']} rows in {plan['shards']} files: {tally.ok} processed, {tally.failed} failed "
-        "(`status` and `error` say which and why; their outputs are null).",
+        "(`status` and `error` say which and why; their outputs are null)." + _duplicates(tally),
         "\n".join(errors),
+        "## Input\n\n" + "\n".join(f"- {_code(note)}" for note in notes) if notes else "",
         "## Load\n\n```python\nfrom datasets import load_dataset\n\n"
         f"dataset = {loading(output.path)}\n```",
         "## Columns\n\n| column | type | meaning |\n|---|---|---|\n" + "\n".join(rows),
@@ -111,6 +114,15 @@ def _versions(tally: Tally) -> str:
         return "".join(f"Made with {_code(made_with)}." for made_with in tally.made_with)
     lines = [f"- {shards} files: {_code(made_with)}" for made_with, shards in sorted(tally.made_with.items())]
     return "## Versions\n\nNot all rows were made with the same packages:\n\n" + "\n".join(lines)
+
+
+def _duplicates(tally: Tally) -> str:
+    if not tally.duplicates:
+        return ""
+    return (
+        f" {tally.duplicates} more are duplicates (`status` is `duplicate`): `duplicate_of` is the id of the row that "
+        "holds the same, and has their outputs."
+    )
 
 
 def _code(text: str) -> str:

@@ -29,7 +29,6 @@ _PLAIN = {
     "bool": pa.bool_(),
     "image": IMAGE,
 }
-RESERVED = ("id", "status", "error")
 
 
 class CellError(ValueError):
@@ -47,11 +46,14 @@ def column_field(column: Column) -> pa.Field:
     return pa.field(column.name, pa.list_(value, size), metadata=note)
 
 
-def output_schema(kept: Sequence[pa.Field], columns: Sequence[Column], metadata: Mapping[str, str]) -> pa.Schema:
+def output_schema(
+    kept: Sequence[pa.Field], columns: Sequence[Column], metadata: Mapping[str, str], twins: bool = False
+) -> pa.Schema:
     """id, kept columns, the stage's columns, status, error; with the metadata that makes `datasets` decode pictures.
 
     Args:
         metadata: File-level key-value metadata.
+        twins: Rows may be duplicates; ``duplicate_of`` says of which.
 
     Raises:
         ValueError: Two columns have the same name.
@@ -60,6 +62,7 @@ def output_schema(kept: Sequence[pa.Field], columns: Sequence[Column], metadata:
         pa.field("id", pa.string(), nullable=False),
         *kept,
         *map(column_field, columns),
+        *([pa.field("duplicate_of", pa.string())] if twins else []),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
     ]

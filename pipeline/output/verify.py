@@ -31,7 +31,7 @@ class VerifyReport:
 
     Attributes:
         ok: Nothing is wrong and everything is there.
-        planned: Planned rows; found: rows read; rows_ok, rows_failed: by status.
+        planned: Planned rows; found: rows read; rows_ok, rows_failed, rows_duplicate: by status.
         problems: What is wrong, one sentence each, naming file or id and what to do; at most 100.
         foreign: Files in ``data/`` that no record names.
     """
@@ -43,6 +43,7 @@ class VerifyReport:
     rows_failed: int
     problems: tuple[str, ...]
     foreign: tuple[str, ...]
+    rows_duplicate: int = 0
 
 
 def verify(
@@ -103,7 +104,7 @@ def verify(
         problems.append("the output is not published (_SUCCESS is missing); run the job again")
     planned = int(output.plan["rows"])
     shown = tuple(problems[:NAMED_PROBLEMS])
-    return VerifyReport(not problems, planned, found, tally.ok, tally.failed, shown, foreign)
+    return VerifyReport(not problems, planned, found, tally.ok, tally.failed, shown, foreign, tally.duplicates)
 
 
 def _check_file(
@@ -122,8 +123,9 @@ def _check_file(
     ids, statuses = stored["id"].to_pylist(), Counter(stored["status"].to_pylist())
     if not kind.equals(schema, check_metadata=False):
         return "its columns are not the planned ones; delete it and run the job again", ids
-    if (statuses["ok"], statuses["failed"]) != (record.rows_ok, record.rows_failed) or len(ids) != record.rows:
-        return f"holds {dict(statuses)}, its record says {record.rows_ok} ok, {record.rows_failed} failed", ids
+    recorded = {"ok": record.rows_ok, "failed": record.rows_failed, "duplicate": record.rows_duplicate}
+    if statuses != Counter({status: count for status, count in recorded.items() if count}):
+        return f"holds {dict(statuses)}, its record says {recorded}", ids
     return None, ids
 
 

@@ -399,8 +399,8 @@ class Meters:
         self._workers = metrics.Gauge("latentmill_workers", "Workers that are ready", tag_keys=("output",))
         self._tags = tags
 
-    def committed(self, ok: int, failed: int) -> None:
-        for status, count in (("ok", ok), ("failed", failed)):
+    def committed(self, ok: int, failed: int, duplicates: int) -> None:
+        for status, count in (("ok", ok), ("failed", failed), ("duplicate", duplicates)):
             if count:
                 self._rows.inc(count, {**self._tags, "status": status})
         self._shards.inc(1, self._tags)

@@ -112,7 +112,7 @@ class Dispatcher:
                 shard = next(self._shards, None)
                 if shard is None:
                     return
-                self._waiting.append(Task(shard.index, shard.spans, 0, shard.rows))
+                self._waiting.append(Task.of(shard))
             self._pool.give(self._waiting.popleft())
 
     def _settle(self, task: Task, outcome: Outcome) -> None:
@@ -138,7 +138,7 @@ class Dispatcher:
         self._splits.pop(record.shard, None)
         self._tally.add(record)
         self._left -= 1
-        self._meters.committed(record.rows_ok, record.rows_failed)
+        self._meters.committed(record.rows_ok, record.rows_failed, record.rows_duplicate)
 
     def _died(self, task: Task, reason: str) -> None:
         key = (task.shard, task.start, task.stop)
@@ -160,7 +160,7 @@ class Dispatcher:
             middle = (task.start + task.stop) // 2
             halves = [(task.start, middle), (middle, task.stop)]
             split.missing += 2 if task.whole else 1
-            self._waiting.extend(Task(task.shard, task.spans, a, b, whole=False) for a, b in halves)
+            self._waiting.extend(replace(task, start=a, stop=b, whole=False) for a, b in halves)
 
     def _piece(self, task: Task, piece: Piece) -> None:
         split = self._splits[task.shard]

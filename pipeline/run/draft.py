@@ -11,7 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.contract import StageInfo, StageSpec
+from pipeline.input.contents import Contents
 from pipeline.input.files import resolve
+from pipeline.input.formats.columnar import is_output
 from pipeline.input.read import wanted_columns
 from pipeline.input.rows import Wanted
 from pipeline.input.source import Source
@@ -94,13 +96,20 @@ def draft(spec: RunSpec) -> Draft:
     kept = {name: (wanted or {}).get(name, name) for name in spec.keep}
     fields = [seen.field(name, column) for name, column in kept.items()]
     try:
-        schema = columns_of.output_schema(fields, info.columns, {"latentmill": _file_note(spec, info)})
+        note = {"latentmill": _file_note(spec, info)}
+        schema = columns_of.output_schema(fields, info.columns, note, twins=_may_hold_twins(source, seen.schema))
     except ValueError as error:
         raise PlanError(str(error)) from None
     size = sum(columns_of.sample_bytes(seen.rows, column) for column in kept.values())
     settled, size = _fields(spec, source, info, schema), size + _row_bytes(info)
     notes = (*unused_captions(source, seen, info.reads), *_unpinned(info), *info.notes)
     return Draft(source, wanted, info, schema, spec.keep, settled, size, notes)
+
+
+def _may_hold_twins(source: Source, schema: pa.Schema | None) -> bool:
+    """Whether rows may come out as duplicates: they are looked for, or the step before looked for them."""
+    told = schema is not None and is_output(schema) and "duplicate_of" in schema.names
+    return told or source.dedupe is not None
 
 
 def _unpinned(info: StageInfo) -> Iterator[str]:
@@ -168,6 +177,11 @@ def _fields(spec: RunSpec, source: Source, info: StageInfo, schema: pa.Schema) -
 def watched(drafted: Draft) -> Watched:
     """What learns of the columns while the input is scanned."""
     return Watched(drafted.source, drafted.kept, drafted.info.reads)
+
+
+def compared(drafted: Draft) -> Contents | None:
+    """What finds rows that hold the same, where that is asked for."""
+    return None if drafted.source.dedupe is None else Contents(drafted.source, drafted.info.reads)
 
 
 def fingerprint(fields: Mapping[str, Any], content: str) -> str:

@@ -68,6 +68,7 @@ class RunResult:
         seconds: Of this run.
         measures: Numeric stage column -> ``{"n", "mean", "min", "max"}``.
         errors: Commonest reasons of failed rows -> count.
+        duplicates: Rows that hold what an earlier row holds; with those that are ok or failed, all that were planned.
     """
 
     output: str
@@ -81,6 +82,7 @@ class RunResult:
     seconds: float
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     errors: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = 0
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ def _resumed(
     return RunResult(
         output=spec.output, state=state, reason=reason, planned=int(output.plan["rows"]), ok=tally.ok,
         failed=tally.failed, shards=int(output.plan["shards"]), resumed=resumed, seconds=reporter.seconds,
-        measures=tally.measures, errors=tally.errors,
+        measures=tally.measures, errors=tally.errors, duplicates=tally.duplicates,
     )  # fmt: skip
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline import machine
+from pipeline.input.contents import Contents
 from pipeline.input.files import list_files
 from pipeline.input.read import reader_of
 from pipeline.input.source import Source
 from pipeline.output import planfile
 from pipeline.output.schema import encode_schema
-from pipeline.run.draft import Draft, PlanError, RunSpec, draft, fingerprint, watched
+from pipeline.run.draft import Draft, PlanError, RunSpec, compared, draft, fingerprint, watched
 from pipeline.run.scan import Scans, one_by_one
 from pipeline.run.survey import Survey, survey
 from pipeline.run.versions import versions
@@ -79,11 +80,25 @@ def make_plan(spec: RunSpec, scans: Scans = one_by_one) -> Plan:
         PlanError: Columns clash or are missing.
     """
     drafted = draft(spec)
-    totals = Survey()
-    columns = watched(drafted)
-    for _ in survey(drafted.source, spec.shard_rows, spec.limit, totals, lambda file, scan: None, columns, scans):
+    totals, contents = Survey(), compared(drafted)
+    columns, nothing = watched(drafted), lambda file, scan: None
+    for _ in survey(drafted.source, spec.shard_rows, spec.limit, totals, nothing, columns, scans, contents):
+        pass
+    for _ in _twins(contents, totals):
         pass
     return _plan(drafted, totals)
+
+
+def _twins(contents: Contents | None, totals: Survey) -> Iterator[tuple[int, str]]:
+    """Number of each row that is a duplicate, and the id of the first that holds the same; ``totals`` notes them."""
+    if contents is None:
+        return
+    count, example = 0, ""
+    for row, first in contents.twins():
+        count, example = count + 1, example or f"row {row + 1:,} of the input holds what {first!r} holds"
+        yield row, first
+    told = f" and are not processed again: they get the status `duplicate` ({example})" if count else ""
+    totals.notes.append(f"{count:,} of {totals.rows:,} rows hold what an earlier row holds{told}")
 
 
 def _plan(drafted: Draft, totals: Survey) -> Plan:
@@ -119,10 +134,14 @@ def write_plan(
     Returns:
         What ``plan.json`` holds.
     """
-    totals, columns = Survey(), watched(drafted)
-    with planfile.Tables(folder) as tables:
-        for shard in survey(drafted.source, spec.shard_rows, spec.limit, totals, tables.file, columns, scans):
+    totals, columns, contents = Survey(), watched(drafted), compared(drafted)
+    with planfile.Tables(folder, twins=contents is not None) as tables:
+        for shard in survey(
+            drafted.source, spec.shard_rows, spec.limit, totals, tables.file, columns, scans, contents
+        ):  # fmt: skip
             tables.shard(shard)
+        for row, first in _twins(contents, totals):
+            tables.twin(*divmod(row, spec.shard_rows), first)
         check()
     plan = _plan(drafted, totals)
     content = {

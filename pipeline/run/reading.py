@@ -40,6 +40,7 @@ class Found:
         folder: Of its file; the paths of its pictures are relative to it.
         row: As the stage gets it. None: it cannot be had, and `problem` says why.
         kept: The columns that are copied.
+        twin: Id of the row that it is a duplicate of; its pictures are not fetched then.
     """
 
     position: int
@@ -48,6 +49,7 @@ class Found:
     row: Row | None = None
     problem: str | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    twin: str | None = None
 
 
 class Reader:
@@ -87,7 +89,8 @@ class Reader:
         for position, raw in enumerate(self.undecoded(task), task.start):
             if any(isinstance(value, Encoded) for value in raw.values.values()):
                 size = CHUNK_PICTURES
-            chunk.append(Found(position, raw, folder_of(position)))
+            twin = task.twins.get(position, raw.twin)
+            chunk.append(Found(position, raw, folder_of(position), twin=twin))
             if len(chunk) >= size:
                 yield chunk
                 chunk = []
@@ -97,6 +100,9 @@ class Reader:
     def _decoded(self, chunk: list[Found]) -> list[Found]:
         for found in chunk:
             self._note_pictures(found.raw)
+            if found.twin is not None:
+                found.kept = self.kept(found.raw, found.folder, None)
+                continue
             try:
                 found.row, found.problem = prepare(found.raw, self._job.source, found.folder, self._job.reads)
             except Exception as error:  # whatever a decoder throws is this row's trouble alone

@@ -44,7 +44,7 @@ class Reporter:
         if tally is None:
             return replace(last, phase=phase, seconds=self.seconds, message=message)
         plan = self.output.plan if self.output is not None else {}
-        done = tally.ok + tally.failed + active
+        done = tally.rows + active
         self._history.append((now, done))
         while self._history[0][0] < now - SPEED_WINDOW_S:
             self._history.popleft()
@@ -52,7 +52,8 @@ class Reporter:
         speed = max(0.0, (done - before) / (now - then)) if now > then else 0.0
         rows = int(plan.get("rows", 0))
         return Progress(
-            phase=phase, rows=rows, rows_ok=tally.ok, rows_failed=tally.failed, rows_active=active,
+            phase=phase, rows=rows, rows_ok=tally.ok, rows_failed=tally.failed,
+            rows_duplicate=tally.duplicates, rows_active=active,
             shards=int(plan.get("shards", 0)), shards_done=tally.shards, workers=workers, workers_wanted=self._wanted,
             seconds=self.seconds, rows_per_second=speed, seconds_left=(rows - done) / speed if speed else None,
             message=message,

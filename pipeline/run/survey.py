@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from pipeline.input.contents import Contents
 from pipeline.input.files import InputFile, list_files
 from pipeline.input.ids import Uniqueness, digest
 from pipeline.input.rows import FileScan, Span
@@ -34,9 +35,9 @@ class Survey:
 
 def survey(
     source: Source, every: int, limit: int | None, totals: Survey, seen: Callable[[InputFile, FileScan], None],
-    columns: Watched | None = None, scans: Scans = one_by_one,
+    columns: Watched | None = None, scans: Scans = one_by_one, contents: Contents | None = None,
 ) -> Iterator[Shard]:  # fmt: skip
-    """Scan a resolved source and cut it into shards; ``totals``, ``seen`` and ``columns`` follow along.
+    """Scan a resolved source and cut it into shards; ``totals``, ``seen``, ``columns`` and ``contents`` follow along.
 
     Args:
         scans: How files are scanned. With a limit they have to be scanned one by one.
@@ -57,6 +58,8 @@ def survey(
                 columns.file(file, scan.schema)
         rows = scan.rows if limit is None else min(scan.rows, limit - totals.rows)
         seen(file, scan)
+        if contents is not None:
+            contents.add(file, rows)
         totals.notes += scan.notes
         content.update(f"{file.name}\0{rows}\0{scan.digest}\n".encode())
         totals.files, totals.bytes = totals.files + 1, totals.bytes + file.size
@@ -86,7 +89,7 @@ def survey(
     if suspects := unique.suspects():
         _name_duplicates(source, limit, suspects)
     totals.content = content.hexdigest()
-    totals.notes += aside.notes()
+    totals.notes += aside.notes(contents is not None)
     totals.notes += columns.kept.notes() if columns is not None else []
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipeline.access import Grant
 from pipeline.contract import Column, Form, StageSpec
 from pipeline.input.rows import Span, Wanted
+from pipeline.input.shards import Shard
 from pipeline.input.source import Source
 from pipeline.output.commit import Record
 
@@ -81,6 +82,7 @@ class Piece:
     errors: Mapping[str, int] = field(default_factory=dict)
     summary: tuple[str, ...] = ()
     summary_bytes: tuple[int, ...] = ()
+    duplicates: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Task:
         whole: Commit the shard; else write a piece.
         condemned: Why this (single) row must not be given to the stage any more.
         pieces: Put these together and commit the shard.
+        twins: The shard's rows that are duplicates: place -> id of the row that holds the same.
     """
 
     shard: int
@@ -101,6 +104,12 @@ class Task:
     whole: bool = True
     condemned: str | None = None
     pieces: tuple[Piece, ...] = ()
+    twins: Mapping[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(shard: Shard) -> Task:
+        """A whole shard."""
+        return Task(shard.index, shard.spans, 0, shard.rows, twins=shard.twins)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,19 @@ from pipeline.output import commit, parquet
 from pipeline.output.commit import Record
 from pipeline.output.schema import decode_schema
 from pipeline.run.guard import Guard, Waiting
-from pipeline.run.reading import Reader
+from pipeline.run.reading import Found, Reader
 from pipeline.run.tasks import Piece, Task, WorkerJob
 from pipeline.run.versions import told, versions
 from pipeline.run.writing import Writer, in_order
 from pipeline.storage import Folder
+
+
+def _passed_by(found: Found) -> Row:
+    """A row that the stage never sees: it cannot be had, or is a duplicate of another."""
+    row = {**found.kept, "id": found.raw.id}
+    if found.twin is not None:
+        return {**row, "status": "duplicate", "error": None, "duplicate_of": found.twin}
+    return {**row, "status": "failed", "error": found.problem}
 
 
 class Worker:
@@ -52,8 +60,7 @@ class Worker:
                 accepted = []
                 for found in chunk:
                     if found.row is None:
-                        row = {**found.kept, "id": found.raw.id, "status": "failed", "error": found.problem}
-                        refused.append((found.position, row))
+                        refused.append((found.position, _passed_by(found)))
                     else:
                         accepted.append(Waiting(found.position, found.row, found.kept))
                 yield accepted
@@ -126,6 +133,7 @@ class Worker:
             checksum=piece.checksum,
             rows_ok=piece.ok,
             rows_failed=piece.failed,
+            rows_duplicate=piece.duplicates,
             started=started,
             seconds=machine.here.clock() - begun,
             worker="{host}:{pid}".format_map(machine.here.process()),

@@ -91,7 +91,10 @@ class Writer:
             raise
         commit.check_attempt(self._folder, name, size, task.stop - task.start)
         found = commit.fold_errors(errors)
-        return Piece(task.start, task.stop, name, size, checksum, statuses["ok"], statuses["failed"], measured, found)
+        return Piece(
+            task.start, task.stop, name, size, checksum, statuses["ok"], statuses["failed"], measured, found,
+            duplicates=statuses["duplicate"],
+        )  # fmt: skip
 
 
 def in_order(rows: Iterator[tuple[int, Row]], task: Task, size: int) -> Iterator[list[Row]]:

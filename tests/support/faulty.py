@@ -122,7 +122,7 @@ def commit_plain(spec: RunSpec) -> tuple[Output, Tally]:
     worker = Worker(_worker_job(spec, output, Resources()))
     tally = Tally()
     for shard in read_shards(output.own):
-        record = worker.process(Task(shard.index, shard.spans, 0, shard.rows))
+        record = worker.process(Task.of(shard))
         assert isinstance(record, commit.Record)
         tally.add(record)
     return output, tally

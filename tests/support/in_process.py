@@ -19,7 +19,7 @@ def _compute_here(spec: Any, output: Any, lock: Any, reporter: Any, resources: A
     worker = Worker(driver._worker_job(spec, output, resources))
     for shard in read_shards(output.own):
         if shard.index not in done:
-            tally.add(worker.process(Task(shard.index, shard.spans, 0, shard.rows)))
+            tally.add(worker.process(Task.of(shard)))
 
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:

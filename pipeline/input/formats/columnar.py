@@ -98,7 +98,7 @@ def column_values(array: pa.Array, field: pa.Field, picture: bool = False) -> li
 def _arrow_rows(
     source: Source, span: Span, wanted: Wanted, batches: Iterator[pa.RecordBatch | pa.Table], schema: pa.Schema
 ) -> Iterator[Raw]:
-    row, own, pictures = span.start, _is_output(schema), _picture_names(schema)
+    row, own, pictures = span.start, is_output(schema), _picture_names(schema)
     for batch in batches:
         columns = {}
         for index, kind in enumerate(batch.schema):  # by number: a name that nobody asks for may stand twice
@@ -111,12 +111,14 @@ def _arrow_rows(
             raw = Raw(own_id(source, values, span, row), picked(values, wanted))
             if own and values.get("status") == "failed":
                 raw.error = f"failed in the step before: {values['error']}"
+            elif own and values.get("status") == "duplicate":
+                raw.twin = values.get("duplicate_of")
             yield raw
             row += 1
 
 
-def _is_output(schema: pa.Schema) -> bool:
-    """Whether a run wrote it: only there do ``status`` and ``error`` say that a row failed in the step before."""
+def is_output(schema: pa.Schema) -> bool:
+    """Whether a run wrote it: only there do ``status`` and ``error`` say what became of a row in the step before."""
     return {"status", "error"} <= set(schema.names) and b"latentmill" in (schema.metadata or {})
 
 
@@ -129,8 +131,9 @@ def _read_columns(source: Source, schema: pa.Schema, wanted: Wanted, path: str) 
     if lost:
         raise SourceError(f"{path}: has no column {lost[0]!r}; it has {', '.join(schema.names)}")
     needed = [name for name in needed if name not in missing]  # a kept column that this file lacks is null in its rows
-    if _is_output(schema):
-        needed += [name for name in ("status", "error") if name not in needed]
+    if is_output(schema):
+        own = [name for name in ("status", "error", "duplicate_of") if name in schema.names]
+        needed += [name for name in own if name not in needed]
     return needed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,11 +48,11 @@ def test_pictures_by_any_of_their_usual_names(tmp_path: Path) -> None:
     (tmp_path / "in/_thumbs").mkdir()
     (tmp_path / "in/_thumbs/a.jpg").write_bytes(b"x")
     assert sorted(_names(tmp_path / "in")) == sorted(names)
-    (note,) = _notes(tmp_path / "in", tmp_path / "out")
-    assert "2 called .heic" in note
-    assert "1 called .md" in note
-    assert "1 folders whose names begin with _" in note
-    assert "1 files whose names begin with _" in note
+    assert _notes(tmp_path / "in", tmp_path / "out") == (
+        "left out of the input, with the first name of each kind: 2 hidden ('._a.jpg'), 2 called .heic ('f.heic'), "
+        "1 files whose names begin with _ ('_odd.parquet'), 1 folders whose names begin with _ ('_thumbs'), "
+        "1 called .md ('notes.md')",
+    )
 
 
 def test_a_picture_with_an_underscore_does_not_change_what_a_folder_of_tables_is(tmp_path: Path) -> None:
@@ -73,11 +74,27 @@ def test_linked_folders_are_followed_and_never_round_in_circles(tmp_path: Path) 
     (tmp_path / "here/again.png").symlink_to("a.png")
     expected = ["a.png", "again.png", "linked/b.png", "linked/deep/c.png"]
     assert _names(tmp_path / "here") == expected
-    left, links = _notes(tmp_path / "here", tmp_path / "out")
-    assert "1 links to a folder that they lie in" in left
-    assert "1 files of the input are links" in links
+    (tmp_path / "here/nowhere.png").symlink_to("gone.png")
+    twice = "; what two names stand for is read twice, unless `dedupe: content` is set"
+    assert _notes(tmp_path / "here", tmp_path / "out") == (
+        "left out of the input, with the first name of each kind: 1 links to a folder that they lie in ('up'), "
+        "1 links that lead nowhere ('nowhere.png')",
+        f"1 files of the input are links (first: 'again.png'){twice}",
+        f"1 folders of the input are links (first: 'linked'){twice}",
+    )
     (tmp_path / "linked-root").symlink_to(tmp_path / "here")
     assert _names(tmp_path / "linked-root") == expected
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.png"])
+def test_a_link_is_the_file_that_it_leads_to(tmp_path: Path, pattern: str) -> None:
+    """Listed, it had the link's own time stamp, and its file was held to have changed when it was opened."""
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (3, 3)).save(tmp_path / "in/a.png")
+    os.utime(tmp_path / "in/a.png", (1e9, 1e9))
+    (tmp_path / "in/b.png").symlink_to("a.png")
+    rows = rows_of(f"{tmp_path}/in{pattern}", tmp_path / "out", stage="Captioned")
+    assert [(row["id"], row["status"], row["width"]) for row in rows] == [("a.png", "ok", 3), ("b.png", "ok", 3)]
 
 
 def test_of_a_dataset_that_was_saved_twice_only_the_last_is_read(tmp_path: Path) -> None:

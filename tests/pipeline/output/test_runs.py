@@ -38,7 +38,7 @@ def of_factor(folder: Path, factor: float) -> RunSpec:
 def planned(spec: RunSpec) -> tuple[Output, Worker, list[Task]]:
     write_plan(spec, draft(spec), Folder.at(f"{spec.output}/_latentmill"), 0.0)
     output = Output.open(spec.output)
-    tasks = [Task(shard.index, shard.spans, 0, shard.rows) for shard in read_shards(output.own)]
+    tasks = [Task.of(shard) for shard in read_shards(output.own)]
     return output, Worker(_worker_job(spec, output, Resources())), tasks
 
 

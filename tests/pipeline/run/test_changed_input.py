@@ -37,7 +37,7 @@ LINES = [f"line {i}" for i in range(8)]
 def planned(spec: RunSpec) -> tuple[Worker, list[Task]]:
     write_plan(spec, draft(spec), Folder.at(f"{spec.output}/_latentmill"), 0.0)
     output = Output.open(spec.output)
-    tasks = [Task(shard.index, shard.spans, 0, shard.rows) for shard in read_shards(output.own)]
+    tasks = [Task.of(shard) for shard in read_shards(output.own)]
     return Worker(_worker_job(spec, output, Resources())), tasks
 
 
@@ -153,7 +153,7 @@ def test_a_change_behind_the_workers_backs_is_seen_before_publication(
     def compute(spec: RunSpec, output: Output, *rest: Any) -> None:
         worker = Worker(_worker_job(spec, output, Resources()))
         for shard in read_shards(output.own):
-            worker.process(Task(shard.index, shard.spans, 0, shard.rows))
+            worker.process(Task.of(shard))
         path = Path(spec.source.path[0])
         path.write_text(path.read_text() + "" if same else "more\n")
 

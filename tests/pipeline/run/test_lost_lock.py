@@ -50,7 +50,7 @@ def commit(spec: RunSpec, output: Output) -> Tally:
     """All shards, by a worker of this driver."""
     worker, tally = Worker(_worker_job(spec, output, Resources())), Tally()
     for shard in read_shards(output.own):
-        tally.add(worker.process(Task(shard.index, shard.spans, 0, shard.rows)))  # type: ignore[arg-type]
+        tally.add(worker.process(Task.of(shard)))  # type: ignore[arg-type]
     return tally
 
 

@@ -40,7 +40,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         worker = Worker(_worker_job(spec, output, Resources()))
         for shard in read_shards(output.own):
             if shard.index not in done:
-                worker.process(Task(shard.index, shard.spans, 0, shard.rows))
+                worker.process(Task.of(shard))
 
     def finish(finished: Finished) -> None:
         total = sum(int(summary["count"][0]) for summary in finished.summaries())
