@@ -41,7 +41,7 @@ def test_warm_start_brings_prompts_near_the_inverted_latents(folder, model, tmp_
 
 
 def test_float16_keeps_the_gradient_near_the_aim(model, tmp_path, monkeypatch):
-    """Latents in units of a large deviation make the gradient as small as a mean over 77 x 768 numbers is near its aim."""
+    """Latents in units of a large deviation make the gradient as small as a mean of 77 x 768 numbers near its aim."""
     half = open_latent_model(LatentModelSettings(model=build(tmp_path), device="cpu", dtype="float16"))
     inverter = TextInverter(InverterShape(text=(16, 32), **SMALL)).eval().requires_grad_(False)
     inverter.std_TK.fill_(200.0)
