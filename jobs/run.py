@@ -135,6 +135,7 @@ def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
         max_failed_fraction=job.max_failed_fraction,
         address=given.address,
         finish=job.finish,
+        finish_apart=job.finish_apart,
         products=job.products,
         progress=given.progress,
         title=f"{Path(output.rstrip('/')).name} ({job.job})",

@@ -90,6 +90,7 @@ class Reference(ComputedEmbeddings, RowJob):
         return self.dim or embedding_width(self.encoder, self.revision)
 
     products: ClassVar[tuple[str, ...]] = ("reference",)
+    finish_apart: ClassVar[bool] = True
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Merge the shards' statistics, and build the index: both go on where an earlier call was killed."""

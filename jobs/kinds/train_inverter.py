@@ -25,8 +25,8 @@ class TrainInverter(RowJob, DrawPairsSettings):
     """Pictures drawn from known prompts by a frozen text-to-image model, and a latent inversion module trained on them
     that gives back a picture's text latent in one pass.
 
-    Rows need a column ``prompt``. The pictures are drawn by the workers; the module is trained where the command runs,
-    when the last shard is committed.
+    Rows need a column ``prompt``. The pictures are drawn by the workers; when the last shard is committed the module is
+    trained by one of them, or where the command runs if that started Ray itself.
     """
 
     job: Literal["train-inverter"] = "train-inverter"
@@ -39,6 +39,7 @@ class TrainInverter(RowJob, DrawPairsSettings):
         return StageSpec.of("stages.inverter.stage:DrawPairs", self.part(DrawPairsSettings))
 
     products: ClassVar[tuple[str, ...]] = (FOLDER,)
+    finish_apart: ClassVar[bool] = True
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Train the inverter on what the workers drew."""

@@ -197,6 +197,9 @@ class RowJob(Job):
     products: ClassVar[tuple[str, ...]] = ()
     """Files and folders that `finish` makes in the output; `verify` checks them, and a lost one is made again."""
 
+    finish_apart: ClassVar[bool] = False
+    """`finish` needs the memory or the device of a worker: on a cluster it runs on one."""
+
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Called once when all shards are committed, before the dataset is published: build what spans shards."""
 

@@ -99,12 +99,12 @@ class Output:
     Attributes:
         folder: Where it is.
         plan: The stored plan (``rows``, ``shards``, ``columns``, ``config``, ``models``, ``created`` ...).
-        lock: The driver's; None for those who only read.
+        lock: The driver's, or what stands for it elsewhere; None for those who only read.
     """
 
     folder: Folder
     plan: Mapping[str, Any]
-    lock: lock.Lock | None = None
+    lock: lock.Lock | lock.Proxy | None = None
 
     @staticmethod
     def open(path: str, storage_options: Mapping[str, Any] | None = None) -> Output:

@@ -28,6 +28,7 @@ LEASE_S = 120.0
 """How long a holder that cannot be asked has to be silent before its folder is taken."""
 POLL_S = 2.0
 SETTLE_S = 1.0
+LOST = "another run has taken this output folder, or it was deleted; this run has stopped"
 
 
 class OutputLocked(RuntimeError):
@@ -89,6 +90,26 @@ def holder(folder: Folder) -> dict[str, Any] | None:
     silent = max(0.0, machine.here.wall() - content["renewed"])
     alive = _alive(content)
     return {**content, "silent_s": silent, "stale": silent > LEASE_S if alive is None else not alive}
+
+
+class Proxy:
+    """A driver's lock, as one asks who works for it elsewhere: whether a later driver has the folder.
+
+    Attributes:
+        epoch: The driver's.
+    """
+
+    def __init__(self, folder: Folder, epoch: int) -> None:
+        self._folder, self.epoch = folder, epoch
+
+    def check(self) -> None:
+        """Ask before changing anything.
+
+        Raises:
+            LockLost: Another run has the folder, or it was deleted.
+        """
+        if latest_epoch(self._folder) != self.epoch:
+            raise LockLost(LOST)
 
 
 class Lock:
@@ -176,7 +197,7 @@ class Lock:
             return
         if self.lost or not self._holds(self.epoch):
             self.lost = True
-            raise LockLost("another run has taken this output folder, or it was deleted; this run has stopped")
+            raise LockLost(LOST)
         self._known = machine.here.clock()
 
     def _renew(self) -> bool:

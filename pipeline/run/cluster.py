@@ -205,13 +205,37 @@ def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         yield found
 
 
-def _told(function: Callable[[T], R], item: T) -> tuple[R | None, Exception | None]:
-    """Runs in a worker process: what is the input's or the storage's fault is an answer."""
-    from pipeline.input.source import SourceError
+def elsewhere(function: Callable[[], R], resources: Resources) -> R:
+    """What a function returns that runs once on the cluster, with what a worker gets. Ctrl-C ends it there too.
 
+    Raises:
+        ValueError, OSError, RuntimeError: The function did.
+        ClusterError: Its process died, and did so again each of the three times it was started anew.
+    """
+    import ray
+
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 3}
+    if resources.memory is not None:
+        options["memory"] = resources.memory
+    remote: Any = ray.remote
+    answer = remote(**options)(_told).remote(lambda nothing: function(), None)
+    try:
+        found, error = ray.get(answer)
+    except KeyboardInterrupt:
+        ray.cancel(answer, force=True)
+        raise
+    except ray.exceptions.RayError as lost:
+        raise ClusterError(f"its process on the cluster died ({_first_line(lost)}); run the job again") from None
+    if error is not None:
+        raise error
+    return found
+
+
+def _told(function: Callable[[T], R], item: T) -> tuple[R | None, Exception | None]:
+    """Runs in a worker process: what is wrong with input, storage or settings is an answer."""
     try:
         return function(item), None
-    except (SourceError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         return None, error
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import access, machine
 from pipeline.contract import Column
@@ -18,14 +18,14 @@ from pipeline.input.source import Source
 from pipeline.output.commit import record_name
 from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
 from pipeline.output.leftovers import Leftovers
-from pipeline.output.lock import Lock, LockLost
+from pipeline.output.lock import Lock, LockLost, Proxy
 from pipeline.output.planfile import OutputError, load_plan, own_folder, read_shards
 from pipeline.output.products import problems as wrong_products
 from pipeline.output.products import take_stock
 from pipeline.output.progress import Progress
 from pipeline.output.publish import publish, set_aside
 from pipeline.output.schema import encode_schema
-from pipeline.run.cluster import ClusterError, Meters, Pool, connected, spread
+from pipeline.run.cluster import ClusterError, Meters, Pool, connected, elsewhere, spread
 from pipeline.run.dispatch import Dispatcher, Stopped
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft
 from pipeline.run.plan import Plan, PlanMismatch, check_input, differences, make_plan, write_plan
@@ -133,6 +133,7 @@ def run(
     max_failed_fraction: float = 0.1,
     address: str | None = None,
     finish: Callable[[Finished], None] | None = None,
+    finish_apart: bool = False,
     products: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
     title: str = "latentmill output",
@@ -146,6 +147,7 @@ def run(
             connected to, else a local one that starts and stops with this call.
         max_failed_fraction: The run stops as soon as more than this share of all planned rows has failed.
         finish: Called once when all shards are committed, before publication. May be called again if it raises.
+        finish_apart: On a cluster it runs there, with what a worker gets; else it runs in this process.
         products: Files and folders that it makes, below the output folder; one that is lost is made again.
         progress: Called from this thread only.
         title, description: For the dataset card (Markdown); the description is asked for when all rows are there.
@@ -170,6 +172,8 @@ def run(
                 reporter.phase("planning", message=note)
         output = replace(Output.open(spec.output, spec.storage_options), lock=lock)
         reporter.output = output
+        if finish is not None and finish_apart and address is not None:
+            finish = partial(_finish_apart, finish, resources, address, spec.storage_options)
         return _resumed(
             spec, output, lock, reporter, resources, max_failed_fraction, address, finish, products, title, description
         )
@@ -284,6 +288,31 @@ def _other_versions(tally: Tally) -> Iterator[str]:
             old, new = differing(then, now)
             yield (f"{shards} shards were made with {old}, the others will be with {new}: rows may differ by what "
                    "these compute otherwise; the card names both")  # fmt: skip
+
+
+def _finish_apart(
+    finish: Callable[[Finished], None], resources: Resources, address: str, storage_options: Mapping[str, Any],
+    finished: Finished,
+) -> None:  # fmt: skip
+    """``finish`` as a task of the cluster: with a worker's memory and device, which the driver's machine may lack."""
+    output = finished.output
+    where = output.folder.root if output.folder.local else output.path
+    task = partial(_finish_at, finish, where, dict(storage_options), output.epoch, access.held())
+    try:
+        with connected(address, resources.cpus):
+            elsewhere(task, resources)
+    except ClusterError as error:
+        raise RunError(f"what follows the last shard could not be done: {error}") from None
+
+
+def _finish_at(
+    finish: Callable[[Finished], None], path: str, storage_options: Mapping[str, Any], epoch: int,
+    grants: Sequence[access.Grant],
+) -> None:  # fmt: skip
+    """Runs in a process of the cluster."""
+    access.hold(grants)
+    output = Output.open(path, storage_options)
+    finish(Finished(replace(output, lock=Proxy(output.folder, epoch))))
 
 
 def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:

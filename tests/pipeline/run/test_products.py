@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,17 @@ import fsspec
 import numpy as np
 import pytest
 
+from pipeline import access
 from pipeline.output.commit import SUMMARIES
 from pipeline.output.dataset import Output
+from pipeline.output.lock import lock_name
 from pipeline.output.planfile import read_shards
 from pipeline.output.products import PRODUCTS, problems, take_stock
 from pipeline.output.publish import publish
 from pipeline.output.verify import verify
 from pipeline.run import driver
 from pipeline.run.draft import RunSpec
-from pipeline.run.driver import Finished, Resources, _worker_job, run
+from pipeline.run.driver import Finished, Resources, RunError, _worker_job, run
 from pipeline.run.tasks import Task
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder
@@ -152,3 +156,46 @@ def test_products_on_a_store_are_known_by_its_versions(tmp_path: Path) -> None:
     assert "another version" in problems(output, checksums=False)[0]
     fs.rm_file("/products-test/index/a.bin")
     assert problems(output, checksums=False) == ["index/a.bin is gone"]
+
+
+def _counted_apart(finished: Finished) -> None:
+    """Tells in which process it ran, and on what terms."""
+    total = sum(int(summary["count"][0]) for summary in finished.summaries())
+    options = [grant.options for grant in access.held()]
+    with finished.output.open_file("total.json", "wb") as file:
+        file.write(json.dumps({"total": total, "process": os.getpid(), "options": options}).encode())
+
+
+def test_on_a_cluster_finish_runs_there(tmp_path: Path, local_ray: str) -> None:
+    spec = spec_for(tmp_path, LINES, shard_rows=4)
+    with access.granted("s3://bucket", {"key": "k"}):
+        ended = run(spec, finish=_counted_apart, finish_apart=True, products=("total.json",), address=local_ray)
+    told = json.loads((tmp_path / "out/total.json").read_text())
+    assert ended.state == "complete"
+    assert (told["total"], told["options"]) == (len(LINES), [{"key": "k"}])
+    assert told["process"] != os.getpid()
+
+
+def test_where_ray_is_ours_finish_runs_here(tmp_path: Path, local_ray: str) -> None:
+    run(spec_for(tmp_path, LINES), finish=_counted_apart, finish_apart=True, products=("total.json",))
+    assert json.loads((tmp_path / "out/total.json").read_text())["process"] == os.getpid()
+
+
+def _refused(finished: Finished) -> None:
+    raise ValueError("no picture was drawn")
+
+
+def test_what_finish_refuses_elsewhere_is_told(tmp_path: Path, local_ray: str) -> None:
+    with pytest.raises(ValueError, match=r"^no picture was drawn$"):
+        run(spec_for(tmp_path, LINES), finish=_refused, finish_apart=True, address=local_ray)
+
+
+def _taken_over(finished: Finished) -> None:
+    finished.output.folder.create(lock_name(finished.output.epoch + 1), b"{}")
+    finished.output.open_file("late.txt", "wb")
+
+
+def test_finish_elsewhere_stops_when_another_driver_has_the_folder(tmp_path: Path, local_ray: str) -> None:
+    with pytest.raises(RunError, match="another run has taken"):
+        run(spec_for(tmp_path, LINES), finish=_taken_over, finish_apart=True, address=local_ray)
+    assert not (tmp_path / "out/late.txt").exists()
