@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from pipeline.contract import Row
+from pipeline.contract import Row, failed
 from stages.engine.adamw import RowAdamW
 from stages.engine.gradients import RowGradient
 from stages.engine.slots import per_row
 from stages.engine.solver import solve
-from stages.engine.stopping import StoppingRule
+from stages.engine.stopping import DIVERGED, StoppingRule
 
 
 def cosine_rate(rate: float, steps: int, warmup: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -119,6 +119,8 @@ class BoostProblem:
             moments = (self.optimiser.first, self.optimiser.second)
             counts = int(self.optimiser.steps_B[slot]), float(self.gradient.scale_B[slot])
             boost = (*(moment[slot].to("cpu", copy=True) for moment in moments), *counts)
+            if int(self.stopper.reason_B[slot]) == DIVERGED:
+                row = failed(row, "boosting diverged: the decoder gives no finite picture; lower ilb's rate, or take dtype float32")
             decodes = row.get("decodes", 0) + 3 * int(self.stopper.steps_B[slot])
             rows.append({**row, "z": self.z_BCHW[slot].to("cpu", copy=True), "boost": boost, "decodes": decodes})
         self.active_B[torch.as_tensor(slots, device=self.device)] = False

@@ -144,3 +144,16 @@ def test_a_row_that_overflows_skips_updates_and_counts_its_passes() -> None:
     assert 0 < skipped < 12
     assert updates == 12 - skipped
     assert done["decodes"] == 3 * len(tried) == 36
+
+
+def test_a_row_without_a_finite_picture_fails_and_its_neighbours_do_not() -> None:
+    def sometimes(z):
+        return torch.where(z[:, :1, :1, :1] > 5, torch.nan, decode(z))
+
+    for scale in (None, 2.0**16):
+        problem = BoostProblem(sometimes, slots=2, latent_shape=SHAPE, size=8, steps=12, scale=scale)
+        given = rows()
+        given[1]["z"] = torch.full(SHAPE, 9.0)
+        done = sorted(boost_decoder(lambda visit, problem=problem: problem, given), key=lambda row: row["id"])
+        assert [row.get("status") for row in done] == [None, "failed", None]
+        assert "boosting diverged" in done[1]["error"]
