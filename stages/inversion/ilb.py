@@ -120,7 +120,7 @@ class BoostProblem:
             counts = int(self.optimiser.steps_B[slot]), float(self.gradient.scale_B[slot])
             boost = (*(moment[slot].to("cpu", copy=True) for moment in moments), *counts)
             if int(self.stopper.reason_B[slot]) == DIVERGED:
-                row = failed(row, "boosting diverged: the decoder gives no finite picture; lower ilb's rate, or take dtype float32")
+                row = failed(row, "boosting diverged: no finite picture; lower ilb's rate, or take dtype float32")
             decodes = row.get("decodes", 0) + 3 * int(self.stopper.steps_B[slot])
             rows.append({**row, "z": self.z_BCHW[slot].to("cpu", copy=True), "boost": boost, "decodes": decodes})
         self.active_B[torch.as_tensor(slots, device=self.device)] = False

@@ -80,20 +80,22 @@ def edict_invert(
 ) -> Pair:
     """EDICT (Wallace et al., 2023): two coupled latents x, y, each stepped with the noise at the other one, then mixed.
 
+    As in the authors' code, x is stepped first at the first sampling step, y at the second, and so on in turn.
     Inversion undoes the sampling equations one by one. Both start at z_0; p = 0.93 is the paper's mixing weight.
 
     Returns:
         (x_T, y_T).
     """
     _require_alpha(schedule, "edict")
-    x, y = z_BCHW, z_BCHW
+    pair = [z_BCHW, z_BCHW]
     for k in range(len(schedule)):
         phi, psi = _edict_numbers(schedule, k)
-        y = (y - (1 - mixing) * x) / mixing
-        x = (x - (1 - mixing) * y) / mixing
-        y = (y - psi * _noise(predict, schedule, k, x, condition)) / phi
-        x = (x - psi * _noise(predict, schedule, k, y, condition)) / phi
-    return x, y
+        pair[1] = (pair[1] - (1 - mixing) * pair[0]) / mixing
+        pair[0] = (pair[0] - (1 - mixing) * pair[1]) / mixing
+        first, second = _edict_order(schedule, k)
+        pair[second] = (pair[second] - psi * _noise(predict, schedule, k, pair[first], condition)) / phi
+        pair[first] = (pair[first] - psi * _noise(predict, schedule, k, pair[second], condition)) / phi
+    return pair[0], pair[1]
 
 
 @torch.no_grad()
@@ -101,14 +103,21 @@ def edict_generate(
     predict: Predict, schedule: Schedule, pair: Pair, condition: Condition, mixing: float = 0.93
 ) -> torch.Tensor:
     """The way back down from (x_T, y_T); the result is x_0."""
-    x, y = pair
+    z = list(pair)
     for k in range(len(schedule) - 1, -1, -1):
         phi, psi = _edict_numbers(schedule, k)
-        x = phi * x + psi * _noise(predict, schedule, k, y, condition)
-        y = phi * y + psi * _noise(predict, schedule, k, x, condition)
-        x = mixing * x + (1 - mixing) * y
-        y = mixing * y + (1 - mixing) * x
-    return x
+        first, second = _edict_order(schedule, k)
+        z[first] = phi * z[first] + psi * _noise(predict, schedule, k, z[second], condition)
+        z[second] = phi * z[second] + psi * _noise(predict, schedule, k, z[first], condition)
+        z[0] = mixing * z[0] + (1 - mixing) * z[1]
+        z[1] = mixing * z[1] + (1 - mixing) * z[0]
+    return z[0]
+
+
+def _edict_order(schedule: Schedule, k: int) -> tuple[int, int]:
+    """Which of the pair is stepped first and second at sampling step S - 1 - k."""
+    first = (len(schedule) - 1 - k) % 2
+    return first, 1 - first
 
 
 def _edict_numbers(schedule: Schedule, k: int) -> tuple[float, float]:

@@ -13,8 +13,13 @@ from torch import nn
 
 
 def token_of_patch(patches: int, tokens: int) -> torch.Tensor:
-    """Which pseudo-token each patch takes, (N,): floor(n P / N), nearest interpolation along the token axis."""
-    return torch.arange(patches) * tokens // patches
+    """Which pseudo-token each patch takes, (N,): floor(n P / N), nearest interpolation along the token axis.
+
+    As torch computes it, in float32: for some numbers (729 patches, 3 tokens) its rounding gives a patch on a border to
+    the token before.
+    """
+    token_11P = torch.arange(tokens, dtype=torch.float32)[None, None]
+    return nn.functional.interpolate(token_11P, size=patches, mode="nearest")[0, 0].long()
 
 
 class VisionTower:

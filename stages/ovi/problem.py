@@ -115,7 +115,7 @@ class OviProblem:
         self.report_B4 = torch.zeros(slots, 4, device=device)  # loss, cosine, mahalanobis, neighbour cosine
         self.active_B = torch.zeros(slots, dtype=torch.bool, device=device)
         self.gradient = RowGradient(slots, FLOAT16_SCALE if method.precision == "float16" else None, device)
-        self.adam = RowAdamW(self.x_B, method.lr, weight_decay=method.weight_decay)
+        self.adam = RowAdamW(self.x_B, method.lr, eps=method.eps, weight_decay=method.weight_decay)
         # The start is evaluated too, before the first update.
         rule = stopping_rule(method)
         self.stopper = replace(rule, limit=rule.limit + 1, minimum=rule.minimum + 1).start(slots, device)

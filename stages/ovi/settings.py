@@ -127,6 +127,7 @@ class Direct(PromptMethod):
     """Rows at once."""
     # What OVI lets one choose and `direct` does not.
     weight_decay: ClassVar[float] = 0.0
+    eps: ClassVar[float] = 1e-8
     init_std: ClassVar[float] = 0.0
     precision: ClassVar[Literal["float32"]] = "float32"
     accelerate: ClassVar[Literal["none"]] = "none"
@@ -198,6 +199,12 @@ class OVI(PromptMethod):
         """`stop`, or what stands for it when it is left out."""
         drifts = self.recipe == "early" and not (self.constraint.mahalanobis or self.constraint.neighbours)
         return self.stop or (EARLY if drifts else Stop())
+
+    @property
+    def eps(self) -> float:
+        """AdamW's eps. The published 1e-8 stands beside the gradient of a mean over a batch of 64; a row's own gradient
+        is 64 times as large, and so is what makes the same step of it."""
+        return 64e-8 if self.recipe == "published" else 1e-8
 
     @property
     def limit(self) -> int:

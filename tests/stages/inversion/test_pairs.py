@@ -52,14 +52,18 @@ def test_edict_is_undone_by_its_sampler(model, work) -> None:
     z, condition, schedule = work
     x, y = exact_pair.edict_invert(model.predictor(), schedule, z, condition)
     assert (x - y).abs().max() > 1e-6
-    # The published sampling equations, written out.
+    # The published sampling equations, written out; whose turn it is alternates, as in the authors' code.
     for k in range(STEPS - 1, -1, -1):
         phi = float(schedule.alpha_prev_S[k] / schedule.alpha_S[k])
         psi = float(schedule.sigma_prev_S[k]) - phi * float(schedule.sigma_S[k])
         t = schedule.t_S[k].expand(3)
         with torch.no_grad():
-            x_mid = phi * x + psi * model.predictor()(y, t, condition)
-            y_mid = phi * y + psi * model.predictor()(x_mid, t, condition)
+            if (STEPS - 1 - k) % 2 == 0:
+                x_mid = phi * x + psi * model.predictor()(y, t, condition)
+                y_mid = phi * y + psi * model.predictor()(x_mid, t, condition)
+            else:
+                y_mid = phi * y + psi * model.predictor()(x, t, condition)
+                x_mid = phi * x + psi * model.predictor()(y_mid, t, condition)
         x = 0.93 * x_mid + 0.07 * y_mid
         y = 0.93 * y_mid + 0.07 * x
     torch.testing.assert_close(x, z, rtol=1e-3, atol=1e-3)

@@ -9,10 +9,12 @@ from tests.support.vision_towers import clip_model, full_model, siglip_model
 
 
 def test_nearest_interpolation():
-    for patches, tokens in [(16, 1), (16, 3), (49, 4), (256, 7)]:
-        x = torch.arange(tokens, dtype=torch.float32).view(1, 1, -1)
-        wanted = nn.functional.interpolate(x, size=patches, mode="nearest").flatten().long()
-        assert torch.equal(token_of_patch(patches, tokens), wanted)
+    """Of the tokens themselves, as the authors do it. Whole numbers, floor(n P / N), differ at (729, 3), ..."""
+    for patches in (16, 49, 196, 256, 576, 729):
+        for tokens in range(1, min(patches, 64) + 1):
+            w_BPD = torch.randn((1, tokens, 2), generator=torch.Generator().manual_seed(tokens))
+            wanted = nn.functional.interpolate(w_BPD.mT, size=patches, mode="nearest").mT
+            assert torch.equal(w_BPD[:, token_of_patch(patches, tokens)], wanted), (patches, tokens)
 
 
 @pytest.mark.parametrize("build", [clip_model, siglip_model])

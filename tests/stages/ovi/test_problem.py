@@ -43,8 +43,8 @@ def gaussian(width=24, n=400):
     return x, mean, covariance
 
 
-def plain_loop(model, row_id, steps, tokens, extra=lambda z: 0.0, seed=0, stop=lambda cosine: False):
-    """Cross the Gap's loop for one prompt."""
+def plain_loop(model, row_id, steps, tokens, extra=lambda z: 0.0, seed=0, stop=lambda cosine: False, batch=1):
+    """Cross the Gap's loop for one prompt, its loss a part of the mean over so many."""
     width = getattr(model, "vision_model", model).embeddings.embed_dim
     t = nn.functional.normalize(text(row_id), dim=-1)
     w = nn.Parameter(0.02 * row_normal((tokens, width), seed, [row_id], "tokens"))
@@ -55,7 +55,7 @@ def plain_loop(model, row_id, steps, tokens, extra=lambda z: 0.0, seed=0, stop=l
         if stop(cosine.item()):
             return z.detach(), step
         adam.zero_grad()
-        (1 - cosine + extra(z)).backward()
+        ((1 - cosine + extra(z)) / batch).backward()
         adam.step()
     with torch.no_grad():
         return full_model(model, w)[0], steps
@@ -71,13 +71,39 @@ def test_published_recipe_equals_the_plain_loop(model, slots, poll):
     out = {r["id"]: r for r in solve(problem, rows(ids), poll=poll)}
     assert len(out) == len(IDS)
     for row_id in IDS if slots == 4 else IDS[:3]:
-        z, _ = plain_loop(model, row_id, 100, 4)
+        z, _ = plain_loop(model, row_id, 100, 4, batch=64)
         assert (torch.from_numpy(out[row_id]["embedding"]) - z).abs().max() <= 1e-4
         assert out[row_id]["steps"] == 100
         assert out[row_id]["passes"] == 101
         cosine = nn.functional.cosine_similarity(z, text(row_id), dim=0).item()
         assert out[row_id]["text_cosine"] == pytest.approx(cosine, abs=1e-4)
         assert out[row_id]["text_cosine"] > 0.3  # it went somewhere
+
+
+def test_published_steps_are_those_of_a_mean_over_64(model):
+    """Where a gradient is as small as eps, eps decides the step: the text is the embedding itself, nearly."""
+    w = 0.02 * row_normal((4, 32), 0, ["p0"], "tokens")
+    with torch.no_grad():
+        t = full_model(model, w)[0]
+    t = t + 2e-4 * t.norm() * row_normal(t.shape, 7, ["p0"], "near")[0]
+
+    def after(recipe, steps):
+        problem = OviProblem(Parametrization.tokens(VisionTower(model, 4)), OVI(recipe=recipe, slots=1))
+        problem.load([0], [{"id": "p0", "text": t.numpy()}])
+        for _ in range(steps):
+            problem.step()
+        return problem.x_B[0]
+
+    variable = nn.Parameter(w.clone())
+    adam = torch.optim.AdamW([variable], lr=2e-2, weight_decay=0.01)
+    for steps in range(1, 4):
+        adam.zero_grad()
+        loss = 1 - nn.functional.cosine_similarity(full_model(model, variable), t[None])
+        (loss.sum() / 64).backward()
+        adam.step()
+        moved = (variable.detach() - w).abs().max()
+        assert (after("published", steps) - variable.detach()).abs().max() < 1e-2 * moved
+        assert (after("early", steps) - variable.detach()).abs().max() > 1e-2 * moved
 
 
 def test_published_recipe_is_the_published_recipe():
