@@ -16,7 +16,7 @@ rows = {rows}
 row = next(row for row in rows if row["status"] == "ok"{which})
 {load}
 seed = torch.tensor(row["latent"]).reshape(1, {shape})
-options = dict(num_inference_steps={steps}, guidance_scale={guidance}{negative}, latents=seed)
+options = dict(num_inference_steps={steps}, {guidance}, {size}latents={latents})
 picture = pipe({said}, **options).images[0]
 picture.save("again.png")
 ```"""
@@ -38,6 +38,7 @@ def lines(
     names, load = geometry.usage.regenerating()
     return _LINES.format(
         names=", ".join(names), load=load, rows=loading(output), shape=", ".join(map(str, geometry.latent_shape)),
-        which="" if method is None else f' and row["method"] == "{method}"', steps=steps, guidance=guidance,
-        negative=f", negative_prompt={negative!r}" if negative else "", said=said,
+        which="" if method is None else f' and row["method"] == "{method}"', steps=steps,
+        guidance=geometry.usage.guidance(guidance, negative), said=said, latents=geometry.usage.latents,
+        size=f"height={geometry.height}, width={geometry.width}, " if geometry.says_size else "",
     )  # fmt: skip

@@ -116,7 +116,7 @@ def prepare(
         start_VE=torch.stack(start),
         positive=positive,
         negative=negative,
-        thumbnails=[_thumbnail(picture, min(model.geometry.size, THUMBNAIL)) for picture in pictures],
+        thumbnails=[_thumbnail(picture, min(model.geometry.width, THUMBNAIL)) for picture in pictures],
     )
 
 

@@ -49,6 +49,7 @@ class LearnConcepts:
     def describe(settings: LearnConceptsSettings) -> StageInfo:
         """Columns, models and metadata, from configurations alone."""
         geometry = read_geometry(settings)
+        geometry.refuse_flow("words are learned by the noise-prediction loss")
         return StageInfo(
             columns=columns(settings.max_words, sum(geometry.word_widths), settings.samples is not None),
             models=geometry.fingerprints(),

@@ -63,11 +63,14 @@ class Rule(Generic[State]):
         tolerance: A row goes on to its next step once its relative residual is at or below it; None: never before the
             limit.
         advice: What a user can do about a row that this method cannot invert.
+        checks: A step's last evaluation is at the step's own time, so that it gives a residual of the step; rows of a
+            rule without it leave with none.
     """
 
     limit: int = 1
     tolerance: float | None = None
     advice: str = "lower the guidance, or use method lbo"
+    checks: bool = True
 
     def blank(self, z_BCHW: torch.Tensor) -> State:
         """The state that rows start with; z only gives number, shape and device."""
@@ -76,6 +79,10 @@ class Rule(Generic[State]):
     def begin(self, prev_BCHW: torch.Tensor, step: Step, state: State) -> tuple[torch.Tensor, State]:
         """Rows start a step: the first x, and the state afresh. `state` is what the last step left."""
         return prev_BCHW, self.blank(prev_BCHW)
+
+    def time(self, step: Step, made_B: torch.Tensor, state: State) -> torch.Tensor:
+        """t_B that the network is told in the next evaluation, after `made_B` at this step."""
+        return step.t_B
 
     def wants_gradient(self, made_B: torch.Tensor, state: State) -> torch.Tensor | None:
         """Rows whose next evaluation needs the gradient of `loss` (B,); None: no row ever does."""
@@ -111,8 +118,8 @@ class InversionProblem(Generic[State]):
     """Rows climb from z_0 to z_T, each in its slot, each at its own time. A `stages.engine.solver.Problem`.
 
     Rows come with `z` (C, H, W) and `condition` (a dict of tensors without a batch dimension). They leave with `noise`
-    (z_T), `residual` (S,): the relative residual at each step's last evaluated point, `forwards` and `backwards`:
-    network evaluations and gradients, and, when the path is kept, `path` (S + 1, C, H, W), z_0 first.
+    (z_T), `residual` (S,): the relative residual at each step's last evaluated point, where it is one, `forwards` and
+    `backwards`: network evaluations and gradients, and, when the path is kept, `path` (S + 1, C, H, W), z_0 first.
 
     Args:
         predict: The network.
@@ -192,13 +199,14 @@ class InversionProblem(Generic[State]):
     def _evaluate(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
         """m at x for every slot, and the gradient of the rule's loss for the rows that want one."""
         wants_B = self.rule.wants_gradient(self.made_B, self.state)
+        t_B = self.rule.time(step, self.made_B, self.state)
         for count_B in (self.made_B, self.forwards_B):
             count_B += self.active_B
         if wants_B is not None:
             wants_B = wants_B & self.active_B
         if wants_B is None or not bool(wants_B.any()):
             with torch.no_grad():
-                return self.predict(self.x_BCHW, step.t_B, self.condition), None
+                return self.predict(self.x_BCHW, t_B, self.condition), None
         for count_B in (self.made_B, self.backwards_B):
             count_B += wants_B
         if bool((wants_B | ~self.active_B).all()):
@@ -208,11 +216,11 @@ class InversionProblem(Generic[State]):
         with_it, without = wants_B.nonzero().flatten(), (~wants_B).nonzero().flatten()
         m_BCHW[with_it], gradient_BCHW[with_it] = self._differentiate(with_it, step)
         with torch.no_grad():
-            m_BCHW[without] = self.predict(self.x_BCHW[without], step.t_B[without], take(self.condition, without))
+            m_BCHW[without] = self.predict(self.x_BCHW[without], t_B[without], take(self.condition, without))
         return m_BCHW, gradient_BCHW
 
     def _differentiate(self, which: torch.Tensor | slice, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        part = Step(*(getattr(step, name)[which] for name in Step.__dataclass_fields__))
+        part = step.take(which)
         with torch.enable_grad():
             x_BCHW = self.x_BCHW[which].detach().clone().requires_grad_(True)
             m_BCHW = self.predict(x_BCHW, part.t_B, take(self.condition, which))
@@ -258,10 +266,11 @@ class InversionProblem(Generic[State]):
             self.rows[slot] = None
             outputs = {
                 "noise": (self.prev_BCHW[slot] * self.schedule.seed_scale).to("cpu", copy=True),
-                "residual": self.residual_BS[slot].to("cpu", copy=True),
                 "forwards": int(self.forwards_B[slot]),
                 "backwards": int(self.backwards_B[slot]),
             }
+            if self.rule.checks:
+                outputs["residual"] = self.residual_BS[slot].to("cpu", copy=True)
             if self.path_BSCHW is not None:
                 outputs["path"] = self.path_BSCHW[slot].to("cpu", copy=True)
             if bool(self.broken_B[slot]):

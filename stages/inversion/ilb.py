@@ -46,6 +46,7 @@ class BoostProblem:
 
     Args:
         decode: Latents to pictures.
+        size: Width and height of the pictures, in pixels.
         steps: Updates of a row in all; the rate's cosine ends there.
         visit: Updates before a row leaves; all when None.
         scale: `RowGradient`'s; a row whose gradient overflows loses that update.
@@ -57,7 +58,7 @@ class BoostProblem:
         *,
         slots: int,
         latent_shape: tuple[int, int, int],
-        size: int,
+        size: tuple[int, int],
         steps: int = 100,
         visit: int | None = None,
         rate: float = 0.1,
@@ -77,7 +78,7 @@ class BoostProblem:
         self.rows: list[Row | None] = [None] * slots
         self.z_BCHW = torch.zeros((slots, *self.latent_shape), device=self.device)
         self.offset_BCHW = torch.zeros_like(self.z_BCHW)
-        self.x_BCHW = torch.zeros((slots, 3, self.size, self.size), device=self.device)
+        self.x_BCHW = torch.zeros((slots, 3, self.size[1], self.size[0]), device=self.device)
         self.gradient = RowGradient(slots, self.scale, self.device)
         self.optimiser = RowAdamW(self.z_BCHW, self.lr, weight_decay=0.0)
         self.stopper = self.rule.start(slots, self.device)

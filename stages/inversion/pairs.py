@@ -3,6 +3,10 @@ table.
 
 All rows stand at the same step: nothing iterates, so no row ever waits for another.
 
+Both follow an equation dx / ds = f(x, s). For a variance-preserving diffusion x = z / alpha, s = sigma / alpha, and f
+is the noise. A rectified flow is one as it stands (ours): x = z, s = sigma, f its velocity, and nothing is divided by
+alpha, which is 0 where every flow begins.
+
 Legend: B rows; `z_BCHW` latents; a pair is two of them; `k` counts steps from the picture up.
 """
 
@@ -16,13 +20,18 @@ from stages.models.schedule import Schedule
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _noise(predict: Predict, schedule: Schedule, k: int, z_BCHW: torch.Tensor, condition: Condition) -> torch.Tensor:
-    t_B = schedule.t_S[k].expand(len(z_BCHW))
-    return schedule.epsilon(k, z_BCHW, predict(z_BCHW, t_B, condition))
+def _slope(predict: Predict, schedule: Schedule, k: int, z_BCHW: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """f at step k."""
+    m_BCHW = predict(z_BCHW, schedule.t_S[k].expand(len(z_BCHW)), condition)
+    return m_BCHW if _flow(schedule) else schedule.epsilon(k, z_BCHW, m_BCHW)
+
+
+def _flow(schedule: Schedule) -> bool:
+    return schedule.prediction == "flow"
 
 
 def _require_alpha(schedule: Schedule, method: str) -> None:
-    if float(schedule.alpha_S[-1]) <= 0:
+    if not _flow(schedule) and float(schedule.alpha_S[-1]) <= 0:
         raise ValueError(f"{method} divides by the signal at the last time, which is zero in this model's schedule")
 
 
@@ -30,8 +39,8 @@ def _require_alpha(schedule: Schedule, method: str) -> None:
 def belm_invert(predict: Predict, schedule: Schedule, z_BCHW: torch.Tensor, condition: Condition) -> Pair:
     """O-BELM (Wang et al., 2024): the two-step explicit scheme solved for its oldest term.
 
-    In x = z / alpha and s = sigma / alpha, with h_i = s_i - s_(i-1), sampling is
-    x_(i-1) = (h_i / h_(i+1))^2 x_(i+1) + (1 - (h_i / h_(i+1))^2) x_i - h_i (h_i + h_(i+1)) / h_(i+1) eps_i,
+    With h_i = s_i - s_(i-1), sampling is
+    x_(i-1) = (h_i / h_(i+1))^2 x_(i+1) + (1 - (h_i / h_(i+1))^2) x_i - h_i (h_i + h_(i+1)) / h_(i+1) f_i,
     which is linear in x_(i+1). The first step up is DDIM inversion.
 
     Returns:
@@ -44,7 +53,7 @@ def belm_invert(predict: Predict, schedule: Schedule, z_BCHW: torch.Tensor, cond
     newer = step.explicit(z_BCHW, predict(z_BCHW, step.t_B, condition)) / alpha[1]
     for i in range(1, len(schedule)):
         ratio, span = _belm_numbers(alpha, sigma, i)
-        eps = _noise(predict, schedule, i - 1, newer * alpha[i], condition)
+        eps = _slope(predict, schedule, i - 1, newer * alpha[i], condition)
         older, newer = newer, (older - (1 - ratio) * newer + span * eps) / ratio
     return newer * alpha[-1], older * alpha[-2]
 
@@ -56,16 +65,16 @@ def belm_generate(predict: Predict, schedule: Schedule, pair: Pair, condition: C
     older, newer = pair[0] / alpha[-1], pair[1] / alpha[-2]
     for i in range(len(schedule) - 1, 0, -1):
         ratio, span = _belm_numbers(alpha, sigma, i)
-        eps = _noise(predict, schedule, i - 1, newer * alpha[i], condition)
+        eps = _slope(predict, schedule, i - 1, newer * alpha[i], condition)
         older, newer = newer, ratio * older + (1 - ratio) * newer - span * eps
     return newer * alpha[0]
 
 
 def _levels(schedule: Schedule) -> tuple[list[float], list[float]]:
-    """alpha and sigma at the S + 1 points of the path, the picture's first."""
+    """What z is divided by to give x, and x's s times that, at the S + 1 points of the path, the picture's first."""
     alpha = [float(schedule.alpha_prev_S[0]), *schedule.alpha_S.tolist()]
     sigma = [float(schedule.sigma_prev_S[0]), *schedule.sigma_S.tolist()]
-    return alpha, sigma
+    return [1.0] * len(alpha) if _flow(schedule) else alpha, sigma
 
 
 def _belm_numbers(alpha: list[float], sigma: list[float], i: int) -> tuple[float, float]:
@@ -93,8 +102,8 @@ def edict_invert(
         pair[1] = (pair[1] - (1 - mixing) * pair[0]) / mixing
         pair[0] = (pair[0] - (1 - mixing) * pair[1]) / mixing
         first, second = _edict_order(schedule, k)
-        pair[second] = (pair[second] - psi * _noise(predict, schedule, k, pair[first], condition)) / phi
-        pair[first] = (pair[first] - psi * _noise(predict, schedule, k, pair[second], condition)) / phi
+        pair[second] = (pair[second] - psi * _slope(predict, schedule, k, pair[first], condition)) / phi
+        pair[first] = (pair[first] - psi * _slope(predict, schedule, k, pair[second], condition)) / phi
     return pair[0], pair[1]
 
 
@@ -107,8 +116,8 @@ def edict_generate(
     for k in range(len(schedule) - 1, -1, -1):
         phi, psi = _edict_numbers(schedule, k)
         first, second = _edict_order(schedule, k)
-        z[first] = phi * z[first] + psi * _noise(predict, schedule, k, z[second], condition)
-        z[second] = phi * z[second] + psi * _noise(predict, schedule, k, z[first], condition)
+        z[first] = phi * z[first] + psi * _slope(predict, schedule, k, z[second], condition)
+        z[second] = phi * z[second] + psi * _slope(predict, schedule, k, z[first], condition)
         z[0] = mixing * z[0] + (1 - mixing) * z[1]
         z[1] = mixing * z[1] + (1 - mixing) * z[0]
     return z[0]
@@ -121,6 +130,8 @@ def _edict_order(schedule: Schedule, k: int) -> tuple[int, int]:
 
 
 def _edict_numbers(schedule: Schedule, k: int) -> tuple[float, float]:
-    """phi and psi of the step in terms of noise, whatever the network predicts."""
+    """phi and psi of z_prev = phi z + psi f, in terms of noise whatever the network of a diffusion predicts."""
+    if _flow(schedule):
+        return float(schedule.scale_S[k]), float(schedule.weight_S[k])
     phi = float(schedule.alpha_prev_S[k] / schedule.alpha_S[k])
     return phi, float(schedule.sigma_prev_S[k]) - phi * float(schedule.sigma_S[k])

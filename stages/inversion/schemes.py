@@ -21,7 +21,7 @@ from stages.inversion.engine import InversionProblem
 from stages.inversion.lbo import replay_bias
 from stages.inversion.null_text import generate_null_text, learn_null_text
 from stages.inversion.settings import EdictMethod, InversionMethod, NullTextMethod
-from stages.models.latent import Condition, LatentModel
+from stages.models.latent import Condition, Geometry, LatentModel
 from stages.models.sampler import sample
 
 
@@ -135,8 +135,28 @@ class ExactPair(Scheme):
         return pairs.belm_generate(self.predict, self.schedule, pair, condition)
 
 
+def check_method(method: InversionMethod, geometry: Geometry) -> None:
+    """Refuse a method that this model's equation is not made for.
+
+    Raises:
+        ValueError: It is one.
+    """
+    kind = "diffusion" if geometry.grid is None else "flow"
+    if kind not in method.inverts:
+        what = "a rectified flow" if kind == "flow" else "a variance-preserving diffusion"
+        instead = "euler, uni-inv or lbo" if kind == "flow" else "ddim, uni-inv or lbo"
+        raise ValueError(
+            f"method {method.label} does not invert {what}, which model {geometry.sizes.model!r} is: take {instead}"
+        )
+
+
 def scheme_of(method: InversionMethod, model: LatentModel, *, steps: int, guidance: float) -> Scheme:
-    """How a method takes this model's latents to noise and back."""
+    """How a method takes this model's latents to noise and back.
+
+    Raises:
+        ValueError: It does not.
+    """
+    check_method(method, model.geometry)
     if isinstance(method, NullTextMethod):
         return NullText(method, model, steps=steps, guidance=guidance)
     kind = {None: Scheme, "bias": Replay, "latent_2": ExactPair}[method.extra]

@@ -7,7 +7,7 @@ Each method's own text says which of it is published and which is ours. A method
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,6 +42,10 @@ class InversionMethod(Method):
     ilb: Boost | None = None
     """Boost the image latent first. Left out: the encoder's latent is inverted."""
 
+    inverts: ClassVar[frozenset[str]] = frozenset({"diffusion", "flow"})
+    """Models that it inverts: ``diffusion``, variance-preserving (Stable Diffusion 1.x, 2.x, XL), and ``flow``,
+    rectified (SD3, FLUX.1, ...)."""
+
     @property
     def extra(self) -> Literal["latent_2", "bias", "null_text"] | None:
         """The column that a picture needs to come back beside its `latent`; None: the noise alone brings it back."""
@@ -60,11 +64,50 @@ class DdimMethod(InversionMethod):
     """DDIM inversion: one network pass a step, the noise at the cleaner latent stands in for the noisier one's."""
 
     method: Literal["ddim"] = "ddim"
+    inverts: ClassVar[frozenset[str]] = frozenset({"diffusion"})
 
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.explicit import Ddim
 
         return Ddim()
+
+
+class EulerMethod(InversionMethod):
+    """Euler's method backwards, for rectified flows: one network pass a step, the velocity at the cleaner latent and
+    its own time."""
+
+    method: Literal["euler"] = "euler"
+    inverts: ClassVar[frozenset[str]] = frozenset({"flow"})
+
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
+        from stages.inversion.flows import Euler
+
+        return Euler()
+
+
+class RfSolverMethod(InversionMethod):
+    """RF-Solver, which is the midpoint rule, for rectified flows: two network passes a step."""
+
+    method: Literal["rf-solver"] = "rf-solver"
+    inverts: ClassVar[frozenset[str]] = frozenset({"flow"})
+
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
+        from stages.inversion.flows import RfSolver
+
+        return RfSolver()
+
+
+class FireFlowMethod(InversionMethod):
+    """FireFlow, for rectified flows: the midpoint rule at one network pass a step, started with the last step's
+    velocity."""
+
+    method: Literal["fireflow"] = "fireflow"
+    inverts: ClassVar[frozenset[str]] = frozenset({"flow"})
+
+    def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
+        from stages.inversion.flows import FireFlow
+
+        return FireFlow()
 
 
 class UniInvMethod(InversionMethod):
@@ -241,6 +284,7 @@ class NullTextMethod(InversionMethod):
     """Null-text inversion: DDIM inversion, then a negative embedding learned for every step. Extra state: these."""
 
     method: Literal["null-text"] = "null-text"
+    inverts: ClassVar[frozenset[str]] = frozenset({"diffusion"})
     guidance: float = Field(7.5, gt=1)
     """Guidance scale of the generation that the embeddings are learned for."""
     iterations: int = Field(10, ge=1)
@@ -259,6 +303,9 @@ class NullTextMethod(InversionMethod):
 
 AnyInversionMethod = Annotated[
     DdimMethod
+    | EulerMethod
+    | RfSolverMethod
+    | FireFlowMethod
     | UniInvMethod
     | FixedPointMethod
     | RenoiseMethod

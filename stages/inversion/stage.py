@@ -21,7 +21,7 @@ from stages.inversion import lpips
 from stages.inversion.ilb import BoostProblem, boost_decoder, boost_joint
 from stages.inversion.lpips import Lpips
 from stages.inversion.metrics import measure_pictures, noise_statistics
-from stages.inversion.schemes import Scheme, conditions, scheme_of, stacked
+from stages.inversion.schemes import Scheme, check_method, conditions, scheme_of, stacked
 from stages.inversion.settings import Boost, InvertImagesSettings
 from stages.inverter.model import TextInverter
 from stages.inverter.stage import text_columns
@@ -57,7 +57,7 @@ class InvertImages:
         }
         self.store = np.dtype(settings.store)
         self.inverter = None if settings.inverter is None else TextInverter.load(settings.inverter, self.device)
-        measured = settings.lpips and lpips.lacking(self.geometry.size) is None
+        measured = settings.lpips and lpips.lacking(self.geometry.width) is None
         self.lpips = Lpips(lpips.weights_file(), self.device) if measured else None
         self._summary: dict[str, Occupancy] = {}
 
@@ -65,6 +65,8 @@ class InvertImages:
     def describe(settings: InvertImagesSettings) -> StageInfo:
         geometry = read_geometry(settings)
         geometry.schedule(settings.steps)
+        for method in settings.methods:
+            check_method(method, geometry)
         latent = partial(Column, kind="tensor", shape=geometry.latent_shape, dtype=settings.store)
         each_step = partial(Column, kind="tensor", dtype=settings.store)
         extra = {
@@ -112,7 +114,7 @@ class InvertImages:
                 Column("latent_mse", "float32", doc="mean squared distance of the regenerated z_0 to the inverted one"),
             ]
             if settings.lpips:
-                why_not = lpips.lacking(geometry.size)
+                why_not = lpips.lacking(geometry.width)
                 columns.append(
                     Column("lpips", "float32", doc=why_not or "LPIPS (AlexNet 0.1) of the regenerated picture")
                 )
@@ -136,7 +138,7 @@ class InvertImages:
         reads = _reads(captions=captions, edits=settings.edit_guidance is not None)
         models, notes = geometry.fingerprints(), []
         if settings.lpips and settings.reconstruct:
-            if (why_not := lpips.lacking(geometry.size)) is None:
+            if (why_not := lpips.lacking(geometry.width)) is None:
                 models["lpips"] = lpips.identity()
             else:
                 notes.append(why_not)
@@ -204,12 +206,11 @@ class InvertImages:
         """What stands in `TOKEN_COLUMNS`; nothing where an inverter speaks in the captions' place."""
         if self.inverter is not None:
             return [{} for _ in prompts]
-        tokenizers = [encoder.tokenizer for encoder in self.model.text_encoders]
-        return token_counts(prompts, [(tokenizer, tokenizer.model_max_length) for tokenizer in tokenizers])
+        return token_counts(prompts, self.model.readers)
 
     @torch.no_grad()
     def _encoded(self, scheme: Scheme, rows: Sequence[Row]) -> Iterator[Row]:
-        x_BCHW = torch.stack([fit_picture(row["image"], self.geometry.size, self.settings.fit) for row in rows])
+        x_BCHW = torch.stack([fit_picture(row["image"], self.geometry.picture_size, self.settings.fit) for row in rows])
         x_BCHW = x_BCHW.to(self.device)
         z_BCHW = self.model.encode(x_BCHW)
         floor = measure_pictures(self.model.decode(z_BCHW), x_BCHW)
@@ -237,9 +238,9 @@ class InvertImages:
     def _boosted(self, scheme: Scheme, boost: Boost, rows: Iterable[Row]) -> Iterator[Row]:
         def make(visit: int | None) -> BoostProblem:
             return BoostProblem(
-                self.model.decode, slots=self.slots, latent_shape=self.geometry.latent_shape, size=self.geometry.size,
-                steps=boost.steps, visit=visit, rate=boost.rate, warmup=boost.warmup, device=self.device,
-                scale=loss_scale([self.model.dtypes["vae"]]),
+                self.model.decode, slots=self.slots, latent_shape=self.geometry.latent_shape,
+                size=self.geometry.picture_size, steps=boost.steps, visit=visit, rate=boost.rate, warmup=boost.warmup,
+                device=self.device, scale=loss_scale([self.model.dtypes["vae"]]),
             )  # fmt: skip
 
         def back(some: Sequence[Row]) -> Iterator[Row]:

@@ -46,6 +46,7 @@ class DrawPairs(_Batched):
     @staticmethod
     def describe(settings: DrawPairsSettings) -> StageInfo:
         geometry = read_geometry(settings)
+        geometry.refuse_flow("text latents are read for the noise-prediction models' CLIP alone")
         return StageInfo(
             columns=(
                 Column("prompt", "string", doc="what the picture was drawn from"),
@@ -97,6 +98,7 @@ class InvertText(_Batched):
             ValueError: There is no inverter in the folder, or it was trained for pictures of another size.
         """
         geometry = read_geometry(settings)
+        geometry.refuse_flow("text latents are read for the noise-prediction models' CLIP alone")
         return StageInfo(
             columns=text_columns(settings.inverter, geometry.latent_shape),
             models=geometry.fingerprints(),

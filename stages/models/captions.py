@@ -7,9 +7,17 @@ as diffusers' pipelines read them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.contract import Column
+
+
+class Reader(NamedTuple):
+    """A tokenizer of transformers, and the tokens that its encoder takes."""
+
+    tokenizer: Any
+    limit: int
+
 
 TOKEN_COLUMNS = (
     Column("prompt_tokens", "int64", doc="tokens of the prompt, with those of its start and end"),
@@ -17,11 +25,11 @@ TOKEN_COLUMNS = (
 )
 
 
-def token_counts(prompts: Sequence[str], readers: Sequence[tuple[Any, int]]) -> list[dict[str, int | bool]]:
+def token_counts(prompts: Sequence[str], readers: Sequence[Reader | tuple[Any, int]]) -> list[dict[str, int | bool]]:
     """`TOKEN_COLUMNS` of each prompt.
 
     Args:
-        readers: Tokenizer of transformers, and the tokens that its encoder takes, of each text encoder.
+        readers: Of each text encoder.
     """
     found = []
     for prompt in prompts:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from stages.models.flux import Flux
 from stages.models.latent import Geometry, LatentModel
 from stages.models.origin import configuration
+from stages.models.sd3 import StableDiffusion3
 from stages.models.settings import LatentModelSettings
+from stages.models.transformer import FlowTransformer
 from stages.models.unet import StableDiffusion, StableDiffusionXL
 
-FAMILIES = (StableDiffusionXL, StableDiffusion)
+UNETS = (StableDiffusionXL, StableDiffusion)
 """The first whose pipelines' name the folder's index begins with."""
+FLOWS: dict[str, type[FlowTransformer]] = {family.index: family for family in (StableDiffusion3, Flux)}
+"""By the class of the pipeline."""
 
 
-def _family(settings: LatentModelSettings) -> type[StableDiffusion]:
+def _family(settings: LatentModelSettings) -> type[StableDiffusion] | type[FlowTransformer]:
     from diffusers import DiffusionPipeline
 
     path = settings.model
@@ -25,14 +30,18 @@ def _family(settings: LatentModelSettings) -> type[StableDiffusion]:
                 f"be had: set `config` to a folder or hub id of such a model ({str(error).splitlines()[0]})"
             ) from error
         raise ValueError(
-            f"model {path!r} is no diffusers folder or hub id with a U-Net, a VAE and a scheduler: "
+            f"model {path!r} is no diffusers folder or hub id with a denoiser, a VAE and a scheduler: "
             f"{str(error).splitlines()[0]}"
         ) from error
     pipeline = str(index.get("_class_name"))
-    for family in FAMILIES:
-        if pipeline.startswith(family.index):
+    if pipeline in FLOWS:
+        return FLOWS[pipeline]
+    for family in UNETS:
+        if pipeline.startswith(family.index) and not pipeline.startswith("StableDiffusion3"):
             return family
-    raise ValueError(f"model {path!r} is a {pipeline}; inversion knows Stable Diffusion 1.x, 2.x and SDXL")
+    raise ValueError(
+        f"model {path!r} is a {pipeline}; inversion knows Stable Diffusion 1.x, 2.x, SDXL and {', '.join(FLOWS)}"
+    )
 
 
 def read_geometry(settings: LatentModelSettings) -> Geometry:

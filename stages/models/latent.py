@@ -1,7 +1,8 @@
 """What every latent generative model offers: the only way in which a stage touches a family of models.
 
-A family (`stages.models.unet`; flow transformers would be another) implements `LatentModel`; `stages.models.families`
-finds the one that a folder belongs to.
+A family (`stages.models.unet`, `sd3`, `flux`, ...) implements `LatentModel`; `stages.models.families` finds the one
+that a folder belongs to. What only its own pipeline does stays inside: packing of latents, shift and scale, the
+network's idea of time and sign, guidance, the pipeline's own sigmas.
 
 Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the denoiser sees them (scaled, float32); `m_BCHW` the
 denoiser's output; L text tokens, E their width.
@@ -10,14 +11,16 @@ denoiser's output; L text tokens, E their width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from stages.models.captions import Reader
 from stages.models.fingerprint import describe_model, digest
+from stages.models.flow_schedule import FlowGrid, flow_schedule
 from stages.models.loras import Lora
-from stages.models.schedule import Schedule, make_schedule
+from stages.models.schedule import Schedule, ddim_schedule
 from stages.models.stock_schedule import stock_schedule
 from stages.models.usage import Usage
 from stages.models.weights import weights_of
@@ -25,7 +28,8 @@ from stages.models.words import Encoder
 
 Condition = dict[str, torch.Tensor]
 """What the denoiser is told beside latent and time: tensors with B first. `text_BLE` is the text; what else there is
-depends on the family. Under guidance, ``null_NAME`` is NAME under the negative prompt; a name without one is shared."""
+depends on the family. Under guidance, ``null_NAME`` is NAME under the negative prompt; a name without one is shared.
+Shapes are the same in every row: texts of unequal length are padded, with `mask_BL` saying what is text."""
 
 Predict = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 """m_BCHW = predict(z_BCHW, t_B, condition): rows may stand at different times."""
@@ -76,12 +80,44 @@ class Network(Protocol):
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Which pictures a model takes.
+
+    Attributes:
+        model: Its path, for errors.
+        factor: Pixels along a side of a latent.
+        multiple: Sides are multiples of it, in pixels.
+        own: Side of the pictures that the pipeline draws where it is told none, in pixels; None: tell it always.
+        largest: Longest side, in pixels; None: any.
+    """
+
+    model: str
+    factor: int
+    multiple: int
+    own: int | None = None
+    largest: int | None = None
+
+    def check(self, width: int, height: int) -> None:
+        """Refuse a size.
+
+        Raises:
+            ValueError: The model does not take pictures of that size.
+        """
+        for side in (width, height):
+            if side < 1 or side % self.multiple:
+                raise ValueError(f"size {side} is no multiple of {self.multiple}, which model {self.model!r} needs")
+            if self.largest is not None and side > self.largest:
+                raise ValueError(f"size {side} is more than the {self.largest} pixels that model {self.model!r} takes")
+
+
+@dataclass(frozen=True)
 class Geometry:
     """What a model's configuration says before any weight is loaded.
 
     Attributes:
-        size: Side of a picture in pixels.
+        width, height: Of a picture, in pixels.
         latent_shape: (C, H, W) of its latents.
+        sizes: Which pictures the model takes.
         scaling_factor: Latents are the posterior's mean times this.
         scheduler: The scheduler's configuration, with the settings' changes.
         text_shape: (L, E) of a text condition.
@@ -91,10 +127,13 @@ class Geometry:
         loras: What is added to all of them but the autoencoder.
         usage: Lines for cards.
         sampler: Whose steps are inverted and run: DDIM's over the scheduler's noise levels, or the scheduler's own.
+        grid: How the pipeline of a rectified flow sets its scheduler; None: a variance-preserving chain.
     """
 
-    size: int
+    width: int
+    height: int
     latent_shape: tuple[int, int, int]
+    sizes: Sizes
     scaling_factor: float
     scheduler: Mapping[str, Any]
     text_shape: tuple[int, int]
@@ -104,6 +143,39 @@ class Geometry:
     loras: tuple[Lora, ...]
     usage: Usage
     sampler: Literal["ddim", "model"] = "ddim"
+    grid: FlowGrid | None = None
+
+    def at(self, width: int, height: int) -> Geometry:
+        """The geometry of pictures of another size.
+
+        Raises:
+            ValueError: The model does not take them.
+        """
+        factor = self.sizes.factor
+        self.sizes.check(width, height)
+        shape = (self.latent_shape[0], height // factor, width // factor)
+        return replace(self, width=width, height=height, latent_shape=shape)
+
+    def refuse_flow(self, why: str) -> None:
+        """For what is made for a variance-preserving diffusion.
+
+        Raises:
+            ValueError: This is a rectified flow.
+        """
+        if self.grid is not None:
+            raise ValueError(
+                f"model {self.sizes.model!r} is a rectified flow, and {why}: take Stable Diffusion 1.x, 2.x or XL"
+            )
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.width, self.height
+
+    @property
+    def says_size(self) -> bool:
+        """Whether the pipeline has to be told the size."""
+        return not self.width == self.height == self.sizes.own
 
     def schedule(self, steps: int) -> Schedule:
         """The sampler's coefficients.
@@ -111,7 +183,9 @@ class Geometry:
         Raises:
             ValueError: A sampler or a number of steps without an inverse.
         """
-        build = stock_schedule if self.sampler == "model" else make_schedule
+        if self.grid is not None:
+            return flow_schedule(self.scheduler, steps, self.grid, self.latent_shape)
+        build = stock_schedule if self.sampler == "model" else ddim_schedule
         return build(self.scheduler, steps)
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
@@ -146,6 +220,17 @@ class LatentModel(Protocol):
     def text_encoders(self) -> tuple[Encoder, ...]:
         """The encoders that new words can be taught to (`stages.models.words`)."""
 
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """What reads a prompt, for `stages.models.captions.token_counts`."""
+
+    def at(self, width: int, height: int) -> LatentModel:
+        """The same networks for pictures of another size.
+
+        Raises:
+            ValueError: The model does not take them.
+        """
+
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """z_BCHW of pictures: the mean of the autoencoder's posterior, scaled."""
 
@@ -169,7 +254,7 @@ class LatentModel(Protocol):
         """
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        """The denoiser under classifier-free guidance; at 1 without, and one pass a call."""
+        """The denoiser under guidance, as the family has it: classifier-free, or told to the network; at 1 without."""
 
     def schedule(self, steps: int) -> Schedule:
         """The deterministic sampler's coefficients, on the model's device."""

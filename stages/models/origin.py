@@ -114,11 +114,15 @@ def load_pipeline(
     return kind.from_pretrained(settings.model, revision=settings.revision, dtype=dtype, **loaded, **left_out)
 
 
-def lines(settings: LatentModelSettings, kind: str) -> tuple[list[str], str]:
+def lines(
+    settings: LatentModelSettings, kind: str, denoiser: str = "unet", without: Sequence[str] = ()
+) -> tuple[list[str], str]:
     """What is imported from diffusers, and the lines of Python that make `pipe` of the model.
 
     Args:
         kind: Class of its pipeline, for a checkpoint of one file.
+        denoiser: The part whose weight files tell of variants.
+        without: Parts that the pipeline has to be told are not there.
     """
     names, code, given = [], [], ""
     if settings.vae is not None:
@@ -135,18 +139,18 @@ def lines(settings: LatentModelSettings, kind: str) -> tuple[list[str], str]:
         names.append("DiffusionPipeline")
         if settings.revision is not None:
             given += f', revision="{settings.revision}"'
-        given += _variant(settings)
+        given += _variant(settings, denoiser) + "".join(f", {part}=None" for part in without)
         code.append(f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)')
     code += [lora.usage() for lora in settings.loras or ()]
     return names, "\n".join(code)
 
 
-def _variant(settings: LatentModelSettings) -> str:
+def _variant(settings: LatentModelSettings, denoiser: str) -> str:
     """The pipeline's argument that says which weight files it reads, where it does not find them by itself."""
     try:
         pickles = bool(settings.allow_pickle)
         weights = weights_of(
-            settings.model, settings.revision, "unet", variant=settings.variant, allow_pickle=pickles
+            settings.model, settings.revision, denoiser, variant=settings.variant, allow_pickle=pickles
         )  # fmt: skip
     except (FileNotFoundError, WeightsError):  # whoever loads it is told
         return ""

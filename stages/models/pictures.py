@@ -20,24 +20,30 @@ Fit = Literal["crop", "pad", "stretch"]
 Filter = Literal["lanczos", "bicubic"]
 
 
-def fit_picture(picture: Image, size: int, fit: Fit = "crop", resample: Filter = "lanczos") -> torch.Tensor:
-    """A picture as a square (3, size, size) tensor in [-1, 1].
+def fit_picture(
+    picture: Image, size: int | tuple[int, int], fit: Fit = "crop", resample: Filter = "lanczos"
+) -> torch.Tensor:
+    """A picture as a tensor (3, H, W) in [-1, 1].
 
-    crop: the largest square in the middle, then resized. pad: resized until the longer side fits, the rest white, the
+    crop: the largest part of that shape in the middle, then resized. pad: resized until it fits, the rest white, the
     picture in the middle. stretch: both sides resized. A picture of the right size is left as it is.
+
+    Args:
+        size: (W, H), or the side of a square.
     """
     from PIL import Image as pil
     from PIL import ImageOps
 
+    wanted = (size, size) if isinstance(size, int) else size
     method = pil.Resampling[resample.upper()]
     picture = picture.convert("RGB")
-    if picture.size != (size, size):
+    if picture.size != wanted:
         if fit == "crop":
-            picture = ImageOps.fit(picture, (size, size), method)
+            picture = ImageOps.fit(picture, wanted, method)
         elif fit == "pad":
-            picture = ImageOps.pad(picture, (size, size), method, color=(255, 255, 255))
+            picture = ImageOps.pad(picture, wanted, method, color=(255, 255, 255))
         else:
-            picture = picture.resize((size, size), method)
+            picture = picture.resize(wanted, method)
     values = np.asarray(picture, dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
@@ -57,5 +63,5 @@ def encode_pictures(model: LatentModel, pictures: Sequence[Image]) -> torch.Tens
     Bicubic and with channels last, where inversion fits by Lanczos and has them first: words and inverters that were
     learned from such latents stay as they are, to the last bit.
     """
-    x_BCHW = torch.stack([fit_picture(one, model.geometry.size, resample="bicubic") for one in pictures])
+    x_BCHW = torch.stack([fit_picture(one, model.geometry.picture_size, resample="bicubic") for one in pictures])
     return model.encode(x_BCHW.contiguous(memory_format=torch.channels_last))

@@ -28,7 +28,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 @dataclass(frozen=True)
 class Step:
-    """One step's coefficients for each row, shaped (B, 1, 1, 1) to broadcast over latents; `t_B` is (B,)."""
+    """One step's coefficients for each row, shaped (B, 1, 1, 1) to broadcast over latents; `t_B` and `t_prev_B`, the
+    time of z_prev (see `Schedule`), are (B,)."""
 
     t_B: torch.Tensor
     scale: torch.Tensor
@@ -37,6 +38,12 @@ class Step:
     back_weight: torch.Tensor
     alpha: torch.Tensor
     sigma: torch.Tensor
+    t_prev_B: torch.Tensor | None = None
+
+    def take(self, which: torch.Tensor | slice) -> Step:
+        """The step of some rows."""
+        columns: dict[str, Any] = {name: None if value is None else value[which] for name, value in vars(self).items()}
+        return Step(**columns)
 
     def down(self, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
         """The sampling step D_t: from z to z_prev, m evaluated at z."""
@@ -62,6 +69,8 @@ class Schedule:
         back_scale_S, back_weight_S: The explicit inverse, z = back_scale z_prev + back_weight m(z_prev, t).
         alpha_S, sigma_S, alpha_prev_S, sigma_prev_S: z at noise level t is alpha x_0 + sigma eps; the same of z_prev.
         seed_scale: The latent that a pipeline is given is this times z at the highest noise level.
+        t_prev_S: What the network is told as the time of z_prev; None where that is no time of the network's (z_0 of a
+            variance-preserving chain).
     """
 
     prediction: str
@@ -75,6 +84,7 @@ class Schedule:
     alpha_prev_S: torch.Tensor
     sigma_prev_S: torch.Tensor
     seed_scale: float = 1.0
+    t_prev_S: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.t_S)
@@ -99,6 +109,7 @@ class Schedule:
             column(self.back_weight_S),
             column(self.alpha_S),
             column(self.sigma_S),
+            None if self.t_prev_S is None else self.t_prev_S[k_B],
         )
 
     def epsilon(self, k: int, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
@@ -271,44 +282,3 @@ def _check_chain(t_S: torch.Tensor, prev_S: torch.Tensor, spacing: str) -> None:
             f"{int(gap_S.max())} between them: set scheduler: {{timestep_spacing: leading}}, or trailing with steps "
             "that divide the training times"
         )
-
-
-def flow_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
-    """Euler steps of a rectified flow, z = (1 - sigma) x_0 + sigma eps, as `FlowMatchEulerDiscreteScheduler` runs them.
-
-    z_prev = z + (sigma_prev - sigma) v(z, t): `scale` is 1, and every method of inversion applies unchanged.
-
-    Raises:
-        ValueError: The schedule shifts with the picture's size, which needs a size that the configuration does not
-            hold.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    if config.get("use_dynamic_shifting"):
-        raise ValueError("a flow schedule with use_dynamic_shifting depends on the picture's size: set a fixed shift")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-    scheduler.set_timesteps(steps)
-    sigma = scheduler.sigmas.double().flip(0)
-    sigma_prev_S, sigma_S = sigma[:-1], sigma[1:]
-    weight_S = sigma_prev_S - sigma_S
-    one_S = torch.ones_like(weight_S)
-    return Schedule(
-        "flow",
-        scheduler.timesteps.flip(0),
-        one_S,
-        weight_S,
-        one_S,
-        -weight_S,
-        1 - sigma_S,
-        sigma_S,
-        1 - sigma_prev_S,
-        sigma_prev_S,
-    )
-
-
-def make_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
-    """The deterministic sampler that belongs to a scheduler's configuration: flow matching by its class name, else
-    DDIM.
-    """
-    build = flow_schedule if config.get("_class_name") in FLOW_SCHEDULERS else ddim_schedule
-    return build(config, steps)

@@ -14,8 +14,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from stages.models.schedule import Schedule, check_config, ddim_schedule, first_order, flow_schedule
-from stages.models.settings import FLOW_SCHEDULERS
+from stages.models.schedule import Schedule, check_config, ddim_schedule, first_order
 
 STOCK_SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 """Those whose step depends on one latent and one output of the network."""
@@ -38,8 +37,6 @@ def stock_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     """
     check_config(config)
     name = config.get("_class_name", "DDIMScheduler")
-    if name in FLOW_SCHEDULERS:
-        return flow_schedule(config, steps)
     if name not in STOCK_SAMPLERS:
         raise _refusal(f"{name} {WHY_NOT[name]}")
     for key in ("thresholding", "clip_sample", "use_flow_sigmas", "variance_type"):

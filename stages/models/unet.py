@@ -10,15 +10,19 @@ output; L text tokens, E their width.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
 from stages.engine.device import chosen_device
-from stages.models.latent import Condition, Geometry, Predict
+from stages.models import autoencoder
+from stages.models.captions import Reader
+from stages.models.guidance import classifier_free, guided
+from stages.models.latent import Condition, Geometry, Predict, Sizes
 from stages.models.loras import add_lora
 from stages.models.memory import peak_bytes
 from stages.models.origin import check_vae, chosen_vae, configuration, lines, load_pipeline, networks
@@ -76,10 +80,11 @@ class StableDiffusion:
         if settings.vae is not None:
             check_vae(settings.vae, vae, path)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        size = settings.size or int(unet["sample_size"]) * factor
+        own = int(unet["sample_size"]) * factor
+        size = settings.size or own
         down = 2 ** (len(unet["block_out_channels"]) - 1)
-        if size % (factor * down):
-            raise ValueError(f"size {size} is no multiple of {factor * down}, which model {path!r} needs")
+        sizes = Sizes(path, factor, factor * down, own)
+        sizes.check(size, size)
         stock = isinstance(settings, SamplingSettings) and settings.sampler == "model"
         if isinstance(settings, SamplingSettings) and not stock:
             _check_heeded(settings.scheduler)
@@ -89,7 +94,9 @@ class StableDiffusion:
         upcast = settings.dtype == "float16" and bool(chosen_vae(settings, vae).get("force_upcast", True))
         text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))
         return Geometry(
-            size=size,
+            width=size,
+            height=size,
+            sizes=sizes,
             latent_shape=(int(vae["latent_channels"]), size // factor, size // factor),
             scaling_factor=float(vae.get("scaling_factor", 0.18215)),
             scheduler=effective,
@@ -127,27 +134,26 @@ class StableDiffusion:
     # --- pictures
 
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        mean_BCHW = self.vae.encode(x_BCHW.to(self.device, self.dtypes["vae"])).latent_dist.mean.float()
-        config = self.vae.config
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean_BCHW = (mean_BCHW - self._channels(config.latents_mean)) / self._channels(config.latents_std)
-        return mean_BCHW * config.scaling_factor
+        return autoencoder.encode(self.vae, x_BCHW)
 
     def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
-        config = self.vae.config
-        z_BCHW = z_BCHW.float() / config.scaling_factor
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            z_BCHW = z_BCHW * self._channels(config.latents_std) + self._channels(config.latents_mean)
-        return self.vae.decode(z_BCHW.to(self.dtypes["vae"])).sample.float()
+        return autoencoder.decode(self.vae, z_BCHW)
 
-    def _channels(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, device=self.device, dtype=torch.float32).view(1, -1, 1, 1)
+    def at(self, width: int, height: int) -> Self:
+        model = copy.copy(self)
+        model.geometry = self.geometry.at(width, height)
+        return model
 
     # --- prompts
 
     @property
     def text_encoders(self) -> tuple[Encoder, ...]:
         return (Encoder(self.pipeline.tokenizer, self.pipeline.text_encoder),)
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        tokenizers = [encoder.tokenizer for encoder in self.text_encoders]
+        return tuple(Reader(tokenizer, tokenizer.model_max_length) for tokenizer in tokenizers)
 
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
@@ -183,19 +189,7 @@ class StableDiffusion:
 
     def predictor(self, guidance: float = 1.0) -> Predict:
         """The U-Net's output under classifier-free guidance; one call on 2B rows when guidance is above 1."""
-        if guidance <= 1:
-            return self.forward
-
-        def predict(z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
-            both = {
-                name: torch.cat([condition.get(f"null_{name}", value), value])
-                for name, value in condition.items()
-                if not name.startswith("null_")
-            }
-            null_BCHW, text_BCHW = self.forward(torch.cat([z_BCHW, z_BCHW]), torch.cat([t_B, t_B]), both).chunk(2)
-            return null_BCHW + guidance * (text_BCHW - null_BCHW)
-
-        return predict
+        return self.forward if guidance <= 1 else guided(self.forward, classifier_free(guidance))
 
     def schedule(self, steps: int) -> Schedule:
         return self.geometry.schedule(steps).to(self.device)
@@ -208,8 +202,8 @@ class StableDiffusion:
         names |= {f"null_{key}": f"negative_{name}" for key, name in names.items()}
         given = {names[key]: value for key, value in condition.items() if key in names}
         latents: torch.Tensor = self.pipeline(
-            **given, num_inference_steps=steps, guidance_scale=guidance, height=self.geometry.size,
-            width=self.geometry.size, generator=list(generators), output_type="latent",
+            **given, num_inference_steps=steps, guidance_scale=guidance, height=self.geometry.height,
+            width=self.geometry.width, generator=list(generators), output_type="latent",
         ).images  # fmt: skip
         return latents
 
@@ -226,8 +220,7 @@ class StableDiffusion:
             return peak_bytes(
                 self.unet, lambda net: net(z, t, text, added_cond_kwargs=added).sample, z, gradient=gradient
             )
-        side = self.geometry.size
-        shape = (1, 3, side, side) if call == "encode" else (1, C, H, W)
+        shape = (1, 3, self.geometry.height, self.geometry.width) if call == "encode" else (1, C, H, W)
         x = torch.empty(shape, dtype=self.dtypes["vae"], device="meta")
         if call == "encode":
             return peak_bytes(self.vae, lambda net: net.encode(x).latent_dist.mean, x, gradient=gradient)
@@ -264,9 +257,9 @@ class StableDiffusionXL(StableDiffusion):
     def text_condition(self, text_BLE: torch.Tensor, pooled_BE: torch.Tensor | None = None) -> Condition:
         if pooled_BE is None:
             raise ValueError("this U-Net needs a pooled text embedding, and the text encoder has none")
-        size = self.geometry.size
+        size = (self.geometry.height, self.geometry.width)
         # height and width of the original, left and top of the crop, height and width that are asked for
-        sizes = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtypes["unet"], device=text_BLE.device)
+        sizes = torch.tensor([*size, 0, 0, *size], dtype=self.dtypes["unet"], device=text_BLE.device)
         return {"text_BLE": text_BLE, "pooled_BE": pooled_BE, "time_ids_B6": sizes.repeat(len(text_BLE), 1)}
 
     def _added(self, condition: Condition) -> dict[str, torch.Tensor]:

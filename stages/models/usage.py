@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+
+def guidance_scale(guidance: float, negative: str | None) -> str:
+    """Arguments of a `pipe` with classifier-free guidance, or with one told to the network."""
+    said = f", negative_prompt={negative!r}" if negative else ""
+    return f"guidance_scale={guidance}{said}"
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,8 @@ class Usage:
             "" where that is its own.
         text_latent: Argument of `pipe` -> column of a stored text latent and its shape; together they stand for a
             prompt.
+        latents: What `pipe` is given as `latents`, of `seed` (1, C, H, W).
+        guidance: What it is given of a guidance scale and a negative prompt.
     """
 
     names: tuple[str, ...]
@@ -25,6 +33,8 @@ class Usage:
     sampler_names: tuple[str, ...]
     sampler: str
     text_latent: Mapping[str, tuple[str, tuple[int, ...]]]
+    latents: str = "seed"
+    guidance: Callable[[float, str | None], str] = guidance_scale
 
     def regenerating(self) -> tuple[tuple[str, ...], str]:
         """What is imported from diffusers, and the lines that make a `pipe` which regenerates pictures."""

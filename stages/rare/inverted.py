@@ -20,14 +20,14 @@ class InvertedDataset:
     Args:
         path: Its folder.
         by: Its column that holds the concept's name.
-        unet: Fingerprint of the U-Net that the pictures are to be drawn with.
+        denoiser: Fingerprint of the U-Net that the pictures are to be drawn with.
         sampler: The setting `sampler` that they are to be drawn with.
 
     Raises:
         ValueError: No such output, no such column, several methods in it, or another model or sampler than the job's.
     """
 
-    def __init__(self, path: str, by: str, unet: str, sampler: str | None = None) -> None:
+    def __init__(self, path: str, by: str, denoiser: str, sampler: str | None = None) -> None:
         import pyarrow.dataset as ds
 
         fingerprint(path)
@@ -37,8 +37,8 @@ class InvertedDataset:
         note = json.loads((self.data.schema.metadata or {}).get(b"latentmill", b"{}"))
         if "latent" not in self.data.schema.names or not str(note.get("stage")).endswith(":InvertImages"):
             raise ValueError(f"seeds: {path} is no output of an invert-images run")
-        made_with = note["models"].get("unet", {}).get("fingerprint")
-        if made_with != unet:
+        made_with = [note["models"].get(part, {}).get("fingerprint") for part in ("unet", "transformer")]
+        if denoiser not in made_with:
             raise ValueError(f"seeds: {path} was inverted with another model than this job's; seeds belong to a model")
         if (made_for := note["config"].get("sampler")) != sampler:
             raise ValueError(

@@ -110,7 +110,7 @@ def invert(
         except ConceptError as error:
             found[concept.key] = f"concept {concept.name}: {error}"
             continue
-        opened[concept.key] = [to_picture(fit_picture(picture, geometry.size, fit)) for picture in pictures]
+        opened[concept.key] = [to_picture(fit_picture(picture, geometry.picture_size, fit)) for picture in pictures]
         rows += [
             {"id": f"{concept.key}/{number}", "image": picture, "prompt": concept.prompt, "method": method.label}
             for number, picture in enumerate(opened[concept.key])

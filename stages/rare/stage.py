@@ -66,8 +66,9 @@ class RareConcepts:
         self.inversion = InvertImages(inversion, self.model)
         self.dataset = None
         if settings.seeds is not None:
-            unet = self.model.geometry.fingerprints()["unet"]["fingerprint"]
-            self.dataset = InvertedDataset(settings.seeds, settings.by, unet, settings.sampler)
+            found = self.model.geometry.fingerprints()
+            denoiser = found[next(iter(found))]["fingerprint"]
+            self.dataset = InvertedDataset(settings.seeds, settings.by, denoiser, settings.sampler)
 
     @staticmethod
     def describe(settings: RareConceptsSettings) -> StageInfo:
@@ -195,7 +196,7 @@ class RareConcepts:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Noise that `seed-select` makes of this, and its losses (B, 2), as many rows at once as there are slots."""
         model = self.model
-        x_KCHW = torch.stack([fit_picture(picture, model.geometry.size) for picture in concept.pictures])
+        x_KCHW = torch.stack([fit_picture(picture, model.geometry.picture_size) for picture in concept.pictures])
         with torch.no_grad():
             latent_CHW = model.encode(x_KCHW.to(model.device)).mean(0)
         iterations, rate = method.budget

@@ -25,9 +25,9 @@ def rows_of(z, condition):
     ]
 
 
-def run(model, work, rule, *, guidance=1.0, slots=2, **options):
+def run(model, work, rule, *, guidance=1.0, slots=2, shape=SHAPE, **options):
     z, condition, schedule = work
-    problem = InversionProblem(model.predictor(guidance), schedule, rule, slots=slots, latent_shape=SHAPE, **options)
+    problem = InversionProblem(model.predictor(guidance), schedule, rule, slots=slots, latent_shape=shape, **options)
     return sorted(solve(problem, rows_of(z, condition)), key=lambda row: row["id"])
 
 

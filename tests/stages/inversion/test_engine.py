@@ -62,7 +62,7 @@ def test_sdxl_and_v_prediction_run(tmp_path) -> None:
     loaded = open_latent_model(LatentModelSettings(model=folder, device="cpu"))
     geometry = loaded.geometry
     assert isinstance(loaded, StableDiffusionXL)
-    assert (geometry.latent_shape, geometry.size) == (SHAPE, 16)
+    assert (geometry.latent_shape, geometry.width) == (SHAPE, 16)
     z = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(2)) * 0.5
     condition = loaded.condition(["red star", "ring"], guided=True)
     schedule = ddim_schedule(geometry.scheduler, 4)

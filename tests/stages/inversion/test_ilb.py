@@ -31,7 +31,7 @@ def rows(count=3):
 
 
 def make(visit, steps=12):
-    return BoostProblem(decode, slots=2, latent_shape=SHAPE, size=8, steps=steps, visit=visit, rate=0.1, warmup=3)
+    return BoostProblem(decode, slots=2, latent_shape=SHAPE, size=(8, 8), steps=steps, visit=visit, rate=0.1, warmup=3)
 
 
 def alone(row, steps=12, offset=None):
@@ -107,7 +107,7 @@ def test_float16_keeps_the_gradient_of_a_real_pictures_mean(tmp_path, monkeypatc
 
         monkeypatch.setattr(RowAdamW, "step", kept)
         x = model.decode(z).detach() + offset
-        problem = BoostProblem(model.decode, slots=2, latent_shape=(4, 8, 8), size=16, steps=1, scale=scale)
+        problem = BoostProblem(model.decode, slots=2, latent_shape=(4, 8, 8), size=(16, 16), steps=1, scale=scale)
         problem.load([0, 1], [{"id": str(i), "x": x[i], "z": z[i]} for i in range(2)])
         problem.step()
         return seen[0]
@@ -131,7 +131,15 @@ def test_a_row_that_overflows_skips_updates_and_counts_its_passes() -> None:
 
     def make_scaled(visit):
         return BoostProblem(
-            decode_half, slots=1, latent_shape=SHAPE, size=8, steps=12, visit=visit, rate=0.1, warmup=3, scale=2.0**32
+            decode_half,
+            slots=1,
+            latent_shape=SHAPE,
+            size=(8, 8),
+            steps=12,
+            visit=visit,
+            rate=0.1,
+            warmup=3,
+            scale=2.0**32,
         )
 
     def back(some):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from stages.models.schedule import ddim_schedule, flow_schedule, make_schedule, noise_levels
+from stages.models.schedule import ddim_schedule, noise_levels
 
 SD = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False,
@@ -76,22 +76,6 @@ def test_a_chain_has_no_gaps_or_is_refused(spacing: str, steps: int) -> None:
     assert float(moved.max() if len(moved) else 0) < 5e-3
 
 
-def test_flow_steps_are_diffusers_euler_steps() -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(6)
-    schedule = make_schedule(config, 6)
-    generator = torch.Generator().manual_seed(0)
-    for k in range(5, -1, -1):
-        z, v = torch.randn((2, 1, 4, 4, 4), generator=generator)
-        down = schedule.at(torch.tensor([k])).down(z, v)
-        torch.testing.assert_close(down, scheduler.step(v, schedule.t_S[k], z).prev_sample, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="fixed shift"):
-        flow_schedule({"use_dynamic_shifting": True}, 6)
-
-
 def test_a_number_of_steps_that_diffusers_rounds_into_one_more_is_refused() -> None:
     from diffusers import DDIMScheduler
 
@@ -119,7 +103,7 @@ def test_steps_out_of_range() -> None:
 )
 def test_what_is_no_chain_of_betas_is_refused_and_not_read_as_one(config: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        make_schedule(config, 10)
+        ddim_schedule(config, 10)
 
 
 def test_noise_levels_are_the_scheduler_s_own() -> None:

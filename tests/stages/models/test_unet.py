@@ -47,7 +47,7 @@ def test_it_is_a_latent_model(folders: dict[str, str], kind: str) -> None:
     assert model.geometry == geometry
     z_BCHW = model.encode(pictures())
     assert tuple(z_BCHW.shape) == (2, *geometry.latent_shape)
-    assert tuple(model.decode(z_BCHW).shape) == (2, 3, geometry.size, geometry.size)
+    assert tuple(model.decode(z_BCHW).shape) == (2, 3, geometry.height, geometry.width)
     condition = model.condition(["red star", ""], guided=True, negative="blue")
     assert tuple(condition["text_BLE"].shape) == (2, *geometry.text_shape)
     assert {len(value) for value in condition.values()} == {2}

@@ -1,0 +1,63 @@
+"""Between pictures and a denoiser's latents: a frozen autoencoder, and what its configuration says of scale and shift.
+
+Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the denoiser sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def encode(vae: Any, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """z_BCHW, float32: the posterior's mean, as the denoiser sees it."""
+    x = x_BCHW.to(vae.device, vae.dtype)
+    posterior = vae.encode(x[:, :, None] if is_video(vae.config) else x).latent_dist
+    mean = posterior.mean.float()
+    return to_latent(mean[:, :, 0] if is_video(vae.config) else mean, vae.config)
+
+
+def decode(vae: Any, z_BCHW: torch.Tensor) -> torch.Tensor:
+    """x_BCHW (about [-1, 1], not clamped), float32; differentiable."""
+    mean_BCHW = from_latent(z_BCHW.float(), vae.config).to(vae.dtype)
+    if is_video(vae.config):
+        return vae.decode(mean_BCHW[:, :, None]).sample[:, :, 0].float()
+    return vae.decode(mean_BCHW).sample.float()
+
+
+def is_video(config: Mapping[str, Any]) -> bool:
+    """Autoencoders of videos take a picture as one frame, (B, C, 1, H, W); they say how they shorten time."""
+    return "temperal_downsample" in config  # as diffusers spells it
+
+
+def to_latent(mean_BCHW: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Scaled and shifted: ((mean - latents_mean) / latents_std - shift_factor) scaling_factor, of which a configuration
+    has what it has."""
+    if standardised(config):
+        mean_BCHW = (mean_BCHW - _channels(config["latents_mean"], mean_BCHW)) / _channels(
+            config["latents_std"], mean_BCHW
+        )
+    if config.get("shift_factor") is not None:
+        mean_BCHW = mean_BCHW - config["shift_factor"]
+    return mean_BCHW * config.get("scaling_factor", 1.0)
+
+
+def from_latent(z_BCHW: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """The inverse of `to_latent`."""
+    mean_BCHW = z_BCHW / config.get("scaling_factor", 1.0)
+    if config.get("shift_factor") is not None:
+        mean_BCHW = mean_BCHW + config["shift_factor"]
+    if standardised(config):
+        mean_BCHW = mean_BCHW * _channels(config["latents_std"], z_BCHW) + _channels(config["latents_mean"], z_BCHW)
+    return mean_BCHW
+
+
+def standardised(config: Mapping[str, Any]) -> bool:
+    """Whether each channel has a mean and a spread of its own."""
+    return config.get("latents_mean") is not None and config.get("latents_std") is not None
+
+
+def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device, dtype=torch.float32).view(1, -1, 1, 1)

@@ -1,0 +1,102 @@
+"""Euler steps of a rectified flow, z = (1 - sigma) x_0 + sigma eps, at the noise levels that a pipeline visits.
+
+z_prev = z + (sigma_prev - sigma) v(z, t): `scale` is 1, and every method of inversion applies unchanged. Which sigmas
+are visited is not the scheduler's business alone: pipelines hand it a grid of their own, and a shift mu that they work
+out of the picture's size.
+
+Legend: S steps, index 0 next to the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from stages.models.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class FlowGrid:
+    """How a family's pipeline sets its scheduler.
+
+    Attributes:
+        linear: It hands over sigmas from 1 to 1 / S in equal steps, computed in this type; None: the scheduler's own
+            are taken.
+        patch: Side of the patch of latents that is one token: mu depends on the number of tokens.
+    """
+
+    linear: Literal["float64", "float32"] | None
+    patch: int = 2
+
+
+def check_flow(config: Mapping[str, Any]) -> None:
+    """Refuse settings of a flow's scheduler under which no latent regenerates a picture, or time runs backwards.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for key, why in (("stochastic_sampling", "adds fresh noise at each step"), ("invert_sigmas", "runs backwards")):
+        if config.get(key):
+            raise ValueError(f"scheduler: with {key} the sampler {why}; set scheduler: {{{key}: false}}")
+
+
+def flow_schedule(
+    config: Mapping[str, Any], steps: int, grid: FlowGrid | None = None, latent_shape: tuple[int, int, int] = (0, 0, 0)
+) -> Schedule:
+    """The steps of `FlowMatchEulerDiscreteScheduler`, set as the pipeline sets it.
+
+    Args:
+        config: The scheduler's configuration.
+        steps: S.
+        grid: The pipeline's; None: the scheduler alone.
+        latent_shape: (C, H, W) of the latents, for the shift.
+
+    Raises:
+        ValueError: A setting or number of steps without an inverse, or a shift that needs a pipeline to tell it.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    check_flow(config)
+    if grid is None and config.get("use_dynamic_shifting"):
+        raise ValueError("a flow schedule with use_dynamic_shifting depends on the picture's size: set a fixed shift")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+    train_steps = int(scheduler.config.num_train_timesteps)
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"steps is {steps}: this model's schedule has between 1 and {train_steps}")
+    if grid is None:
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler.set_timesteps(steps, **_told(scheduler.config, steps, grid, latent_shape))
+    sigma = scheduler.sigmas.double().flip(0)
+    sigma_prev_S, sigma_S = sigma[:-1], sigma[1:]
+    if not bool((sigma_S > sigma_prev_S).all()):
+        raise ValueError(
+            f"steps is {steps}: two of this schedule's noise levels are the same, and nothing lies between them; take "
+            "another number of steps"
+        )
+    weight_S, one_S = sigma_prev_S - sigma_S, torch.ones_like(sigma_S)
+    t_S = scheduler.timesteps.flip(0)
+    return Schedule(
+        "flow", t_S, one_S, weight_S, one_S, -weight_S, 1 - sigma_S, sigma_S, 1 - sigma_prev_S, sigma_prev_S,
+        t_prev_S=torch.cat([t_S.new_zeros(1), t_S[:-1]]),
+    )  # fmt: skip
+
+
+def _told(config: Mapping[str, Any], steps: int, grid: FlowGrid, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What the pipeline hands to `set_timesteps` beside the number of steps."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    told: dict[str, Any] = {}
+    if grid.linear == "float64":
+        told["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    elif grid.linear == "float32":
+        told["sigmas"] = torch.linspace(1.0, 1 / steps, steps).tolist()
+    if config["use_dynamic_shifting"]:
+        tokens = (latent_shape[1] // grid.patch) * (latent_shape[2] // grid.patch)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        told["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+    return told

@@ -1,0 +1,87 @@
+"""FLUX.1: CLIP's pooled text and a T5's tokens, latents packed two by two, guidance told to the network.
+
+Legend as in `stages.models.transformer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from stages.models.flow_schedule import FlowGrid
+from stages.models.latent import Condition, Predict
+from stages.models.transformer import FlowTransformer, pack, unpack
+
+T5_TOKENS = 512
+"""What the pipeline gives T5, unless told otherwise."""
+
+
+class Flux(FlowTransformer):
+    """FLUX.1-dev, whose guidance is an input of the network, and FLUX.1-schnell, which has none (Black Forest Labs,
+    2024)."""
+
+    index = "FluxPipeline"
+    transformer_class = "FluxTransformer2DModel"
+    encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    left_out = {"image_encoder": None, "feature_extractor": None}
+    grid = FlowGrid(linear="float64")
+    latents = "pipe._pack_latents(seed, *seed.shape)"
+
+    @classmethod
+    def packed(cls) -> int:
+        return 4
+
+    @classmethod
+    def text_shape(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        return T5_TOKENS, int(transformer["joint_attention_dim"])
+
+    @property
+    def told_guidance(self) -> bool:
+        """Whether guidance is an input of the network."""
+        return bool(self.transformer.config.guidance_embeds)
+
+    def limit(self, encoder: str) -> int:
+        return T5_TOKENS if encoder == "text_encoder_2" else int(self.pipeline.tokenizer_max_length)
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
+        """The network is told the guidance: there is no negative side."""
+        if negative:
+            raise ValueError("FLUX.1 has no negative prompt: its guidance is told to the network; leave out `negative`")
+        text_BLE, pooled_BE, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts), device=self.device, max_sequence_length=T5_TOKENS
+        )
+        return {"text_BLE": text_BLE, "pooled_BE": pooled_BE}
+
+    def forward(
+        self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, network: Any = None,
+        guidance: float = 1.0,
+    ) -> torch.Tensor:  # fmt: skip
+        """See `FlowTransformer`; the time is rounded to the network's type, as the pipeline rounds it."""
+        dtype, (_, _, H, W) = self.dtypes["transformer"], z_BCHW.shape
+        text_BLE = condition["text_BLE"].to(dtype)
+        like = {"device": z_BCHW.device, "dtype": dtype}
+        told = torch.full((len(z_BCHW),), guidance, device=z_BCHW.device) if self.told_guidance else None
+        tokens_BNC = (network or self.transformer)(
+            hidden_states=pack(z_BCHW).to(dtype), timestep=t_B.to(dtype) / 1000, guidance=told,
+            pooled_projections=condition["pooled_BE"].to(dtype), encoder_hidden_states=text_BLE,
+            txt_ids=torch.zeros(text_BLE.shape[1], 3, **like), img_ids=image_ids(H // 2, W // 2).to(**like),
+            return_dict=False,
+        )[0]  # fmt: skip
+        return unpack(tokens_BNC.float(), H, W)
+
+    def predictor(self, guidance: float = 1.0) -> Predict:
+        if guidance > 1 and not self.told_guidance:
+            raise ValueError(
+                f"model {self.geometry.sizes.model!r} has no guidance (it was distilled without): leave `guidance` at 1"
+            )
+        return partial(self.forward, guidance=guidance)
+
+
+def image_ids(height: int, width: int) -> torch.Tensor:
+    """(N, 3): zero, row and column of each token."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)

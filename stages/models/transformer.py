@@ -1,0 +1,347 @@
+"""What the families of rectified-flow transformers share: reading their folder, loading its parts, pictures, prompts.
+
+A family (`sd3`, `flux`, ...) says what its pipeline's parts are, how it conditions and guides, and how the transformer
+is called. With its own scheduler, which is the one that is inverted, it behaves as the diffusers pipeline of that
+folder, so that latents found here regenerate their picture there.
+
+Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the transformer sees them, unpacked; `v_BCHW` the
+flow's velocity dz / dsigma; L text tokens, E their width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+
+from stages.engine.device import chosen_device
+from stages.models import autoencoder
+from stages.models.captions import Reader
+from stages.models.flow_schedule import FlowGrid, check_flow
+from stages.models.latent import Condition, Geometry, Network, Place, Predict, Sizes
+from stages.models.loras import add_lora
+from stages.models.memory import peak_bytes
+from stages.models.origin import check_vae, config_of_vae, lines
+from stages.models.sampler import sample
+from stages.models.schedule import Schedule, changed_config
+from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings
+from stages.models.usage import Usage, guidance_scale
+from stages.models.words import Encoder
+
+
+class FlowTransformer:
+    """A transformer that predicts the velocity of a rectified flow. A `stages.models.latent.LatentModel`.
+
+    The autoencoder runs in float32 whatever the other networks run in: its rounding would bound every picture's PSNR.
+
+    Args:
+        pipeline: Its pipeline of diffusers, loaded on the device.
+        geometry: From its configuration.
+    """
+
+    index: ClassVar[str]
+    """The class of its pipeline."""
+    transformer_class: ClassVar[str]
+    vae_class: ClassVar[str] = "AutoencoderKL"
+    encoders: ClassVar[Mapping[str, str]]
+    """Text encoder -> its tokenizer."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Text encoders that a folder may lack."""
+    left_out: ClassVar[Mapping[str, Any]] = {}
+    """Not loaded, and need not be there: what takes pictures as prompts."""
+    grid: ClassVar[FlowGrid]
+    latents: ClassVar[str] = "seed"
+    guidance_options: ClassVar[Callable[[float, str | None], str]] = staticmethod(guidance_scale)
+    """See `Usage`."""
+
+    def __init__(self, pipeline: Any, geometry: Geometry) -> None:
+        self.pipeline, self.geometry = pipeline, geometry
+        for part in geometry.parts:
+            getattr(pipeline, part).eval().requires_grad_(False)
+        self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        self.device: torch.device = self.transformer.device
+        self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
+
+    # --- from a folder
+
+    @classmethod
+    def sizes(cls, path: str, transformer: Mapping[str, Any], factor: int) -> Sizes:
+        """Which pictures the model takes."""
+        return Sizes(path, factor, factor * cls.grid.patch)
+
+    @classmethod
+    def default_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], factor: int) -> int:
+        """Side of a picture where no size is asked for."""
+        return int(vae["sample_size"])
+
+    @classmethod
+    def text_shape(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        """(L, E) of a text condition."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, path: str, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+        """Refuse a relative of the family that takes more than text.
+
+        Raises:
+            ValueError: It is one.
+        """
+        channels = int(transformer["in_channels"]) // cls.packed()
+        if channels != cls.channels(vae):
+            raise ValueError(
+                f"model {path!r} takes {channels} channels, its autoencoder gives {cls.channels(vae)}: one that takes "
+                "a picture beside the text cannot be inverted here"
+            )
+
+    @classmethod
+    def packed(cls) -> int:
+        """Latents of one channel that the transformer takes as channels of one token."""
+        return 1
+
+    @classmethod
+    def channels(cls, vae: Mapping[str, Any]) -> int:
+        return int(vae["latent_channels"])
+
+    @classmethod
+    def factor(cls, vae: Mapping[str, Any]) -> int:
+        """Pixels along a side of a latent."""
+        return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+    @classmethod
+    def read_geometry(cls, settings: LatentModelSettings) -> Geometry:
+        """Read the configuration; loads no weights.
+
+        Raises:
+            ValueError: Not such a model, or one that cannot be inverted, or a size that it does not take.
+        """
+        path = settings.model
+        parts = cls._parts(settings)
+        transformer, vae, scheduler = cls._configurations(settings)
+        cls.check(path, transformer, vae)
+        if settings.vae is not None:
+            check_vae(settings.vae, vae, path)
+        effective = changed_config(scheduler, settings.scheduler)
+        if effective.get("_class_name") not in FLOW_SCHEDULERS:
+            raise ValueError(
+                f"model {path!r} is a {cls.index}, whose rectified flow a {effective.get('_class_name')} does not run "
+                f"as a chain of invertible steps: set scheduler: {{class: {FLOW_SCHEDULERS[0]}}}"
+            )
+        check_flow(effective)
+        factor = cls.factor(vae)
+        sizes = cls.sizes(path, transformer, factor)
+        size = settings.size or cls.default_size(transformer, vae, factor)
+        sizes.check(size, size)
+        return Geometry(
+            width=size,
+            height=size,
+            latent_shape=(cls.channels(vae), size // factor, size // factor),
+            sizes=sizes,
+            scaling_factor=float(vae.get("scaling_factor", 1.0)),
+            scheduler=effective,
+            text_shape=cls.text_shape(transformer),
+            upcast=True,
+            word_widths=(),
+            parts=parts,
+            loras=tuple(settings.loras or ()),
+            usage=cls._usage(settings, parts),
+            sampler="model",
+            grid=cls.grid,
+        )
+
+    @classmethod
+    def _index(cls, settings: LatentModelSettings) -> dict[str, Any]:
+        from diffusers import DiffusionPipeline
+
+        return dict(DiffusionPipeline.load_config(settings.model, revision=settings.revision))
+
+    @classmethod
+    def _parts(cls, settings: LatentModelSettings) -> dict[str, Network]:
+        """Where each network is read from, the transformer first."""
+        index = cls._index(settings)
+        needed = ["transformer", "vae", *(part for part in cls.encoders if part not in cls.optional)]
+        for part in (*needed, *(cls.encoders[name] for name in needed[2:]), "scheduler"):
+            local = Path(settings.model).expanduser()
+            if not _class_of(index, part) or (local.is_dir() and not (local / part).is_dir()):
+                raise ValueError(f"model {settings.model!r} lacks its {part}, which a {cls.index} consists of")
+        for part, name in (("transformer", cls.transformer_class), ("vae", cls.vae_class)):
+            if _class_of(index, part) != name:
+                raise ValueError(f"model {settings.model!r}: its {part} is a {_class_of(index, part)}, not a {name}")
+        there = [part for part in cls.encoders if part in needed or _class_of(index, part)]
+        parts: dict[str, Network] = {
+            part: Place(
+                settings.model, settings.revision, part, None if part == "vae" else settings.variant,
+                bool(settings.allow_pickle),
+            )
+            for part in ("transformer", "vae", *there)
+        }  # fmt: skip
+        if settings.vae is not None:
+            folder = config_of_vae(settings.vae)[1]
+            parts["vae"] = Place(settings.vae, None, folder, allow_pickle=bool(settings.allow_pickle))
+        return parts
+
+    @classmethod
+    def _configurations(cls, settings: LatentModelSettings) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Of transformer, autoencoder and scheduler.
+
+        Raises:
+            ValueError: One cannot be read.
+        """
+        import diffusers
+
+        kinds = {"transformer": cls.transformer_class, "vae": cls.vae_class, "scheduler": FLOW_SCHEDULERS[0]}
+        found = []
+        for part, name in kinds.items():
+            kind: Any = getattr(diffusers, name)
+            try:
+                config = kind.load_config(settings.model, subfolder=part, revision=settings.revision)
+            except OSError as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"model {settings.model!r} lacks its {part}, or it cannot be read: {reason}"
+                ) from error
+            # What the folder leaves out is the class's default.
+            found.append(config if part == "scheduler" else _with_defaults(kind, config))
+        return found[0], found[1], found[2]
+
+    @classmethod
+    def load(cls, settings: LatentModelSettings, geometry: Geometry) -> Self:
+        """Read the weights, each part in the type that it runs in, onto the device."""
+        import diffusers
+        import transformers
+
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        index = cls._index(settings)
+        loaded: dict[str, Any] = dict(cls.left_out)
+        for part, network in geometry.parts.items():
+            library: Any = transformers if part in cls.encoders else diffusers
+            loaded[part] = network.load(
+                getattr(library, _class_of(index, part)), torch.float32 if part == "vae" else dtype
+            )
+        for part in cls.encoders.keys() - geometry.parts.keys():
+            loaded |= {part: None, cls.encoders[part]: None}
+        kind: Any = getattr(diffusers, cls.index)
+        pipeline = kind.from_pretrained(settings.model, revision=settings.revision, **loaded)
+        for lora in geometry.loras:
+            add_lora(pipeline, lora)
+        sampler: Any = getattr(diffusers, FLOW_SCHEDULERS[0])
+        pipeline.scheduler = sampler.from_config(dict(geometry.scheduler))
+        pipeline.set_progress_bar_config(disable=True)
+        for part in geometry.parts:
+            getattr(pipeline, part).to(chosen_device(settings.device))
+        return cls(pipeline, geometry)
+
+    @classmethod
+    def _usage(cls, settings: LatentModelSettings, parts: Mapping[str, Network]) -> Usage:
+        without = [name for pair in cls.encoders.items() if pair[0] not in parts for name in pair]
+        names, pipeline = lines(settings, cls.index, "transformer", without)
+        changes = {key: value for key, value in (settings.scheduler or {}).items() if key != "class"}
+        sampler: tuple[str, ...] = ()
+        swap = ""
+        if settings.scheduler:
+            sampler = FLOW_SCHEDULERS
+            options = "".join(f", {key}={value!r}" for key, value in changes.items())
+            swap = f"pipe.scheduler = {FLOW_SCHEDULERS[0]}.from_config(pipe.scheduler.config{options})"
+        return Usage(tuple(names), pipeline, sampler, swap, {}, latents=cls.latents, guidance=cls.guidance_options)
+
+    def at(self, width: int, height: int) -> Self:
+        model = copy.copy(self)
+        model.geometry = self.geometry.at(width, height)
+        return model
+
+    # --- pictures
+
+    def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return autoencoder.encode(self.vae, x_BCHW)
+
+    def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+        return autoencoder.decode(self.vae, z_BCHW)
+
+    # --- prompts
+
+    @property
+    def text_encoders(self) -> tuple[Encoder, ...]:
+        """None: new words are not taught to these models."""
+        return ()
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        there = [(part, name) for part, name in self.encoders.items() if part in self.geometry.parts]
+        return tuple(Reader(getattr(self.pipeline, name), self.limit(part)) for part, name in there)
+
+    def limit(self, encoder: str) -> int:
+        """Tokens that a text encoder is given."""
+        raise NotImplementedError
+
+    def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
+        raise NotImplementedError
+
+    def text_condition(self, text_BLE: torch.Tensor, pooled_BE: torch.Tensor | None = None) -> Condition:
+        if pooled_BE is None:
+            raise ValueError(f"a {self.index} needs a pooled text embedding")
+        return {"text_BLE": text_BLE, "pooled_BE": pooled_BE}
+
+    # --- the transformer
+
+    def forward(
+        self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, network: Any = None
+    ) -> torch.Tensor:
+        """v_BCHW, float32, without guidance; of the transformer, or of another `network` of its shape."""
+        raise NotImplementedError
+
+    def predictor(self, guidance: float = 1.0) -> Predict:
+        raise NotImplementedError
+
+    def schedule(self, steps: int) -> Schedule:
+        return self.geometry.schedule(steps).to(self.device)
+
+    @torch.no_grad()
+    def draw(
+        self, condition: Condition, *, steps: int, guidance: float, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        noise = [torch.randn(self.geometry.latent_shape, generator=one, device=one.device) for one in generators]
+        noise_BCHW = torch.stack(noise).to(self.device)
+        return sample(self.predictor(guidance), self.schedule(steps), noise_BCHW, condition)
+
+    # --- memory
+
+    def activation_bytes(self, call: Literal["predict", "encode", "decode"], *, gradient: bool = False) -> int:
+        """See `stages.models.latent.LatentModel`. Counted on the meta device by `stages.models.memory.peak_bytes`."""
+        shape = self.geometry.latent_shape
+        if call == "predict":
+            z = torch.empty(1, *shape, device="meta")
+            t = torch.ones(1, device="meta")
+            told = {key: value.to("meta") for key, value in self.condition([""]).items()}
+            return peak_bytes(self.transformer, lambda net: self.forward(z, t, told, net), z, gradient=gradient)
+        pixels = (3, self.geometry.height, self.geometry.width)
+        x = torch.empty(1, *(pixels if call == "encode" else shape), device="meta")
+        run = autoencoder.encode if call == "encode" else autoencoder.decode
+        return peak_bytes(self.vae, lambda net: run(net, x), x, gradient=gradient)
+
+
+def pack(z_BCHW: torch.Tensor) -> torch.Tensor:
+    """Each 2 x 2 square of latents as one token of 4 C channels: (B, H W / 4, 4 C), as FLUX and Qwen-Image do."""
+    B, C, H, W = z_BCHW.shape
+    return z_BCHW.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
+
+
+def unpack(tokens_BNC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`; height and width of the latents."""
+    B, _, C = tokens_BNC.shape
+    z = tokens_BNC.reshape(B, height // 2, width // 2, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return z.reshape(B, C // 4, height, width)
+
+
+def _class_of(index: Mapping[str, Any], part: str) -> str:
+    """The class of a pipeline's part, "" for one that is not there."""
+    named = index.get(part)
+    return str(named[1]) if named and named[1] else ""
+
+
+def _with_defaults(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    import inspect
+
+    known = inspect.signature(kind).parameters
+    return {name: value.default for name, value in known.items() if value.default is not value.empty} | dict(config)

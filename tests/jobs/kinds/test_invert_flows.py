@@ -1,0 +1,70 @@
+"""A job on a rectified flow: folder, pictures, dataset, card, and the card's lines in the stock pipeline."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.run import run_job
+from stages.inversion.metrics import measure_pictures
+from tests.stages.inversion.test_stage import picture
+from tests.support import tiny_flows
+from tests.support.in_process import without_ray
+
+
+def carried_out(card: str, row: dict[str, Any]) -> Any:
+    """The picture that a card's lines draw, of this row in place of the first one."""
+    code = re.search(r"```python\n(import torch.*?)```", card, re.DOTALL)
+    assert code is not None
+    lines = [line for line in code[1].splitlines() if not line.startswith(("rows =", "row =", "picture.save"))]
+    names: dict[str, Any] = {"row": row}
+    exec("\n".join(lines), names)
+    return names["picture"]
+
+
+def decibels(made: Any, wanted: Any) -> float:
+    x, y = (torch.from_numpy(np.asarray(one).astype(np.float32) / 127.5 - 1)[None] for one in (made, wanted))
+    return measure_pictures(x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2))["psnr"][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("flux-dev", {"guidance": 3.5, "scheduler": {"shift_terminal": 0.05}}),
+        ("flux-schnell", {"size": 24}),
+        ("sd35-medium", {"guidance": 2.0, "negative": "blue"}),
+        ("sd3-without-t5", {"prompt": ""}),
+    ],
+)
+def test_the_card_s_lines_give_the_picture_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]
+) -> None:
+    from datasets import load_dataset
+
+    without_ray(monkeypatch)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(2):
+        picture(i).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(["red star", "a dotted circle"][i])
+    ended = run_job({
+        "job": "invert-images", "input": {"path": str(pictures), "columns": {"image": "image", "prompt": "text"}},
+        "model": tiny_flows.build(tmp_path / "model", kind), "device": "cpu", "steps": 3,
+        "methods": ["euler", {"method": "lbo", "tolerance": 1e-5, "passes": 30}], **options,
+    }, output=str(tmp_path / "out"))  # fmt: skip
+    assert ended.state == "complete", ended
+    rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    for row in rows:
+        assert row["status"] == "ok", row["error"]
+        assert decibels(carried_out(card, row), row["picture"]) == pytest.approx(row["psnr"], abs=0.05)
+        if row["method"] == "lbo":
+            assert row["psnr_decoded"] > 60
+            assert row["residual_max"] < 1e-4
+        else:
+            assert row["residual"] is None

@@ -1,0 +1,197 @@
+"""Families of rectified flows against diffusers' own pipelines: sigmas to the last bit, pictures, errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.models.families import open_latent_model, read_geometry
+from stages.models.latent import LatentModel
+from stages.models.sampler import sample
+from stages.models.settings import LatentModelSettings
+from tests.support import tiny_flows
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {kind: tiny_flows.build(tmp_path_factory.mktemp(kind), kind) for kind in tiny_flows.KINDS}
+
+
+@lru_cache
+def opened(folder: str, dtype: str = "float32", scheduler: str | None = None) -> LatentModel:
+    changes = None if scheduler is None else json.loads(scheduler)
+    return open_latent_model(LatentModelSettings(model=folder, device="cpu", dtype=dtype, scheduler=changes))
+
+
+@lru_cache
+def stock(folder: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline as anybody loads it."""
+    from diffusers import DiffusionPipeline
+
+    without_t5 = "sd3" in folder and not (Path(folder) / "text_encoder_3").is_dir()
+    without = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **without)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def given(kind: str, noise_BCHW: torch.Tensor) -> torch.Tensor:
+    """The pipeline's `latents`, packed by a plain loop where it takes them packed."""
+    if not kind.startswith("flux"):
+        return noise_BCHW
+    B, C, H, W = noise_BCHW.shape
+    tokens = [noise_BCHW[:, :, y : y + 2, x : x + 2].reshape(B, 4 * C) for y in range(0, H, 2) for x in range(0, W, 2)]
+    return torch.stack(tokens, 1)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell"])
+@pytest.mark.parametrize("size", [(16, 16), (24, 8), (20, 16)], ids=str)
+def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str, size: tuple[int, int]) -> None:
+    pipe, model = stock(folders[kind]), opened(folders[kind]).at(*size)
+    seen: dict[str, Any] = {}
+
+    def note(pipe: Any, i: int, t: torch.Tensor, tensors: Any) -> dict[str, Any]:
+        seen.update(t=pipe.scheduler.timesteps.clone(), sigma=pipe.scheduler.sigmas.clone())
+        pipe._interrupt = True
+        return {}
+
+    for steps in (1, 4, 7, 28):
+        pipe("red star", width=size[0], height=size[1], num_inference_steps=steps, output_type="latent",
+             callback_on_step_end=note, guidance_scale=1.0)  # fmt: skip
+        schedule = model.schedule(steps)
+        assert torch.equal(schedule.t_S.flip(0), seen["t"])
+        assert torch.equal(schedule.sigma_S.float().flip(0), seen["sigma"][:-1])
+        assert torch.equal(schedule.sigma_prev_S.float().flip(0), seen["sigma"][1:])
+        assert torch.equal(schedule.at(torch.arange(steps)).weight.flatten(), seen["sigma"].diff().flip(0))
+        assert torch.equal(schedule.t_prev_S, torch.cat([torch.zeros(1), schedule.t_S[:-1]]))
+
+
+@pytest.mark.parametrize("change", [{"shift_terminal": 0.02}, {"use_dynamic_shifting": True, "shift_terminal": 0.1},
+                                    {"use_karras_sigmas": True}, {"time_shift_type": "linear",
+                                                                  "use_dynamic_shifting": True}], ids=str)  # fmt: skip
+def test_a_changed_scheduler_is_the_pipeline_s_too(folders, change: dict[str, Any]) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for kind in ("sd3", "flux-dev"):
+        pipe, model = copy.copy(stock(folders[kind])), opened(folders[kind], scheduler=json.dumps(change))
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **change)
+        pipe("red", width=16, height=16, num_inference_steps=5, output_type="latent", guidance_scale=1.0)
+        assert torch.equal(model.schedule(5).sigma_S.float().flip(0), pipe.scheduler.sigmas[:-1])
+
+
+@pytest.mark.parametrize("kind", list(tiny_flows.KINDS))
+def test_what_is_drawn_of_a_seed_is_what_the_pipeline_draws(folders, kind: str) -> None:
+    """Conditions, time, packing, shift and scale, guidance, decoding: all of it, at a size that is no square."""
+    pipe, model = stock(folders[kind]), opened(folders[kind]).at(24, 16)
+    noise = torch.randn(2, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(5))
+    prompts = ["red star", "a dotted circle that is small"]
+    for guidance in (1.0, 3.5) if kind != "flux-schnell" else (1.0,):
+        condition = model.condition(prompts, guided=guidance > 1)
+        z = sample(model.predictor(guidance), model.schedule(4), noise, condition)
+        x = (model.decode(z) / 2 + 0.5).clamp(0, 1)
+        wanted = pipe(prompts, width=24, height=16, num_inference_steps=4, guidance_scale=guidance, output_type="np",
+                      latents=given(kind, noise)).images  # fmt: skip
+        np.testing.assert_allclose(x.permute(0, 2, 3, 1).numpy(), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+def test_pictures_are_encoded_as_the_pipelines_encode_them(folders, kind: str) -> None:
+    import diffusers
+
+    pipe, model = stock(folders[kind]), opened(folders[kind])
+    assert model.dtypes["vae"] == torch.float32
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    config = pipe.vae.config
+    wanted = (pipe.vae.encode(x).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+    torch.testing.assert_close(model.encode(x), wanted)
+    again = diffusers.AutoencoderKL.from_pretrained(f"{folders[kind]}/vae")
+    torch.testing.assert_close(model.decode(wanted), again.decode(wanted / 1.5 + 0.06).sample)
+
+
+def test_rows_stand_at_different_times_in_one_call(folders) -> None:
+    for kind in ("sd3", "flux-dev"):
+        model = opened(folders[kind])
+        z = torch.randn(3, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(2))
+        t, told = torch.tensor([1000.0, 500.0, 12.5]), model.condition(["red", "blue star", ""])
+        together = model.predictor()(z, t, told)
+        for i in range(3):
+            alone = model.predictor()(z[i : i + 1], t[i : i + 1], {name: one[i : i + 1] for name, one in told.items()})
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_load_in_half_precision_and_the_autoencoder_does_not(folders) -> None:
+    model = opened(folders["flux-dev"], dtype="bfloat16")
+    types = dict(model.dtypes)
+    assert types.pop("vae") == torch.float32
+    assert set(types.values()) == {torch.bfloat16}
+    pipe = stock(folders["flux-dev"], torch.bfloat16)
+    z = torch.randn(1, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(3))
+    seen: list[torch.Tensor] = []
+    pipe.transformer.register_forward_hook(lambda net, args, out: seen.append(out[0]))
+    pipe("red star", width=16, height=16, num_inference_steps=3, guidance_scale=2.0, output_type="latent",
+         latents=given("flux-dev", z))  # fmt: skip
+    v = model.predictor(2.0)(z, model.schedule(3).t_S[-1:], model.condition(["red star"]))
+    assert v.dtype == torch.float32
+    torch.testing.assert_close(given("flux-dev", v).bfloat16(), seen[0])
+
+
+def edited(folder: str, target: Path, file: str, **changes: Any) -> str:
+    shutil.copytree(folder, target)
+    config = json.loads((target / file).read_text())
+    (target / file).write_text(json.dumps(config | changes))
+    return str(target)
+
+
+def test_bad_models_are_refused_in_a_sentence(folders, tmp_path) -> None:
+    def refused(said: str, folder: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=said):
+            read_geometry(LatentModelSettings(model=folder, device="cpu", **options))
+
+    sd3, flux = folders["sd3"], folders["flux-dev"]
+    index = "model_index.json"
+    refused("is a Lumina2Pipeline; inversion knows .*StableDiffusion3Pipeline, FluxPipeline",
+            edited(sd3, tmp_path / "a", index, _class_name="Lumina2Pipeline"))  # fmt: skip
+    refused("is a FluxFillPipeline; inversion knows",
+            edited(flux, tmp_path / "b", index, _class_name="FluxFillPipeline"))  # fmt: skip
+    missing = edited(flux, tmp_path / "c", index, tokenizer_2=[None, None])
+    refused("lacks its tokenizer_2, which a FluxPipeline consists of", missing)
+    shutil.rmtree(Path(edited(sd3, tmp_path / "d", index)) / "transformer")
+    refused("lacks its transformer", str(tmp_path / "d"))
+    refused("its transformer is a SD3Transformer2DModel, not a FluxTransformer2DModel",
+            edited(sd3, tmp_path / "e", index, _class_name="FluxPipeline"))  # fmt: skip
+    refused("whose rectified flow a DDIMScheduler does not run .* scheduler: {class: FlowMatchEuler",
+            edited(flux, tmp_path / "f", "scheduler/scheduler_config.json", _class_name="DDIMScheduler",
+                   beta_start=0.001, beta_end=0.01, beta_schedule="linear"))  # fmt: skip
+    refused("stochastic_sampling .* fresh noise", flux, scheduler={"stochastic_sampling": True})
+    refused("has no parameter 'shft'", flux, scheduler={"shft": 2.0})
+    refused("takes 32 channels, its autoencoder gives 16",
+            edited(flux, tmp_path / "g", "transformer/config.json", in_channels=128))  # fmt: skip
+    refused("size 18 is no multiple of 4", flux, size=18)
+    refused("size 64 is more than the 48 pixels", sd3, size=64)
+    refused("lacks its text_encoder_2", edited(flux, tmp_path / "h", index, text_encoder_2=[None, None]))
+    with pytest.raises(ValueError, match="two of this schedule's noise levels are the same"):
+        read_geometry(LatentModelSettings(model=flux, scheduler={"shift_terminal": 1.0})).schedule(4)
+    with pytest.raises(ValueError, match="has no guidance"):
+        opened(folders["flux-schnell"]).predictor(3.0)
+    with pytest.raises(ValueError, match="no negative prompt"):
+        opened(flux).condition(["red"], negative="blue")
+
+
+def test_what_is_made_for_noise_prediction_says_so(folders) -> None:
+    from stages.concepts.settings import LearnConceptsSettings
+    from stages.concepts.stage import LearnConcepts
+    from stages.inverter.settings import DrawPairsSettings
+    from stages.inverter.stage import DrawPairs
+
+    with pytest.raises(ValueError, match="is a rectified flow, and words are learned by the noise-prediction loss"):
+        LearnConcepts.describe(LearnConceptsSettings(model=folders["sd3"]))
+    with pytest.raises(ValueError, match="is a rectified flow, and text latents"):
+        DrawPairs.describe(DrawPairsSettings(model=folders["flux-dev"]))

@@ -1,0 +1,118 @@
+"""Random-weight pipelines of rectified flows, of the published classes and a few thousand numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.tiny_stable_diffusion import WORDS, tokenizer
+
+WIDTH = 32
+"""Of T5's output: what the transformers take as text."""
+
+
+def t5_tokenizer(length: int = 512) -> Any:
+    """`WORDS` as whole pieces, everything else in letters."""
+    from transformers import T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -1.0) for word in WORDS] + [(chr(c), -5.0) for c in range(33, 127)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=length)
+
+
+def t5(words: Any) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=4,
+                 feed_forward_proj="gated-gelu", initializer_factor=1.0)
+    )  # fmt: skip
+
+
+def clip(words: Any, width: int, *, projected: bool) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=words.model_max_length, projection_dim=width,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+        initializer_factor=5.0,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def autoencoder() -> Any:
+    """16 channels at half the side; 16 x 16 pictures."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=16,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, scaling_factor=1.5,
+        shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def enliven(transformer: Any, size: float = 0.3) -> Any:
+    """Not the output of nought that some start with: a velocity that bends with latent, time and text."""
+    torch.nn.init.normal_(transformer.proj_out.weight, std=size / transformer.proj_out.weight.shape[1] ** 0.5)
+    for name, weight in transformer.named_parameters():
+        if name.endswith("linear.weight"):  # what time and pooled text modulate
+            torch.nn.init.normal_(weight, std=0.3 / weight.shape[1] ** 0.5)
+    return transformer
+
+
+def sd3(*, t5_there: bool = True, scheduler: dict[str, Any] | None = None, **options: Any) -> Any:
+    """SD3; `options` of `SD3Transformer2DModel` make it SD3.5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    first, second, third = tokenizer(16), tokenizer(16, pad="!"), t5_tokenizer()
+    config = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2,
+        "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": WIDTH, "caption_projection_dim": 32,
+        "pooled_projection_dim": 32, "pos_embed_max_size": 12,
+    }  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=enliven(SD3Transformer2DModel(**config | options)),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | (scheduler or {})), vae=autoencoder(),
+        text_encoder=clip(first, 16, projected=True), tokenizer=first,
+        text_encoder_2=clip(second, 16, projected=True), tokenizer_2=second,
+        text_encoder_3=t5(third) if t5_there else None, tokenizer_3=third if t5_there else None,
+    )  # fmt: skip
+
+
+def flux(*, guidance_embeds: bool = True, scheduler: dict[str, Any] | None = None) -> Any:
+    """FLUX.1-dev, or schnell without `guidance_embeds`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    first, second = tokenizer(16), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=WIDTH, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance_embeds else {"shift": 1.0}
+    return FluxPipeline(
+        transformer=enliven(transformer), scheduler=FlowMatchEulerDiscreteScheduler(**shift | (scheduler or {})),
+        vae=autoencoder(), text_encoder=clip(first, 16, projected=False), tokenizer=first, text_encoder_2=t5(second),
+        tokenizer_2=second,
+    )  # fmt: skip
+
+
+SD35 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+"""What makes SD3.5-medium of SD3; -large has no dual attention."""
+KINDS: dict[str, Any] = {
+    "sd3": sd3,
+    "sd3-without-t5": lambda: sd3(t5_there=False),
+    "sd35-medium": lambda: sd3(**SD35),
+    "sd35-large": lambda: sd3(qk_norm="rms_norm"),
+    "flux-dev": flux,
+    "flux-schnell": lambda: flux(guidance_embeds=False),
+}
+
+
+def build(folder: Path | str, kind: str, seed: int = 0) -> str:
+    """Write a pipeline's folder."""
+    torch.manual_seed(seed)
+    KINDS[kind]().save_pretrained(folder)
+    return str(folder)
