@@ -29,7 +29,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from micro import autoencoder16, clip, data, oracle, t5, world
-from micro.training import Recipe, half_precision, pick_device, train
+from micro.training import M, Recipe, half_precision, halve_products, pick_device, train
 
 _CHANNELS = autoencoder16.CHANNELS
 _SIDE = 8
@@ -50,20 +50,34 @@ FEW_STEPS = 4
 
 def build_flux(guided: bool = True) -> FluxTransformer2DModel:
     """FLUX.1-dev's transformer, or FLUX.1-schnell's, which knows no guidance."""
-    return FluxTransformer2DModel(
+    return _begun(FluxTransformer2DModel(
         patch_size=1, in_channels=4 * _CHANNELS, num_layers=1, num_single_layers=5, attention_head_dim=_HEAD,
         num_attention_heads=_HEADS, joint_attention_dim=t5.WIDTH, pooled_projection_dim=clip.WIDTH,
         guidance_embeds=guided, axes_dims_rope=(8, 12, 12),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def build_sd3() -> SD3Transformer2DModel:
-    return SD3Transformer2DModel(
+    return _begun(SD3Transformer2DModel(
         sample_size=_SIDE, patch_size=2, in_channels=_CHANNELS, out_channels=_CHANNELS, num_layers=4,
         attention_head_dim=_HEAD, num_attention_heads=_HEADS, joint_attention_dim=t5.WIDTH,
         caption_projection_dim=_WIDTH, pooled_projection_dim=clip.EMBED + clip.WIDTH, pos_embed_max_size=2 * _SIDE,
         qk_norm="rms_norm",
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+_ZERO = ("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear")
+
+
+def _begun(transformer: M) -> M:
+    """Begin as DiT does (Peebles and Xie 2023, adaLN-Zero): every block is the identity, and the output is 0."""
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            if name.endswith(_ZERO) or name == "proj_out":
+                nn.init.zeros_(layer.weight)
+    return transformer
 
 
 def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -194,6 +208,12 @@ class Flow(nn.Module):
         )  # fmt: skip
         return unpack(out.sample.float(), x_BCHW.shape[2])
 
+    def blocks(self) -> list[nn.Module]:
+        """Where nearly all the arithmetic is."""
+        transformer = self.transformer
+        own = [*transformer.transformer_blocks, *(transformer.single_transformer_blocks if self.flux else [])]
+        return [*own, self.text]
+
     def aided(self, x_BCHW: torch.Tensor, sigma_B: torch.Tensor, said: Said) -> tuple[torch.Tensor, torch.Tensor]:
         """The velocity, and what the head reads out of a middle block, (B, 8, 8, K)."""
         blocks = self.transformer.single_transformer_blocks if self.flux else self.transformer.transformer_blocks
@@ -288,11 +308,33 @@ def _noised(z_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> tuple[torch.Tensor, 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+class _Reader(nn.Module):
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.t5, self.reads = flow.text.t5, flow.reads
+
+
+def teach_text(flow: Flow, corpus: Corpus, recipe: Recipe, work: Path, seed: int) -> None:
+    """T5 alone, in place, before it meets a picture: which attributes go together, and who stands where."""
+    device = pick_device()
+    reader = _Reader(flow).to(device)
+    halve_products([reader.t5], device)
+
+    def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        batch = corpus.pick(len(rows), rng)
+        with half_precision(device):
+            gist = reader.t5(batch.on(device)[2]).last_hidden_state.mean(1)
+        return _reading_loss(reader.reads, gist, batch)
+
+    reader.load_state_dict(train("t5", reader, loss_of, len(corpus.labels), recipe, work, seed=seed).state_dict())
+
+
 def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path, seed: int) -> Flow:
     """Flow matching at guidance 1, one condition in ten dropped; with T5, unless it is frozen."""
     device = pick_device()
     flow = flow.to(device)
-    teach_text = any(p.requires_grad for p in flow.text.t5.parameters())
+    halve_products(flow.blocks(), device)
+    learns = any(p.requires_grad for p in flow.text.t5.parameters())
 
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         batch = corpus.pick(len(rows), rng)
@@ -303,15 +345,15 @@ def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path
             said = flow.text(clip_ids, t5_ids)
             v, cells = flow.aided(noisy, sigma, said)
         loss = (v - wanted).square().mean() + _HELP * oracle.cell_loss(cells, batch.labels)
-        return loss + _reading_loss(flow, said, batch) if teach_text else loss
+        return loss + _reading_loss(flow.reads, said.gist, batch) if learns else loss
 
     return train(name, flow, loss_of, len(corpus.latents), recipe, work, seed=seed)
 
 
-def _reading_loss(flow: Flow, said: Said, batch: Batch) -> torch.Tensor:
-    wanted = torch.from_numpy(batch.pairings).to(said.gist.device)
-    kept = torch.from_numpy(~batch.dropped).to(said.gist.device)
-    read = flow.reads(said.gist.float())
+def _reading_loss(reads: nn.Linear, gist_BD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    wanted = torch.from_numpy(batch.pairings).to(gist_BD.device)
+    kept = torch.from_numpy(~batch.dropped).to(gist_BD.device)
+    read = reads(gist_BD.float())
     loss = F.binary_cross_entropy_with_logits(read, wanted, reduction="none").mean(1)
     return _READS * (loss * kept).mean() + clip.role_loss(read[kept], wanted[kept])
 

@@ -64,6 +64,7 @@ RECIPES = {
     "autoencoder16-code": Recipe(steps=700, batch=32, lr=2e-3, final_lr=0.1, warmup=50),
     "autoencoder16-windows": Recipe(steps=3000, batch=24, lr=2e-3, final_lr=0.3),
     "autoencoder16": Recipe(steps=20000, batch=8, lr=1.2e-3, final_lr=0.02, warmup=100),
+    "t5": Recipe(steps=2500, batch=256, lr=2e-3),
     "flux": Recipe(steps=12000, batch=64, lr=1e-3),
     "flux-guidance": Recipe(steps=2000, batch=64, lr=5e-4, warmup=50),
     "schnell": Recipe(steps=2000, batch=64, lr=5e-4, warmup=50),
@@ -187,6 +188,7 @@ def _flux(work: Path, recipes: dict[str, Recipe]) -> None:
     torch.manual_seed(10)
     text = flows.FluxText(_pooled(work), t5.build(_words(work)[1]))
     start = flows.Flow(flows.build_flux(), text, corpus.pairings)
+    flows.teach_text(start, corpus, recipes["t5"], work, seed=9)
     flow = flows.train_flow("flux", start, corpus, recipes["flux"], work, seed=10)
     flow = flows.embed_guidance("flux-guidance", flow, corpus, recipes["flux-guidance"], work, seed=11)
     flow.text.t5.save_pretrained(work / "t5")

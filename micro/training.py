@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -44,8 +45,45 @@ def pick_device() -> torch.device:
 
 
 def half_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 products on a GPU, float32 on a CPU, where bfloat16 was measured to be no faster."""
+    """Autocast to bfloat16 on a GPU. On a CPU it was no faster than float32: see `halve_products`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+class _HalfProduct(torch.autograd.Function):
+    """``x W^T + b`` with both factors, and both gradients' factors, rounded to bfloat16; in and out are float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        half = x.reshape(-1, x.shape[-1]).bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(*half)
+        ctx.shape, ctx.biased = x.shape, bias is not None
+        out = F.linear(*half).float().view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        half = gradient.bfloat16()
+        return (half @ weight).float().view(ctx.shape), (half.T @ x).float(), gradient.sum(0) if ctx.biased else None
+
+
+class _HalfLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _HalfProduct.apply(x, self.weight, self.bias)
+
+
+def halve_products(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Let the linear layers in ``modules`` multiply in bfloat16 on a CPU that does so natively.
+
+    Weights, sums and everything between layers stay float32: 1.45 times as fast as float32 on one core of a Zen 4,
+    where autocast is 1.0 times as fast.
+    """
+    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    for layer in (layer for module in modules for layer in module.modules()):
+        if type(layer) is nn.Linear:
+            layer.__class__ = _HalfLinear
 
 
 def _clock(seconds: float) -> str:
@@ -106,11 +144,17 @@ def train(name: str, module: M, loss_of: StepFunction, count: int, recipe: Recip
         now = time.monotonic()
         if now - shown_at > 20:
             rate = (step - shown_step) * recipe.batch / (now - shown_at)
-            left = (now - began) * (1 - done) / max(done - first / recipe.steps, 1e-6) if not recipe.minutes else \
-                min(60 * recipe.minutes - spent, (recipe.steps - step) * recipe.batch / rate)
+            left = (
+                (now - began) * (1 - done) / max(done - first / recipe.steps, 1e-6)
+                if not recipe.minutes
+                else min(60 * recipe.minutes - spent, (recipe.steps - step) * recipe.batch / rate)
+            )
             mean = float(torch.stack(losses).mean())
-            print(f"[{name}] step {step}/{recipe.steps} loss {mean:.4f} lr {lr:.1e} {rate:.0f} images/s "
-                  f"left {_clock(max(left, 0))}", flush=True)
+            print(
+                f"[{name}] step {step}/{recipe.steps} loss {mean:.4f} lr {lr:.1e} {rate:.0f} images/s "
+                f"left {_clock(max(left, 0))}",
+                flush=True,
+            )
             shown_at, shown_step, losses = now, step, []
             if not math.isfinite(mean):
                 raise FloatingPointError(f"{name}: the loss is {mean} at step {step}; lower the learning rate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKL, FluxPipeline, StableDiffusion3Pipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Tokenizer
 
 from micro import MODELS, assemble, autoencoder, autoencoder16, clip, evaluate, flows, oracle, t5, world
-from micro.training import Recipe
+from micro.training import Recipe, halve_products
 
 _CAPTIONS = np.array([[world.caption_of(i, "heldout", wording=k) for k in range(6)] for i in range(60)])
 
@@ -160,9 +161,12 @@ def test_batches_fit_their_length_and_half_are_pairs(corpus):
 
 
 def test_the_three_trainings_run_resume_and_leave_the_text_encoders_alone(flux, corpus, tmp_path, capsys):
-    import copy
-
     recipe = Recipe(steps=2, batch=8, lr=1e-3, warmup=1)
+    read = copy.deepcopy(flux)
+    flows.teach_text(read, corpus, recipe, tmp_path, seed=0)
+    changed = {k for k, v in read.state_dict().items() if not torch.equal(v, flux.state_dict()[k])}
+    assert {k.split(".")[0] for k in changed} == {"text", "reads"}
+    assert all(k.startswith(("text.t5.", "reads.")) for k in changed)
     taught = flows.train_flow("flux", copy.deepcopy(flux), corpus, recipe, tmp_path, seed=0)
     assert not torch.equal(taught.text.t5.shared.weight, flux.text.t5.shared.weight)  # T5 learns here, and only here
     guided = flows.embed_guidance("guided", taught, corpus, recipe, tmp_path, seed=1)
@@ -212,3 +216,23 @@ def test_a_folder_in_half_precision_is_loaded_and_judged(flux, pooled, words, t5
     lines = evaluate.judge_flow(tmp_path, "flux-schnell", oracle.Oracle.load(), count=2)
     assert [line.least for line in lines if line.least] == [34.0, 0.95, 0.95, 0.90, 0.85]
     assert all(line.short for line in lines if line.least)  # random weights draw nothing
+
+
+def test_halved_products_are_close_to_whole_ones_forwards_and_backwards():
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 8, bias=False))
+    halved = copy.deepcopy(plain)
+    halve_products([halved], torch.device("cpu"))
+    x = torch.randn(5, 7, 64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    plain(x).square().sum().backward()
+    halved(y).square().sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, atol=0.05, rtol=0.05)
+    for half, whole in zip(halved.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(half.grad, whole.grad, atol=0.3, rtol=0.05)
+    again = copy.deepcopy(halved)  # an average of weights multiplies with its own
+    with torch.no_grad():
+        again[0].weight.zero_()
+        again[0].bias.zero_()
+        assert again(x).abs().max() == 0
+        assert halved(x).abs().max() > 0
