@@ -159,7 +159,7 @@ def test_a_row_without_a_finite_picture_fails_and_its_neighbours_do_not() -> Non
         return torch.where(z[:, :1, :1, :1] > 5, torch.nan, decode(z))
 
     for scale in (None, 2.0**16):
-        problem = BoostProblem(sometimes, slots=2, latent_shape=SHAPE, size=8, steps=12, scale=scale)
+        problem = BoostProblem(sometimes, slots=2, latent_shape=SHAPE, size=(8, 8), steps=12, scale=scale)
         given = rows()
         given[1]["z"] = torch.full(SHAPE, 9.0)
         done = sorted(boost_decoder(lambda visit, problem=problem: problem, given), key=lambda row: row["id"])
