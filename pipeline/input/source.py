@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.access import options_for
 from pipeline.addresses import has_password, shown, unsigned
+from pipeline.failures import Fault
 
 Format = Literal[
     "parquet", "jsonl", "csv", "text", "images", "webdataset", "datasets", "npy", "concepts", "micro-world"
@@ -36,6 +37,8 @@ SUFFIXES = {
 
 class SourceError(ValueError):
     """The input cannot be read as described; the message names the file or column and what to do."""
+
+    fault = Fault.CHANGED
 
 
 @dataclass(frozen=True)

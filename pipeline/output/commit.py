@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.failures import Fault
 from pipeline.input.files import OWN
 from pipeline.output import parquet
 from pipeline.output.lock import latest_epoch
@@ -40,6 +41,8 @@ class CommitError(OSError):
 
 class Superseded(RuntimeError):
     """The folder belongs to another run, or to a later driver, by now; nothing was committed."""
+
+    fault = Fault.CHANGED
 
 
 @dataclass(frozen=True)

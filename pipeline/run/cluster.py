@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from pipeline import machine
+from pipeline.failures import Fault, described, fault_of
 from pipeline.run.tasks import Outcome, Resources, Task, WorkerJob
 
 T = TypeVar("T")
@@ -30,6 +34,10 @@ that come and go in every layer; fetching them anew each time costs page faults 
 
 PACKAGES = ("index", "micro", "pipeline", "stages")
 """What workers import of ours."""
+
+
+RAY_CLIENT_PORT = 10001
+KNOCK_S = 10.0
 
 
 class ClusterError(RuntimeError):
@@ -50,24 +58,17 @@ class _Actor:
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"
 
-    def ready(self) -> str | None:
-        return self.problem
+    def ready(self) -> tuple[str | None, str]:
+        """Why there is no worker (None: there is one), and the node that it is on."""
+        import ray
+
+        return self.problem, ray.get_runtime_context().get_node_id()
 
     def process(self, task: Task) -> Outcome:
-        from pipeline.input.source import SourceError
-        from pipeline.output.commit import Superseded
-        from pipeline.run.guard import ContractError, Poisoned
-
         try:
             return Outcome("done", self.worker.process(task))
-        except Poisoned as error:
-            return Outcome("died", reason=str(error))
-        except (ContractError, SourceError, Superseded) as error:
-            return Outcome("fatal", reason=str(error))
-        except OSError as error:
-            return Outcome("retry", reason=f"{type(error).__name__}: {error}")
         except Exception as error:
-            return Outcome("fatal", reason=f"{type(error).__name__}: {error}")
+            return Outcome(fault_of(error), reason=described(error))
 
     def calibrate(self, task: Task) -> tuple[float, int, float, int, int]:
         """(seconds to build the stage, rows, seconds, bytes, failed)."""
@@ -131,6 +132,27 @@ def _held_interrupt() -> Iterator[None]:
         signal.raise_signal(pressed[0])
 
 
+def knock(address: str | None) -> None:
+    """See whether there is anybody at the address of a Ray, which itself tries for minutes.
+
+    Raises:
+        ClusterError: There is nobody.
+    """
+    if address is None:
+        return
+    place = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        port = place.port or (RAY_CLIENT_PORT if place.scheme == "ray" else None)
+        if place.hostname and port:
+            socket.create_connection((place.hostname, port), timeout=KNOCK_S).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no answer in time"
+        raise ClusterError(
+            f"no Ray answers at {address!r} ({reason}): correct --address, start one there with `ray start --head`, or "
+            "leave it out to work on this machine"
+        ) from None
+
+
 @contextmanager
 def connected(address: str | None, cpus: float) -> Iterator[bool]:
     """A connection to Ray: the one at ``address``, the one this process has, or one that starts and stops here.
@@ -161,6 +183,7 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
         }
         options["runtime_env"] |= {"env_vars": {"PYTHONPATH": _import_paths()} | _allocator()}
     else:
+        knock(address)
         options["address"] = address
     try:
         try:
@@ -249,6 +272,7 @@ class _Member:
         self.running: Any = None
         self.asked: Any = None
         self.active = 0
+        self.node = ""
 
 
 class Pool:
@@ -318,8 +342,9 @@ class Pool:
         return ", ".join(f"{total.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
     def give(self, task: Task) -> None:
-        """Hand a task to an idle worker."""
-        member = next(m for m in self._members if m.starting is None and m.task is None)
+        """Hand a task to an idle worker, of a node that it does not avoid if there is one."""
+        idle = [member for member in self._members if member.starting is None and member.task is None]
+        member = min(idle, key=lambda member: member.node in task.avoid)
         member.task, member.active = task, 0
         member.running = member.actor.process.remote(task)
 
@@ -353,9 +378,14 @@ class Pool:
 
     def _started(self, member: _Member) -> None:
         try:
-            problem = self._ray.get(member.starting)
+            problem, member.node = self._ray.get(member.starting)
         except Exception as error:
-            problem = f"the worker died while it started ({_first_line(error)})"
+            fault, _, reason = self._end(error, member.node)
+            if fault is Fault.PREEMPTED:
+                self.lost.append(f"a worker was lost while it started ({reason})")
+                self._drop(member)
+                return
+            problem = f"the worker died while it started ({reason})"
         member.starting = None
         if problem is None:
             self.build_failures = 0
@@ -370,13 +400,46 @@ class Pool:
         member.task, member.running, member.asked, member.active = None, None, None, 0
         try:
             outcome: Outcome = self._ray.get(running)
-        except self._ray.exceptions.RayActorError:
-            outcome = Outcome("died", reason="the worker process died")
         except Exception as error:
-            outcome = Outcome("died", reason=_first_line(error))
-        if outcome.kind == "died":
+            outcome = Outcome(*self._end(error, member.node))
+        if outcome.kind in (Fault.POISON, Fault.PREEMPTED):
             self._drop(member)
+            outcome = replace(outcome, node=member.node, nodes=self._nodes())
         return task, outcome
+
+    def _end(self, error: Exception, node: str) -> tuple[Fault, None, str]:
+        """Whose fault the end of a worker is, as Ray tells it, and in what words.
+
+        A worker that died of itself, on a node that lives, says nothing more than that: a signal, the kernel that wants
+        its memory, a fault in native code all look the same from outside.
+        """
+        ray, said = self._ray.exceptions, str(error)
+        if isinstance(error, ray.OutOfMemoryError):
+            return Fault.POISON, None, "Ray ended the worker because its node had no memory left"
+        if isinstance(error, ray.ActorUnavailableError):
+            return Fault.PREEMPTED, None, "its node cannot be reached"
+        if not isinstance(error, ray.RayActorError):
+            return (Fault.PREEMPTED if isinstance(error, ray.RayError) else Fault.POISON), None, _first_line(error)
+        if error.preempted:
+            return Fault.PREEMPTED, None, "its node was taken away"
+        if "node has died" in said or (node and node not in self._nodes(0)):
+            return Fault.PREEMPTED, None, "its node is gone"
+        if "INTENDED" in said or "killed by `ray.kill`" in said:
+            return Fault.PREEMPTED, None, "it was told to stop from outside"
+        return Fault.POISON, None, "the worker process died"
+
+    def _nodes(self, share: float = 1) -> frozenset[str]:
+        """Living nodes that are large enough for a worker.
+
+        Args:
+            share: Of a worker; 0: all that live.
+        """
+        asked = {"CPU": self._resources.cpus, "GPU": self._resources.gpus, "memory": self._resources.memory or 0}
+        living = [node for node in self._ray.nodes() if node["Alive"]]
+        return frozenset(
+            node["NodeID"] for node in living
+            if all(node["Resources"].get(name, 0) >= share * amount for name, amount in asked.items())
+        )  # fmt: skip
 
     def _drop(self, member: _Member) -> None:
         self._members.remove(member)
@@ -396,7 +459,7 @@ class Pool:
         self.grow(1)
         member = self._members[0]
         try:
-            problem = self._ray.get(member.starting)
+            problem, _ = self._ray.get(member.starting)
             if problem is None:
                 measured: tuple[float, int, float, int, int] = self._ray.get(member.actor.calibrate.remote(task))
                 return measured

@@ -1,7 +1,7 @@
 """The driver's loop: hands shards to workers, retries, splits a shard that kills its workers, counts, and reports.
 
-A shard that has killed two workers is cut in halves; a half that kills one is cut again, until the row that kills is
-alone. A row that kills two workers becomes an error row; the pieces are then put together into the shard.
+A shard that kills its workers is cut in halves until the row that does it is alone and becomes an error row
+(`pipeline.run.deaths` decides); the pieces are then put together into the shard.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from pipeline import machine
+from pipeline.failures import Fault
 from pipeline.input.shards import Shard
 from pipeline.output.commit import Record
 from pipeline.output.dataset import Tally
 from pipeline.output.lock import Lock
 from pipeline.run.cluster import Meters, Pool
+from pipeline.run.deaths import Deaths
 from pipeline.run.reporter import TICK_S, Reporter
 from pipeline.run.tasks import Outcome, Piece, Task
 
-WHOLE_DEATHS = 2
-"""Workers that a whole shard, and a single row, may kill."""
 STORAGE_TRIES = 4
 BUILD_TRIES = 4
 PATIENCE_S = 900.0
@@ -58,7 +58,7 @@ class Dispatcher:
         self._min_workers = min_workers
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, Task]] = []
-        self._deaths: Counter[tuple[int, int, int]] = Counter()
+        self._deaths = Deaths()
         self._tries: Counter[tuple[int, int, int]] = Counter()
         self._splits: dict[int, _Split] = {}
 
@@ -108,31 +108,41 @@ class Dispatcher:
         self._later = [(when, task) for when, task in self._later if when > now]
         self._waiting.extend(due)
         for _ in range(self._pool.idle):
-            if not self._waiting:
-                shard = next(self._shards, None)
-                if shard is None:
-                    return
-                self._waiting.append(Task.of(shard))
-            self._pool.give(self._waiting.popleft())
+            task = self._next()
+            if task is None:
+                return
+            self._pool.give(self._deaths.given(task))
+
+    def _next(self) -> Task | None:
+        """What a worker may have now: first what waits, then a new shard."""
+        for _ in range(len(self._waiting)):
+            task = self._waiting.popleft()
+            if self._deaths.may_go(task):
+                return task
+            self._waiting.append(task)
+        shard = next(self._shards, None)
+        return None if shard is None else Task.of(shard)
 
     def _settle(self, task: Task, outcome: Outcome) -> None:
         key = (task.shard, task.start, task.stop)
         if outcome.kind == "done":
+            self._deaths.done(task)
             if isinstance(outcome.result, Record):
                 self._committed(outcome.result)
             elif outcome.result is not None:
                 self._piece(task, outcome.result)
-        elif outcome.kind == "fatal":
-            raise Stopped(f"shard {task.shard}: {outcome.reason}")
-        elif outcome.kind == "retry":
+        elif outcome.kind is Fault.TRANSIENT:
             self._tries[key] += 1
             if self._tries[key] >= STORAGE_TRIES:
                 raise Stopped(f"shard {task.shard} could not be written: {outcome.reason}")
             self._say(f"shard {task.shard} could not be written ({outcome.reason}); it will be tried again")
             self._later.append((machine.here.clock() + RETRY_WAIT_S * 2 ** self._tries[key], task))
-        else:
+        elif outcome.kind in (Fault.POISON, Fault.PREEMPTED):
             self._meters.died()
-            self._died(task, outcome.reason)
+            self._died(task, outcome)
+        else:
+            raise Stopped(f"shard {task.shard}: {outcome.reason}")
+        self._deaths.returned(task)
 
     def _committed(self, record: Record) -> None:
         self._splits.pop(record.shard, None)
@@ -140,20 +150,21 @@ class Dispatcher:
         self._left -= 1
         self._meters.committed(record.rows_ok, record.rows_failed, record.rows_duplicate)
 
-    def _died(self, task: Task, reason: str) -> None:
-        key = (task.shard, task.start, task.stop)
-        self._deaths[key] += 1
-        rows = f"rows {task.start} to {task.stop - 1} of shard {task.shard}"
-        single = task.stop - task.start == 1
-        if task.pieces or task.condemned or self._deaths[key] < (WHOLE_DEATHS if task.whole or single else 1):
-            if self._deaths[key] > STORAGE_TRIES:
-                raise Stopped(f"shard {task.shard} kills every worker, whatever is done with it: {reason}")
-            self._say(f"a worker died on {rows} ({reason}); they will be tried again")
+    def _died(self, task: Task, outcome: Outcome) -> None:
+        """The worker that had it is no more."""
+        rows, reason = task.rows(), outcome.reason
+        lost = outcome.kind is Fault.PREEMPTED
+        verdict = self._deaths.preempted(task) if lost else self._deaths.died(task, outcome)
+        if verdict == "stop":
+            raise Stopped(f"{rows}: every worker that takes them is lost, the last one because {reason}; nothing of "
+                          "the other shards is lost, the same command goes on")  # fmt: skip
+        if verdict == "again":
+            self._say(f"a worker {'was lost' if lost else 'died'} on {rows} ({reason}); they will be tried again")
             self._waiting.append(task)
-        elif single:
+        elif verdict == "condemn":
             self._say(f"{rows}: this row kills its worker; it becomes an error row")
-            why = f"this row killed {self._deaths[key]} workers ({reason}); it was not tried again"
-            self._waiting.append(replace(task, whole=task.whole, condemned=why))
+            why = f"this row killed {self._deaths.count(task)} workers ({reason}); it was not tried again"
+            self._waiting.append(replace(task, condemned=why))
         else:
             self._say(f"{rows} killed their worker again; they are tried in halves")
             split = self._splits.setdefault(task.shard, _Split(Shard(task.shard, task.spans)))

@@ -25,7 +25,7 @@ from pipeline.output.products import take_stock
 from pipeline.output.progress import Progress
 from pipeline.output.publish import publish, set_aside
 from pipeline.output.schema import encode_schema
-from pipeline.run.cluster import ClusterError, Meters, Pool, connected, elsewhere, spread
+from pipeline.run.cluster import ClusterError, Meters, Pool, connected, elsewhere, knock, spread
 from pipeline.run.dispatch import Dispatcher, Stopped
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft
 from pipeline.run.plan import Plan, PlanMismatch, check_input, differences, make_plan, write_plan
@@ -160,6 +160,10 @@ def run(
     """
     reporter = Reporter(None, progress, resources.max_workers)
     reporter.phase("planning")
+    try:
+        knock(address)
+    except ClusterError as error:
+        raise RunError(str(error)) from None
     drafted = draft(spec)
     folder = Folder.at(spec.output, spec.storage_options)
     planned = _check_folder(spec, drafted, folder)

@@ -13,14 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.contract import Row, Stage, failed
+from pipeline.failures import Fault, described
 
 
 class ContractError(RuntimeError):
     """The stage broke its contract (an id it was not given, a row given back twice): no data can be trusted."""
 
+    fault = Fault.BUG
+
 
 class Poisoned(RuntimeError):
     """The device refuses all further work in this process; only a new process helps."""
+
+    fault = Fault.POISON
 
 
 @dataclass
@@ -110,7 +115,7 @@ class Guard:
                 next(feed, None)
             rows = [waiting.row for waiting in feed.inside.values()]
             shrunk = _out_of_memory(error) and self._shrink()
-            text = _describe(error)
+            text = described(error)
         else:
             if feed.error is not None:
                 raise feed.error
@@ -146,7 +151,7 @@ class Guard:
             given = {row.get("id") for row in out}
             left = [row for row in rows if row["id"] not in given]
             shrunk = _out_of_memory(error) and self._shrink()
-            return _Tried(out, left, None if shrunk else _describe(error))
+            return _Tried(out, left, None if shrunk else described(error))
         return _Tried(out, [], None)
 
     def _shrink(self) -> bool:
@@ -168,11 +173,6 @@ class _Tried:
     reason: str | None
 
 
-def _describe(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:1000] if text else type(error).__name__
-
-
 def _out_of_memory(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"OutOfMemoryError", "MemoryError"}) or "CUDA out of memory" in str(error)
@@ -184,4 +184,4 @@ def _raise_if_fatal(error: Exception) -> None:
         raise error
     text = str(error)
     if not _out_of_memory(error) and ("CUDA error" in text or "device-side assert" in text):
-        raise Poisoned(_describe(error)) from error
+        raise Poisoned(described(error)) from error

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pipeline.access import Grant
 from pipeline.contract import Column, Form, StageSpec
+from pipeline.failures import Fault
 from pipeline.input.rows import Span, Wanted
 from pipeline.input.shards import Shard
 from pipeline.input.source import Source
@@ -95,6 +96,7 @@ class Task:
         condemned: Why this (single) row must not be given to the stage any more.
         pieces: Put these together and commit the shard.
         twins: The shard's rows that are duplicates: place -> id of the row that holds the same.
+        avoid: Nodes whose workers died on these rows: one of another node takes them if there is any.
     """
 
     shard: int
@@ -105,11 +107,16 @@ class Task:
     condemned: str | None = None
     pieces: tuple[Piece, ...] = ()
     twins: Mapping[int, str] = field(default_factory=dict)
+    avoid: tuple[str, ...] = ()
 
     @staticmethod
     def of(shard: Shard) -> Task:
         """A whole shard."""
         return Task(shard.index, shard.spans, 0, shard.rows, twins=shard.twins)
+
+    def rows(self) -> str:
+        """Which, for a message."""
+        return f"rows {self.start} to {self.stop - 1} of shard {self.shard}"
 
 
 @dataclass(frozen=True)
@@ -117,11 +124,14 @@ class Outcome:
     """What became of a task.
 
     Attributes:
-        kind: ``done``; ``retry``: storage failed, nothing is committed; ``died``: the worker, or its device; ``fatal``.
+        kind: ``done``, or whose fault it is that it is not.
         result: The record or piece of a task that is done.
         reason: Why it is not done.
+        node: That the worker was on; nodes: living ones that hold workers. Empty where no one asked.
     """
 
-    kind: Literal["done", "retry", "died", "fatal"]
+    kind: Literal["done"] | Fault
     result: Record | Piece | None = None
     reason: str = ""
+    node: str = ""
+    nodes: frozenset[str] = frozenset()

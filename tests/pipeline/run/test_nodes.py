@@ -1,4 +1,4 @@
-"""Two Ray nodes on one machine; one is removed while the run goes on."""
+"""Ray nodes on one machine; some are removed while the run goes on."""
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ spec = spec_for(Path(sys.argv[1]), LINES, shard_rows=5, delay=0.1)
 result = run(spec, resources=Resources(max_workers=2), progress=watch)
 assert state == {"removed": True, "workers": 2}, state
 assert result.state == "complete", result
+
+large = {"num_cpus": 2, "object_store_memory": 80_000_000}
+spots, lost = [cluster.add_node(**large)], []
+
+def preempt(progress):
+    if progress.message:
+        lost.append(progress.message)
+        print("slow row:", progress.message, flush=True)
+    elif progress.workers and progress.phase == "running" and len(lost) == len(spots) - 1 < 2:
+        spots.append(cluster.add_node(**large))
+        cluster.remove_node(spots[-2], allow_graceful=False)
+
+folder = Path(sys.argv[1]) / "spot"
+folder.mkdir()
+slow = run(spec_for(folder, ["one slow row"], delay=10.0), resources=Resources(cpus=2), progress=preempt)
+assert (slow.state, slow.ok, len(spots), len(lost)) == ("complete", 1, 3, 2), (slow, lost)
 ray.shutdown()
 cluster.shutdown()
 print("ended well")
@@ -53,7 +69,8 @@ LINES = [f"line {i}" for i in range(120)]
 def test_node_removed_mid_run(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=280)
     assert "ended well" in ended.stdout, ended.stdout[-2000:] + ended.stderr[-3000:]
-    assert "died" in ended.stdout
+    assert "was lost on" in ended.stdout
+    assert ended.stdout.count("slow row: a worker was lost on rows 0 to 0 of shard 0 (its node is gone)") == 2
     spec = spec_for(tmp_path, LINES, shard_rows=5, delay=0.1)
     assert verify(spec.output).ok
     plain = run_plain(replace(spec_for(tmp_path, LINES, shard_rows=5), output=str(tmp_path / "plain")))
