@@ -74,6 +74,7 @@ def run_job(
     limit: int | None = None,
     overrides: Sequence[str] = (),
     progress: OnProgress | None = None,
+    retry_failed: bool = False,
 ) -> JobResult:
     """Run a job to its end, or resume it.
 
@@ -85,6 +86,7 @@ def run_job(
         limit: Only the first so many rows.
         overrides: ``key=value`` settings that replace what `config` says; not for a job model.
         progress: Called with a `pipeline.output.progress.Progress` about twice a second.
+        retry_failed: Do the rows again that failed in earlier starts; the others stay as they are.
 
     Raises:
         JobFileError: The job cannot be used; the message names the key.
@@ -95,7 +97,7 @@ def run_job(
     target = output or job.output
     if not target:
         raise JobFileError("output: where should the dataset go? Set `output:` in the job file, or give --output DIR")
-    return _run(job, target, _Circumstances(address, limit, progress))
+    return _run(job, target, _Circumstances(address, limit, progress, retry_failed))
 
 
 def _readable(config: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any] | Path:
@@ -109,6 +111,7 @@ class _Circumstances:
     address: str | None
     limit: int | None
     progress: OnProgress | None
+    retry_failed: bool
 
     def say(self, message: str) -> None:
         """One line for the user."""
@@ -140,6 +143,7 @@ def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
         progress=given.progress,
         title=f"{Path(output.rstrip('/')).name} ({job.job})",
         description=lambda finished: description(job, finished),
+        retry_failed=given.retry_failed,
     )
     return JobResult(
         job=job.job,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands import compbench, search, try_concept
+from jobs.commands import compbench, failed, search, try_concept
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
 from jobs.commands.stores import StorageOptions, parsed, reaching
 
@@ -55,6 +55,9 @@ def run_job(
         typer.Option(help="A running Ray: auto, host:port or ray://host:port. Without it, one starts for this run."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do the rows again that failed in earlier starts.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="With --dry-run: time a sample, and estimate time and cost.")
@@ -77,6 +80,8 @@ def run_job(
 
     if calibrate and not dry_run:
         stop("--calibrate belongs to --dry-run")
+    if retry_failed and dry_run:
+        stop("--retry-failed runs the job; `latentmill failed OUT` lists what it would do again")
     with errors(), terminable():
         described = reading.load(job, settings or ())
         options = {**described.storage_options, **parsed(storage_options)}
@@ -88,7 +93,9 @@ def run_job(
             typer.echo(json.dumps([dry.to_json() for dry in plans])) if as_json else plan_table.show(plans)
             return
         with progress_line.shown() as callback:
-            result = runner.run_job(described, output=output, address=address, limit=limit, progress=callback)
+            result = runner.run_job(
+                described, output=output, address=address, limit=limit, progress=callback, retry_failed=retry_failed
+            )
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     else:
@@ -203,7 +210,7 @@ def schema() -> None:
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
-for _command in (search.search, compbench.compbench, try_concept.try_concept):
+for _command in (failed.failed, search.search, compbench.compbench, try_concept.try_concept):
     app.command()(_command)
 
 
@@ -232,6 +239,11 @@ def _print_result(result: JobResult, kind: str) -> None:
         console.print(f"  {printable(result.reason)}", markup=False, soft_wrap=True)
     for reason, count in list(result.errors.items())[:5]:
         console.print(f"  {count:,} x {printable(reason)}", markup=False, soft_wrap=True)
+    if result.failed and result.state == "complete":
+        console.print(
+            f"  `latentmill failed {result.output}` lists the failed rows; run-job --retry-failed does them again",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     if result.report:
         typer.echo(f"report: {result.report}")
 

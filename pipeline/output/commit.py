@@ -6,6 +6,10 @@ leaves what the stage wants kept; `write_record` creates ``records/<run>-<shard>
 dies before the last step has changed nothing; whoever comes second finds the record, and its own attempt is swept.
 (`pipeline.record` says why the parts of an index are committed otherwise.)
 
+Rows that failed can be done again: their shard's next generation is another file, with the rows that were well as they
+were, and another record beside the first, ``<run>-<shard>.g1.json``. The highest generation counts; `publish` then puts
+its file in the place of the one before.
+
 A run is a plan: each has an id of its own, which every name bears, so that what a worker of an earlier plan leaves in
 the same folder, however late, counts for nothing. Plans of older code have none, nor have their names. The epoch is
 that of the driver which gave the work out (`pipeline.output.lock`): a later one sweeps what earlier ones left.
@@ -65,6 +69,8 @@ class Record:
         run: Id of the run; empty in a folder that older code planned.
         epoch: Of the driver that gave the work out; 0 for older code.
         made_with: Versions of the worker's packages, as the card tells them; empty for older code.
+        generation: How often rows of the shard that had failed were done again.
+        replaced: Bytes of the file that this one is made from and replaces; 0 for the first generation.
     """
 
     shard: int
@@ -86,9 +92,17 @@ class Record:
     made_with: str = ""
     rows_duplicate: int = 0
 
+    generation: int = 0
+    replaced: int = 0
+
     @property
     def rows(self) -> int:
         return self.rows_ok + self.rows_failed + self.rows_duplicate
+
+    @property
+    def name(self) -> str:
+        """Where it lies in the output folder."""
+        return record_name(self.shard, self.run, self.generation)
 
     @staticmethod
     def from_json(data: bytes) -> Record:
@@ -108,14 +122,15 @@ def epoch_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def record_name(shard: int, run: str) -> str:
-    return f"{RECORDS}/{run}-{shard:06d}.json" if run else f"{RECORDS}/{shard:06d}.json"
+def record_name(shard: int, run: str, generation: int = 0) -> str:
+    later = f".g{generation}" if generation else ""
+    return f"{RECORDS}/{run}-{shard:06d}{later}.json" if run else f"{RECORDS}/{shard:06d}{later}.json"
 
 
-def recorded_shard(name: str, run: str) -> int | None:
-    """The shard that a file among the records is for; None if it is no record of this run."""
-    match = re.fullmatch(r"(?:([0-9a-f]+)-)?(\d{6,})\.json", name)
-    return int(match[2]) if match and (match[1] or "") == run else None
+def recorded(name: str, run: str) -> tuple[int, int] | None:
+    """Shard and generation that a file among the records is for; None if it is no record of this run."""
+    match = re.fullmatch(r"(?:([0-9a-f]+)-)?(\d{6,})(?:\.g(\d+))?\.json", name)
+    return (int(match[2]), int(match[3] or 0)) if match and (match[1] or "") == run else None
 
 
 class Attempt:
@@ -188,7 +203,7 @@ def write_record(folder: Folder, record: Record) -> Record:
     Raises:
         Superseded: The folder holds another plan by now, or none; or a later driver has it.
     """
-    name, data = record_name(record.shard, record.run), json.dumps(asdict(record)).encode()
+    name, data = record.name, json.dumps(asdict(record)).encode()
     if (now := planned_run(folder)) != record.run:
         found = "holds no plan any more" if now is None else f"was planned anew (run {now})"
         raise Superseded(f"{folder.url} {found}; what run {record.run or '(unnamed)'} made of shard {record.shard} is "
@@ -203,7 +218,12 @@ def write_record(folder: Folder, record: Record) -> Record:
 
 def fold_errors(errors: Mapping[str, int]) -> dict[str, int]:
     """Reasons with their numbers folded to ``#``, so that equal kinds count together; the commonest."""
-    folded: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for reason, count in errors.items():
-        folded[re.sub(r"\d+", "#", reason)[:200]] += count
-    return dict(folded.most_common(NAMED_ERRORS))
+        counts[folded(reason)] += count
+    return dict(counts.most_common(NAMED_ERRORS))
+
+
+def folded(reason: str) -> str:
+    """A reason with its numbers folded to ``#``."""
+    return re.sub(r"\d+", "#", reason)[:200]

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pyarrow as pa
 from pipeline import machine
 from pipeline.input.files import OWN
 from pipeline.output import lock, parquet
-from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_errors, read_summary, recorded_shard
+from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_errors, read_summary, recorded
 from pipeline.output.planfile import PLAN, OutputError, load_plan, own_folder
 from pipeline.output.progress import Progress
 from pipeline.output.schema import means, merge_measures
@@ -153,15 +154,16 @@ class Output:
         width = max(5, len(str(total)))
         return f"data/part-{shard:0{width}d}-of-{total:0{width}d}.parquet"
 
-    def records(self, damaged: Callable[[str, OutputError], None] | None = None) -> Iterator[Record]:
+    def records(
+        self, damaged: Callable[[str, OutputError], None] | None = None, superseded: bool = False
+    ) -> Iterator[Record]:
         """The run's commit records, in shard order; a few are read at a time.
 
         Args:
             damaged: Told of each that is none, by its file's name. None: it is raised.
+            superseded: Earlier generations too, behind the one that counts.
         """
-        shards = {name: recorded_shard(name, self.run) for name in self.folder.listing(RECORDS)}
-        found = sorted((shard, name) for name, shard in shards.items() if shard is not None)
-        names = [f"{RECORDS}/{name}" for _, name in found]
+        names = list(chain.from_iterable(found if superseded else found[:1] for found in self.recorded().values()))
         for name, record in zip(names, self.several(self._record, names), strict=True):
             if isinstance(record, Record):
                 yield record
@@ -169,6 +171,12 @@ class Output:
                 raise record
             else:
                 damaged(name, record)
+
+    def recorded(self) -> dict[int, list[str]]:
+        """Shard -> names of its records, the latest generation first; in shard order."""
+        found = ((recorded(name, self.run), f"{RECORDS}/{name}") for name in self.folder.listing(RECORDS))
+        mine = sorted((of[0], -of[1], name) for of, name in found if of is not None)
+        return {shard: [name for *_, name in group] for shard, group in groupby(mine, lambda entry: entry[0])}
 
     def several(self, function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
         """Results in the order of the items; from a store, which answers late, some are fetched at a time."""
@@ -188,7 +196,7 @@ class Output:
         """
         try:
             record = Record.from_json(self.folder.read(name))
-            if (record.run, record.shard) != (self.run, recorded_shard(name.rpartition("/")[2], self.run)):
+            if (record.run, record.name) != (self.run, name):
                 raise ValueError(f"it says shard {record.shard} of run {record.run!r}")
             return record
         except (ValueError, TypeError, KeyError) as error:

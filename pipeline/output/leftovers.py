@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, epoch_of, recorded_shard
+from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, epoch_of, recorded
 from pipeline.output.dataset import Output
 
 
@@ -18,7 +18,7 @@ class Leftovers:
         self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)
                        if epoch_of(name) <= output.epoch}  # fmt: skip
         records = output.folder.listing(RECORDS)
-        self._names |= {f"{RECORDS}/{name}" for name in records if recorded_shard(name, output.run) is None}
+        self._names |= {f"{RECORDS}/{name}" for name in records if recorded(name, output.run) is None}
 
     def spare(self, record: Record) -> None:
         self._names.discard(f"{ATTEMPTS}/{record.file}")

@@ -64,7 +64,8 @@ def _publish_part(output: Output, record: Record, listed: dict[str, dict[str, in
     if listed[ATTEMPTS].get(record.file) != record.size:
         raise OutputError(f"{output.path}: the file of shard {record.shard} is gone or cut; run the job again")
     output.check()
-    if base in listed["data"]:
+    its_own = record.generation and listed["data"].get(base) in (record.replaced, record.size)
+    if base in listed["data"] and not its_own:
         output.folder.move(part, f"{SET_ASIDE}/{base}")
     output.folder.move(f"{ATTEMPTS}/{record.file}", part)
 

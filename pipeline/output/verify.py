@@ -15,7 +15,7 @@ from pipeline.input.ids import Uniqueness, digest
 from pipeline.input.shards import Shard, expected_ids
 from pipeline.input.source import Source, SourceError
 from pipeline.output import parquet
-from pipeline.output.commit import RECORDS, Record, record_name
+from pipeline.output.commit import Record
 from pipeline.output.dataset import SUCCESS, Output, Tally
 from pipeline.output.planfile import OutputError, read_shards
 from pipeline.output.products import problems as wrong_products
@@ -71,14 +71,13 @@ def verify(
     tally = Tally()
     schema = decode_schema(output.plan["schema"])
     found = 0
-    records = set(output.folder.listing(RECORDS))
+    records = output.recorded()
     for shard in read_shards(output.own):
-        recorded = record_name(shard.index, output.run)
-        if recorded.rpartition("/")[2] not in records:
+        if shard.index not in records:
             problems.append(f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again")
             continue
         try:
-            record = output.record(recorded)
+            record = output.record(records[shard.index][0])
         except OutputError as error:
             problems.append(str(error))
             continue

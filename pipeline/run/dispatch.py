@@ -7,7 +7,7 @@ A shard that kills its workers is cut in halves until the row that does it is al
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline import machine
@@ -19,7 +19,7 @@ from pipeline.output.lock import Lock
 from pipeline.run.cluster import Meters, Pool
 from pipeline.run.deaths import Deaths
 from pipeline.run.reporter import TICK_S, Reporter
-from pipeline.run.tasks import Outcome, Piece, Task
+from pipeline.run.tasks import Again, Outcome, Piece, Task
 
 STORAGE_TRIES = 4
 BUILD_TRIES = 4
@@ -36,7 +36,7 @@ class Stopped(RuntimeError):
 class _Split:
     """A shard that is being done in pieces."""
 
-    shard: Shard
+    whole: Task
     missing: int = 0
     pieces: list[Piece] = field(default_factory=list)
 
@@ -51,11 +51,11 @@ class Dispatcher:
 
     def __init__(
         self, pool: Pool, shards: Iterator[Shard], tally: Tally, lock: Lock, reporter: Reporter, meters: Meters,
-        max_failed: float, left: int, min_workers: int,
+        max_failed: float, left: int, min_workers: int, again: Mapping[int, Again] = {},
     ) -> None:  # fmt: skip
         self._pool, self._shards, self._tally, self._lock = pool, shards, tally, lock
         self._reporter, self._meters, self._max_failed, self._left = reporter, meters, max_failed, left
-        self._min_workers = min_workers
+        self._min_workers, self._again = min_workers, again
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, Task]] = []
         self._deaths = Deaths()
@@ -98,8 +98,9 @@ class Dispatcher:
             )
         if self._tally.failed > self._max_failed:
             raise Stopped(
-                f"{self._tally.failed} rows failed, max_failed_fraction allows {self._max_failed:.0f}; the `error` "
-                "column of the committed rows, or raise max_failed_fraction"
+                f"{self._tally.failed} rows failed, max_failed_fraction allows {self._max_failed:.0f}: `latentmill "
+                "failed` on the output folder lists them with their reasons; once these are mended, the same command "
+                "with --retry-failed does those rows again (or raise max_failed_fraction)"
             )
 
     def _hand_out(self) -> None:
@@ -121,7 +122,7 @@ class Dispatcher:
                 return task
             self._waiting.append(task)
         shard = next(self._shards, None)
-        return None if shard is None else Task.of(shard)
+        return None if shard is None else Task.of(shard, self._again.get(shard.index))
 
     def _settle(self, task: Task, outcome: Outcome) -> None:
         key = (task.shard, task.start, task.stop)
@@ -167,16 +168,15 @@ class Dispatcher:
             self._waiting.append(replace(task, condemned=why))
         else:
             self._say(f"{rows} killed their worker again; they are tried in halves")
-            split = self._splits.setdefault(task.shard, _Split(Shard(task.shard, task.spans)))
+            split = self._splits.setdefault(task.shard, _Split(task))
             middle = (task.start + task.stop) // 2
             halves = [(task.start, middle), (middle, task.stop)]
             split.missing += 2 if task.whole else 1
-            self._waiting.extend(replace(task, start=a, stop=b, whole=False) for a, b in halves)
+            self._waiting.extend(replace(task, start=a, stop=b, whole=False, avoid=()) for a, b in halves)
 
     def _piece(self, task: Task, piece: Piece) -> None:
         split = self._splits[task.shard]
         split.pieces.append(piece)
         split.missing -= 1
         if not split.missing:
-            rows = max(p.stop for p in split.pieces)
-            self._waiting.append(Task(task.shard, task.spans, 0, rows, pieces=tuple(split.pieces)))
+            self._waiting.append(replace(split.whole, pieces=tuple(split.pieces)))

@@ -15,7 +15,6 @@ from pipeline.contract import Column
 from pipeline.input.files import OWN
 from pipeline.input.read import wanted_columns
 from pipeline.input.source import Source
-from pipeline.output.commit import record_name
 from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
 from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost, Proxy
@@ -32,7 +31,7 @@ from pipeline.run.plan import Plan, PlanMismatch, check_input, differences, make
 from pipeline.run.reporter import Reporter
 from pipeline.run.scan import Scans, is_heavy, one_by_one, scan_elsewhere
 from pipeline.run.survey import Survey, survey
-from pipeline.run.tasks import Resources, Task, WorkerJob
+from pipeline.run.tasks import Again, Resources, Task, WorkerJob
 from pipeline.run.versions import differing, told, versions
 from pipeline.storage import Folder
 
@@ -138,6 +137,7 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     title: str = "latentmill output",
     description: Callable[[Finished], str] = lambda finished: "",
+    retry_failed: bool = False,
 ) -> RunResult:
     """Plan or resume, dispatch, commit, finish, publish.
 
@@ -151,6 +151,7 @@ def run(
         products: Files and folders that it makes, below the output folder; one that is lost is made again.
         progress: Called from this thread only.
         title, description: For the dataset card (Markdown); the description is asked for when all rows are there.
+        retry_failed: Do the rows again that failed in earlier starts; the others stay as they are.
 
     Raises:
         SourceError, PlanError, PlanMismatch: Before anything is written.
@@ -179,7 +180,18 @@ def run(
         if finish is not None and finish_apart and address is not None:
             finish = partial(_finish_apart, finish, resources, address, spec.storage_options)
         return _resumed(
-            spec, output, lock, reporter, resources, max_failed_fraction, address, finish, products, title, description
+            spec,
+            output,
+            lock,
+            reporter,
+            resources,
+            max_failed_fraction,
+            address,
+            finish,
+            products,
+            title,
+            description,
+            retry_failed,
         )
     except LockLost as lost:
         raise RunError(str(lost)) from None
@@ -231,14 +243,14 @@ def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
 def _resumed(
     spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
     address: str | None, finish: Callable[[Finished], None] | None, products: Sequence[str], title: str,
-    description: Callable[[Finished], str],
+    description: Callable[[Finished], str], retry_failed: bool,
 ) -> RunResult:  # fmt: skip
     """Under the lock: what is left is computed; then finish and publish, unless that is done too."""
     tally, resumed, planned = Tally(), 0, int(output.plan["shards"])
     state: Literal["complete", "interrupted", "failed"] = "complete"
     reason = None
     try:
-        tally, done = _survey(output, reporter)
+        tally, done, again = _survey(output, reporter, retry_failed)
         resumed, complete = tally.shards, output.folder.exists(SUCCESS)
         if 0 < resumed < planned:
             for message in _other_versions(tally):
@@ -254,8 +266,8 @@ def _resumed(
             if tally.shards == planned:
                 break
             reporter.phase("starting", tally)
-            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done)
-            tally, done = _survey(output, reporter)  # what was committed may be gone again
+            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done, again)
+            tally, done, again = _survey(output, reporter)  # what was committed may be gone again
         if tally.shards < planned:
             raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
         if not complete:
@@ -319,34 +331,48 @@ def _finish_at(
     finish(Finished(replace(output, lock=Proxy(output.folder, epoch))))
 
 
-def _survey(output: Output, reporter: Reporter) -> tuple[Tally, set[int]]:
-    """What earlier runs committed. A record whose file or summary is lost is withdrawn; losers and strangers go."""
+def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> tuple[Tally, set[int], dict[int, Again]]:
+    """What earlier runs committed: in all, which shards, and those of which rows are to be done again.
+
+    A record whose file or summary is lost is withdrawn; those of earlier generations, losers and strangers go.
+
+    Args:
+        retry_failed: Shards with failed rows do not count as done.
+    """
     for name in set_aside(output):
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
-    tally, done, listed, leftovers = Tally(), set[int](), output.listings(), Leftovers(output)
+    tally, done, again = Tally(), set[int](), dict[int, Again]()
+    listed, leftovers = output.listings(), Leftovers(output)
 
     def withdraw(name: str, why: str) -> None:
         output.check()
         output.folder.remove(name)
         reporter.phase("planning", message=f"{why}; the shard is done again")
 
-    for record in output.records(lambda name, error: withdraw(name, f"{name} is no commit record")):
-        name = record_name(record.shard, output.run)
-        if output.locate(record, listed) is None:
-            withdraw(name, f"the file of shard {record.shard} is gone or cut")
+    for record in output.records(lambda name, error: withdraw(name, f"{name} is no commit record"), superseded=True):
+        file = output.locate(record, listed)
+        if record.shard in done or record.shard in again:
+            output.check()
+            output.folder.remove(record.name)
+        elif file is None:
+            withdraw(record.name, f"the file of shard {record.shard} is gone or cut")
         elif lost := output.lost_summary(record, listed):
-            withdraw(name, f"{lost}, the summary of shard {record.shard}, is gone or cut")
+            withdraw(record.name, f"{lost}, the summary of shard {record.shard}, is gone or cut")
         else:
+            leftovers.spare(record)
+            if retry_failed and record.rows_failed:
+                later = record.generation + 1
+                again[record.shard] = Again(file, record.size, later, record.summary, record.summary_bytes)
+                continue
             tally.add(record)
             done.add(record.shard)
-            leftovers.spare(record)
     leftovers.remove()
-    return tally, done
+    return tally, done, again
 
 
 def _compute(
     spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
-    address: str | None, tally: Tally, done: set[int],
+    address: str | None, tally: Tally, done: set[int], again: Mapping[int, Again],
 ) -> None:  # fmt: skip
     """Dispatch the shards that are not done; ``tally`` follows."""
     left = int(output.plan["shards"]) - len(done)
@@ -358,7 +384,7 @@ def _compute(
                 limit = max_failed_fraction * int(output.plan["rows"])
                 meters = Meters(output.path)
                 Dispatcher(
-                    pool, todo, tally, lock, reporter, meters, limit, left, resources.min_workers
+                    pool, todo, tally, lock, reporter, meters, limit, left, resources.min_workers, again
                 ).run()  # fmt: skip
             finally:
                 pool.close()
@@ -367,8 +393,9 @@ def _compute(
 
 
 def _source(spec: RunSpec, output: Output) -> Source:
-    """The planned source, resolved."""
-    return Source.from_json(output.plan["source"], spec.source.storage_options, spec.source.signed)
+    """The planned source, resolved; under the limits of now."""
+    source = Source.from_json(output.plan["source"], spec.source.storage_options, spec.source.signed)
+    return replace(source, allow=spec.source.allow, max_pixels=spec.source.max_pixels)
 
 
 def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJob:

@@ -24,6 +24,14 @@ from pipeline.storage import Folder
 RUN_DIGITS = 12
 """Of a run's id: names bear it."""
 COLUMNS = "output columns"
+LIMITS = ("input.allow", "input.max_pixels")
+"""What they refuse is a failed row, what they let through is as it would have been: a resumed run may have others."""
+
+
+MORE_ROWS = (
+    " (Which rows a folder holds is settled when it is planned: its files are numbered and cut by that. To have more, "
+    "start a folder with all of them.)"
+)
 
 
 class PlanMismatch(PlanError):
@@ -38,7 +46,7 @@ class PlanMismatch(PlanError):
         lines = "\n".join(f"  {name}: was {old!r}, is {new!r}" for name, (old, new) in self.fields.items())
         super().__init__(
             f"{output} holds a run that was planned differently:\n{lines}\n"
-            "Change it back to resume, or name another output folder."
+            "Change it back to resume, or name another output folder." + (MORE_ROWS if "limit" in self.fields else "")
         )
 
 
@@ -175,7 +183,8 @@ def differences(
 
     A field that one side lacks and that is null on the other does not differ: options that are new since a plan was
     made are null unless they are asked for. Nor do columns that a stage has gained since: what the plan lacks is not
-    written. Nor settings that change no byte, nor a path that was written short and the path that it stands for.
+    written. Nor settings that change no byte, nor a path that was written short and the path that it stands for. Nor
+    limits that decide alone which rows fail.
 
     Args:
         speed: Names of settings that change no byte.
@@ -183,6 +192,8 @@ def differences(
     old, new = _deciding(old, speed), _deciding(new, speed)
     names = [*old, *(name for name in new if name not in old)]
     found = {n: (old.get(n), new.get(n)) for n in names if not _alike(_said(old.get(n)), _said(new.get(n)))}
+    for limit in LIMITS:
+        found.pop(limit, None)
     if set(old.get(COLUMNS) or ()) <= set(new.get(COLUMNS) or ()):
         found.pop(COLUMNS, None)
     said = [pair for name, pair in found.items() if name.startswith("config.")]

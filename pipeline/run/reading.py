@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -67,9 +67,13 @@ class Reader:
         pictured = bool(job.source.images) or "picture" in (job.reads or {}).values()
         self._slow_rows = pictured or job.source.format in ("images", "webdataset", "micro-world")
 
-    def rows(self, task: Task) -> Iterator[list[Found]]:
-        """A task's rows in order, decoded, in chunks."""
-        submitted = (self._decoders.submit(self._decoded, chunk) for chunk in self._chunks(task))
+    def rows(self, task: Task, only: Container[int] | None = None) -> Iterator[list[Found]]:
+        """A task's rows in order, decoded, in chunks.
+
+        Args:
+            only: Rows at these places of the shard; None: all.
+        """
+        submitted = (self._decoders.submit(self._decoded, chunk) for chunk in self._chunks(task, only))
         for chunk in ahead(submitted, AHEAD * self._threads):
             yield chunk.result()
 
@@ -82,11 +86,13 @@ class Reader:
         count = task.stop - task.start
         return read_rows(self._job.source, task.spans, task.start, count, self._job.wanted, self._pins.check)
 
-    def _chunks(self, task: Task) -> Iterator[list[Found]]:
+    def _chunks(self, task: Task, only: Container[int] | None) -> Iterator[list[Found]]:
         size = CHUNK_PICTURES if self._slow_rows else CHUNK_ROWS
         chunk: list[Found] = []
         folder_of = _folders(task)
         for position, raw in enumerate(self.undecoded(task), task.start):
+            if only is not None and position not in only:
+                continue
             if any(isinstance(value, Encoded) for value in raw.values.values()):
                 size = CHUNK_PICTURES
             twin = task.twins.get(position, raw.twin)

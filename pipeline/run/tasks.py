@@ -87,6 +87,23 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Again:
+    """A shard as it was committed, whose failed rows are to be done anew.
+
+    Attributes:
+        file: Where it lies in the output folder; size: its bytes.
+        generation: That its successor will have.
+        summary, summary_bytes: Of the rows that were well.
+    """
+
+    file: str
+    size: int
+    generation: int
+    summary: tuple[str, ...]
+    summary_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Task:
     """Rows ``start`` to ``stop`` of a shard.
 
@@ -97,6 +114,7 @@ class Task:
         pieces: Put these together and commit the shard.
         twins: The shard's rows that are duplicates: place -> id of the row that holds the same.
         avoid: Nodes whose workers died on these rows: one of another node takes them if there is any.
+        again: The shard is committed; its rows that had failed are done anew.
     """
 
     shard: int
@@ -108,11 +126,12 @@ class Task:
     pieces: tuple[Piece, ...] = ()
     twins: Mapping[int, str] = field(default_factory=dict)
     avoid: tuple[str, ...] = ()
+    again: Again | None = None
 
     @staticmethod
-    def of(shard: Shard) -> Task:
+    def of(shard: Shard, again: Again | None = None) -> Task:
         """A whole shard."""
-        return Task(shard.index, shard.spans, 0, shard.rows, twins=shard.twins)
+        return Task(shard.index, shard.spans, 0, shard.rows, twins=shard.twins, again=again)
 
     def rows(self) -> str:
         """Which, for a message."""

@@ -6,7 +6,7 @@ the device waits for none of them. Rows come back from the stage in any order an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 
 from pipeline import machine
 from pipeline.contract import Row
+from pipeline.input.source import SourceError
 from pipeline.output import commit, parquet
 from pipeline.output.commit import Record
 from pipeline.output.schema import decode_schema
 from pipeline.run.guard import Guard, Waiting
 from pipeline.run.reading import Found, Reader
-from pipeline.run.tasks import Piece, Task, WorkerJob
+from pipeline.run.tasks import Again, Piece, Task, WorkerJob
 from pipeline.run.versions import told, versions
 from pipeline.run.writing import Writer, in_order
 from pipeline.storage import Folder
@@ -51,12 +52,12 @@ class Worker:
         self.done = 0
         """Rows of the current task that are through the stage; read by another thread."""
 
-    def _rows(self, task: Task) -> Iterator[tuple[int, Row]]:
-        """(position, finished row) in any order, exactly one for each planned row."""
+    def _rows(self, task: Task, only: Container[int] | None = None) -> Iterator[tuple[int, Row]]:
+        """(position, finished row) in any order, exactly one for each planned row (of those at the places `only`)."""
         refused: list[tuple[int, Row]] = []
 
         def chunks() -> Iterator[list[Waiting]]:
-            for chunk in self._reader.rows(task):
+            for chunk in self._reader.rows(task, only):
                 accepted = []
                 for found in chunk:
                     if found.row is None:
@@ -89,12 +90,46 @@ class Worker:
     def _tables(self, task: Task) -> Iterator[Future[pa.Table]]:
         return self._writer.tables(in_order(self._rows(task), task, self._writer.group_rows))
 
-    def _condemned(self, task: Task) -> Iterator[pa.Table]:
+    def _condemned(self, task: Task) -> Iterator[tuple[int, Row]]:
         """The row that kills workers: read, but neither decoded nor given to the stage."""
         assert task.condemned is not None
         failure = {"status": "failed", "error": task.condemned}
-        rows = [{**self._reader.kept(raw, "", None), "id": raw.id, **failure} for raw in self._reader.undecoded(task)]
-        yield self._writer.table(rows)
+        for position, raw in enumerate(self._reader.undecoded(task), task.start):
+            yield position, {**self._reader.kept(raw, "", None), "id": raw.id, **failure}
+
+    def _again(self, task: Task) -> Iterator[pa.Table]:
+        """The task's rows as they were committed, but for those that had failed, which are done anew.
+
+        Raises:
+            SourceError: The input has another row in one's place.
+        """
+        assert task.again is not None
+        old = parquet.read(self._folder, task.again.file).cast(self.schema).slice(task.start, task.stop - task.start)
+        ids = dict(zip(range(task.start, task.stop), old["id"].to_pylist(), strict=True))
+        statuses = zip(ids, old["status"].to_pylist(), strict=True)
+        failed = frozenset(position for position, status in statuses if status == "failed")
+        fresh = dict(self._condemned(task) if task.condemned else self._rows(task, failed)) if failed else {}
+        for position, row in fresh.items():
+            if row["id"] != ids[position]:
+                raise SourceError(f"the input has {row['id']!r} where {ids[position]!r} was; it changed since the run")
+        for start in range(task.start, task.stop, self._writer.group_rows):
+            group = range(start, min(start + self._writer.group_rows, task.stop))
+            part, places = old.slice(start - task.start, len(group)), [place for place in group if place in fresh]
+            if places:
+                new = self._writer.table([fresh.pop(place) for place in places])
+                order = [len(group) + places.index(p) if p in places else p - start for p in group]
+                part = pa.concat_tables([part, new]).take(order)
+            yield part
+
+    def _made(self, task: Task) -> Iterator[pa.Table | Future[pa.Table]]:
+        """The task's rows, in order."""
+        if task.pieces:
+            return self._joined(task.pieces)
+        if task.again:
+            return self._again(task)
+        if task.condemned:
+            return iter([self._writer.table([row for _, row in self._condemned(task)])])
+        return self._tables(task)
 
     def process(self, task: Task) -> Record | Piece:
         """Map a task's rows and commit them (or write them as a piece).
@@ -108,23 +143,20 @@ class Worker:
         self._take_summary()  # what an attempt that failed left behind
         token = machine.here.token()[:12]
         part = "" if task.whole else f".{task.start}-{task.stop}"
+        piece = self._writer.write(task, self._name(task, f"{part}.{token}.parquet"), self._made(task))
         if task.pieces:
-            piece = self._writer.write(task, self._name(task, f".{token}.parquet"), self._joined(task.pieces))
             piece = replace(
                 piece,
                 summary=tuple(name for p in task.pieces for name in p.summary),
                 summary_bytes=tuple(size for p in task.pieces for size in p.summary_bytes),
             )
-        else:
-            name = self._name(task, f"{part}.{token}.parquet")
-            piece = self._writer.write(task, name, self._condemned(task) if task.condemned else self._tables(task))
-            summary = self._take_summary() if not task.condemned else None
-            if summary:
-                name = self._name(task, f"{part}.{token}.npz")
-                size = commit.write_summary(self._folder, name, summary)
-                piece = replace(piece, summary=(name,), summary_bytes=(size,))
+        elif summary := self._take_summary() if not task.condemned else None:
+            name = self._name(task, f"{part}.{token}.npz")
+            size = commit.write_summary(self._folder, name, summary)
+            piece = replace(piece, summary=(name,), summary_bytes=(size,))
         if not task.whole:
             return piece
+        again = task.again or Again("", 0, 0, (), ())
         record = Record(
             shard=task.shard,
             attempt=token,
@@ -139,10 +171,12 @@ class Worker:
             worker="{host}:{pid}".format_map(machine.here.process()),
             measures=piece.measures,
             errors=piece.errors,
-            summary=piece.summary,
-            summary_bytes=piece.summary_bytes,
+            summary=again.summary + piece.summary,
+            summary_bytes=again.summary_bytes + piece.summary_bytes,
             run=self.job.run,
             epoch=self.job.epoch,
+            generation=again.generation,
+            replaced=again.size,
             made_with=told(versions()),
         )
         return commit.write_record(self._folder, record)

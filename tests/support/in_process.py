@@ -10,7 +10,7 @@ from pipeline.run import driver
 
 
 def _compute_here(spec: Any, output: Any, lock: Any, reporter: Any, resources: Any, max_failed: float, address: Any,
-                  tally: Any, done: Any) -> None:  # fmt: skip
+                  tally: Any, done: Any, again: Any) -> None:  # fmt: skip
     """One worker in this process, in place of the cluster."""
     from pipeline.output.planfile import read_shards
     from pipeline.run.tasks import Task
@@ -19,7 +19,7 @@ def _compute_here(spec: Any, output: Any, lock: Any, reporter: Any, resources: A
     worker = Worker(driver._worker_job(spec, output, resources))
     for shard in read_shards(output.own):
         if shard.index not in done:
-            tally.add(worker.process(Task.of(shard)))
+            tally.add(worker.process(Task.of(shard, again.get(shard.index))))
 
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:

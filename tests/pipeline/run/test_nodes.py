@@ -48,11 +48,11 @@ spots, lost = [cluster.add_node(**large)], []
 
 def preempt(progress):
     if progress.message:
-        lost.append(progress.message)
+        lost.extend(word for word in ["was lost"] if word in progress.message)
         print("slow row:", progress.message, flush=True)
     elif progress.workers and progress.phase == "running" and len(lost) == len(spots) - 1 < 2:
+        cluster.remove_node(spots[-1], allow_graceful=False)
         spots.append(cluster.add_node(**large))
-        cluster.remove_node(spots[-2], allow_graceful=False)
 
 folder = Path(sys.argv[1]) / "spot"
 folder.mkdir()

@@ -39,7 +39,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
     def compute(
         spec: RunSpec, output: Output, lock: Any, reporter: Any, resources: Any, most: Any, address: Any, tally: Any,
-        done: set[int],
+        done: set[int], *rest: Any,
     ) -> None:  # fmt: skip
         worker = Worker(_worker_job(spec, output, Resources()))
         for shard in read_shards(output.own):

@@ -1,0 +1,79 @@
+"""``latentmill failed``: which rows failed, and why."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.commands.errors import errors, printable
+from jobs.commands.stores import StorageOptions, reaching
+
+if TYPE_CHECKING:
+    from pipeline.output.dataset import Output
+    from pipeline.output.failed import FailedRow
+
+SHOWN = 20
+
+
+def failed(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")],
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print all as CSV: step, id, shard, error.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, a line a row.")] = False,
+    storage_options: StorageOptions = None,
+) -> None:
+    """List the rows that failed, with their reasons; also while the run goes on.
+
+    `run-job JOB --retry-failed` does them again.
+    """
+    from jobs.kinds.chain import read_listing
+    from pipeline.output.dataset import Output
+    from pipeline.output.failed import failed_rows
+    from pipeline.output.planfile import load_plan
+    from pipeline.storage import Folder
+
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    with errors(), reaching(out, storage_options):
+        if as_csv:
+            table.writerow(["step", "id", "shard", "error"])
+        for step in read_listing(out) or [{"name": "", "output": out}]:
+            if step["name"] and load_plan(Folder.at(step["output"])) is None:
+                continue  # a step of a chain that has not begun
+            output = Output.open(step["output"])
+            if as_csv or as_json:
+                for row in failed_rows(output):
+                    plain = [step["name"], row.id, row.shard, row.error]
+                    if as_csv:
+                        table.writerow(printable(str(cell)) for cell in plain)
+                    else:
+                        typer.echo(json.dumps(dict(zip(("step", "id", "shard", "error"), plain, strict=True))))
+            else:
+                _show(output, list(_counted(failed_rows(output), reasons := Counter[str]())), reasons, step["name"])
+
+
+def _counted(rows: Iterator[FailedRow], reasons: Counter[str]) -> Iterator[FailedRow]:
+    """The first few rows; all of them are counted by reason."""
+    from pipeline.output.commit import folded
+
+    for number, row in enumerate(rows):
+        reasons[folded(row.error)] += 1
+        if number < SHOWN:
+            yield row
+
+
+def _show(output: Output, rows: list[FailedRow], reasons: Counter[str], step: str) -> None:
+    count, planned = reasons.total(), int(output.plan["rows"])
+    left = int(output.plan["shards"]) - len(output.recorded())
+    unfinished = f"; {left:,} of {int(output.plan['shards']):,} shards are not done yet" if left else ""
+    typer.echo(f"{f'{step}: ' if step else ''}{count:,} of {planned:,} rows failed{unfinished}")
+    for reason, times in reasons.most_common(SHOWN):
+        typer.echo(f"  {times:,} x {printable(reason)}")
+    for row in rows:
+        typer.echo(f"{printable(row.id)}  (shard {row.shard}): {printable(row.error)}")
+    if count > len(rows):
+        typer.echo(f"... and {count - len(rows):,} more; --csv prints all")
