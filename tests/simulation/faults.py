@@ -1,0 +1,47 @@
+"""Faults that the runtime once had, to be put back: the simulation has to find each."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+from unittest.mock import patch
+
+from pipeline import machine
+from pipeline.output import lock as locks
+from pipeline.output.lock import Lock, OutputLocked
+from pipeline.run import plan
+
+
+def _swallowing(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
+    with machine.here.threads(threads) as pool:
+        rest = iter(items)
+        window = deque(pool.submit(function, item) for item in islice(rest, threads))
+        while window:
+            yield window.popleft().result()
+            window.extend(pool.submit(function, item) for item, _ in zip(rest, range(1), strict=False))
+
+
+def _any_namespace(content: Mapping[str, Any]) -> bool | None:
+    mine = machine.here.process()
+    if content["damaged"] or (content["host"], content["boot"]) != (mine["host"], mine["boot"]):
+        return False if content["damaged"] else None
+    return machine.here.began(content["pid"]) == content["process"]
+
+
+def _by_time_stamp(self: Lock) -> int:
+    left = locks.holder(self._folder)
+    if left is not None and not left["stale"]:
+        raise OutputLocked("held")
+    return self._take(locks.latest_epoch(self._folder) + 1)
+
+
+FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "names are lost where records are read several at a time": lambda: patch.object(machine, "several", _swallowing),
+    "records and attempts bear no run": lambda: patch.object(plan, "RUN_DIGITS", 0),
+    "process numbers of another namespace are looked up": lambda: patch.object(locks, "_alive", _any_namespace),
+    "a holder is judged by its time stamp": lambda: patch.object(Lock, "_acquire", _by_time_stamp),
+    "who has lost the lock goes on": lambda: patch.object(Lock, "check", lambda lock: None),
+}

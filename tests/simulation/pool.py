@@ -1,0 +1,235 @@
+"""What stands in for Ray: workers on simulated machines, which die, are taken away, or are cut off and go on.
+
+A worker commits with the real code (`Worker.process`, `Writer`, `pipeline.output.commit`); its rows are made up, and
+the bytes of a shard made once for all schedules.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.output import commit
+from pipeline.output.schema import decode_schema, measures, merge_measures, table
+from pipeline.run import cluster
+from pipeline.run.tasks import Outcome, Piece, Resources, Task, WorkerJob
+from pipeline.run.worker import Worker
+from pipeline.run.writing import Writer
+from pipeline.storage import Folder, checksum
+from tests.simulation.world import Crash, Event, Host, Process, World, current
+
+
+@lru_cache(8192)
+def made(columns: str, factor: float, lines: tuple[tuple[str, int, int], ...]) -> tuple[bytes, pa.Table]:
+    """Rows as they have to come out: as a file, and as a table.
+
+    Args:
+        columns: The encoded schema.
+        lines: File, first line and line after the last, of each span.
+    """
+    schema = decode_schema(columns)
+    rows = [{"id": f"{name}#{line}", "status": "ok", "error": None, "length": factor * line, "text": f"line {line}"}
+            for name, start, stop in lines for line in range(start, stop)]  # fmt: skip
+    full = table(rows, schema, frozenset({"text"}))
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
+        writer.write_table(full)
+    return sink.getvalue(), full
+
+
+class _Inline:
+    """A thread that is not one."""
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(function(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+class _Writer(Writer):
+    """Writes what `made` made; shards that come in pieces are put together by the real one."""
+
+    def __init__(self, job: WorkerJob, folder: Folder, schema: pa.Schema) -> None:
+        self._folder, self._schema, self._kept, self._measured = folder, schema, frozenset(job.kept), job.measured
+        self._thread, self._job = _Inline(), job  # type: ignore[assignment]
+
+    def write(self, task: Task, name: str, tables: Iterator[Any]) -> Piece:
+        if task.pieces:
+            return super().write(task, name, tables)
+        lines = _lines(task)
+        content, full = made(self._job.schema, self._job.stage.params["factor"], lines)
+        upload = self._folder.begin(f"{commit.ATTEMPTS}/{name}")
+        upload.write(content)
+        upload.close()
+        commit.check_attempt(self._folder, name, len(content), task.stop - task.start)
+        measured: dict[str, dict[str, float]] = {}
+        merge_measures(measured, measures(full, self._measured))
+        digest = checksum(io.BytesIO(content))
+        return Piece(task.start, task.stop, name, len(content), digest, full.num_rows, 0, measured)
+
+
+def _lines(task: Task) -> tuple[tuple[str, int, int], ...]:
+    """The lines of a task, which may be a part of its shard."""
+    every = [(span.name, line) for span in task.spans for line in range(span.start, span.stop)]
+    return tuple((name, line, line + 1) for name, line in every[task.start : task.stop])
+
+
+class _Worker(Worker):
+    """The real commit; rows that are made up in no time, after some of the world's."""
+
+    def __init__(self, job: WorkerJob, summaries: bool) -> None:
+        self.job, self.schema = job, decode_schema(job.schema)
+        self._folder = Folder.at(job.output, job.storage_options)
+        self._writer, self._summaries, self.done = _Writer(job, self._folder, self.schema), summaries, 0
+
+    def _tables(self, task: Task) -> Iterator[Any]:
+        yield from ()
+
+    def _take_summary(self) -> dict[str, Any] | None:
+        return {"count": np.array([1])} if self._summaries else None
+
+
+class _Member:
+    """A worker as its pool sees it."""
+
+    def __init__(self, process: Process) -> None:
+        self.process, self.ready, self.task, self.inbox = process, False, None, Event(process.world)
+        self.dropped = False
+
+
+class SimPool:
+    """As `pipeline.run.cluster.Pool`.
+
+    The world's `fleet` says how many workers there may be, how long a task takes, and how often one is lost.
+    """
+
+    def __init__(self, job: WorkerJob, resources: Resources) -> None:
+        self._job, self._driver, self._world = job, current().process, current().process.world
+        self._fleet: Fleet = job.storage_options["bucket"].fleet
+        self._members, self._ended = list[_Member](), list[tuple[Task, Outcome]]()
+        self._bell = Event(self._world)
+        self._deaths: Counter[tuple[int, int, int]] = Counter()
+        self._driver.on_death.append(self.close)
+        self.lost: list[str] = []
+        self.build_failures, self.build_problem = 0, ""
+
+    def room(self) -> int:
+        return self._fleet.workers
+
+    def grow(self, size: int) -> None:
+        while len(self._members) < size:
+            process = self._world.process(self._fleet.host, "worker")
+            member = _Member(process)
+            process.on_death.append(lambda member=member: self._dies(member))
+            self._members.append(member)
+            process.start(self._live, member)
+
+    def _live(self, member: _Member) -> None:
+        world, chance = self._world, self._world.random.random
+        actor = cluster._Actor.__new__(cluster._Actor)
+        world.pause(world.now + self._fleet.start_s * chance())
+        actor.worker = _Worker(self._job, self._fleet.summaries)
+        member.ready = True
+        self._ring()
+        while not member.dropped:
+            member.inbox.wait()
+            member.inbox, task = Event(world), member.task
+            assert task is not None
+            world.pause(world.now + self._fleet.task_s * (0.5 + chance()))
+            if chance() < self._fleet.died and self._may_die(task):
+                member.process.die()
+                raise Crash
+            if chance() < self._fleet.cut_off and self._may_die(task):
+                self._loses(member)
+                world.pause(world.now + chance() * self._fleet.cut_off_s)
+            outcome = actor.process(task)
+            if not member.dropped:
+                member.task = None
+                self._ended.append((task, outcome))
+                self._ring()
+
+    def _may_die(self, task: Task) -> bool:
+        """Whether the dispatcher would not yet hold the rows for the cause."""
+        key, alone = (task.shard, task.start, task.stop), task.stop - task.start == 1
+        self._deaths[key] += 1
+        return not task.pieces and self._deaths[key] <= (1 if alone else 2)
+
+    def _dies(self, member: _Member) -> None:
+        self._world.call(self._world.now + 5 * self._world.random.random(), lambda: self._loses(member))
+
+    def _loses(self, member: _Member) -> None:
+        """The driver hears that it is gone."""
+        if not member.dropped:
+            member.dropped = True
+            self._members.remove(member)
+            if member.task is not None:
+                self._ended.append((member.task, Outcome("died", reason="the worker process died")))
+            self._ring()
+
+    def _ring(self) -> None:
+        bell, self._bell = self._bell, Event(self._world)
+        bell.set()
+
+    @property
+    def size(self) -> int:
+        return len(self._members)
+
+    @property
+    def ready(self) -> int:
+        return sum(member.ready for member in self._members)
+
+    @property
+    def idle(self) -> int:
+        return sum(member.ready and member.task is None for member in self._members)
+
+    @property
+    def active_rows(self) -> int:
+        return 0
+
+    def available(self) -> str:
+        return f"{self._fleet.workers} simulated workers"
+
+    def give(self, task: Task) -> None:
+        member = next(m for m in self._members if m.ready and m.task is None)
+        member.task = task
+        member.inbox.set()
+
+    def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
+        if not self._ended:
+            self._bell.wait(seconds)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def ask(self) -> None:
+        """Nothing is known of rows under way."""
+
+    def close(self) -> None:
+        """The driver is done with its workers; those that it cannot reach go on with what they have."""
+        members, self._members = self._members, []
+        for member in members:
+            member.dropped = True
+            if self._world.random.random() >= self._fleet.orphans:
+                member.process.die()
+
+
+class Fleet:
+    """The workers that a schedule's drivers get."""
+
+    def __init__(self, world: World, host: Host) -> None:
+        chance = world.random
+        self.host, self.workers = host, chance.choice((1, 2, 3, 8))
+        self.start_s, self.task_s = 5.0, chance.choice((0.1, 2.0, 20.0))
+        self.died, self.cut_off = chance.choice((0.0, 0.0, 0.1)), chance.choice((0.0, 0.0, 0.1))
+        self.cut_off_s, self.orphans = chance.choice((5.0, 300.0)), chance.choice((0.0, 0.5))
+        self.summaries = chance.random() < 0.1

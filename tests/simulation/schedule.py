@@ -1,0 +1,383 @@
+"""One schedule from a seed: drivers, workers, users and the store go wrong; then all is calm, and one more run ends it.
+
+What has to hold, whatever happened: everything ends; a run that says ``complete`` has published every planned row once
+with its value, and `verify` says so; nobody takes the folder from a driver that shows that it lives; a driver that has
+lost it changes nothing more. What may happen is that a run fails, and says why.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import machine
+from pipeline.contract import Column, StageInfo, StageSpec
+from pipeline.input.rows import FileScan
+from pipeline.input.source import Source
+from pipeline.output import lock as locks
+from pipeline.output import parquet
+from pipeline.output.dataset import Output
+from pipeline.output.planfile import OutputError
+from pipeline.output.verify import verify
+from pipeline.run import dispatch, driver, plan, reporter
+from pipeline.run.draft import Draft, RunSpec, draft
+from pipeline.run.driver import PlanMismatch, RunError, RunResult, run
+from pipeline.run.survey import Survey, survey
+from pipeline.storage import Folder
+from tests.simulation.pool import Fleet, SimPool, made
+from tests.simulation.store import CALM, Bucket, Weather
+from tests.simulation.world import Host, Process, Simulated, Thread, World, current
+
+OUT = "sim://out"
+LINES = 3 * 200
+END_S = 20_000.0
+STARTS = 8
+UNASKED = 6
+"""Changes that a driver may make of what it had asked leave for, and repeat, before it asks again."""
+
+
+class Wrong(AssertionError):
+    """Something happened that must not."""
+
+
+class Lengths:
+    """The stage that is planned; its rows are made by `tests.simulation.pool.made`."""
+
+    @staticmethod
+    def describe(factor: float) -> StageInfo:
+        return StageInfo((Column("length", "float64"),))
+
+
+@lru_cache(1)
+def _input() -> Source:
+    path = Path(tempfile.mkdtemp(prefix="latentmill-simulation-")) / "in.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(LINES)))
+    return Source((str(path),), columns={"text": "text"})
+
+
+@lru_cache(1024)
+def _surveyed(shards: int, rows: int) -> tuple[Survey, list[Any], list[Any]]:
+    totals, files = Survey(), list[tuple[Any, FileScan]]()
+    drafted = _drafted(1.0, shards, rows)
+    cut = list(survey(drafted.source, rows, shards * rows, totals, lambda file, scan: files.append((file, scan))))
+    return totals, files, cut
+
+
+@lru_cache(1024)
+def _drafted(factor: float, shards: int, rows: int) -> Draft:
+    return draft(_spec(factor, shards, rows, None))
+
+
+def _spec(factor: float, shards: int, rows: int, bucket: Bucket | None) -> RunSpec:
+    stage = StageSpec("tests.simulation.schedule:Lengths", {"factor": factor})
+    return RunSpec(stage, _input(), OUT, {"factor": factor}, shard_rows=rows, limit=shards * rows, keep=("text",),
+                   storage_options={"bucket": bucket})  # fmt: skip
+
+
+def _draft(spec: RunSpec) -> Draft:
+    assert spec.limit is not None
+    return _drafted(spec.stage.params["factor"], spec.limit // spec.shard_rows, spec.shard_rows)
+
+
+def _survey(source: Source, every: int, limit: int, totals: Survey, seen: Any, *rest: Any) -> Iterator[Any]:
+    known, files, shards = _surveyed(limit // every, every)
+    for file, scan in files:
+        seen(file, scan)
+    yield from shards
+    vars(totals).update(vars(replace(known, notes=[])))
+
+
+def _batches(folder: Folder, name: str) -> Iterator[pa.RecordBatch]:
+    yield from _parsed(folder.open(name).read())
+
+
+@lru_cache(1024)
+def _parsed(content: bytes) -> list[pa.RecordBatch]:
+    """The plan's tables are the same in many schedules."""
+    return pq.read_table(io.BytesIO(content)).to_batches()  # type: ignore[no-any-return]
+
+
+class _Meters:
+    """Prometheus hears nothing."""
+
+    def __init__(self, output: str) -> None: ...
+
+    def committed(self, *rows: int) -> None: ...
+
+    def died(self) -> None: ...
+
+    def workers(self, count: int) -> None: ...
+
+
+@contextmanager
+def simulated() -> Iterator[None]:
+    """The runtime's code finds the simulated world under it: machine, Ray and the scan of the input."""
+    with (
+        patch.object(machine, "here", Simulated()),
+        patch.multiple(driver, connected=lambda *args: nullcontext(False), Pool=SimPool, Meters=_Meters, draft=_draft,
+                       check_input=lambda *args: {}),
+        patch.object(plan, "survey", _survey),
+        patch.object(parquet, "batches", _batches),
+        patch.object(locks, "POLL_S", 8.0),
+        patch.object(dispatch, "TICK_S", 10.0),
+        patch.object(reporter, "SAVE_S", 60.0),
+    ):  # fmt: skip
+        yield
+
+
+@dataclass
+class _Attempted:
+    """A driver that was started."""
+
+    process: Process
+    thread: Thread
+
+
+class Schedule:
+    """A world in which a user wants one dataset.
+
+    Attributes:
+        seed: All of it follows from this.
+        claims: How many runs said that the dataset was complete.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.world = seed, World(seed)
+        self.random = self.world.random
+        self.bucket = Bucket(self.world)
+        self.bucket.watch = self._watch
+        many = self.random.random()
+        most = 4 if many < 0.6 else 20 if many < 0.93 else 60 if many < 0.98 else 200
+        self.shards, self.rows = self.random.randint(1, most), self.random.randint(1, 3)
+        self.hosts = [self._host(i) for i in range(4)]
+        self.bucket.fleet = Fleet(self.world, self.hosts[3])  # type: ignore[attr-defined]
+        self.factor, self.claims, self.drivers = 1.0, 0, list[_Attempted]()
+        self._taken: list[tuple[float, int]] = []
+        self._renewed: dict[int, tuple[float, Process | None]] = {}
+        self._late: dict[Process, int] = {}
+        self._rash: dict[Process, str] = {}
+        self.found: Wrong | None = None
+        self.last = False
+        self.disturbed = 0.0
+
+    def _host(self, number: int) -> Host:
+        """Machines with clocks that go wrong; two of them may be containers of one."""
+        same = number and self.random.random() < 0.3
+        name = "node0" if same else f"node{number}"
+        ahead = self.random.choice((0.0, 0.0, 130.0, -130.0, 1e6, -1e6))
+        return Host(name, f"boot-{name}", f"pid:[{number}]", ahead, self.random.choice((1.0, 1.0, 0.98, 1.02)))
+
+    def run(self) -> None:
+        """All of it.
+
+        Raises:
+            Wrong, Endless: Something that must not happen did.
+        """
+        chance = self.random
+        rates = (0.0, 0.0, 0.005, 0.03)
+        self.bucket.weather = Weather(
+            refused=chance.choice(rates), lost=chance.choice(rates), crash=chance.choice((0.0, 0.0, 0.002, 0.01)),
+            stall=chance.choice((0.0, 0.0, 0.003, 0.01)), delay_s=chance.choice((0.01, 0.03, 0.3)),
+        )  # fmt: skip
+        span = chance.choice((20.0, 100.0, 1000.0))
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            self.world.call(chance.random() * span, self._start)
+        for _ in range(chance.choice((0, 0, 1, 3))):
+            action = chance.choice((self._kill, self._kill, self._interrupt, self._outage, self._stall, self._stall,
+                                    self._damage, self._damage, self._anew))  # fmt: skip
+            self.world.call(chance.random() * span * 1.5, action)
+        self.world.call(2 * span, self._calm)
+        try:
+            self._to_the_end()
+            self.last = True
+            last = self._start()
+            self._to_the_end()
+            if not isinstance(last.thread.result, RunResult) or last.thread.result.state != "complete":
+                raise Wrong(f"a last run in calm weather ended with {last.thread.result or last.thread.error!r}")
+        finally:
+            self.world.close()
+
+    def _to_the_end(self) -> None:
+        self.world.run(self.world.now + END_S)
+        if self.found:
+            raise self.found
+
+    def _start(self) -> _Attempted:
+        """A driver starts."""
+        host = self.random.choice(self.hosts[:3])
+        process = self.world.process(host, "driver", self._pid(host))
+        process.on_death.append(self._again)
+        process.on_stall.append(lambda: self._stands(process))
+        self.drivers.append(_Attempted(process, process.start(self._drive, self.factor)))
+        return self.drivers[-1]
+
+    def _pid(self, host: Host) -> int | None:
+        """Containers number their processes each for themselves: the first of each is number 1."""
+        taken = any(each.process.alive and each.process.pid == 1 and each.process.host == host for each in self.drivers)
+        return None if taken else 1
+
+    def _again(self) -> None:
+        """Somebody starts a driver that has ended once more, for as long as there is bad weather."""
+        if self.bucket.weather is not CALM and len(self.drivers) < STARTS and self.random.random() < 0.8:
+            self.world.call(self.world.now + 150 * self.random.random(), self._start)
+
+    def _drive(self, factor: float) -> RunResult:
+        process, begun = current().process, self.world.now
+        try:
+            result = run(_spec(factor, self.shards, self.rows, self.bucket))
+        except (OutputError, locks.OutputLocked, RunError, PlanMismatch, OSError, KeyboardInterrupt):
+            process.die()  # it has ended, and said why
+            raise
+        except Exception as error:
+            self._wrong(f"a driver ended with {type(error).__name__}: {error}", error)
+            raise
+        if result.state == "complete":
+            self.claims += 1
+            if self.disturbed <= begun and factor == self.factor:
+                self.world.process(self.hosts[0], "reader").start(self._look)
+        process.alive = False
+        if result.state != "complete":
+            self._again()
+        return result
+
+    def _look(self) -> None:
+        """The dataset is what was planned, after a run that said so."""
+        try:
+            self._compare()
+        except Wrong as wrong:
+            self._wrong(str(wrong), wrong)
+
+    def _compare(self) -> None:
+        objects, options = self.bucket.objects, {"bucket": self.bucket.still()}
+        if "out/_SUCCESS" not in objects:
+            raise Wrong("a run said complete, and _SUCCESS is not there")
+        output = Output.open(OUT, options)
+        if output.plan["config"]["factor"] != self.factor:
+            raise Wrong("a run said complete, and the plan is another's")
+        for number in range(self.shards):
+            name = f"out/{output.part(number)}"
+            lines = tuple(("in.txt", line, line + 1) for line in range(number * self.rows, (number + 1) * self.rows))
+            content, table = made(output.plan["schema"], self.factor, lines)
+            found = objects.get(name, b"")
+            if found != content and not (found and pq.read_table(io.BytesIO(found)).equals(table)):
+                state = "not what was planned" if found else "missing"
+                raise Wrong(f"{name} is {state} after a run that said complete")
+        if self.last:
+            report = verify(OUT, options)
+            if not report.ok:
+                raise Wrong(f"verify, after a run that said complete: {report.problems[:3]}")
+
+    def _watch(self, process: Process | None, verb: str, path: str, content: bytes) -> None:
+        """Whether a change is one that may be made."""
+        if process is None or process.name != "driver":
+            return
+        now = self.world.now
+        if path.startswith("out/_latentmill/locks/"):
+            epoch = int(path.rpartition("/")[2].removesuffix(".json"))
+            if verb == "remove":  # its own: it has seen that the holder woke
+                if self._renewed.get(epoch, (0.0, None))[1] is process:
+                    del self._renewed[epoch], self._rash[process]
+                    self._taken = [taken for taken in self._taken if taken[1] != epoch]
+                return
+            if verb == "create":
+                before, holder = self._renewed.get(epoch - 1, (-1e9, None))
+                patience = locks.LEASE_S / 1.05 - 1
+                if holder is not None and holder.alive and holder is not process and now - before < patience:
+                    self._rash[process] = (
+                        f"a driver took the folder {now - before:.0f} s after the holder's sign of life"
+                    )
+                self._taken.append((now, epoch))
+            self._renewed[epoch] = (-1e9 if b'"done": true' in content else now, process)
+            return
+        if process in self._rash:
+            self._wrong(f"{self._rash[process]}, and goes on: {verb} {path}")
+        mine = max((epoch for epoch, (_, owner) in self._renewed.items() if owner is process), default=0)
+        lost = min((when for when, epoch in self._taken if epoch > mine), default=None)
+        if not mine or lost is None or now < max(lost + 1.1 * locks.RENEW_S, process.woke):
+            return
+        self._late[process] = self._late.get(process, 0) + 1
+        if self._late[process] > UNASKED:
+            self._wrong(f"a driver that lost the folder {now - lost:.0f} s ago goes on: {verb} {path}")
+
+    def _wrong(self, what: str, cause: BaseException | None = None) -> None:
+        if self.found is None:
+            self.found = Wrong(f"at {self.world.now:.0f} s: {what}")
+            self.found.__cause__ = cause
+
+    def _kill(self) -> None:
+        living = [each for each in self.drivers if each.process.alive]
+        if living:
+            self.random.choice(living).process.die()
+
+    def _interrupt(self) -> None:
+        for each in self.drivers:
+            each.process.interrupt()
+
+    def _outage(self) -> None:
+        self.bucket.away = self.world.now + 300 * self.random.random()
+
+    def _stall(self) -> None:
+        names = ("driver",) if self.random.random() < 0.7 else ("worker",)
+        living = [process for process in self.world.processes if process.alive and process.name in names]
+        if living:
+            self.random.choice(living).stall(500 * self.random.random())
+
+    def _stands(self, process: Process) -> None:
+        """Something stands still; whoever waits for it may start another driver."""
+        if process.name == "driver" and process.stalled - self.world.now > 60 and len(self.drivers) < STARTS:
+            self.world.call(self.world.now + 60 * self.random.random(), self._start)
+
+    def _damage(self) -> None:
+        """A user, or a cleaner, does something to the folder's files."""
+        places = ("/data/", "/attempts/", "/records/", "/summaries/", "README", "progress", "_SUCCESS")
+        names = [name for name in self.bucket.objects if any(place in name for place in places)]
+        self.disturbed = self.world.now + 1e-9
+        if not names or "out/_latentmill/plan.json" not in self.bucket.objects:
+            return
+        what = self.random.choice(("remove", "cut", "foreign"))
+        if what == "foreign":
+            self.bucket.put("out/data/part-00007-of-00009.parquet", b"not ours")
+            return
+        name = self.random.choice(sorted(names))
+        if what == "remove":
+            del self.bucket.objects[name]
+        else:
+            self.bucket.put(name, self.bucket.objects[name][: len(self.bucket.objects[name]) // 2])
+
+    def _anew(self) -> None:
+        """The user stops the driver, deletes the folder or its plan, and wants other values; workers may go on."""
+        for each in self.drivers:
+            each.process.die()
+        self.factor *= 10
+        published = any(not name.startswith("out/_latentmill/") for name in self.bucket.objects)
+        whole = published or self.random.random() < 0.5
+        for name in list(self.bucket.objects):
+            if name.endswith("plan.json") or (whole and name.startswith("out/")):
+                del self.bucket.objects[name]
+        self._taken.clear()
+        self._renewed.clear()
+        self.world.call(self.world.now + 50 * self.random.random(), self._start)
+
+    def _calm(self) -> None:
+        self.bucket.weather, self.bucket.away = CALM, 0.0
+
+
+def outcome(seed: int) -> tuple[int, str | None, int]:
+    """A seed, what is wrong with its schedule, and how many runs in it said that they were complete."""
+    with simulated():
+        schedule = Schedule(seed)
+        try:
+            schedule.run()
+        except AssertionError as error:
+            return seed, f"{type(error).__name__}: {error}", schedule.claims
+    return seed, None, schedule.claims
