@@ -133,8 +133,8 @@ class Lock:
         if not self._exclusive:
             say(f"{folder.url}: this store does not refuse to replace a file that is to be created (no conditional "
                 "writes): see to it that one run at a time writes here")  # fmt: skip
-        self.epoch = self._acquire()
         self._known = machine.here.clock()
+        self.epoch = self._acquire()
         self._stop = machine.here.every(RENEW_S, self._renew)
 
     def _mine(self, done: bool = False) -> bytes:
@@ -150,6 +150,7 @@ class Lock:
         """Wait for a holder that may be dead, then take the next epoch."""
         seen, since = None, machine.here.clock()
         while True:
+            asked = machine.here.clock()
             epoch = latest_epoch(self._folder)
             other = _content(self._folder, epoch)
             alive = False if other is None else _alive(other)
@@ -166,16 +167,24 @@ class Lock:
                 seen, since = now, machine.here.clock()
                 self._say(f"process {other['pid']} on {other['host']} held {self._folder.url} last; whether it lives "
                           f"shows within {RENEW_S:.0f} s, that it is dead after {LEASE_S:.0f} s: waiting")  # fmt: skip
-            elif machine.here.clock() - since > LEASE_S:
-                return self._take(epoch + 1)
+            elif asked - since > LEASE_S:
+                return self._take(epoch + 1, other)
             machine.here.sleep(POLL_S)
 
-    def _take(self, epoch: int) -> int:
+    def _take(self, epoch: int, silent: Mapping[str, Any] | None = None) -> int:
+        """Take an epoch.
+
+        Args:
+            silent: What the last holder said, if it is held for dead; it may have woken since.
+        """
         taken = self._folder.create(lock_name(epoch), self._mine())
         if not self._exclusive:
             machine.here.sleep(SETTLE_S)  # two may have written it; the later one's token stands
         if not taken or not self._holds(epoch):
             raise OutputLocked(f"{self._folder.url}: another run has just taken this folder; try again")
+        if silent is not None and _content(self._folder, epoch - 1) not in (silent, None):
+            self._folder.remove(lock_name(epoch))
+            raise OutputLocked(f"{self._folder.url}: the run that holds this folder was silent, and has just woken")
         for earlier in _epochs(self._folder):
             if earlier < epoch:
                 self._folder.remove(lock_name(earlier))
@@ -195,19 +204,21 @@ class Lock:
         """
         if not self.lost and not self._folder.local and machine.here.clock() - self._known < RENEW_S:
             return
+        asked = machine.here.clock()  # not when the answer came: this process may have stood still in between
         if self.lost or not self._holds(self.epoch):
             self.lost = True
             raise LockLost(LOST)
-        self._known = machine.here.clock()
+        self._known = asked
 
     def _renew(self) -> bool:
         """Whether it is to be renewed again."""
+        asked = machine.here.clock()
         try:
             if not self._holds(self.epoch):
                 self.lost = True
                 return False
             self._folder.write(lock_name(self.epoch), self._mine())
-            self._known = machine.here.clock()
+            self._known = asked
         except OSError:
             pass  # the store is away or the disk is full: the next turn tries again
         return True

@@ -192,3 +192,50 @@ def test_a_store_that_replaces_what_is_to_be_created_is_found_out(hurried: None)
     sound = Folder.at("memory://lock-test")
     Lock(sound, said.append).release()
     assert len(said) == 1
+
+
+class Paused(machine.Machine):
+    """A machine whose processes have stood still for so many seconds."""
+
+    paused = 0.0
+
+    def clock(self) -> float:
+        return super().clock() + self.paused
+
+
+def test_an_answer_is_as_old_as_its_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that stands still between asking for its lock and hearing of it does not go on unasked after that."""
+    folder, here = Folder.at("memory://paused"), Paused()
+    monkeypatch.setattr(machine, "here", here)
+    lock = Lock(folder)
+    here.paused = 100.0
+    with monkeypatch.context() as patch:
+
+        def slowly(lock: Lock, epoch: int) -> bool:
+            here.paused += 200.0
+            return True
+
+        patch.setattr(Lock, "_holds", slowly)
+        lock.check()
+    put(folder, epoch=2)
+    with pytest.raises(LockLost):
+        lock.check()
+    lock.release()
+
+
+def test_a_holder_that_wakes_while_its_folder_is_taken_keeps_it(
+    tmp_path: Path, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever takes it may stand still between the end of the lease and its own lock."""
+    folder = Folder.at(str(tmp_path))
+    put(folder)
+    real = Folder.create
+
+    def late(folder: Folder, name: str, data: bytes) -> bool:
+        put(folder, renewed=1.0)
+        return real(folder, name, data)
+
+    monkeypatch.setattr(Folder, "create", late)
+    with pytest.raises(OutputLocked, match="just woken"):
+        Lock(folder)
+    assert (latest_epoch(folder), holder(folder)["host"]) == (1, "elsewhere")  # type: ignore[index]
