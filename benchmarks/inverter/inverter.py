@@ -84,6 +84,7 @@ def kept(oracle: Oracle, before: list[Any], after: list[Any]) -> dict[str, Any]:
 def steady_loss(problem: LegoProblem, draws: int) -> float:
     """Noise-prediction loss of all concepts on pictures, timesteps and noise that never change."""
     losses = []
+    filled = [b for b, slot in enumerate(problem.held) if slot is not None]
     for number in range(draws):
         drawn = [
             draw_step(
@@ -94,7 +95,7 @@ def steady_loss(problem: LegoProblem, draws: int) -> float:
             if slot is not None
         ]  # fmt: skip
         parts = [torch.stack(part) for part in zip(*((d.picture_K, d.t_K, d.noise_KCHW) for d in drawn), strict=True)]
-        losses.append(problem.losses(*parts)[0].mean())
+        losses.append(problem.losses(filled, *parts)[0][filled].mean())
     return float(torch.stack(losses).mean())
 
 

@@ -29,6 +29,7 @@ from stages.concepts.settings import LegoSettings
 from stages.engine.adamw import RowAdamW
 from stages.engine.checkpoint import read_checkpoint, write_checkpoint
 from stages.engine.gradients import RowGradient, loss_scale
+from stages.engine.slots import slot_mask
 from stages.engine.stopping import REASONS, RUNNING, StoppingRule
 from stages.models.denoising_loss import DenoisingLoss
 from stages.models.latent import LatentModel
@@ -196,8 +197,10 @@ class LegoProblem:
     def step(self) -> torch.Tensor:
         """One step of every active concept: K pictures each, one pass for all."""
         learning = [b for b, active in enumerate(self.active_B.tolist()) if active]
-        loss_B, context_B = self.losses(*self._draws(learning))
-        total_B = torch.where(self.active_B, loss_B + self.settings.context_weight * context_B, 0.0)
+        if not learning:  # all were restored from checkpoints of their last step
+            return self.loaded_B & ~self.active_B
+        loss_B, context_B = self.losses(learning, *self._draws(learning))
+        total_B = loss_B + self.settings.context_weight * context_B
         grad_BVE, skip_B = self.gradient(total_B, self.v_BVE, self.active_B)
         self.optimiser.step(grad_BVE, self.active_B & ~skip_B)
         self.sums_2B += torch.stack([loss_B, context_B]).detach()
@@ -209,36 +212,41 @@ class LegoProblem:
         return self.loaded_B & ~self.active_B
 
     def _draws(self, learning: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """picture_BK, t_BK and noise_BKCHW of this step; zeros in the other slots."""
-        B, K = self.slots, self.settings.pictures
-        picture_BK, t_BK = (torch.zeros((B, K), dtype=torch.long) for _ in range(2))
-        noise_BKCHW = torch.zeros((B, K, *self.latent_shape))
+        """picture_bK, t_bK and noise_bKCHW of this step, of these slots."""
+        drawn = []
         for b in learning:
             slot = self._slot(b)
-            drawn = draw(
-                self.settings, self.seed, slot.row["id"], slot.step, slot.prepared.with_I, self.latent_shape,
-                self.loss.timesteps,
+            drawn.append(
+                draw(
+                    self.settings, self.seed, slot.row["id"], slot.step, slot.prepared.with_I, self.latent_shape,
+                    self.loss.timesteps,
+                )
             )  # fmt: skip
-            picture_BK[b], t_BK[b], noise_BKCHW[b] = drawn.picture_K, drawn.t_K, drawn.noise_KCHW
-        device = self.model.device
-        return picture_BK.to(device), t_BK.to(device), noise_BKCHW.to(device)
+        parts = ([one.picture_K for one in drawn], [one.t_K for one in drawn], [one.noise_KCHW for one in drawn])
+        picture_bK, t_bK, noise_bKCHW = (torch.stack(part).to(self.model.device) for part in parts)
+        return picture_bK, t_bK, noise_bKCHW
 
     def losses(
-        self, picture_BK: torch.Tensor, t_BK: torch.Tensor, noise_BKCHW: torch.Tensor
+        self, slots: Sequence[int], picture_bK: torch.Tensor, t_bK: torch.Tensor, noise_bKCHW: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise-prediction loss, mean over a slot's K pictures, and context loss: loss_B and context_B."""
-        B, K = picture_BK.shape
-        rows_B1 = torch.arange(B, device=picture_BK.device)[:, None]
+        """Noise-prediction loss, mean over a slot's K pictures, and context loss: loss_B and context_B.
+
+        Args:
+            slots: Those that are asked for (b of them); the networks are not shown the others, whose losses are zero.
+        """
+        b, K = picture_bK.shape
+        slot_b = torch.as_tensor(slots, device=picture_bK.device)
 
         def chosen(x_BI: torch.Tensor) -> torch.Tensor:
-            return x_BI[rows_B1, picture_BK].flatten(0, 1)
+            return x_BI[slot_b[:, None], picture_bK].flatten(0, 1)
 
-        v = self.v_BVE[:, None].expand(-1, K, -1, -1).flatten(0, 1)
+        v = self.v_BVE[slot_b, None].expand(-1, K, -1, -1).flatten(0, 1)
         ids, which = ([chosen(x) for x in of_encoders] for of_encoders in (self.ids_EBIT, self.which_EBIT))
         text, pooled = encode(self.encoders, ids, which, v)
-        loss = self.loss(chosen(self.z_BICHW), noise_BKCHW.flatten(0, 1), t_BK.flatten(), text, pooled)
-        loss_B = loss.view(B, K).mean(1)
-        return loss_B, self._context(loss_B)
+        loss = self.loss(chosen(self.z_BICHW), noise_bKCHW.flatten(0, 1), t_bK.flatten(), text, pooled)
+        loss_B = loss.new_zeros(self.slots).index_copy(0, slot_b, loss.view(b, K).mean(1))
+        asked_B = slot_mask(self.slots, slots, loss_B.device)
+        return loss_B, torch.where(asked_B, self._context(loss_B), 0.0)
 
     def _context(self, like_B: torch.Tensor) -> torch.Tensor:
         """context_B, summed over the encoders: each holds vectors of its own for a word."""

@@ -21,6 +21,14 @@ def slot_mask(
     return which_B
 
 
+def held(rows: Sequence[object | None], device: torch.device | str | None = None) -> torch.Tensor | None:
+    """Numbers of the slots that hold a row, (b,) ascending; None: all do. A network that is shown these alone costs
+    nothing for empty slots, and whoever holds the rows knows them without asking the device.
+    """
+    filled = [slot for slot, row in enumerate(rows) if row is not None]
+    return None if len(filled) == len(rows) else torch.tensor(filled, dtype=torch.long, device=device)
+
+
 def per_row(value_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """value_B viewed as (B, 1, ..., 1), to broadcast over the variable `like` (B, ...)."""
     return value_B.view(-1, *([1] * (like.dim() - 1)))

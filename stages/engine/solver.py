@@ -1,7 +1,8 @@
 """One batched solver for every method: a variable a row, a loss a row, a stopping rule a row.
 
 The solver holds `slots` rows, advances all of them at once, lets each row stop by itself and gives the freed slot to
-the next waiting row (continuous batching, ours). Shapes never change while it runs: an empty slot is masked.
+the next waiting row (continuous batching, ours). The tensors' shapes never change while it runs: an empty slot is
+masked, and a problem need not show it to its network.
 
 Legend: B slots; `x_B...` has one leading entry a slot; `active_B`, `done_B`, `which_B` are boolean.
 """

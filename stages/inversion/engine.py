@@ -21,7 +21,7 @@ import torch
 
 from pipeline.contract import Row, failed
 from stages.engine.gradients import scaled_gradient
-from stages.engine.slots import per_row, slot_mask
+from stages.engine.slots import held, per_row, slot_mask
 from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
 
@@ -205,19 +205,28 @@ class InversionProblem(Generic[State]):
         if wants_B is not None:
             wants_B = wants_B & self.active_B
         if wants_B is None or not bool(wants_B.any()):
-            with torch.no_grad():
-                return self.predict(self.x_BCHW, t_B, self.condition), None
+            return self._predict_held(t_B), None
         for count_B in (self.made_B, self.backwards_B):
             count_B += wants_B
-        if bool((wants_B | ~self.active_B).all()):
+        if bool(wants_B.all()):
             return self._differentiate(slice(None), step)
         # Some rows only: they go by themselves, so that the others don't pay for a backward pass.
-        m_BCHW, gradient_BCHW = torch.empty_like(self.x_BCHW), torch.zeros_like(self.x_BCHW)
-        with_it, without = wants_B.nonzero().flatten(), (~wants_B).nonzero().flatten()
+        m_BCHW, gradient_BCHW = torch.zeros_like(self.x_BCHW), torch.zeros_like(self.x_BCHW)
+        with_it, without = wants_B.nonzero().flatten(), (self.active_B & ~wants_B).nonzero().flatten()
         m_BCHW[with_it], gradient_BCHW[with_it] = self._differentiate(with_it, step)
-        with torch.no_grad():
-            m_BCHW[without] = self.predict(self.x_BCHW[without], t_B[without], take(self.condition, without))
+        if len(without):
+            with torch.no_grad():
+                m_BCHW[without] = self.predict(self.x_BCHW[without], t_B[without], take(self.condition, without))
         return m_BCHW, gradient_BCHW
+
+    @torch.no_grad()
+    def _predict_held(self, t_B: torch.Tensor) -> torch.Tensor:
+        """m at x for slots that hold a row; zero in the others."""
+        which = held(self.rows, self.device)
+        if which is None:
+            return self.predict(self.x_BCHW, t_B, self.condition)
+        m_bCHW = self.predict(self.x_BCHW[which], t_B[which], take(self.condition, which))
+        return torch.zeros_like(self.x_BCHW).index_copy(0, which, m_bCHW)
 
     def _differentiate(self, which: torch.Tensor | slice, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         part = step.take(which)

@@ -21,7 +21,7 @@ import torch
 from pipeline.contract import Row, failed
 from stages.engine.adamw import RowAdamW
 from stages.engine.gradients import RowGradient
-from stages.engine.slots import per_row
+from stages.engine.slots import held, per_row
 from stages.engine.solver import solve
 from stages.engine.stopping import DIVERGED, StoppingRule
 
@@ -102,14 +102,21 @@ class BoostProblem:
     def step(self) -> torch.Tensor:
         with torch.enable_grad():
             z_BCHW = self.z_BCHW.detach().clone().requires_grad_(True)
-            error = self.decode(z_BCHW + self.offset_BCHW) - self.x_BCHW
-            loss_B = error.flatten(1).square().mean(1)
+            loss_B = self._errors(z_BCHW)
             gradient_BCHW, skip_B = self.gradient(loss_B, z_BCHW, self.active_B)
         gradient_BCHW = torch.where(per_row(self.active_B, gradient_BCHW), gradient_BCHW, 0.0)
         self.optimiser.step(gradient_BCHW, self.active_B & ~skip_B)
         done_B = self.stopper.update(loss_B, self.active_B)
         self.active_B = self.active_B & ~done_B
         return done_B
+
+    def _errors(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+        """loss_B, the mean squared error of what z decodes to; zero in empty slots."""
+        which = held(self.rows, self.device)
+        some = slice(None) if which is None else which
+        error = self.decode(z_BCHW[some] + self.offset_BCHW[some]) - self.x_BCHW[some]
+        loss_b = error.flatten(1).square().mean(1)
+        return loss_b if which is None else loss_b.new_zeros(self.slots).index_copy(0, which, loss_b)
 
     def unload(self, slots: Sequence[int]) -> list[Row]:
         rows = []

@@ -22,7 +22,7 @@ from pipeline.contract import Row, failed, ok
 from stages.engine.adamw import RowAdamW
 from stages.engine.gradients import FLOAT16_SCALE, RowGradient
 from stages.engine.randomness import row_normal
-from stages.engine.slots import slot_mask
+from stages.engine.slots import held, slot_mask
 from stages.engine.solver import capture
 from stages.engine.stopping import REASONS, StoppingRule
 from stages.models.vision_tower import VisionTower
@@ -172,6 +172,14 @@ class OviProblem:
             self.adam.step(grad_B, self.active_B & ~skip_B)
 
     def _encode(self, x_B: torch.Tensor) -> torch.Tensor:
+        """z_BE; zero in empty slots, which the encoder is not shown unless it was compiled or recorded for all."""
+        which = held(self.rows, x_B.device) if self.method.accelerate == "none" else None
+        if which is None:
+            return self._encode_all(x_B)
+        z_bE = self._encode_all(x_B[which])
+        return z_bE.new_zeros(self.slots, self.parametrization.width).index_copy(0, which, z_bE)
+
+    def _encode_all(self, x_B: torch.Tensor) -> torch.Tensor:
         precision = self.method.precision
         context: Any = nullcontext()
         if precision != "float32":

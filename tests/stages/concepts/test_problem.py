@@ -226,6 +226,20 @@ def test_a_killed_run_goes_on_from_its_checkpoints_and_ends_equal(folder, tmp_pa
     assert len(again) == 3
 
 
+def test_the_networks_are_not_shown_empty_slots(model, monkeypatch):
+    shown = []
+    forward = type(model).forward
+
+    def seen(self, z, t, condition):
+        shown.append(len(z))
+        return forward(self, z, t, condition)
+
+    monkeypatch.setattr(type(model), "forward", seen)
+    settings = LegoSettings(steps=2, window=2, pictures=4)
+    learn(model, [concept_row(0)], settings, slots=3)
+    assert shown == [4, 4]
+
+
 def test_checkpoints_belong_to_their_settings(model, tmp_path):
     row = concept_row(0)
     for lr in (1e-3, 2e-3):

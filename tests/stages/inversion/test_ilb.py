@@ -165,3 +165,17 @@ def test_a_row_without_a_finite_picture_fails_and_its_neighbours_do_not() -> Non
         done = sorted(boost_decoder(lambda visit, problem=problem: problem, given), key=lambda row: row["id"])
         assert [row.get("status") for row in done] == [None, "failed", None]
         assert "boosting diverged" in done[1]["error"]
+
+
+def test_the_decoder_is_not_shown_empty_slots() -> None:
+    shown: list[int] = []
+
+    def seen(z):
+        shown.append(len(z))
+        return decode(z)
+
+    problem = BoostProblem(seen, slots=2, latent_shape=SHAPE, size=(8, 8), steps=12, rate=0.1, warmup=3)
+    done = sorted(boost_decoder(lambda visit: problem, rows()), key=lambda row: row["id"])
+    assert shown == [2] * 12 + [1] * 12
+    for row, start in zip(done, rows(), strict=True):
+        torch.testing.assert_close(row["z"], alone(start), rtol=1e-4, atol=1e-5)

@@ -137,6 +137,25 @@ def test_a_gradient_that_overflows_costs_its_passes_and_nothing_else() -> None:
     assert all(row.get("status") != "failed" and bool(row["noise"].isfinite().all()) for row in done)
 
 
+@pytest.mark.parametrize("rule", [FixedPoint(3), LatentBias(passes=40, tolerance=1e-5)])
+def test_the_network_is_not_shown_empty_slots(rule) -> None:
+    strong, given = network(6.0), rows()
+    shown: list[int] = []
+
+    def predict(z, t, condition):
+        assert len(z) == len(t) == len(condition["c"])
+        shown.append(len(z))
+        return strong(z, t, condition)
+
+    def seeds(slots: int) -> torch.Tensor:
+        problem = InversionProblem(predict, ddim_schedule(CONFIG, 4), rule, slots=slots, latent_shape=SHAPE)
+        return torch.stack([row["noise"] for row in sorted(solve(problem, given), key=lambda row: row["id"])])
+
+    many, seen = seeds(16), max(shown)
+    assert seen == len(given)
+    torch.testing.assert_close(many, seeds(1), rtol=1e-3, atol=1e-3)
+
+
 def test_replay_gives_the_inverted_latent_back() -> None:
     done, error, _ = invert(LatentBias(passes=1, tolerance=0.0, warm_start="none"), keep_path=True)
     schedule = ddim_schedule(CONFIG, 6)

@@ -1,6 +1,7 @@
 """OVI against a plain loop: one row at a time, torch.optim.AdamW, autograd, the model of transformers itself."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,31 @@ def test_published_recipe_equals_the_plain_loop(model, slots, poll):
         cosine = nn.functional.cosine_similarity(z, text(row_id), dim=0).item()
         assert out[row_id]["text_cosine"] == pytest.approx(cosine, abs=1e-4)
         assert out[row_id]["text_cosine"] > 0.3  # it went somewhere
+
+
+@pytest.mark.parametrize("constraint", [Constraint(), Constraint(mahalanobis=0.1, neighbours=0.2, k=2, interval=1)])
+def test_the_encoder_is_not_shown_empty_slots(model, constraint):
+    bank, mean, covariance = gaussian()
+    tower = Parametrization.tokens(VisionTower(model, 4))
+    shown = []
+
+    def encode(w):
+        shown.append(len(w))
+        return tower.encode(w)
+
+    def inverted_in(slots):
+        problem = OviProblem(
+            replace(tower, encode=encode), OVI(slots=slots, steps=5, constraint=constraint),
+            whitening=Whitening.of(mean, torch.linalg.cholesky(covariance)), search=ExactSearch(bank, 2),
+        )  # fmt: skip
+        return inverted(problem, rows(IDS[:3]))
+
+    many = inverted_in(16)
+    assert set(shown) == {3}
+    few = inverted_in(2)
+    assert set(shown) == {3, 2, 1}
+    for row_id in IDS[:3]:
+        assert abs(many[row_id]["embedding"] - few[row_id]["embedding"]).max() < 1e-5
 
 
 def test_published_steps_are_those_of_a_mean_over_64(model):
