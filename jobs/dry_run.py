@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.kinds.chain import Chain
+from jobs.page.amounts import size
 from jobs.run import run_spec
-from jobs.schema.base import Job, RowJob
+from jobs.schema.base import Job, Resources, RowJob
 from jobs.schema.reading import JobFileError
 from pipeline.storage import Folder
+from stages.models import hub
 
 if TYPE_CHECKING:
     from pipeline.run.driver import Calibration, Plan
@@ -29,6 +31,8 @@ class DryRun:
     plan: Plan | None
     why: str = ""
     calibration: Calibration | None = None
+    lacking: str = ""
+    """What a worker asks for and this machine does not have; empty where a cluster is named."""
 
     @property
     def workers(self) -> int | None:
@@ -56,6 +60,7 @@ class DryRun:
             "output": self.output,
             "plan": self.plan and asdict(self.plan),
             "why": self.why,
+            "lacking": self.lacking,
             "resources": self.job.resources.model_dump(mode="json"),
             "calibration": self.calibration and asdict(self.calibration),
             "workers": self.workers,
@@ -88,22 +93,40 @@ def plan_job(
             if not isinstance(step, RowJob):
                 continue
             target = step.output or output
+            lacking = "" if address else lacking_here(step.resources)
             stack.enter_context(step.access(target))  # later ones read what earlier ones wrote
             earlier = [str(before.output) for _, before in steps[:number]]
             missing = (path for path in earlier if not Folder.at(path).exists("_SUCCESS"))
             pending = next((path for path in missing if _mentions(step, path)), None)
             if pending:
-                yield DryRun(name, step, target, None, f"reads {pending}, which is not there yet")
+                yield DryRun(name, step, target, None, f"reads {pending}, which is not there yet", None, lacking)
                 continue
             try:
                 spec = run_spec(step.model_copy(update={"output": target}), target, limit)
-                plan = dry_plan(spec, address)
+                with hub.asked(step):
+                    plan = dry_plan(spec, address)
             except SourceError as error:
                 raise JobFileError(f"{name}: {error}") from error
             timing = None
             if calibrate_rows:
                 timing = calibrate(spec, rows=calibrate_rows, resources=step.resources.pool(), address=address)
-            yield DryRun(name, step, target, plan, "", timing)
+            yield DryRun(name, step, target, plan, "", timing, lacking)
+
+
+def lacking_here(resources: Resources) -> str:
+    """What a worker asks for and this machine does not have, however little else runs on it."""
+    short = []
+    if resources.gpus:
+        from stages.engine.device import gpu_count
+
+        if resources.gpus > (there := gpu_count()):
+            short.append(f"{resources.gpus:g} GPU (of {there})")
+    if resources.memory is not None:
+        import psutil
+
+        if resources.memory > (there := psutil.virtual_memory().total):
+            short.append(f"{size(resources.memory)} of memory (of {size(there)})")
+    return " and ".join(short)
 
 
 def _mentions(job: Job, path: str) -> bool:

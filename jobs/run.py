@@ -22,6 +22,7 @@ from pipeline.access import granted
 from pipeline.contract import Settings, speed_names
 from pipeline.output.progress import Progress
 from pipeline.storage import Folder
+from stages.models import hub
 
 if TYPE_CHECKING:
     from pipeline.run.driver import Finished, RunSpec
@@ -123,7 +124,7 @@ def _run(job: Job, output: str, given: _Circumstances) -> JobResult:
     if isinstance(job, Chain):
         return _run_chain(job, output, given)
     if isinstance(job, RowJob):
-        with job.access(output):
+        with job.access(output), hub.asked(job):
             return _run_rows(job, output, given)
     raise TypeError(f"{type(job).__name__} is neither a chain nor a job that maps rows")
 
@@ -181,6 +182,7 @@ def _run_chain(chain: Chain, output: str, given: _Circumstances) -> JobResult:
         stack.enter_context(granted(output, chain.storage_options))
         for _, step in steps:  # later ones read what earlier ones write
             stack.enter_context(granted(step.output, step.storage_options))
+        stack.enter_context(hub.asked(*(step for _, step in steps)))  # before Ray takes over the environment
         done = _run_steps(steps, output, given)
         report = _report(given, output, None)
     last = next(reversed(done.values()))

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("index", "jobs", "micro", "pipeline", "stages")
-LAUNCHER = "from jobs.cli import main\nmain()\n"
+LAUNCHER = "from jobs.__main__ import main\nmain()\n"
 
 
 @pytest.fixture

@@ -14,14 +14,16 @@ import typer
 
 from jobs.commands import compbench, failed, search, try_concept
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
+from jobs.commands.noise import LOG, quiet
 from jobs.commands.stores import StorageOptions, parsed, reaching
 
 if TYPE_CHECKING:
     from jobs.run import JobResult
 
+PROGRAM = "latentmill"
+
 app = typer.Typer(
-    name="latentmill",
-    help="Invert whole datasets through frozen generative models. A job file in, a sharded Parquet dataset out.",
+    name=PROGRAM,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -37,6 +39,23 @@ def _job_files(incomplete: str) -> list[str]:
     folder = Path(incomplete).parent
     found = [path for path in folder.glob("*") if path.suffix in (".yaml", ".yml") or path.is_dir()]
     return [str(path) for path in found if str(path).startswith(incomplete)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pipeline.run.versions import versions
+
+        typer.echo(f"{PROGRAM} {versions().get(PROGRAM, '(not installed)')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Invert whole datasets through frozen generative models. A job file in, a sharded Parquet dataset out."""
 
 
 @app.command()
@@ -71,28 +90,29 @@ def run_job(
     Exit code 0 means that every planned row is committed and published; 1 that it is not; 2 that the job cannot be
     used as it is; 130 that it was interrupted, and goes on when started again.
     """
-    from dataclasses import asdict
-
-    from jobs import dry_run as planner
-    from jobs import run as runner
-    from jobs.commands import plan_table, progress_line
-    from jobs.schema import reading
-
-    if calibrate and not dry_run:
-        stop("--calibrate belongs to --dry-run")
-    if retry_failed and dry_run:
-        stop("--retry-failed runs the job; `latentmill failed OUT` lists what it would do again")
     with errors(), terminable():
+        from dataclasses import asdict
+
+        from jobs import dry_run as planner
+        from jobs import run as runner
+        from jobs.commands import plan_table, progress_line
+        from jobs.schema import reading
+
+        if calibrate and not dry_run:
+            stop("--calibrate belongs to --dry-run")
+        if retry_failed and dry_run:
+            stop("--retry-failed runs the job; `latentmill failed OUT` lists what it would do again")
         described = reading.load(job, settings or ())
         options = {**described.storage_options, **parsed(storage_options)}
         described = described.model_copy(update={"storage_options": options})
+        target = output or described.output
         if dry_run:
-            target = output or described.output or "out"
-            rows = sample if calibrate else 0
-            plans = list(planner.plan_job(described, target, address=address, limit=limit, calibrate_rows=rows))
+            rows, folder = sample if calibrate else 0, target or "out"
+            with quiet():
+                plans = list(planner.plan_job(described, folder, address=address, limit=limit, calibrate_rows=rows))
             typer.echo(json.dumps([dry.to_json() for dry in plans])) if as_json else plan_table.show(plans)
             return
-        with progress_line.shown() as callback:
+        with quiet(target) as stream, progress_line.shown(stream) as callback:
             result = runner.run_job(
                 described, output=output, address=address, limit=limit, progress=callback, retry_failed=retry_failed
             )
@@ -114,15 +134,15 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """How far a run is; works from any shell that can read the folder."""
-    from dataclasses import asdict
-
-    from jobs.commands.progress_line import line
-    from jobs.kinds.chain import read_listing
-    from jobs.page.amounts import duration
-    from pipeline.output.dataset import Output
-    from pipeline.output.planfile import OutputError
-
     with errors(), reaching(out, storage_options):
+        from dataclasses import asdict
+
+        from jobs.commands.progress_line import line
+        from jobs.kinds.chain import read_listing
+        from jobs.page.amounts import duration
+        from pipeline.output.dataset import Output
+        from pipeline.output.planfile import OutputError
+
         steps = read_listing(out) or [{"name": "", "output": out}]
         found: dict[str, Any] = {}
         for step in steps:
@@ -165,12 +185,12 @@ def verify(
 
     Exit code 0 means yes.
     """
-    from dataclasses import asdict
-
-    from jobs.kinds.chain import read_listing
-    from pipeline.output.verify import verify as verified
-
     with errors(), reaching(out, storage_options):
+        from dataclasses import asdict
+
+        from jobs.kinds.chain import read_listing
+        from pipeline.output.verify import verify as verified
+
         steps = read_listing(out) or [{"name": "", "output": out}]
         reports = {step["name"]: verified(step["output"], checksums=checksums) for step in steps}
     if as_json:
@@ -196,9 +216,9 @@ def verify(
 @app.command()
 def report(out: Out, storage_options: StorageOptions = None) -> None:
     """Write OUT/report.html again: one page that works offline."""
-    from jobs.report import write_report
-
     with errors(), reaching(out, storage_options):
+        from jobs.report import write_report
+
         typer.echo(write_report(out))
 
 
@@ -239,6 +259,9 @@ def _print_result(result: JobResult, kind: str) -> None:
         console.print(f"  {printable(result.reason)}", markup=False, soft_wrap=True)
     for reason, count in list(result.errors.items())[:5]:
         console.print(f"  {count:,} x {printable(reason)}", markup=False, soft_wrap=True)
+    log = Path(result.output) / LOG
+    if result.state == "failed" and log.is_file():
+        console.print(f"  what libraries said is in {log}", markup=False, soft_wrap=True)
     if result.failed and result.state == "complete":
         console.print(
             f"  `latentmill failed {result.output}` lists the failed rows; run-job --retry-failed does them again",
@@ -249,5 +272,5 @@ def _print_result(result: JobResult, kind: str) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app(prog_name="latentmill")
+    """All commands, by the arguments of this process."""
+    app(prog_name=PROGRAM)

@@ -34,6 +34,8 @@ def facts(dry: DryRun) -> Iterator[tuple[str, str]]:
     else:
         yield from _planned(dry, dry.plan)
     yield "workers", _workers(dry)
+    if dry.lacking:
+        yield "does not fit", f"a worker asks for {dry.lacking}: lower `resources`, or name a cluster with --address"
     if dry.calibration is None or dry.seconds is None or dry.workers is None or dry.worker_hours is None:
         return
     timed = dry.calibration

@@ -77,7 +77,7 @@ def _live(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
     from rich.text import Text
 
     console = Console(file=stream)
-    with Live(console=console, transient=True, refresh_per_second=4) as live:
+    with Live(console=console, transient=True, refresh_per_second=4, redirect_stderr=False) as live:
 
         def write(snapshot: Progress) -> None:
             if snapshot.message:

@@ -132,6 +132,10 @@ def _held_interrupt() -> Iterator[None]:
         signal.raise_signal(pressed[0])
 
 
+_ours: list[bool] = []
+"""Not empty while this process is connected to a Ray that it started itself: one that never grows."""
+
+
 def knock(address: str | None) -> None:
     """See whether there is anybody at the address of a Ray, which itself tries for minutes.
 
@@ -158,7 +162,7 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
     """A connection to Ray: the one at ``address``, the one this process has, or one that starts and stops here.
 
     Yields:
-        Whether it was started here.
+        Whether it was started by this process, and so holds what this machine has, and never more.
 
     Raises:
         ClusterError
@@ -169,7 +173,7 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
     import ray
 
     if ray.is_initialized():
-        yield False
+        yield bool(_ours)
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None or not address.startswith("ray://"):  # whose workers don't get our working directory
@@ -194,8 +198,11 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
             where = "a local Ray could not be started" if address is None else f"no Ray lets us in at {address!r}"
             advice = "; if it asks for a token (Ray 2.60's default), set RAY_AUTH_MODE=token" if address else ""
             raise ClusterError(f"{where}: {reason}{advice}") from None
+        if address is None:
+            _ours.append(True)
         yield address is None
     finally:
+        _ours.clear()
         with _held_interrupt():
             ray.shutdown()
 
@@ -298,6 +305,18 @@ class Pool:
         self._members: list[_Member] = []
         self.build_failures, self.build_problem = 0, ""
         self.lost: list[str] = []
+
+    def lacking(self) -> str:
+        """What of a worker's resources all of the cluster does not have: ``1 GPU (of 0)``; empty if nothing."""
+        total = self._ray.cluster_resources()
+        asked = (("CPU", self._resources.cpus), ("GPU", self._resources.gpus))
+        short = [
+            f"{amount:g} {name} (of {total.get(name, 0):g})" for name, amount in asked if amount > total.get(name, 0)
+        ]
+        memory, there = self._resources.memory or 0, total.get("memory", 0)
+        if memory > there:
+            short.append(f"{memory / 2**30:,.1f} GiB of memory (of {there / 2**30:,.1f})")
+        return " and ".join(short)
 
     def room(self) -> int:
         """How many workers there may be: what was asked for, else what fits at present."""

@@ -378,9 +378,10 @@ def _compute(
     left = int(output.plan["shards"]) - len(done)
     todo = (shard for shard in read_shards(output.own) if shard.index not in done)
     try:
-        with connected(address, resources.cpus):
+        with connected(address, resources.cpus) as ours:
             pool = Pool(_worker_job(spec, output, resources), resources)
             try:
+                _check_room(pool, ours)
                 limit = max_failed_fraction * int(output.plan["rows"])
                 meters = Meters(output.path)
                 Dispatcher(
@@ -390,6 +391,18 @@ def _compute(
                 pool.close()
     except ClusterError as error:
         raise RunError(str(error)) from None
+
+
+def _check_room(pool: Pool, ours: bool) -> None:
+    """A Ray of our own never grows: what it lacks now it lacks for good.
+
+    Raises:
+        RunError: No worker fits on this machine.
+    """
+    if ours and (short := pool.lacking()):
+        raise RunError(
+            f"a worker asks for {short} on this machine: lower `resources`, or name a cluster with --address"
+        )
 
 
 def _source(spec: RunSpec, output: Output) -> Source:
@@ -440,9 +453,10 @@ def calibrate(
         decode_threads=resources.decode_threads, encode_threads=resources.encode_threads,
     )  # fmt: skip
     try:
-        with connected(address, resources.cpus):
+        with connected(address, resources.cpus) as ours:
             pool = Pool(job, resources)
             try:
+                _check_room(pool, ours)
                 build, count, seconds, size, bad = pool.calibrate(Task(0, shard.spans, 0, shard.rows))
                 fits = pool.fits()
             finally:

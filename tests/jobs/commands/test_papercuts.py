@@ -1,0 +1,120 @@
+"""What a user meets first: the version, names of commands in messages, a machine that is too small, noise, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs import __main__ as entry
+from jobs.commands.cli import app
+from jobs.schema.base import RowJob
+from pipeline.run.cluster import Pool
+from pipeline.run.driver import Resources, RunError, _check_room
+from tests.support import ROOT
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"latentmill {version('latentmill')}\n")
+
+
+def test_every_command_that_is_named_exists() -> None:
+    """In messages, docstrings, job files and pages: ``latentmill WORD``."""
+    commands = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}  # type: ignore[union-attr]
+    named: dict[str, str] = {}
+    files = [
+        *(file for room in ("jobs", "pipeline", "stages", "index", "micro") for file in (ROOT / room).rglob("*.py")),
+        *(ROOT / "jobs/examples").glob("*.yaml"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile",
+    ]  # fmt: skip
+    said = re.compile(r"(?:`|^ *|# *|\$ |bin/)latentmill ([a-z][a-z-]+)", re.MULTILINE)
+    for file in files:
+        for word in said.findall(file.read_text(encoding="utf-8")):
+            named.setdefault(word, str(file.relative_to(ROOT)))
+    assert {"run-job", "status", "verify", "search"} <= set(named)
+    assert {word: file for word, file in named.items() if word not in commands} == {}
+
+
+def test_a_dry_run_says_what_this_machine_lacks(tmp_path: Path, toy_job: type[RowJob]) -> None:
+    (tmp_path / "rows.txt").write_text("one\n")
+    path = tmp_path / "toy.yaml"
+    path.write_text(f"job: toy\ninput: {tmp_path / 'rows.txt'}\nresources: {{gpus: 64, memory: 400TB}}\n")
+    (plan,) = json.loads(CliRunner().invoke(app, ["run-job", str(path), "--dry-run", "--json"]).stdout)
+    assert re.fullmatch(r"64 GPU \(of \d\) and 400\.0 TB of memory \(of .*B\)", plan["lacking"])
+    told = " ".join(CliRunner().invoke(app, ["run-job", str(path), "--dry-run"]).output.split())
+    assert "does not fit a worker asks for 64 GPU" in told
+    path.write_text(f"job: toy\ninput: {tmp_path / 'rows.txt'}\n")
+    (plan,) = json.loads(CliRunner().invoke(app, ["run-job", str(path), "--dry-run", "--json"]).stdout)
+    assert plan["lacking"] == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Resources(gpus=1), "1 GPU (of 0)"),
+        (Resources(memory=4 << 40), "4,096.0 GiB of memory (of 8.0)"),
+        (Resources(cpus=3, gpus=0.5), "3 CPU (of 2) and 0.5 GPU (of 0)"),
+        (Resources(cpus=2, memory=8 << 30), ""),
+    ],
+)
+def test_a_ray_of_our_own_is_not_waited_for(asked: Resources, said: str) -> None:
+    class Ray:
+        @staticmethod
+        def cluster_resources() -> dict[str, float]:
+            return {"CPU": 2.0, "memory": 8.0 * 2**30}
+
+    pool: Any = Pool.__new__(Pool)
+    pool._ray, pool._resources = Ray, asked
+    assert pool.lacking() == said
+    _check_room(pool, ours=False)  # a cluster may grow
+    if said:
+        with pytest.raises(RunError, match=re.escape(said)):
+            _check_room(pool, ours=True)
+    else:
+        _check_room(pool, ours=True)
+
+
+def test_noise_goes_into_the_runs_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, subprocess; from jobs.commands.noise import quiet\n"
+        "with quiet(sys.argv[1]) as shown:\n"
+        "    os.write(2, b'(raylet) a worker died\\n'); print('a bar', file=sys.stderr)\n"
+        "    subprocess.run(['sh', '-c', 'echo a child >&2'])\n"
+        "    print('50 %', file=shown)\n"
+        "print('after', file=sys.stderr)\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stderr == "50 %\nafter\n"
+    log = (out / "_latentmill/log.txt").read_text()
+    assert log == "(raylet) a worker died\na bar\na child\n" * 2
+
+
+def test_noise_makes_no_folder(tmp_path: Path) -> None:
+    """A run that was refused leaves nothing behind, in nobody's folder."""
+    code = "import os, sys; from jobs.commands.noise import quiet\nwith quiet(sys.argv[1]): os.write(2, b'x')"
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, check=True)
+    assert not out.exists()
+
+
+def test_ctrl_c_while_commands_are_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def press() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.commands.cli.main", press)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
