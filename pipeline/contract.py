@@ -29,7 +29,8 @@ class Column:
     """One output column.
 
     ``tensor`` columns hold arrays of a fixed ``shape`` and are stored as ``fixed_size_list<dtype>``
-    of ``prod(shape)`` values with shape and dtype in the field's metadata. ``image`` columns take a
+    of ``prod(shape)`` values with shape and dtype in the field's metadata; where extents are -1, which differ from row
+    to row, as ``list<dtype>``. ``image`` columns take a
     PIL image, or encoded bytes, and are stored as ``struct<bytes, path>``. All columns are nullable.
     """
 

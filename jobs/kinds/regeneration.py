@@ -24,7 +24,7 @@ picture.save("again.png")
 
 def lines(
     geometry: Geometry, output: str, *, steps: int, guidance: float, negative: str | None,
-    method: str | None = None, said: str = 'row["prompt"]',
+    method: str | None = None, said: str = 'row["prompt"]', buckets: bool = False,
 ) -> str:  # fmt: skip
     """A block of Python that regenerates the picture of the first processed row.
 
@@ -32,13 +32,20 @@ def lines(
         output: The dataset's folder.
         method: Of the row; None: whichever comes first.
         said: How the pipeline is told what the picture shows.
+        buckets: The size is the row's own.
     """
     from pipeline.output.publish import loading
 
     names, load = geometry.usage.regenerating()
+    shape = ", ".join(map(str, geometry.latent_shape))
+    width, height = map(str, geometry.picture_size)
+    if buckets:
+        width, height = 'row["width"]', 'row["height"]'
+        factor = geometry.sizes.factor
+        shape = f"{geometry.latent_shape[0]}, {height} // {factor}, {width} // {factor}"
     return _LINES.format(
-        names=", ".join(names), load=load, rows=loading(output), shape=", ".join(map(str, geometry.latent_shape)),
+        names=", ".join(names), load=load, rows=loading(output), shape=shape,
         which="" if method is None else f' and row["method"] == "{method}"', steps=steps,
         guidance=geometry.usage.guidance(guidance, negative), said=said, latents=geometry.usage.latents,
-        size=f"height={geometry.height}, width={geometry.width}, " if geometry.says_size else "",
+        size=f"height={height}, width={width}, " if buckets or geometry.says_size else "",
     )  # fmt: skip

@@ -147,7 +147,7 @@ def loading(path: str) -> str:
 
 def _kind(arrow: Any, column: dict[str, Any] | None) -> str:
     if column is not None and column["kind"] == "tensor":
-        shape = " x ".join(str(extent) for extent in column["shape"])
+        shape = " x ".join(str(extent) if extent >= 0 else "any" for extent in column["shape"])
         return f"{column['dtype']}, {shape} (flattened)"
     if column is not None and column["kind"] == "image":
         return "picture"

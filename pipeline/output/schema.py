@@ -40,10 +40,17 @@ def column_field(column: Column) -> pa.Field:
     note = {"doc": column.doc} if column.doc else {}
     if column.kind != "tensor":
         return pa.field(column.name, _PLAIN[column.kind], metadata=note or None)
-    size = math.prod(column.shape)
+    size = -1 if -1 in column.shape else math.prod(column.shape)  # -1 is any length to Arrow too
     value = pa.float16() if column.dtype == "float16" else pa.float32()
     note |= {"shape": json.dumps(list(column.shape)), "dtype": column.dtype}
     return pa.field(column.name, pa.list_(value, size), metadata=note)
+
+
+def _is_tensor(field: pa.Field) -> bool:
+    """A column that `column_field` made of a tensor, or a kept vector of the same form."""
+    kind = field.type
+    listed = pa.types.is_fixed_size_list(kind) or (pa.types.is_list(kind) and b"shape" in (field.metadata or {}))
+    return listed and pa.types.is_floating(kind.value_type)
 
 
 def output_schema(
@@ -109,11 +116,11 @@ def cell(value: Any, field: pa.Field) -> Any:
     kind = field.type
     if value is None:
         return None
-    if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
+    if _is_tensor(field):
         if hasattr(value, "detach"):
             value = value.detach().cpu().numpy()
         array = np.asarray(value)
-        if array.size != kind.list_size:
+        if pa.types.is_fixed_size_list(kind) and array.size != kind.list_size:
             raise CellError(f"column {field.name!r}: {array.size} values, expected {kind.list_size}")
         with np.errstate(over="ignore"):
             stored = array.reshape(-1).astype(kind.value_type.to_pandas_dtype(), copy=False)
@@ -147,6 +154,13 @@ def column_array(values: list[Any], field: pa.Field) -> pa.Array:
         flat = np.concatenate([blank if value is None else value for value in values]) if values else blank[:0]
         mask = pa.array(missing) if missing.any() else None
         return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind, mask=mask)
+    if _is_tensor(field):
+        lengths = [0 if value is None else len(value) for value in values]
+        starts = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        blank = np.zeros(0, kind.value_type.to_pandas_dtype())
+        flat = pa.array(np.concatenate([blank, *(value for value in values if value is not None)]))
+        missing = pa.array([value is None for value in values], pa.bool_())
+        return pa.ListArray.from_arrays(starts, flat, type=kind, mask=missing)
     return pa.array([value.tolist() if isinstance(value, np.ndarray) else value for value in values], type=kind)
 
 
@@ -189,7 +203,7 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     for field in schema:
         name, kind = field.name, field.type
         checked = (pa.types.is_string, pa.types.is_integer, pa.types.is_fixed_size_list)
-        if kind == IMAGE or any(is_kind(kind) for is_kind in checked):
+        if kind == IMAGE or _is_tensor(field) or any(is_kind(kind) for is_kind in checked):
             arrays.append(column_array([cell(row.get(name), field) for row in rows], field))
         else:
             arrays.append(column_array([row.get(name) for row in rows], field))

@@ -126,7 +126,7 @@ def _row_bytes(info: StageInfo) -> float:
         if column.kind == "tensor":
             values = 1
             for extent in column.shape:
-                values *= extent
+                values *= extent if extent > 0 else 128  # of a latent of a megapixel, whatever its shape
             size += values * (2 if column.dtype == "float16" else 4)
         else:
             size += {"string": 60, "json": 100, "image": 100_000}.get(column.kind, 8)

@@ -335,8 +335,10 @@ class InvertImagesSettings(SamplingSettings):
     and is stored as ``text_latent``. Not together with `prompt`."""
     negative: str | None = None
     """Negative prompt, under guidance."""
-    fit: Literal["crop", "pad", "stretch"] = "crop"
-    """Pictures of another shape: the middle square, white borders, or both sides resized."""
+    fit: Literal["crop", "pad", "stretch", "bucket"] = "crop"
+    """Pictures of another shape: the middle square, white borders, or both sides resized. ``bucket``: no square, but
+    the nearest shape of about that area that the model takes, so that hardly anything is cut off; rows then differ in
+    the shape of their latents, which `width` and `height` tell."""
     reconstruct: bool = True
     """Regenerate each picture and measure it (`steps` more passes a row)."""
     pictures: bool = True
@@ -354,4 +356,6 @@ class InvertImagesSettings(SamplingSettings):
     def _one_source_of_text(self) -> InvertImagesSettings:
         if self.inverter is not None and self.prompt is not None:
             raise ValueError("inverter: it takes the place of captions; leave out `prompt`")
+        if self.inverter is not None and self.fit == "bucket":
+            raise ValueError("inverter: it reads squares; take another `fit` than bucket")
         return self

@@ -25,12 +25,19 @@ from stages.inversion.schemes import Scheme, check_method, conditions, scheme_of
 from stages.inversion.settings import Boost, InvertImagesSettings
 from stages.inverter.model import TextInverter
 from stages.inverter.stage import text_columns
+from stages.models.buckets import Size, bucket_for, buckets_of
 from stages.models.captions import TOKEN_COLUMNS, token_counts
 from stages.models.families import open_latent_model, read_geometry
-from stages.models.latent import LatentModel
+from stages.models.latent import Geometry, LatentModel
 from stages.models.pictures import fit_picture, to_picture
 from stages.models.sampler import sample
 
+SIZE_COLUMNS = (
+    Column("width", "int64", doc="of the picture as it was fitted to the model, in pixels"),
+    Column("height", "int64"),
+)
+GROUP = 4
+"""Pictures a slot that are held to be sorted by method and size."""
 NOISE_STATISTICS = ("seed_mean", "seed_std", "seed_kurtosis", "seed_autocorrelation")
 
 
@@ -51,13 +58,12 @@ class InvertImages:
         self.settings, self.slots = settings, settings.slots
         self.model = open_latent_model(settings) if model is None else model
         self.geometry, self.device = self.model.geometry, self.model.device
-        self.schemes = {
-            method.label: scheme_of(method, self.model, steps=settings.steps, guidance=settings.guidance)
-            for method in settings.methods
-        }
+        self.methods = {method.label: method for method in settings.methods}
+        self.buckets = _buckets(settings, self.geometry)
+        self.schemes = {label: self._made(label, self.model) for label in self.methods}
         self.store = np.dtype(settings.store)
         self.inverter = None if settings.inverter is None else TextInverter.load(settings.inverter, self.device)
-        measured = settings.lpips and lpips.lacking(self.geometry.width) is None
+        measured = settings.lpips and lpips.lacking(_shortest(self.buckets)) is None
         self.lpips = Lpips(lpips.weights_file(), self.device) if measured else None
         self._summary: dict[str, Occupancy] = {}
 
@@ -67,12 +73,14 @@ class InvertImages:
         geometry.schedule(settings.steps)
         for method in settings.methods:
             check_method(method, geometry)
-        latent = partial(Column, kind="tensor", shape=geometry.latent_shape, dtype=settings.store)
+        buckets = _buckets(settings, geometry)
+        shape = geometry.latent_shape if len(buckets) == 1 else (geometry.latent_shape[0], -1, -1)
+        latent = partial(Column, kind="tensor", shape=shape, dtype=settings.store)
         each_step = partial(Column, kind="tensor", dtype=settings.store)
         extra = {
             "latent_2": latent("latent_2", doc="the second latent of belm and edict"),
             "bias": each_step(
-                "bias", shape=(settings.steps, *geometry.latent_shape),
+                "bias", shape=(settings.steps, *shape),
                 doc="added to each step's result, picture's first",
             ),
             "null_text": each_step(
@@ -85,6 +93,7 @@ class InvertImages:
             Column("prompt", "string", doc="the caption the picture was inverted under"),
             *(TOKEN_COLUMNS if settings.inverter is None else ()),
             Column("method", "string"),
+            *(SIZE_COLUMNS if len(buckets) > 1 else ()),
             latent("latent", doc="z_T: the seed that regenerates the picture"),
         ]
         if settings.inverter is not None:
@@ -114,7 +123,7 @@ class InvertImages:
                 Column("latent_mse", "float32", doc="mean squared distance of the regenerated z_0 to the inverted one"),
             ]
             if settings.lpips:
-                why_not = lpips.lacking(geometry.width)
+                why_not = lpips.lacking(_shortest(buckets))
                 columns.append(
                     Column("lpips", "float32", doc=why_not or "LPIPS (AlexNet 0.1) of the regenerated picture")
                 )
@@ -138,27 +147,41 @@ class InvertImages:
         reads = _reads(captions=captions, edits=settings.edit_guidance is not None)
         models, notes = geometry.fingerprints(), []
         if settings.lpips and settings.reconstruct:
-            if (why_not := lpips.lacking(geometry.width)) is None:
+            if (why_not := lpips.lacking(_shortest(buckets))) is None:
                 models["lpips"] = lpips.identity()
             else:
                 notes.append(why_not)
         return StageInfo(tuple(columns), models, metadata, reads, tuple(notes))
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """One row out for each in. With one method, rows stream; with several, they go method by method in groups."""
-        if len(self.schemes) == 1:
-            yield from self._by_method(next(iter(self.schemes)), rows)
+        """One row out for each in. With one method and one size, rows stream; else they go in groups, and in a group
+        method by method and size by size."""
+        if len(self.methods) == len(self.buckets) == 1:
+            yield from self._by_scheme(next(iter(self.schemes.values())), rows)
             return
-        for group in batches(rows, 4 * self.slots * len(self.schemes)):
-            by_label: dict[Any, list[Row]] = {}
+        for group in batches(rows, GROUP * self.slots * len(self.methods)):
+            alike: dict[Any, list[Row]] = {}
             for row in group:
-                by_label.setdefault(row.get("method"), []).append(row)
-            for label, some in by_label.items():
-                if label in self.schemes:
-                    yield from self._by_method(label, some)
+                alike.setdefault((row.get("method"), self._bucket(row)), []).append(row)
+            for (label, size), some in alike.items():
+                if label in self.methods:
+                    yield from self._by_scheme(self._scheme(label, size), some)
                 else:
-                    names = ", ".join(self.schemes)
+                    names = ", ".join(self.methods)
                     yield from (failed(row, f"no method {label!r}: the job has {names}") for row in some)
+
+    def _bucket(self, row: Row) -> Size:
+        picture = row.get("image")
+        return self.geometry.picture_size if picture is None else bucket_for(picture.size, self.buckets)
+
+    def _scheme(self, label: str, size: Size) -> Scheme:
+        """How a method takes pictures of a size to noise and back."""
+        if size == self.geometry.picture_size:
+            return self.schemes[label]
+        return self._made(label, self.model.at(*size))
+
+    def _made(self, label: str, model: LatentModel) -> Scheme:
+        return scheme_of(self.methods[label], model, steps=self.settings.steps, guidance=self.settings.guidance)
 
     def take_summary(self) -> dict[str, np.ndarray]:
         """How full each method's slots were since the last call: slot steps, and those that worked on a row."""
@@ -172,10 +195,9 @@ class InvertImages:
 
     # --- the way of a row
 
-    def _by_method(self, label: str, rows: Iterable[Row]) -> Iterator[Row]:
+    def _by_scheme(self, scheme: Scheme, rows: Iterable[Row]) -> Iterator[Row]:
         # A row's working values live beside it, under its id: what the pipeline handed in is handed back untouched.
         given: dict[str, Row] = {}
-        scheme = self.schemes[label]
         work = self.prepared(scheme, rows, given)
         if scheme.method.ilb is not None:
             work = self._boosted(scheme, scheme.method.ilb, work)
@@ -210,13 +232,15 @@ class InvertImages:
 
     @torch.no_grad()
     def _encoded(self, scheme: Scheme, rows: Sequence[Row]) -> Iterator[Row]:
-        x_BCHW = torch.stack([fit_picture(row["image"], self.geometry.picture_size, self.settings.fit) for row in rows])
+        model, fit = scheme.model, self.settings.fit
+        size, kind = model.geometry.picture_size, "crop" if fit == "bucket" else fit
+        x_BCHW = torch.stack([fit_picture(row["image"], size, kind) for row in rows])
         x_BCHW = x_BCHW.to(self.device)
         z_BCHW = self.model.encode(x_BCHW)
         floor = measure_pictures(self.model.decode(z_BCHW), x_BCHW)
         prompts = [self._prompt_of(row) for row in rows]
         counted = self._counted(prompts)
-        condition = self.model.condition(prompts, guided=scheme.guided, negative=self.settings.negative)
+        condition = model.condition(prompts, guided=scheme.guided, negative=self.settings.negative)
         read: dict[str, torch.Tensor] = {}
         if self.inverter is not None:
             text_BLE, pooled_BE = self.inverter(z_BCHW)
@@ -238,9 +262,9 @@ class InvertImages:
     def _boosted(self, scheme: Scheme, boost: Boost, rows: Iterable[Row]) -> Iterator[Row]:
         def make(visit: int | None) -> BoostProblem:
             return BoostProblem(
-                self.model.decode, slots=self.slots, latent_shape=self.geometry.latent_shape,
-                size=self.geometry.picture_size, steps=boost.steps, visit=visit, rate=boost.rate, warmup=boost.warmup,
-                device=self.device, scale=loss_scale([self.model.dtypes["vae"]]),
+                self.model.decode, slots=self.slots, latent_shape=scheme.model.geometry.latent_shape,
+                size=scheme.model.geometry.picture_size, steps=boost.steps, visit=visit, rate=boost.rate,
+                warmup=boost.warmup, device=self.device, scale=loss_scale([self.model.dtypes["vae"]]),
             )  # fmt: skip
 
         def back(some: Sequence[Row]) -> Iterator[Row]:
@@ -292,6 +316,8 @@ class InvertImages:
                 made |= {"residual": row["residual"].numpy(), "residual_max": float(row["residual"].max())}
             if method.extra is not None:
                 made[method.extra] = self._stored(row[method.extra])
+            if len(self.buckets) > 1:
+                made |= dict(zip(("width", "height"), scheme.model.geometry.picture_size, strict=True))
             if method.ilb is not None:
                 made["latent_0"] = self._stored(row["z"])
             if self.settings.pictures:
@@ -331,11 +357,21 @@ class InvertImages:
         if not which:
             return
         prompts = [str(given[rows[i]["id"]]["edit_prompt"]) for i in which]
-        condition = self.model.condition(prompts, guided=guidance > 1, negative=self.settings.negative)
+        condition = scheme.model.condition(prompts, guided=guidance > 1, negative=self.settings.negative)
         noise_BCHW = self._as_stored([rows[i] for i in which], "noise")
-        edited_BCHW = sample(self.model.predictor(guidance), scheme.schedule, noise_BCHW, condition)
+        edited_BCHW = sample(scheme.model.predictor(guidance), scheme.schedule, noise_BCHW, condition)
         for i, picture in zip(which, self.model.decode(edited_BCHW), strict=True):
             outputs[i]["edited"] = to_picture(picture.cpu())
+
+
+def _buckets(settings: InvertImagesSettings, geometry: Geometry) -> tuple[Size, ...]:
+    """The sizes that pictures are fitted to."""
+    return buckets_of(geometry) if settings.fit == "bucket" else (geometry.picture_size,)
+
+
+def _shortest(buckets: Sequence[Size]) -> int:
+    """The shortest side among sizes."""
+    return min(min(size) for size in buckets)
 
 
 def _reads(captions: bool, edits: bool) -> dict[str, Form]:

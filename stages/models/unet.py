@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -83,7 +84,7 @@ class StableDiffusion:
         own = int(unet["sample_size"]) * factor
         size = settings.size or own
         down = 2 ** (len(unet["block_out_channels"]) - 1)
-        sizes = Sizes(path, factor, factor * down, own)
+        sizes = Sizes(path, factor, math.lcm(factor * down, 8), own)  # the pipeline takes multiples of 8 alone
         sizes.check(size, size)
         stock = isinstance(settings, SamplingSettings) and settings.sampler == "model"
         if isinstance(settings, SamplingSettings) and not stock:

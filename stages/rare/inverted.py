@@ -45,6 +45,10 @@ class InvertedDataset:
                 f"seeds: {path} was inverted with sampler: {made_for or 'null'}, and this job draws with sampler: "
                 f"{sampler or 'null'}; seeds belong to a sampler, so set the same"
             )
+        if note["config"].get("fit") == "bucket":
+            raise ValueError(
+                f"seeds: {path} was inverted with fit: bucket; seeds are mixed in one shape, so invert squares"
+            )
         methods = note["config"].get("methods", ())
         if len(methods) != 1:
             raise ValueError(f"seeds: {path} holds {len(methods)} methods of inversion; invert with one")

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from jobs.run import run_job
 from stages.inversion.metrics import measure_pictures
 from tests.stages.inversion.test_stage import picture
-from tests.support import tiny_flows
+from tests.support import tiny_flows, tiny_stable_diffusion
 from tests.support.in_process import without_ray
 
 
@@ -68,3 +69,41 @@ def test_the_card_s_lines_give_the_picture_back(
             assert row["residual_max"] < 1e-4
         else:
             assert row["residual"] is None
+
+
+@pytest.mark.parametrize("kind", ["flux-dev", "sd3", "sdxl"])
+def test_pictures_of_any_shape_are_inverted_in_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Portrait, landscape, panorama: the nearest bucket, cut by no more than its shape asks, and the card's lines."""
+    from datasets import load_dataset
+
+    without_ray(monkeypatch)
+    shapes = {"square": (30, 30), "portrait": (30, 50), "landscape": (64, 40), "panorama": (90, 24)}
+    size = 32 if kind == "sdxl" else 16
+    fitted = {"square": (size, size), "portrait": (size * 3 // 4, size * 5 // 4),
+              "landscape": (size * 5 // 4, size * 3 // 4), "panorama": (size * 2, size // 2)}  # fmt: skip
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, (name, shape) in enumerate(shapes.items()):
+        picture(i, shape).save(pictures / f"{name}.png")
+    build = tiny_stable_diffusion.build if kind == "sdxl" else tiny_flows.build
+    ended = run_job({
+        "job": "invert-images", "input": {"path": str(pictures)}, "prompt": "red star", "store": "float16",
+        "model": build(tmp_path / "model", kind), "device": "cpu", "steps": 2, "fit": "bucket", "slots": 2,
+        "size": size,
+        "methods": [{"method": "lbo", "tolerance": 1e-5, "passes": 30}, {"method": "belm", "ilb": {"steps": 2}}],
+    }, output=str(tmp_path / "out"))  # fmt: skip
+    assert ended.state == "complete", ended
+    rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert len(rows) == 2 * len(shapes)
+    for row in rows:
+        assert row["status"] == "ok", row["error"]
+        name = row["id"].partition(".")[0]
+        assert (row["width"], row["height"]) == row["picture"].size == row["reconstruction"].size == fitted[name]
+        wanted = ImageOps.fit(picture(list(shapes).index(name), shapes[name]), fitted[name], Image.Resampling.LANCZOS)
+        assert np.array_equal(np.asarray(row["picture"]), np.asarray(wanted))
+        if row["method"] == "lbo":
+            assert len(row["latent"]) == row["width"] * row["height"] // 4 * (4 if kind == "sdxl" else 16)
+            assert decibels(carried_out(card, row), row["picture"]) == pytest.approx(row["psnr"], abs=0.05)
