@@ -66,6 +66,14 @@ def patiently(action: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
+def version_of(info: dict[str, Any]) -> str:
+    """What changes when a file does, from its entry in a listing: an ETag, a digest, or a time."""
+    for key in ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "created"):
+        if info.get(key):
+            return str(info[key]).strip('"')
+    return ""
+
+
 def _sync_folder(path: str) -> None:
     """Make a rename in the folder survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

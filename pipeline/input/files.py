@@ -16,7 +16,7 @@ from pipeline.addresses import unsigned
 from pipeline.input.source import FORMATS, SUFFIXES, Format, Source, SourceError
 from pipeline.input.streams import COMPRESSED
 from pipeline.input.walk import LeftOut, followed, printable, underscored, walk
-from pipeline.storage import patiently
+from pipeline.storage import patiently, version_of
 
 LINES = ("jsonl", "csv", "text")
 """Formats that may be compressed as a whole."""
@@ -54,13 +54,6 @@ def format_of(name: str) -> str | None:
         if format in LINES and name.endswith(tuple(s + c for s in suffixes for c in COMPRESSED if c != ".tgz")):
             return format
     return None
-
-
-def version_of(info: dict[str, Any]) -> str:
-    for key in ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "created"):
-        if info.get(key):
-            return str(info[key]).strip('"')
-    return ""
 
 
 def _is_pattern(path: str) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fsspec
 
-from pipeline.input.files import InputFile, version_of
+from pipeline.input.files import InputFile
 from pipeline.input.read import reader_of
 from pipeline.input.rows import Pin, Span
 from pipeline.input.source import Source, SourceError
-from pipeline.storage import patiently
+from pipeline.storage import patiently, version_of
 
 
 class Pins:

@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from pipeline.input.files import OWN, version_of
+from pipeline.input.files import OWN
 from pipeline.output.dataset import Output
-from pipeline.storage import checksum, patiently
+from pipeline.storage import checksum, patiently, version_of
 
 PRODUCTS = f"{OWN}/products.json"
 

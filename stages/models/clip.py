@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from stages.models.copies import here
 from stages.models.fingerprint import describe_model
 from stages.models.weights import weights_of
 
@@ -48,6 +49,10 @@ def locate(path: str, role: Role, revision: str | None = None) -> Place:
     """
     from diffusers import DiffusionPipeline
 
+    try:
+        path = here(path)
+    except OSError as error:
+        raise ModelError(str(error)) from None
     try:
         parts = DiffusionPipeline.load_config(path, revision=revision)
     except (OSError, ValueError):

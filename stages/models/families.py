@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stages.models.copies import here
 from stages.models.flux import Flux
 from stages.models.latent import Geometry, LatentModel
 from stages.models.origin import configuration
@@ -22,7 +23,7 @@ def _family(settings: LatentModelSettings) -> type[StableDiffusion] | type[FlowT
     path = settings.model
     where, revision = configuration(settings)
     try:
-        index = DiffusionPipeline.load_config(where, revision=revision)
+        index = DiffusionPipeline.load_config(here(where), revision=revision)
     except OSError as error:
         if where != path:
             raise ValueError(

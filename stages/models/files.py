@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from stages.models.copies import here
+
 
 class Files(Protocol):
     """The files in one folder, by name; `commit` is that of the hub, "" for a folder of one's own."""
@@ -30,14 +32,14 @@ def files_of(path: str, revision: str | None = None, subfolder: str = "") -> Fil
     """The files of a model; of a model on the hub no more than the configuration is downloaded.
 
     Args:
-        path: A local folder or a hub id.
+        path: A local folder, an address or a hub id.
         revision: Branch, tag or commit on the hub.
         subfolder: Of a pipeline's folder, for instance ``image_encoder``.
 
     Raises:
         FileNotFoundError: There is no model.
     """
-    local = Path(path).expanduser()
+    local = Path(here(path)).expanduser()
     if local.is_dir():
         return _local(local / subfolder)
     if local.is_absolute() or path.startswith("."):

@@ -14,6 +14,7 @@ import torch
 from pipeline.contract import Row, failed
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator
+from stages.models.copies import here
 from stages.models.decoding import Decode
 from stages.models.latent import Place
 
@@ -45,7 +46,7 @@ def check_width(decode: Decode, width: int) -> None:
     from diffusers import UNet2DConditionModel
 
     try:
-        config = UNet2DConditionModel.load_config(decode.model, subfolder="unet", revision=decode.revision)
+        config = UNet2DConditionModel.load_config(here(decode.model), subfolder="unet", revision=decode.revision)
     except (OSError, ValueError) as error:
         raise DecoderError(f"{decode.model}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
     taken = config.get("encoder_hid_dim")
@@ -76,7 +77,7 @@ def load_prior_pipeline(
     }
     if prior is not None:
         networks["prior"] = prior
-    return KandinskyV22PriorPipeline.from_pretrained(path, dtype=dtype, revision=revision, **networks)
+    return KandinskyV22PriorPipeline.from_pretrained(here(path), dtype=dtype, revision=revision, **networks)
 
 
 class Decoder:
@@ -104,7 +105,7 @@ class Decoder:
             places = _places(decode, allow_pickle)
             networks = {part: places[part].load(kind, dtype)
                         for part, kind in zip(PARTS, (UNet2DConditionModel, VQModel), strict=True)}  # fmt: skip
-            pipe = KandinskyV22Pipeline.from_pretrained(path, dtype=dtype, revision=decode.revision, **networks)
+            pipe = KandinskyV22Pipeline.from_pretrained(here(path), dtype=dtype, revision=decode.revision, **networks)
         except (OSError, ValueError) as error:
             raise DecoderError(f"{path}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
         self.pipe: Any = pipe.to(device)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 
 from stages.models.captions import Reader
+from stages.models.copies import here
 from stages.models.fingerprint import describe_model, digest
 from stages.models.flow_schedule import FlowGrid, flow_schedule
 from stages.models.loras import Lora
@@ -59,7 +60,7 @@ class Place:
             self.path, self.revision, self.folder, variant=self.variant, allow_pickle=self.allow_pickle
         )
         return kind.from_pretrained(
-            self.path, subfolder=self.folder, revision=self.revision, dtype=dtype, **weights.options
+            here(self.path), subfolder=self.folder, revision=self.revision, dtype=dtype, **weights.options
         )
 
     def identity(self) -> dict[str, str]:

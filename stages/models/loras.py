@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.contract import Settings
+from stages.models.copies import brought, here
 from stages.models.files import sha256
 from stages.models.names import ModelName
 
@@ -29,7 +30,10 @@ class Lora(Settings):
         Raises:
             ValueError: There is none.
         """
-        local = Path(self.path)
+        try:
+            local = Path(here(self.path))
+        except OSError as error:
+            raise ValueError(f"lora {self.path!r}: {error}") from None
         if local.is_dir():
             local = local / FILE
         if local.is_file() and local.suffix == ".safetensors":
@@ -51,12 +55,22 @@ class Lora(Settings):
         """What tells it from any other: its bytes, and how much of it is added."""
         return [sha256(self.file), self.weight]
 
-    def usage(self) -> str:
-        """Lines of Python that add it to a `pipe` of diffusers."""
-        return (
-            f'pipe.load_lora_weights("{self.file.parent}", weight_name="{self.file.name}")\n'
-            f"pipe.fuse_lora(lora_scale={self.weight})\npipe.unload_lora_weights()"
-        )
+    def usage(self, target: str) -> str:
+        """Lines of Python that add it to a `pipe` of diffusers.
+
+        Args:
+            target: What they call the copy of one at an address.
+        """
+        fetched, path = brought(self.path, target)
+        folder, name = (path if fetched else str(self.file.parent)), self.file.name
+        if fetched and path != target:  # a file
+            folder, name = ".", path
+        return "\n".join(
+            [
+                *fetched, f'pipe.load_lora_weights("{folder}", weight_name="{name}")',
+                f"pipe.fuse_lora(lora_scale={self.weight})", "pipe.unload_lora_weights()",
+            ]
+        )  # fmt: skip
 
 
 def add_lora(pipeline: Any, lora: Lora) -> None:

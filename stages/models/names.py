@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 import micro
+from pipeline.addresses import has_password, shown
 
 SHIPPED = ("prior", "decoder", "stable-diffusion", "oracle")
 
@@ -29,12 +30,19 @@ def _model(name: str) -> str:
     return os.path.abspath(path) if path != name or os.path.exists(path) else name
 
 
+def _without_password(name: str) -> str:
+    """Names go into plans and cards."""
+    if has_password(name):
+        raise ValueError(f"{shown(name)}: holds a password; write it into `storage_options`")
+    return name
+
+
 def _folder(name: str) -> str:
     """A path made absolute, whether or not it is there already; addresses, and a chain's ``${step}``, as they are."""
     return name if "://" in name or name.startswith("${") else os.path.abspath(os.path.expanduser(name))
 
 
-ModelName = Annotated[str, AfterValidator(_shipped), AfterValidator(_model)]
-"""Path or hub id of a model, or ``micro:NAME`` for a shipped one, which is found from any working directory."""
+ModelName = Annotated[str, AfterValidator(_shipped), AfterValidator(_model), AfterValidator(_without_password)]
+"""Path, hub id or address of a model, or ``micro:NAME`` for a shipped one, found from any working directory."""
 FolderName = Annotated[str, AfterValidator(_folder)]
 """Path or address of a folder: another job's output, or where pictures lie."""

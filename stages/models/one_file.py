@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from stages.models.copies import here
 from stages.models.files import files_of, sha256
 from stages.models.fingerprint import digest, telling
 
@@ -46,10 +47,14 @@ def _shapes(file: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape, from the file's header alone."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(file).is_file():
+    try:
+        there = Path(here(file))
+    except OSError as error:
+        raise ValueError(str(error)) from None
+    if not there.is_file():
         raise ValueError(f"there is no file {file}")
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(there, framework="pt") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file: {error}") from None
@@ -103,7 +108,7 @@ class FilePart:
 
     def load(self, kind: Any, dtype: torch.dtype) -> Any:
         """The network, of a class of diffusers."""
-        return kind.from_single_file(self.file, config=self.config, subfolder=self.part, dtype=dtype)
+        return kind.from_single_file(here(self.file), config=here(self.config), subfolder=self.part, dtype=dtype)
 
     def identity(self) -> dict[str, str]:
         """Path, revision and fingerprint: of the whole file, and of this network's configuration."""
@@ -111,5 +116,5 @@ class FilePart:
         return {
             "path": self.file,
             "revision": "",
-            "fingerprint": digest([telling(config), [sha256(Path(self.file))]]),
+            "fingerprint": digest([telling(config), [sha256(Path(here(self.file)))]]),
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stages.models.copies import brought, here
 from stages.models.latent import Network, Place
 from stages.models.one_file import FilePart, check_parts, configuration_of, is_one_file
 from stages.models.settings import LatentModelSettings
@@ -24,7 +25,7 @@ def config_of_vae(path: str) -> tuple[dict[str, Any], str]:
 
     for folder in ("", "vae"):
         try:
-            return AutoencoderKL.load_config(path, subfolder=folder or None), folder
+            return AutoencoderKL.load_config(here(path), subfolder=folder or None), folder
         except OSError as error:
             reason = str(error).splitlines()[0]
     raise ValueError(f"vae {path!r} is no folder or hub id of an autoencoder: {reason}")
@@ -110,8 +111,8 @@ def load_pipeline(
     }
     if one_file:
         config = configuration(settings)[0]
-        return kind.from_single_file(settings.model, config=config, dtype=dtype, **loaded, **left_out)
-    return kind.from_pretrained(settings.model, revision=settings.revision, dtype=dtype, **loaded, **left_out)
+        return kind.from_single_file(here(settings.model), config=here(config), dtype=dtype, **loaded, **left_out)
+    return kind.from_pretrained(here(settings.model), revision=settings.revision, dtype=dtype, **loaded, **left_out)
 
 
 def lines(
@@ -129,19 +130,22 @@ def lines(
         names.append("AutoencoderKL")
         folder = config_of_vae(settings.vae)[1]
         where = f', subfolder="{folder}"' if folder else ""
-        code.append(f'vae = AutoencoderKL.from_pretrained("{settings.vae}"{where}, dtype=torch.float32)')
+        fetched, vae = brought(settings.vae, "vae")
+        code += [*fetched, f'vae = AutoencoderKL.from_pretrained("{vae}"{where}, dtype=torch.float32)']
         given = ", vae=vae"
+    fetched, model = brought(settings.model, "model")
+    code += fetched
     if is_one_file(settings.model):
         names.append(kind)
-        given = f', config="{configuration(settings)[0]}"{given}'
-        code.append(f'pipe = {kind}.from_single_file("{settings.model}"{given}, dtype=torch.float32)')
+        fetched, config = brought(configuration(settings)[0], "config")
+        code += [*fetched, f'pipe = {kind}.from_single_file("{model}", config="{config}"{given}, dtype=torch.float32)']
     else:
         names.append("DiffusionPipeline")
         if settings.revision is not None:
             given += f', revision="{settings.revision}"'
         given += _variant(settings, denoiser) + "".join(f", {part}=None" for part in without)
-        code.append(f'pipe = DiffusionPipeline.from_pretrained("{settings.model}"{given}, dtype=torch.float32)')
-    code += [lora.usage() for lora in settings.loras or ()]
+        code.append(f'pipe = DiffusionPipeline.from_pretrained("{model}"{given}, dtype=torch.float32)')
+    code += [lora.usage(f"lora_{number}") for number, lora in enumerate(settings.loras or ())]
     return names, "\n".join(code)
 
 

@@ -20,6 +20,7 @@ import torch
 from stages.engine.device import chosen_device
 from stages.models import autoencoder
 from stages.models.captions import Reader
+from stages.models.copies import here
 from stages.models.flow_schedule import FlowGrid, check_flow
 from stages.models.latent import Condition, Geometry, Network, Place, Predict, Sizes
 from stages.models.loras import add_lora
@@ -155,7 +156,7 @@ class FlowTransformer:
     def _index(cls, settings: LatentModelSettings) -> dict[str, Any]:
         from diffusers import DiffusionPipeline
 
-        return dict(DiffusionPipeline.load_config(settings.model, revision=settings.revision))
+        return dict(DiffusionPipeline.load_config(here(settings.model), revision=settings.revision))
 
     @classmethod
     def _parts(cls, settings: LatentModelSettings) -> dict[str, Network]:
@@ -163,7 +164,7 @@ class FlowTransformer:
         index = cls._index(settings)
         needed = ["transformer", "vae", *(part for part in cls.encoders if part not in cls.optional)]
         for part in (*needed, *(cls.encoders[name] for name in needed[2:]), "scheduler"):
-            local = Path(settings.model).expanduser()
+            local = Path(here(settings.model)).expanduser()
             if not _class_of(index, part) or (local.is_dir() and not (local / part).is_dir()):
                 raise ValueError(f"model {settings.model!r} lacks its {part}, which a {cls.index} consists of")
         for part, name in (("transformer", cls.transformer_class), ("vae", cls.vae_class)):
@@ -196,7 +197,7 @@ class FlowTransformer:
         for part, name in kinds.items():
             kind: Any = getattr(diffusers, name)
             try:
-                config = kind.load_config(settings.model, subfolder=part, revision=settings.revision)
+                config = kind.load_config(here(settings.model), subfolder=part, revision=settings.revision)
             except OSError as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
@@ -223,7 +224,7 @@ class FlowTransformer:
         for part in cls.encoders.keys() - geometry.parts.keys():
             loaded |= {part: None, cls.encoders[part]: None}
         kind: Any = getattr(diffusers, cls.index)
-        pipeline = kind.from_pretrained(settings.model, revision=settings.revision, **loaded)
+        pipeline = kind.from_pretrained(here(settings.model), revision=settings.revision, **loaded)
         for lora in geometry.loras:
             add_lora(pipeline, lora)
         sampler: Any = getattr(diffusers, FLOW_SCHEDULERS[0])

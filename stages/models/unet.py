@@ -22,6 +22,7 @@ import torch
 from stages.engine.device import chosen_device
 from stages.models import autoencoder
 from stages.models.captions import Reader
+from stages.models.copies import here
 from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Condition, Geometry, Predict, Sizes
 from stages.models.loras import add_lora
@@ -286,7 +287,7 @@ def _as_loaded(
     if not stock:
         mended = {key: value for key, value in mended.items() if key == "steps_offset"}
     elif settings.scheduler is None:
-        index = DiffusionPipeline.load_config(settings.model, revision=settings.revision)
+        index = DiffusionPipeline.load_config(here(settings.model), revision=settings.revision)
         loaded = index.get("scheduler", [None, None])[1]
         if loaded != name:
             raise ValueError(
@@ -330,14 +331,14 @@ def _configurations(
     try:
         found = []
         for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDIMScheduler)):
-            found.append(kind.load_config(path, subfolder=part, revision=revision))
-        local = Path(path).expanduser()
+            found.append(kind.load_config(here(path), subfolder=part, revision=revision))
+        local = Path(here(path)).expanduser()
         for part in (*encoders, *(encoder.replace("text_encoder", "tokenizer") for encoder in encoders)):
             if local.is_dir() and not (local / part).is_dir():
                 raise FileNotFoundError(f"there is no folder {local / part}")
         texts = []
         for part in encoders:
-            texts.append(CLIPTextConfig.from_pretrained(path, subfolder=part, revision=revision or "main"))
+            texts.append(CLIPTextConfig.from_pretrained(here(path), subfolder=part, revision=revision or "main"))
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {path!r} lacks its {part}, or it cannot be read: {reason}") from error

@@ -14,6 +14,7 @@ from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
 from stages.engine.device import chosen_device
 from stages.models import clip, kandinsky
 from stages.models.captions import TOKEN_COLUMNS, token_counts
+from stages.models.copies import here
 from stages.models.fingerprint import describe_model
 from stages.ovi import scoring
 from stages.ovi.context import Context
@@ -90,7 +91,7 @@ class InvertPrompts:
         if "oracle" in self.scores:
             from micro.oracle import Oracle
 
-            self.oracle = Oracle.load(settings.oracle) if settings.oracle else Oracle.load()
+            self.oracle = Oracle.load(here(settings.oracle)) if settings.oracle else Oracle.load()
         self.summary = Summary(self.methods, context.occupancy)
 
     @cached_property

@@ -15,6 +15,7 @@ from pipeline.contract import Row, ok
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator, row_normal
 from stages.models import kandinsky
+from stages.models.copies import here
 from stages.models.weights import weights_of
 from stages.ovi.context import Context, RowMap
 from stages.ovi.settings import TrainedPrior
@@ -64,7 +65,7 @@ def load_prior(path: str, dtype: torch.dtype, allow_pickle: bool | None = None) 
 
     try:
         weights = weights_of(path, allow_pickle=bool(allow_pickle))
-        return PriorTransformer.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=False, **weights.options)
+        return PriorTransformer.from_pretrained(here(path), dtype=dtype, low_cpu_mem_usage=False, **weights.options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no PriorTransformer can be loaded: {error}") from None
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.contract import Column, Row
 from stages.models.clip import ImageEncoder, TextEncoder
+from stages.models.copies import here
 from stages.ovi.scoring import clip_scores, oracle_scores
 from stages.rare.candidates import Candidates
 from stages.rare.settings import RareConceptsSettings
@@ -48,7 +49,7 @@ class Judge:
         if "oracle" in self.scores:
             from micro.oracle import Oracle
 
-            self.oracle = Oracle.load(settings.oracle) if settings.oracle else Oracle.load()
+            self.oracle = Oracle.load(here(settings.oracle)) if settings.oracle else Oracle.load()
 
     @cached_property
     def images(self) -> ImageEncoder:

@@ -12,10 +12,11 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.input.files import InputFile, version_of
+from pipeline.input.files import InputFile
 from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, picked, untold
 from pipeline.input.source import SUFFIXES, Source, SourceError
 from pipeline.input.streams import open_input
+from pipeline.storage import version_of
 
 LONGEST_TEXT = 1 << 20
 """Bytes of a ``concept.yaml``."""
