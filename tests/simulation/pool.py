@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.failures import Fault
 from pipeline.output import commit
 from pipeline.output.schema import decode_schema, measures, merge_measures, table
 from pipeline.run import cluster
@@ -43,6 +44,10 @@ def made(columns: str, factor: float, lines: tuple[tuple[str, int, int], ...]) -
     with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
         writer.write_table(full)
     return sink.getvalue(), full
+
+
+NODES = ("node a", "node b")
+"""Where workers are."""
 
 
 class _Inline:
@@ -105,7 +110,8 @@ class _Member:
 
     def __init__(self, process: Process) -> None:
         self.process, self.ready, self.task, self.inbox = process, False, None, Event(process.world)
-        self.dropped = False
+        self.dropped, self.fault = False, Fault.PREEMPTED
+        self.node = process.world.random.choice(NODES)
 
 
 class SimPool:
@@ -148,6 +154,7 @@ class SimPool:
             assert task is not None
             world.pause(world.now + self._fleet.task_s * (0.5 + chance()))
             if chance() < self._fleet.died and self._may_die(task):
+                member.fault = Fault.POISON
                 member.process.die()
                 raise Crash
             if chance() < self._fleet.cut_off and self._may_die(task):
@@ -174,7 +181,8 @@ class SimPool:
             member.dropped = True
             self._members.remove(member)
             if member.task is not None:
-                self._ended.append((member.task, Outcome("died", reason="the worker process died")))
+                lost = Outcome(member.fault, reason="it is gone", node=member.node, nodes=frozenset(NODES))
+                self._ended.append((member.task, lost))
             self._ring()
 
     def _ring(self) -> None:
