@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from enum import StrEnum
+
+LASTING_STATUS = frozenset({501, 505, 511})
+"""HTTP answers from 500 on that no other attempt changes."""
+PASSING_STATUS = frozenset({408, 425, 429})
+"""Those below 500 that another may change: a timeout, too early, too many requests."""
+PASSING_ERRNO = frozenset({
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN,
+    errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.EPIPE, errno.EBUSY,
+})  # fmt: skip
+PASSING_NAMES = frozenset({
+    "ClientConnectionError", "ClientPayloadError", "ConnectionError", "HTTPClientError", "ServiceRequestError",
+    "ServiceResponseError", "TransportError", "TimeoutError",
+})  # fmt: skip
+"""What clients of stores call a connection that failed, or a class above it."""
 
 
 class Fault(StrEnum):
@@ -24,12 +40,60 @@ class Fault(StrEnum):
     """Ours, or the stage's, which broke its contract: no data can be trusted, the run ends."""
 
 
+class Away(OSError):
+    """What was to be read does not answer; the message says what, and nobody is to blame for it."""
+
+    fault = Fault.TRANSIENT
+
+
+def passing_status(status: int) -> bool:
+    """Whether another attempt may have another answer than this HTTP status."""
+    return status in PASSING_STATUS or (status >= 500 and status not in LASTING_STATUS)
+
+
+def passing(error: BaseException) -> bool:
+    """Whether a store, a server or the network is away, whatever the exception is called in the end.
+
+    What fsspec raises for an answer of 503 may be a FileNotFoundError: the causes count.
+    """
+    for cause in _causes(error):
+        status = _status(cause)
+        if status is not None:
+            return passing_status(status)
+        if isinstance(cause, (Away, ConnectionError, TimeoutError)) or getattr(cause, "errno", None) in PASSING_ERRNO:
+            return True
+        if not isinstance(cause, OSError) and PASSING_NAMES & {kind.__name__ for kind in type(cause).__mro__}:
+            return True
+    return False
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it was raised from, the first cause first."""
+    chain: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in chain:
+        chain.append(found)
+        found = found.__cause__
+    yield from reversed(chain)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that a store's client tells of."""
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    for told in (getattr(error, "status", None), getattr(error, "status_code", None), getattr(error, "code", None),
+                 metadata.get("HTTPStatusCode")):  # fmt: skip
+        if isinstance(told, int) or (isinstance(told, str) and told.isdigit()):
+            return int(told)
+    return None
+
+
 def fault_of(error: BaseException) -> Fault:
     """Whose fault an exception is that ended a worker's task."""
     told = getattr(error, "fault", None)
     if isinstance(told, Fault):
         return told
-    return Fault.TRANSIENT if isinstance(error, OSError) else Fault.BUG
+    return Fault.TRANSIENT if isinstance(error, OSError) or passing(error) else Fault.BUG
 
 
 def described(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import machine
 from pipeline.access import options_for
+from pipeline.failures import passing
 
 T = TypeVar("T")
 DIGEST_BYTES, BLOCK_BYTES = 16, 4 << 20
@@ -56,8 +57,10 @@ def patiently(action: Callable[[], T]) -> T:
         try:
             with _as_os_error():
                 return action()
-        except FINAL:
-            raise
+        except FINAL as error:
+            if not passing(error) or attempt == ATTEMPTS - 1:
+                raise
+            machine.here.sleep(FIRST_WAIT_S * 2**attempt)
         except (OSError, TimeoutError) as error:
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
             if full or attempt == ATTEMPTS - 1:

@@ -13,13 +13,10 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from pipeline.addresses import shown
+from pipeline.failures import passing_status
 
 REDIRECTS = 5
 TIMEOUTS_S = {"total": 300, "sock_connect": 15, "sock_read": 30}
-PASSING = frozenset({408, 425, 429})
-"""HTTP answers below 500 that another attempt may change: a timeout, too early, too many requests."""
-LASTING = frozenset({501, 505, 511})
-"""Those from 500 on that none will."""
 _EMBEDDED = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -28,7 +25,11 @@ class Busy(OSError):
 
 
 class Denied(ValueError):
-    """An answer that will not change."""
+    """There is nothing to be had, and that will not change."""
+
+
+class Answered(Denied):
+    """The server says so: it is there."""
 
 
 def get(address: str, options: Mapping[str, Any], limit: int, named: Callable[[str], bool]) -> bytes:
@@ -77,16 +78,15 @@ async def _ask(fs: Any, address: str, limit: int) -> bytes | str:
         if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
             target = urljoin(address, answer.headers["Location"])
             if not target.startswith(("http://", "https://")):
-                raise Denied(f"is redirected to {shown(target)}, which is no web address")
+                raise Answered(f"is redirected to {shown(target)}, which is no web address")
             return target
         if answer.status >= 300:
-            passing = answer.status in PASSING or (answer.status >= 500 and answer.status not in LASTING)
-            raise (Busy if passing else Denied)(f"{answer.status} {answer.reason}")
+            raise (Busy if passing_status(answer.status) else Answered)(f"{answer.status} {answer.reason}")
         found = bytearray()
         async for block in answer.content.iter_chunked(1 << 18):
             found += block
             if len(found) > limit:
-                raise Denied(f"is longer than {limit:,} bytes, more than a picture of `max_pixels` needs")
+                raise Answered(f"is longer than {limit:,} bytes, more than a picture of `max_pixels` needs")
         return bytes(found)
 
 

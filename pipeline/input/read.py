@@ -7,9 +7,12 @@ that is damaged comes out with ``error`` set.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.contract import Form
+from pipeline.failures import Away, described, passing
+from pipeline.input.damage import tolerant
 from pipeline.input.fetch import picture_bytes
 from pipeline.input.formats.arrays import NPY
 from pipeline.input.formats.columnar import DATASETS, PARQUET
@@ -44,7 +47,7 @@ FORMATS: dict[str, Format] = {
 def reader_of(source: Source) -> Format:
     """How a resolved source is read."""
     assert source.format is not None
-    format = FORMATS[source.format]
+    format = tolerant(FORMATS[source.format])
     for name, values in source.variants.items():
         format = repeated(format, name, values)
     return format
@@ -67,6 +70,11 @@ def read_rows(
     Args:
         source: Resolved.
         opening: Called before a span's file is opened.
+
+    Raises:
+        SourceError: The input is not what was planned.
+        Away: A store or server is.
+        OSError: A file cannot be read.
     """
     read = reader_of(source).rows
     for span in spans:
@@ -75,10 +83,11 @@ def read_rows(
             skip -= size
             continue
         asked, found = span.part(skip, count), 0
-        opening(asked)
-        for raw in read(source, asked, wanted):
-            found += 1
-            yield raw
+        with _told(span.path):
+            opening(asked)
+            for raw in read(source, asked, wanted):
+                found += 1
+                yield raw
         if found < asked.stop - asked.start:
             gone = asked.start + found
             raise SourceError(f"{span.path}: row {gone} and what follows are gone; the input changed during the run")
@@ -86,6 +95,23 @@ def read_rows(
         skip = 0
         if not count:
             return
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """What goes wrong names the file that was read, so that nobody takes it for trouble with the output."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except Exception as error:
+        if passing(error):
+            raise Away(f"{path} cannot be read now: {described(error)}") from error
+        if isinstance(error, FileNotFoundError):
+            raise SourceError(f"{path}: is gone; the input changed during the run") from None
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be read: {described(error)}") from error
+        raise
 
 
 def prepare(

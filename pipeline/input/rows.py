@@ -137,6 +137,10 @@ def file_digest(file: InputFile) -> str:
     return f"{file.size}:{file.version}"
 
 
+LINE_IDS = ("parquet", "jsonl", "csv", "text", "datasets", "npy")
+"""Formats whose ids, where the user names no column, are ``<file>#<row>``."""
+
+
 def derived_id(span_name: str, row: int) -> str:
     """The id of a row that has none of its own."""
     return f"{span_name}#{row}"

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.input.read import read_rows
-from pipeline.input.rows import Span
+from pipeline.input.rows import LINE_IDS, Span
 from pipeline.input.source import Source
-
-LINE_IDS = ("parquet", "jsonl", "csv", "text", "datasets", "npy")
-"""Formats whose ids, where the user names no column, are ``<file>#<row>``."""
 
 
 @dataclass(frozen=True)

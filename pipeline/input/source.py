@@ -41,6 +41,12 @@ class SourceError(ValueError):
     fault = Fault.CHANGED
 
 
+class Damaged(SourceError):
+    """From some place on, a file does not hold what it should."""
+
+    fault = Fault.FILE
+
+
 @dataclass(frozen=True)
 class Source:
     """Where rows come from.

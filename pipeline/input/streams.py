@@ -11,7 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 
-from pipeline.input.source import Source, SourceError
+from pipeline.failures import passing
+from pipeline.input.source import Damaged, Source, SourceError
 from pipeline.storage import patiently
 
 if TYPE_CHECKING:
@@ -101,20 +102,37 @@ class _Zstd(io.RawIOBase):
         super().close()
 
 
+class AsItComes(io.RawIOBase):
+    """A stream that hands on what its decompressor has, before it goes on and may find the file damaged."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        found = self._stream.read1(len(view))
+        view[: len(found)] = found
+        return len(found)
+
+
 @contextmanager
 def decompressing(path: str) -> Iterator[None]:
     """A compressed file that is cut or damaged is told of by name.
 
     Raises:
-        SourceError: It is.
+        Damaged: It is.
     """
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise SourceError(_cut(path, error)) from None
+        raise Damaged(_cut(path, error)) from None
     except OSError as error:
-        if error.errno is None and codec_of(path) is not None:  # what gzip, bz2 and zstd say of damage
-            raise SourceError(_cut(path, error)) from None
+        told = error.errno is None and not passing(error)  # as gzip, bz2 and zstd tell of damage
+        if told and codec_of(path) is not None:
+            raise Damaged(_cut(path, error)) from None
         raise
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline import machine
-from pipeline.failures import Fault, described, fault_of
+from pipeline.failures import Fault, described, fault_of, passing
 from pipeline.run.tasks import Outcome, Resources, Task, WorkerJob
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class _Actor:
         try:
             return Outcome("done", self.worker.process(task))
         except Exception as error:
-            return Outcome(fault_of(error), reason=described(error))
+            return Outcome(fault_of(error), reason=described(error), away=passing(error))
 
     def calibrate(self, task: Task) -> tuple[float, int, float, int, int]:
         """(seconds to build the stage, rows, seconds, bytes, failed)."""

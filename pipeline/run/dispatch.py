@@ -22,10 +22,12 @@ from pipeline.run.reporter import TICK_S, Reporter
 from pipeline.run.tasks import Again, Outcome, Piece, Task
 
 STORAGE_TRIES = 4
+AWAY_TRIES = 10
+"""For what is away: some five minutes of pauses, and what the tries take."""
 BUILD_TRIES = 4
 PATIENCE_S = 900.0
 """How long a run waits for its first worker before it gives up: time for a cluster to start a node."""
-RETRY_WAIT_S = 1.0
+RETRY_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 
 
 class Stopped(RuntimeError):
@@ -134,10 +136,12 @@ class Dispatcher:
                 self._piece(task, outcome.result)
         elif outcome.kind is Fault.TRANSIENT:
             self._tries[key] += 1
-            if self._tries[key] >= STORAGE_TRIES:
-                raise Stopped(f"shard {task.shard} could not be written: {outcome.reason}")
-            self._say(f"shard {task.shard} could not be written ({outcome.reason}); it will be tried again")
-            self._later.append((machine.here.clock() + RETRY_WAIT_S * 2 ** self._tries[key], task))
+            if self._tries[key] >= (AWAY_TRIES if outcome.away else STORAGE_TRIES):
+                raise Stopped(f"shard {task.shard} could not be done: {outcome.reason}; once that is mended, the same "
+                              "command goes on")  # fmt: skip
+            pause = min(RETRY_WAIT_S * 2 ** self._tries[key], LONGEST_WAIT_S)
+            self._say(f"shard {task.shard} has to wait ({outcome.reason}); it is tried again in {pause:.0f} s")
+            self._later.append((machine.here.clock() + pause, task))
         elif outcome.kind in (Fault.POISON, Fault.PREEMPTED):
             self._meters.died()
             self._died(task, outcome)

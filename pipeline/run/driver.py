@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import access, machine
 from pipeline.contract import Column
+from pipeline.failures import described, passing
 from pipeline.input.files import OWN
 from pipeline.input.read import wanted_columns
 from pipeline.input.source import Source
@@ -196,7 +197,8 @@ def run(
     except LockLost as lost:
         raise RunError(str(lost)) from None
     finally:
-        lock.release()
+        with suppress(OSError):  # of a store that is away: the lease runs out
+            lock.release()
 
 
 def dry_plan(spec: RunSpec, address: str | None = None) -> Plan:
@@ -284,6 +286,10 @@ def _resumed(
             publish(output, tally, title, description(finished))
     except (Stopped, LockLost) as stopped:
         state, reason = "failed", str(stopped)
+    except OSError as error:
+        if not passing(error):
+            raise
+        state, reason = "failed", f"{output.path} is away: {described(error)}; once back, the same command goes on"
     except KeyboardInterrupt:
         state, reason = "interrupted", "stopped by Ctrl-C or SIGTERM; run the same command again to resume"
     if lock.lost:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.contract import Row
+from pipeline.failures import Away
 from pipeline.input.fetch import UntrustedError, picture_bytes
 from pipeline.input.forms import FormError, as_picture, short
 from pipeline.input.pins import Pins
@@ -111,6 +112,8 @@ class Reader:
                 continue
             try:
                 found.row, found.problem = prepare(found.raw, self._job.source, found.folder, self._job.reads)
+            except Away:
+                raise
             except Exception as error:  # whatever a decoder throws is this row's trouble alone
                 found.row, found.problem = None, f"cannot be decoded: {type(error).__name__}: {error}"
             try:

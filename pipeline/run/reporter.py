@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from pipeline import machine
@@ -66,4 +67,5 @@ class Reporter:
             self._tell(progress)
         if self.output is not None and (save or now - self._saved > SAVE_S):
             self._saved = now
-            self.output.save_progress(replace(progress, message=None))
+            with suppress(OSError):  # the store is away, or the disk full: the next turn tries again
+                self.output.save_progress(replace(progress, message=None))

@@ -146,11 +146,13 @@ class Outcome:
         kind: ``done``, or whose fault it is that it is not.
         result: The record or piece of a task that is done.
         reason: Why it is not done.
+        away: A store or the network is, which may take minutes.
         node: That the worker was on; nodes: living ones that hold workers. Empty where no one asked.
     """
 
     kind: Literal["done"] | Fault
     result: Record | Piece | None = None
     reason: str = ""
+    away: bool = False
     node: str = ""
     nodes: frozenset[str] = frozenset()

@@ -21,7 +21,7 @@ from pipeline.input.rows import (
     file_digest,
     picked,
 )
-from pipeline.input.source import Source, SourceError
+from pipeline.input.source import Damaged, Source, SourceError
 from pipeline.input.streams import open_input
 
 if TYPE_CHECKING:
@@ -75,7 +75,10 @@ def _npy_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
             count = min(BATCH_ROWS, min(span.stop, shape[0]) - first)
             if count <= 0:
                 return
-            block = np.frombuffer(handle.read(count * width * dtype.itemsize), dtype).reshape(count, *shape[1:])
+            data = handle.read(count * width * dtype.itemsize)
+            if len(data) < count * width * dtype.itemsize:
+                raise Damaged(f"{span.path}: ends early")
+            block = np.frombuffer(data, dtype).reshape(count, *shape[1:])
             for row, value in enumerate(block, first):
                 yield Raw(derived_id(span.name, row), picked({"embedding": value}, wanted))
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.failures import passing
+from pipeline.input.damage import unreadable
 from pipeline.input.files import InputFile
 from pipeline.input.forms import as_picture
 from pipeline.input.rows import (
@@ -26,7 +30,7 @@ from pipeline.input.rows import (
     picked,
     picture_type,
 )  # fmt: skip
-from pipeline.input.source import Source, SourceError
+from pipeline.input.source import Damaged, Source, SourceError
 from pipeline.input.streams import open_input
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 CACHED_GROUP_BYTES = 256 << 20
 """A Parquet row group up to this size is kept while the shards that share it are read one after another."""
-BATCH_ROWS = 1024
+BATCH_ROWS, SMALL_ROWS = 1024, 16
 
 
 def _picture_names(schema: pa.Schema) -> set[str]:
@@ -100,11 +104,16 @@ def _arrow_rows(
 ) -> Iterator[Raw]:
     row, own, pictures = span.start, is_output(schema), _picture_names(schema)
     for batch in batches:
-        columns = {}
-        for index, kind in enumerate(batch.schema):  # by number: a name that nobody asks for may stand twice
-            column = batch.column(index)
-            array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-            columns[kind.name] = column_values(array, kind, kind.name in pictures)
+        try:
+            columns = _columns(batch, pictures)
+        except UnicodeDecodeError as error:
+            if batch.num_rows > 1:
+                part, halves = replace(span, start=row, stop=row + batch.num_rows), _halves(batch)
+                yield from _arrow_rows(source, part, wanted, halves, schema)
+            else:
+                yield _lost(source, span, row, _id_of(source, batch), error)
+            row += batch.num_rows
+            continue
         names = list(columns)
         for cells in zip(*columns.values(), strict=True) if names else ((),) * batch.num_rows:
             values = dict(zip(names, cells, strict=True))
@@ -115,6 +124,45 @@ def _arrow_rows(
                 raw.twin = values.get("duplicate_of")
             yield raw
             row += 1
+
+
+def _columns(batch: pa.RecordBatch | pa.Table, pictures: set[str]) -> dict[str, list[Any]]:
+    """Column -> its values.
+
+    Raises:
+        UnicodeDecodeError: A text is none.
+    """
+    columns = {}
+    for index, kind in enumerate(batch.schema):  # by number: a name that nobody asks for may stand twice
+        column = batch.column(index)
+        array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+        columns[kind.name] = column_values(array, kind, kind.name in pictures)
+    return columns
+
+
+def _halves(batch: pa.RecordBatch | pa.Table) -> Iterator[pa.RecordBatch | pa.Table]:
+    middle = batch.num_rows // 2
+    yield from (batch.slice(0, middle), batch.slice(middle))
+
+
+def _id_of(source: Source, batch: pa.RecordBatch | pa.Table) -> Any:
+    """What the user's id column says in the only row of a batch; None if there is none, or if it is damaged itself."""
+    try:
+        return None if source.id is None else batch[source.id].to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
+
+
+def _lost(source: Source, span: Span, row: int, own: Any, error: BaseException) -> Raw:
+    """A row that cannot be read.
+
+    Raises:
+        Damaged: Nor can its id.
+    """
+    why = unreadable(span.name, row, row + 1, error)
+    if source.id is not None and own is None:
+        raise Damaged(f"{why}; nor can its id, so mend the file or leave it out")
+    return Raw(own_id(source, {source.id: own} if source.id else {}, span, row), {}, why)
 
 
 def is_output(schema: pa.Schema) -> bool:
@@ -144,7 +192,7 @@ def _parquet(source: Source, path: str) -> tuple[Any, Any]:
 
     handle = open_input(path, source) if "://" in path else pa.OSFile(os.fsencode(path))
     try:
-        return pq.ParquetFile(handle, pre_buffer=True), handle
+        return pq.ParquetFile(handle, pre_buffer=True, page_checksum_verification=True), handle
     except (pa.ArrowInvalid, OSError) as error:
         handle.close()
         if isinstance(error, OSError) and not isinstance(error, pa.ArrowInvalid):
@@ -182,11 +230,67 @@ def _parquet_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
             lo, hi = max(span.start, first), min(span.stop, first + group.num_rows)
             if lo < hi:
                 part = Span(span.name, span.path, lo, hi)
-                batches = _group_batches(parquet, index, columns, lo - first, hi - lo, span.path)
-                yield from _arrow_rows(source, part, wanted, batches, parquet.schema_arrow)
+                yield from _group_rows(parquet, index, columns, part, first, source, wanted)
             first += group.num_rows
             if first >= span.stop:
                 break
+
+
+def _group_rows(
+    parquet: Any, index: int, columns: list[str] | None, span: Span, first: int, source: Source, wanted: Wanted
+) -> Iterator[Raw]:
+    """A span within a row group that begins at row ``first``. Where a page is damaged, its rows up to the group's end
+    fail: nothing behind it can be had.
+    """
+    import pyarrow as pa
+
+    schema, at = parquet.schema_arrow, span.start
+    for entered in (_group_batches, _small_batches):
+        try:
+            part = replace(span, start=at)
+            batches = entered(parquet, index, columns, at - first, span.stop - at, span.path)
+            for raw in _arrow_rows(source, part, wanted, batches, schema):
+                yield raw
+                at += 1
+            return
+        except (pa.ArrowException, OSError) as error:
+            if passing(error) or (not isinstance(error, pa.ArrowException) and error.errno not in (None, errno.EIO)):
+                raise
+            damage = error
+    why = unreadable(span.name, at, span.stop, damage)
+    for row, own in enumerate(_group_ids(parquet, index, source.id, at - first, span.stop - at, why), at):
+        yield Raw(own_id(source, {source.id: own} if source.id else {}, span, row), {}, why)
+
+
+def _group_ids(parquet: Any, index: int, column: str | None, skip: int, count: int, why: str) -> list[Any]:
+    """The user's ids of some rows of a group whose other columns cannot be read; None for each without such a column.
+
+    Raises:
+        Damaged: Nor can the ids.
+    """
+    import pyarrow as pa
+
+    if column is None:
+        return [None] * count
+    try:
+        ids: list[Any] = parquet.read_row_group(index, columns=[column])[column].slice(skip, count).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        raise Damaged(f"{why}; nor can their ids, so mend the file or leave it out") from None
+    return ids
+
+
+def _small_batches(
+    parquet: Any, index: int, columns: list[str] | None, skip: int, count: int, path: str
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a group a few at a time, so that those before a damaged page are had."""
+    at = 0
+    for batch in parquet.iter_batches(batch_size=SMALL_ROWS, row_groups=[index], columns=columns, use_threads=False):
+        lo, hi = max(skip, at), min(skip + count, at + batch.num_rows)
+        if lo < hi:
+            yield batch.slice(lo - at, hi - lo)
+        at += batch.num_rows
+        if at >= skip + count:
+            return
 
 
 def _group_batches(
@@ -245,7 +349,7 @@ def _datasets_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
 
         def batches() -> Iterator[pa.RecordBatch]:
             at = 0
-            for batch in stream:
+            for batch in _undamaged(stream, span.path):
                 lo, hi = max(span.start, at), min(span.stop, at + batch.num_rows)
                 if lo < hi:
                     part = batch.slice(lo - at, hi - lo)
@@ -255,6 +359,22 @@ def _datasets_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
                     return
 
         yield from _arrow_rows(source, span, wanted, batches(), stream.schema)
+
+
+def _undamaged(stream: Any, path: str) -> Iterator[pa.RecordBatch]:
+    """A stream's batches.
+
+    Raises:
+        Damaged: From here on it cannot be read.
+    """
+    import pyarrow as pa
+
+    try:
+        yield from stream
+    except (pa.ArrowException, OSError) as error:
+        if passing(error):
+            raise
+        raise Damaged(f"{path}: {error}") from None
 
 
 PARQUET = Format(_parquet_scan, _parquet_rows, _parquet_schema)

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 from pipeline.input.files import InputFile
 from pipeline.input.rows import (
@@ -25,7 +25,7 @@ from pipeline.input.rows import (
     untold,
 )  # fmt: skip
 from pipeline.input.source import Source, SourceError
-from pipeline.input.streams import check_text, decompressing, open_input
+from pipeline.input.streams import AsItComes, check_text, codec_of, decompressing, open_input
 
 LONGEST_LINE = 1 << 27
 """Bytes, after decompression: a kilobyte of gzip can hold a line that fills the memory."""
@@ -43,7 +43,8 @@ def read_lines(source: Source, path: str, offset: int) -> Iterator[bytes]:
         if offset:
             handle.seek(offset)
         number = 0
-        lines = handle if isinstance(handle, io.BufferedReader) else io.BufferedReader(cast(Any, handle), READ_BYTES)
+        raw: Any = AsItComes(handle) if codec_of(path) else handle
+        lines = handle if isinstance(handle, io.BufferedReader) else io.BufferedReader(raw, READ_BYTES)
         while line := lines.readline(LONGEST_LINE + 1):
             if not number and not offset:
                 check_text(path, line[:16])

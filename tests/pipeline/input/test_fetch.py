@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import http.server
 import io
 import json
+import socket
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from pipeline.failures import Away, passing
 from pipeline.input.fetch import options_for
-from pipeline.input.source import Source
+from pipeline.input.read import read_rows
+from pipeline.input.rows import Span
+from pipeline.input.source import Source, SourceError
+from pipeline.output.dataset import Output
+from pipeline.patience import Patience
+from pipeline.web import Busy
 from tests.support.plain_stages import rows_of
 
 
@@ -30,6 +39,7 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[str] = []
+        self.away = False
 
     @property
     def address(self) -> str:
@@ -49,7 +59,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.strip("/").partition("?")[0].removesuffix(".png")
         self.server.asked.append(name)
         data, status, headers = _picture(), 200, {}
-        if name.isdigit():
+        if self.server.away:
+            status = 503
+        elif name.isdigit():
             status = int(name)
         elif name == "busy" and self.server.asked.count(name) < 3:
             status = 503
@@ -83,40 +95,99 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
 ANSWERS = {
     "fine": None, "moved": None, "zipped": None, "busy": None, "fine.png?signed=a%2Fb": None,
     "404": "404 Not Found", "403": "403 Forbidden", "410": "410 Gone",
-    "503": "503 Service Unavailable, 5 times", "429": "429 Too Many Requests, 5 times",
-    "500": "500 Internal Server Error, 5 times", "cut": ", 5 times",
     "page": "it is an HTML page", "drawing": "it is SVG",
+}  # fmt: skip
+SILENCE = {
+    "503": "503 Service Unavailable, 5 times", "429": "429 Too Many Requests, 5 times",
+    "500": "500 Internal Server Error, 5 times", "cut": ", 5 times", "fine": None,
 }  # fmt: skip
 
 
-def test_every_answer_is_a_picture_or_a_reason(tmp_path: Path, server: _Server) -> None:
-    names = [name if "?" in name else f"{name}.png" for name in ANSWERS]
+@pytest.mark.parametrize("answers", [ANSWERS, SILENCE], ids=["answers", "silence"])
+def test_every_answer_is_a_picture_or_a_reason(tmp_path: Path, server: _Server, answers: dict[str, str | None]) -> None:
+    """A row whose address stays busy is to blame as long as its server answers others."""
+    names = [name if "?" in name else f"{name}.png" for name in answers]
     lines = [json.dumps({"url": f"{server.address}/{name}"}) + "\n" for name in names]
     (tmp_path / "in.jsonl").write_text("".join(lines))
     source = {"columns": {"image": "url"}, "allow": (server.address,)}
     rows = rows_of(tmp_path / "in.jsonl", tmp_path / "out", ["url"], stage="Captioned", shard_rows=50, **source)
-    for row, reason in zip(rows, ANSWERS.values(), strict=True):
+    for row, reason in zip(rows, answers.values(), strict=True):
         if reason is None:
             assert (row["status"], row["width"]) == ("ok", 60), row
         else:
             assert row["status"] == "failed"
             assert row["error"].startswith("image: ")
             assert reason in row["error"]
-    assert server.asked.count("fine") == 3  # once for itself, once signed, once where `moved` leads
-    assert server.asked.count("404") == 1
-    assert server.asked.count("503") == 5
+    if answers is ANSWERS:
+        assert server.asked.count("fine") == 3  # once for itself, once signed, once where `moved` leads
+        assert server.asked.count("404") == 1
+    else:
+        assert server.asked.count("503") == 5
 
 
-def test_nobody_at_the_address(tmp_path: Path, server: _Server) -> None:
-    address = server.address
-    server.shutdown()
-    server.server_close()
-    addresses = [f"{address}/a.png", "nosuch://a.png", "http://", "s3://"]
+def _outage(monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
+    monkeypatch.setattr("pipeline.patience.hosts._good", OrderedDict())
+    monkeypatch.setattr("pipeline.patience.FIRST_S", 0.05)
+    monkeypatch.setattr("pipeline.patience.LIMIT_S", limit)
+
+
+def test_a_server_that_is_away_is_nobodys_fault(
+    tmp_path: Path, server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 of 20 rows were committed as failed. Now none is: the work is given up until the server is back."""
+    _outage(monkeypatch, 0.3)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"url": f"{server.address}/fine.png"}) + "\n")
+    server.away = True
+    source = {"columns": {"image": "url"}, "allow": (server.address,), "stage": "Captioned"}
+    with pytest.raises(Away, match=rf"{server.address} does not answer \(503 Service Unavailable\)"):
+        rows_of(tmp_path / "in.jsonl", tmp_path / "out", **source)
+    assert list(Output.open(str(tmp_path / "out")).records()) == []
+    threading.Timer(0.5, setattr, (server, "away", False)).start()
+    _outage(monkeypatch, 30.0)
+    rows = rows_of(tmp_path / "in.jsonl", tmp_path / "again", **source)
+    assert [row["status"] for row in rows] == ["ok"]
+
+
+def test_a_host_that_is_gone_among_others_fails_its_rows_alone(
+    tmp_path: Path, server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of pictures on the web are full of hosts that are no more: none of them may hold up a run."""
+    _outage(monkeypatch, 3600.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
+    addresses = [f"{server.address}/fine.png", f"{gone}/a.png", f"{gone}/b.png", f"{server.address}/fine.png"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"image": address}) + "\n" for address in addresses))
-    rows = rows_of(tmp_path / "in.jsonl", tmp_path / "out", stage="Captioned", allow=(address, "nosuch://", "s3://"))
+    allow = (gone, server.address)
+    rows = rows_of(tmp_path / "in.jsonl", tmp_path / "out", stage="Captioned", allow=allow)
+    assert [row["status"] for row in rows] == ["ok", "failed", "failed", "ok"]
+    assert ", 5 times" in rows[1]["error"]
+
+
+def test_a_host_that_goes_for_good_is_waited_for_once(server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    _outage(monkeypatch, 0.2)
+    known = Patience()
+    known.answered("http://old.example.org/a.png")
+    known.answered(f"{server.address}/fine.png")
+    asked: list[str] = []
+
+    def ask() -> bytes:
+        asked.append("again")
+        raise Busy("no answer")
+
+    for number in range(2):
+        with pytest.raises(Busy):
+            known.outlast("http://old.example.org/b.png", Busy("no answer"), ask, lambda other: "old" not in other)
+        assert bool(asked) == (number == 0)
+        asked.clear()
+
+
+def test_addresses_that_lead_nowhere(tmp_path: Path) -> None:
+    addresses = ["nosuch://a.png", "http://", "s3://"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"image": address}) + "\n" for address in addresses))
+    rows = rows_of(tmp_path / "in.jsonl", tmp_path / "out", stage="Captioned", allow=("nosuch://", "s3://"))
     assert {row["status"] for row in rows} == {"failed"}
-    assert ", 5 times" in rows[0]["error"]
-    assert "nosuch" in rows[1]["error"]
+    assert "nosuch" in rows[0]["error"]
     assert max(len(row["error"]) for row in rows) < 600
 
 
@@ -129,3 +200,37 @@ def test_the_keys_of_a_store_are_not_sent_elsewhere() -> None:
     web = Source(("https://data.example.com/in.parquet",), storage_options={"headers": {"Authorization": "hush"}})
     assert options_for("https://data.example.com/a.png", web) != {}
     assert options_for("https://images.example.com/a.png", web) == {}
+
+
+def test_an_input_file_whose_server_is_away_is_no_missing_file(server: _Server) -> None:
+    """fsspec calls an answer of 503 a FileNotFoundError, and the run ended with "could not be written"."""
+    address = f"{server.address}/in.jsonl"
+    source, spans = Source((address,), format="jsonl"), (Span("in.jsonl", address, 0, 1),)
+    server.away = True
+    with pytest.raises(Away, match=rf"{address} cannot be read now: "):
+        list(read_rows(source, spans, 0, 1, None))
+    server.away = False
+    with pytest.raises(SourceError, match=r"/404: is gone; the input changed during the run"):
+        list(read_rows(source, (Span("404", f"{server.address}/404", 0, 1),), 0, 1, None))
+
+
+def test_what_passes_is_told_from_what_does_not() -> None:
+    def caused(error: Exception, cause: Exception) -> Exception:
+        error.__cause__ = cause
+        return error
+
+    class ClientResponseError(Exception):
+        status = 503
+
+    class ClientError(Exception):
+        response = {"ResponseMetadata": {"HTTPStatusCode": 403}}
+
+    EndpointConnectionError = type("EndpointConnectionError", (type("ConnectionError", (Exception,), {}),), {})
+    assert passing(caused(FileNotFoundError("x"), ClientResponseError()))
+    assert passing(OSError(errno.ECONNREFUSED, "refused"))
+    assert passing(caused(OSError("EndpointConnectionError: ..."), EndpointConnectionError()))
+    assert passing(TimeoutError())
+    assert not passing(caused(PermissionError("x"), ClientError()))
+    assert not passing(FileNotFoundError("x"))
+    assert not passing(OSError(errno.ENOSPC, "full"))
+    assert not passing(OSError(errno.EIO, "broken"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import machine
 from pipeline.failures import Fault
 from pipeline.input.rows import Span
 from pipeline.input.shards import Shard
@@ -22,7 +23,7 @@ from pipeline.run.tasks import Outcome, Piece, Task
 from tests.support.faulty import spec_for
 
 Fate = Callable[[Task, str, int], str]
-"""A task, the node that it is on, how often it was given -> ``done``, ``died``, ``lost``."""
+"""A task, the node that it is on, how often it was given -> ``done``, ``died``, ``lost``, ``away``, ``full``."""
 
 
 class Workers:
@@ -68,9 +69,11 @@ class Workers:
             self.condemned[task.start] = task.condemned
         settled = task.condemned or task.pieces
         end = "done" if settled else self.fate(task, node, sum(g[:3] == key for g in self.given))
+        if end in ("away", "full"):
+            return Outcome(Fault.TRANSIENT, None, f"s3://bucket is {end}", end == "away")
         if end != "done":
             kind = Fault.POISON if end == "died" else Fault.PREEMPTED
-            return Outcome(kind, None, "the end", node, frozenset(self.nodes))
+            return Outcome(kind, None, "the end", node=node, nodes=frozenset(self.nodes))
         if not task.whole:
             return Outcome("done", Piece(task.start, task.stop, "", 0, "", task.stop - task.start, 0))
         return Outcome("done", Record(task.shard, "", "", 0, "", task.stop - task.start, 0, 0.0, 0.0, ""))
@@ -90,10 +93,11 @@ class _Quiet:
         return lambda *args: None
 
 
-def _run(nodes: list[str], rows: int, fate: Fate, shards: int = 1) -> Workers:
+def _run(nodes: list[str], rows: int, fate: Fate, shards: int = 1, told: list[str] | None = None) -> Workers:
     workers, span = Workers(nodes, fate), Span("in.txt", "in.txt", 0, rows)
     todo = iter([Shard(number, (span,)) for number in range(shards)])
     quiet: Any = _Quiet()
+    quiet.running = lambda *args: told.append(args[4]) if told is not None and len(args) > 4 else None
     Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, shards, 1).run()  # type: ignore[arg-type]
     return workers
 
@@ -176,6 +180,37 @@ def test_a_strike_on_a_node_that_is_gone_since_does_not_count() -> None:
     quiet: Any = _Quiet()
     Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1).run()  # type: ignore[arg-type]
     assert workers.condemned == {}
+
+
+class Clock(machine.Machine):
+    """Half a second goes by each time that it is asked."""
+
+    now = 0.0
+
+    def clock(self) -> float:
+        self.now += 0.5
+        return self.now
+
+
+def test_a_store_that_is_away_is_waited_for_some_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "here", clock := Clock())
+    told: list[str] = []
+    workers = _run(["a"], 10, lambda task, node, times: "away" if times < 8 else "done", told=told)
+    assert len(workers.given) == 8
+    assert 2 * 60 < clock.now < 10 * 60
+    assert told[0] == "shard 0 has to wait (s3://bucket is away); it is tried again in 2 s"
+    assert "again in 60 s" in told[-1]
+    clock.now = 0.0
+    with pytest.raises(Stopped, match=r"shard 0 could not be done: s3://bucket is away; once .* goes on"):
+        _run(["a"], 10, lambda task, node, times: "away")
+    assert 4 * 60 < clock.now < 15 * 60
+
+
+def test_a_disk_that_is_full_is_tried_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "here", clock := Clock())
+    with pytest.raises(Stopped, match="could not be done: s3://bucket is full"):
+        _run(["a"], 10, lambda task, node, times: "full")
+    assert clock.now < 60
 
 
 def test_an_address_without_a_ray_is_told_at_once(tmp_path: Path) -> None:

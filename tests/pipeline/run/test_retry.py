@@ -239,3 +239,26 @@ def test_a_wider_allow_lets_the_failed_rows_through(tmp_path: Path, monkeypatch:
     assert data(spec.output)["width"].to_pylist() == [8, 9, 10]
     with pytest.raises(PlanMismatch, match="shard_rows"):
         run(replace(wider, shard_rows=2), retry_failed=True)
+
+
+def test_a_store_that_goes_while_the_driver_works_ends_the_run_in_a_sentence(
+    moody: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an OSError of the store's client, and the lock could not be released either."""
+    monkeypatch.setattr("pipeline.storage.FIRST_WAIT_S", 0.001)
+    real, away = Folder.write, [True]
+
+    def write(self: Folder, name: str, data: bytes) -> None:
+        if away[0] and ("README" in name or "progress" in name or "locks" in name):
+            raise ConnectionRefusedError(111, "Connection refused")
+        real(self, name, data)
+
+    monkeypatch.setattr(Folder, "write", write)
+    first, _ = start(moody)
+    assert first.state == "failed"
+    assert "is away: ConnectionRefusedError" in str(first.reason)
+    assert "the same command goes on" in str(first.reason)
+    away[0] = False
+    monkeypatch.setattr("pipeline.output.lock._alive", lambda content: False)
+    again, seen = start(moody)
+    assert (again.state, again.resumed, seen) == ("complete", 4, [])
