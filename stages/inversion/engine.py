@@ -1,9 +1,10 @@
 """Diffusion inversion by solving one equation a timestep: find z with D_t(z) = z_prev, from the picture to the noise.
 
-`InversionProblem` is the walk that every method without extra state shares: a row climbs the schedule in its own slot,
-at its own pace, and rows at different times share each U-Net call. A `Rule` is a method: where it starts at a step, and
-what it does with one more evaluation of the network. The walk keeps a rule's state, starts it afresh where rows enter a
-step, counts passes and ends steps; a rule only computes, for all slots as if each held a row.
+A `Walk` is what every method without extra state shares: a row goes from equation to equation in its own slot, at its
+own pace, and rows at different times share each U-Net call. `InversionProblem` walks up a schedule step by step;
+`stages.inversion.sweeps` has the walk of samplers whose steps hang together. A `Rule` is a method: where it starts at a
+step, and what it does with one more evaluation of the network. The walk keeps a rule's state, starts it afresh where
+rows enter a step, counts passes and ends steps; a rule only computes, for all slots as if each held a row.
 
 Legend: B slots; `z_BCHW` latents, `x_BCHW` the point that is evaluated, `prev_BCHW` the cleaner latent z_prev that a
 step starts from, `m_BCHW` the network's output at x, `r_BCHW` = D_t(x) - z_prev the residual, `g_BCHW` the fixed-point
@@ -114,38 +115,35 @@ def _choose(which_B: torch.Tensor, new: Any, old: Any) -> Any:
     return new._make(parts) if hasattr(new, "_make") else parts
 
 
-class InversionProblem(Generic[State]):
-    """Rows climb from z_0 to z_T, each in its slot, each at its own time. A `stages.engine.solver.Problem`.
+class Walk(Generic[State]):
+    """Rows solve one equation after another, each in its slot, each at its own one. A `stages.engine.solver.Problem`.
 
-    Rows come with `z` (C, H, W) and `condition` (a dict of tensors without a batch dimension). They leave with `noise`
-    (z_T), `residual` (S,): the relative residual at each step's last evaluated point, where it is one, `forwards` and
-    `backwards`: network evaluations and gradients, and, when the path is kept, `path` (S + 1, C, H, W), z_0 first.
+    What the equations are, and which comes next, is a subclass's. Rows come with `z` (C, H, W) and `condition` (a dict
+    of tensors without a batch dimension). They leave with `noise` (z_T), `residual` (S,): the relative residual at each
+    equation's last evaluated point, where it is one, and `forwards` and `backwards`: network evaluations and gradients.
 
     Args:
         predict: The network.
-        schedule: The sampler's coefficients.
+        t_S: What it is told as the time in each equation, the one next to the picture first.
         rule: The method.
         slots: Rows at once.
         latent_shape: (C, H, W).
-        keep_path: Keep every z_t; needed to replay.
         half: The network computes in float16: gradients are taken of losses that are scaled to its range.
     """
 
     def __init__(
         self,
         predict: Predict,
-        schedule: Schedule,
+        t_S: torch.Tensor,
         rule: Rule[State],
         *,
         slots: int,
         latent_shape: tuple[int, int, int],
         device: torch.device | str = "cpu",
-        keep_path: bool = False,
         half: bool = False,
     ) -> None:
-        self.predict, self.rule, self.keep_path, self.half = predict, rule, keep_path, half
+        self.predict, self.t_S, self.rule, self.half = predict, t_S, rule, half
         self.device = torch.device(device)
-        self.schedule = schedule.to(self.device)
         self.latent_shape = latent_shape
         self.resize(slots)
 
@@ -162,19 +160,40 @@ class InversionProblem(Generic[State]):
         self.made_B = torch.zeros_like(self.k_B)
         self.forwards_B = torch.zeros_like(self.k_B)
         self.backwards_B = torch.zeros_like(self.k_B)
-        self.residual_BS = torch.zeros((slots, len(self.schedule)), device=self.device)
+        self.residual_BS = torch.zeros((slots, len(self.t_S)), device=self.device)
         self.condition: Condition = {}
-        self.path_BSCHW = (
-            torch.zeros((slots, len(self.schedule) + 1, *self.latent_shape), device=self.device)
-            if self.keep_path
-            else None
-        )
+
+    # --- a subclass's
+
+    def start(self, where: torch.Tensor, z_0_BCHW: torch.Tensor) -> None:
+        """Rows with these latents come into some slots, at the first equation."""
+        raise NotImplementedError
+
+    def equation(self) -> Step:
+        """Each row's equation, whose other side is `prev_BCHW`."""
+        raise NotImplementedError
+
+    def advance(self, moved_B: torch.Tensor, point: Evaluation, z_BCHW: torch.Tensor) -> torch.Tensor:
+        """Some rows are done with their equation, with the result z: go on to the next one (`enter`). Returns the rows
+        that have none left."""
+        raise NotImplementedError
+
+    def outputs(self, slot: int) -> Row:
+        """`noise`, and what else a row leaves with, on the CPU."""
+        raise NotImplementedError
+
+    def failure(self, slot: int) -> str | None:
+        """Why a row that has come to its end is no result."""
+        if not bool(self.broken_B[slot]):
+            return None
+        return f"inversion diverged at time {self.t_S[int(self.k_B[slot])].item():g}: {self.rule.advice}"
+
+    # --- what every walk does
 
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
         where = torch.as_tensor(slots, device=self.device)
         for slot, row in zip(slots, rows, strict=True):
             self.rows[slot] = row
-        self.prev_BCHW[where] = torch.stack([row["z"] for row in rows]).to(self.device, torch.float32)
         for name in rows[0]["condition"]:
             value = torch.stack([row["condition"][name] for row in rows]).to(self.device)
             if name not in self.condition:
@@ -184,14 +203,14 @@ class InversionProblem(Generic[State]):
         for count in (self.k_B, self.forwards_B, self.backwards_B, self.residual_BS, self.broken_B):
             count[where] = 0
         self.active_B[where] = True
-        if self.path_BSCHW is not None:
-            self.path_BSCHW[where, 0] = self.prev_BCHW[where]
+        self.start(where, torch.stack([row["z"] for row in rows]).to(self.device, torch.float32))
         enter_B = slot_mask(self.slots, slots, self.device)
         self.state = choose(enter_B, self.rule.blank(self.prev_BCHW), self.state)
-        self._begin(enter_B)
+        self.enter(enter_B)
 
-    def _begin(self, enter_B: torch.Tensor) -> None:
-        start_BCHW, state = self.rule.begin(self.prev_BCHW, self.schedule.at(self.k_B), self.state)
+    def enter(self, enter_B: torch.Tensor) -> None:
+        """Some rows begin the equation that they stand at."""
+        start_BCHW, state = self.rule.begin(self.prev_BCHW, self.equation(), self.state)
         self.x_BCHW = torch.where(per_row(enter_B, start_BCHW), start_BCHW, self.x_BCHW)
         self.state = choose(enter_B, state, self.state)
         self.made_B.masked_fill_(enter_B, 0)
@@ -242,7 +261,7 @@ class InversionProblem(Generic[State]):
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        step = self.schedule.at(self.k_B)
+        step = self.equation()
         m_BCHW, gradient_BCHW = self._evaluate(step)
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
         residual_B = r_BCHW.flatten(1).norm(dim=1) / self.prev_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
@@ -252,19 +271,10 @@ class InversionProblem(Generic[State]):
         going_B = self.active_B & ~self.broken_B
         moved_B = going_B & self.rule.done(point)
         self.x_BCHW = torch.where(per_row(going_B, x_BCHW), x_BCHW, self.x_BCHW)
-        self.prev_BCHW = torch.where(per_row(moved_B, x_BCHW), x_BCHW, self.prev_BCHW)
         rows = torch.arange(self.slots, device=self.device)
         self.residual_BS[rows, self.k_B] = torch.where(moved_B, residual_B, self.residual_BS[rows, self.k_B])
-        if self.path_BSCHW is not None:
-            kept = self.path_BSCHW[rows, self.k_B + 1]
-            self.path_BSCHW[rows, self.k_B + 1] = torch.where(per_row(moved_B, kept), x_BCHW, kept)
-        last_B = self.k_B == len(self.schedule) - 1
-        finished_B = (moved_B & last_B) | self.broken_B
-        enter_B = moved_B & ~last_B
-        self.k_B += enter_B
+        finished_B = self.advance(moved_B, point, x_BCHW) | self.broken_B
         self.active_B = self.active_B & ~finished_B
-        if bool(enter_B.any()):
-            self._begin(enter_B)
         return finished_B
 
     def unload(self, slots: Sequence[int]) -> list[Row]:
@@ -274,22 +284,70 @@ class InversionProblem(Generic[State]):
             assert row is not None
             self.rows[slot] = None
             outputs = {
-                "noise": (self.prev_BCHW[slot] * self.schedule.seed_scale).to("cpu", copy=True),
+                **self.outputs(slot),
                 "forwards": int(self.forwards_B[slot]),
                 "backwards": int(self.backwards_B[slot]),
             }
             if self.rule.checks:
                 outputs["residual"] = self.residual_BS[slot].to("cpu", copy=True)
-            if self.path_BSCHW is not None:
-                outputs["path"] = self.path_BSCHW[slot].to("cpu", copy=True)
-            if bool(self.broken_B[slot]):
-                t = self.schedule.t_S[int(self.k_B[slot])].item()
-                row = failed(row, f"inversion diverged at time {t:g}: {self.rule.advice}")
-            rows.append({**row, **outputs})
+            why = self.failure(slot)
+            rows.append({**(row if why is None else failed(row, why)), **outputs})
         where = torch.as_tensor(slots, device=self.device)
         self.broken_B[where] = False
         self.active_B[where] = False
         return rows
+
+
+class InversionProblem(Walk[State]):
+    """The walk from z_0 to z_T up a schedule whose steps are undone one by one: an equation a step, whose result is the
+    next one's other side.
+
+    Args:
+        schedule: The sampler's coefficients.
+        keep_path: Rows also leave with `path` (S + 1, C, H, W): every z_t, z_0 first; needed to replay.
+        options: Of `Walk`.
+    """
+
+    def __init__(
+        self, predict: Predict, schedule: Schedule, rule: Rule[State], *, keep_path: bool = False, **options: Any
+    ) -> None:
+        self.schedule, self.keep_path = schedule.to(options.get("device", "cpu")), keep_path
+        super().__init__(predict, self.schedule.t_S, rule, **options)
+
+    def resize(self, slots: int) -> None:
+        super().resize(slots)
+        self.path_BSCHW = (
+            torch.zeros((slots, len(self.schedule) + 1, *self.latent_shape), device=self.device)
+            if self.keep_path
+            else None
+        )
+
+    def start(self, where: torch.Tensor, z_0_BCHW: torch.Tensor) -> None:
+        self.prev_BCHW[where] = z_0_BCHW
+        if self.path_BSCHW is not None:
+            self.path_BSCHW[where, 0] = z_0_BCHW
+
+    def equation(self) -> Step:
+        return self.schedule.at(self.k_B)
+
+    def advance(self, moved_B: torch.Tensor, point: Evaluation, z_BCHW: torch.Tensor) -> torch.Tensor:
+        self.prev_BCHW = torch.where(per_row(moved_B, z_BCHW), z_BCHW, self.prev_BCHW)
+        if self.path_BSCHW is not None:
+            rows = torch.arange(self.slots, device=self.device)
+            kept = self.path_BSCHW[rows, self.k_B + 1]
+            self.path_BSCHW[rows, self.k_B + 1] = torch.where(per_row(moved_B, kept), z_BCHW, kept)
+        last_B = self.k_B == len(self.schedule) - 1
+        enter_B = moved_B & ~last_B
+        self.k_B += enter_B
+        if bool(enter_B.any()):
+            self.enter(enter_B)
+        return moved_B & last_B
+
+    def outputs(self, slot: int) -> Row:
+        outputs: Row = {"noise": (self.prev_BCHW[slot] * self.schedule.seed_scale).to("cpu", copy=True)}
+        if self.path_BSCHW is not None:
+            outputs["path"] = self.path_BSCHW[slot].to("cpu", copy=True)
+        return outputs
 
 
 @torch.no_grad()

@@ -53,6 +53,8 @@ class Newton(Rule[Best]):
         return prev_BCHW, fresh._replace(z_0_BCHW=z_0_BCHW, known_B=torch.ones_like(fresh.known_B))
 
     def update(self, point: Evaluation, state: Best) -> tuple[torch.Tensor, Best]:
+        assert point.step.alpha is not None
+        assert point.step.sigma is not None
         miss_BCHW = point.g_BCHW - point.x_BCHW
         surprise_BCHW = ((point.g_BCHW - point.step.alpha * state.z_0_BCHW) / point.step.sigma).square() / 2
         value_B = (miss_BCHW.abs() + self.prior * surprise_BCHW).flatten(1).mean(1)

@@ -9,6 +9,7 @@ Legend: B rows; `z_BCHW` latents; S steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -17,15 +18,20 @@ from stages.engine.gradients import loss_scale
 from stages.engine.passthrough import in_batches
 from stages.engine.solver import Occupancy, solve
 from stages.inversion import pairs
-from stages.inversion.engine import InversionProblem
+from stages.inversion.engine import InversionProblem, Walk
 from stages.inversion.lbo import replay_bias
 from stages.inversion.null_text import generate_null_text, learn_null_text
 from stages.inversion.settings import EdictMethod, InversionMethod, NullTextMethod
+from stages.inversion.sweeps import SweepProblem
 from stages.models.latent import Condition, Geometry, LatentModel
+from stages.models.multistep import Multistep
 from stages.models.sampler import sample
+from stages.models.schedule import Schedule
+
+Plan = TypeVar("Plan", bound=Schedule | Multistep)
 
 
-class Scheme:
+class Scheme(Generic[Plan]):
     """A method without extra state: up by its rule, down by the model's sampler.
 
     Attributes:
@@ -35,21 +41,22 @@ class Scheme:
 
     keep_path = False
 
-    def __init__(self, method: InversionMethod, model: LatentModel, *, steps: int, guidance: float) -> None:
-        self.method, self.model, self.guidance = method, model, guidance
+    def __init__(self, method: InversionMethod, model: LatentModel, schedule: Plan, *, guidance: float) -> None:
+        self.method, self.model, self.schedule, self.guidance = method, model, schedule, guidance
         self.guided = guidance > 1
-        self.schedule = model.schedule(steps)
         self.predict = model.predictor(guidance)
 
-    def problem(self, slots: int) -> InversionProblem:
+    def problem(self, slots: int) -> Walk[Any]:
         """The walk of `slots` rows up the schedule."""
         denoiser = next(iter(self.model.geometry.parts))
         rule = self.method.rule(self.guidance, torch.finfo(self.model.dtypes[denoiser]).eps)
-        return InversionProblem(
-            self.predict, self.schedule, rule, slots=slots, device=self.model.device,
-            latent_shape=self.model.geometry.latent_shape, keep_path=self.keep_path,
-            half=self.model.dtypes[denoiser] == torch.float16,
-        )  # fmt: skip
+        options = {
+            "slots": slots, "device": self.model.device, "latent_shape": self.model.geometry.latent_shape,
+            "half": self.model.dtypes[denoiser] == torch.float16,
+        }  # fmt: skip
+        if isinstance(self.schedule, Multistep):
+            return SweepProblem(self.predict, self.schedule, rule, **options)
+        return InversionProblem(self.predict, self.schedule, rule, keep_path=self.keep_path, **options)
 
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
         """Rows with `z` and `condition` to rows with `noise` (z_T), `forwards`, `backwards`, the extra state, and
@@ -61,7 +68,7 @@ class Scheme:
         return sample(self.predict, self.schedule, noise_BCHW, condition)
 
 
-class Replay(Scheme):
+class Replay(Scheme[Schedule]):
     """LBO whose remaining biases are stored, and added to each step's result in generation."""
 
     keep_path = True
@@ -79,13 +86,13 @@ class Replay(Scheme):
         return sample(self.predict, self.schedule, noise_BCHW, condition, extra_B)
 
 
-class NullText(Scheme):
+class NullText(Scheme[Schedule]):
     """Null-text inversion: the pivot is inverted without guidance, and generation is guided by what was learned."""
 
     keep_path = True
 
-    def __init__(self, method: NullTextMethod, model: LatentModel, *, steps: int, guidance: float) -> None:
-        super().__init__(method, model, steps=steps, guidance=1.0)
+    def __init__(self, method: NullTextMethod, model: LatentModel, schedule: Schedule) -> None:
+        super().__init__(method, model, schedule, guidance=1.0)
         self.settings, self.guided = method, True
 
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
@@ -108,7 +115,7 @@ class NullText(Scheme):
         )
 
 
-class ExactPair(Scheme):
+class ExactPair(Scheme[Schedule]):
     """BELM and EDICT: all rows in step, and a second latent."""
 
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
@@ -135,11 +142,11 @@ class ExactPair(Scheme):
         return pairs.belm_generate(self.predict, self.schedule, pair, condition)
 
 
-def check_method(method: InversionMethod, geometry: Geometry) -> None:
-    """Refuse a method that this model's equation is not made for.
+def check_method(method: InversionMethod, geometry: Geometry, schedule: Schedule | Multistep) -> None:
+    """Refuse a method that this model's equations are not made for.
 
     Raises:
-        ValueError: It is one.
+        ValueError: It is one: of the other kind of model, or for a sampler whose steps are undone one by one.
     """
     kind = "diffusion" if geometry.grid is None else "flow"
     if kind not in method.inverts:
@@ -148,19 +155,27 @@ def check_method(method: InversionMethod, geometry: Geometry) -> None:
         raise ValueError(
             f"method {method.label} does not invert {what}, which model {geometry.sizes.model!r} is: take {instead}"
         )
+    if isinstance(schedule, Multistep) and not method.sweeps:
+        raise ValueError(
+            f"method {method.label} undoes a sampler's steps one by one, and those of the model's sampler hang "
+            "together: take method lbo, or fixed-point with a tolerance above 0, or leave `sampler` out"
+        )
 
 
-def scheme_of(method: InversionMethod, model: LatentModel, *, steps: int, guidance: float) -> Scheme:
+def scheme_of(method: InversionMethod, model: LatentModel, *, steps: int, guidance: float) -> Scheme[Any]:
     """How a method takes this model's latents to noise and back.
 
     Raises:
         ValueError: It does not.
     """
-    check_method(method, model.geometry)
+    schedule = model.schedule(steps)
+    check_method(method, model.geometry, schedule)
+    if isinstance(schedule, Multistep):
+        return Scheme(method, model, schedule, guidance=guidance)
     if isinstance(method, NullTextMethod):
-        return NullText(method, model, steps=steps, guidance=guidance)
-    kind = {None: Scheme, "bias": Replay, "latent_2": ExactPair}[method.extra]
-    return kind(method, model, steps=steps, guidance=guidance)
+        return NullText(method, model, schedule)
+    kind = {None: Scheme[Schedule], "bias": Replay, "latent_2": ExactPair}[method.extra]
+    return kind(method, model, schedule, guidance=guidance)
 
 
 def stacked(rows: Sequence[Row], name: str, device: torch.device) -> torch.Tensor:

@@ -51,6 +51,11 @@ class InversionMethod(Method):
         """The column that a picture needs to come back beside its `latent`; None: the noise alone brings it back."""
         return None
 
+    @property
+    def sweeps(self) -> bool:
+        """It also inverts samplers whose steps hang together (`stages.inversion.sweeps`)."""
+        return False
+
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         """The rule under a guidance scale, for a network whose numbers are spaced `eps` apart at 1.
 
@@ -133,6 +138,10 @@ class FixedPointMethod(InversionMethod):
     """Past iterates of ``anderson``."""
     tolerance: float = Field(0.0, ge=0)
     """Go on to the next step at this relative residual (ours); 0: never before the last iteration."""
+
+    @property
+    def sweeps(self) -> bool:
+        return self.tolerance > 0
 
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.fixed_point import Anderson, Averaged, FixedPoint
@@ -251,6 +260,10 @@ class LboMethod(InversionMethod):
     @property
     def extra(self) -> Literal["bias"] | None:
         return "bias" if self.replay else None
+
+    @property
+    def sweeps(self) -> bool:
+        return not self.replay and self.tolerance != 0
 
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.lbo import LatentBias

@@ -70,9 +70,9 @@ class InvertImages:
     @staticmethod
     def describe(settings: InvertImagesSettings) -> StageInfo:
         geometry = read_geometry(settings)
-        geometry.schedule(settings.steps)
+        schedule = geometry.schedule(settings.steps)
         for method in settings.methods:
-            check_method(method, geometry)
+            check_method(method, geometry, schedule)
         buckets = _buckets(settings, geometry)
         shape = geometry.latent_shape if len(buckets) == 1 else (geometry.latent_shape[0], -1, -1)
         latent = partial(Column, kind="tensor", shape=shape, dtype=settings.store)
@@ -103,7 +103,7 @@ class InvertImages:
         columns += [column for name, column in extra.items() if name in needed]
         columns += [
             Column(
-                "residual", "tensor", (settings.steps,), doc="|D(z) - z_prev| / |z_prev| at each step's last evaluation"
+                "residual", "tensor", (len(schedule),), doc="|D(z) - z_prev| / |z_prev| at each step's last evaluation"
             ),
             Column("residual_max", "float32", doc="the largest of them"),
             Column(
@@ -174,13 +174,13 @@ class InvertImages:
         picture = row.get("image")
         return self.geometry.picture_size if picture is None else bucket_for(picture.size, self.buckets)
 
-    def _scheme(self, label: str, size: Size) -> Scheme:
+    def _scheme(self, label: str, size: Size) -> Scheme[Any]:
         """How a method takes pictures of a size to noise and back."""
         if size == self.geometry.picture_size:
             return self.schemes[label]
         return self._made(label, self.model.at(*size))
 
-    def _made(self, label: str, model: LatentModel) -> Scheme:
+    def _made(self, label: str, model: LatentModel) -> Scheme[Any]:
         return scheme_of(self.methods[label], model, steps=self.settings.steps, guidance=self.settings.guidance)
 
     def take_summary(self) -> dict[str, np.ndarray]:
@@ -195,7 +195,7 @@ class InvertImages:
 
     # --- the way of a row
 
-    def _by_scheme(self, scheme: Scheme, rows: Iterable[Row]) -> Iterator[Row]:
+    def _by_scheme(self, scheme: Scheme[Any], rows: Iterable[Row]) -> Iterator[Row]:
         # A row's working values live beside it, under its id: what the pipeline handed in is handed back untouched.
         given: dict[str, Row] = {}
         work = self.prepared(scheme, rows, given)
@@ -206,7 +206,7 @@ class InvertImages:
             row = given.pop(done.pop("id"))
             yield failed(row, done["error"]) if done.get("status") == "failed" else ok(row, **done)
 
-    def prepared(self, scheme: Scheme, rows: Iterable[Row], given: dict[str, Row]) -> Iterator[Row]:
+    def prepared(self, scheme: Scheme[Any], rows: Iterable[Row], given: dict[str, Row]) -> Iterator[Row]:
         """Pictures to latents and captions to conditions, a batch at a time; what came in is noted in `given`."""
 
         def checked() -> Iterator[Row]:
@@ -231,7 +231,7 @@ class InvertImages:
         return token_counts(prompts, self.model.readers)
 
     @torch.no_grad()
-    def _encoded(self, scheme: Scheme, rows: Sequence[Row]) -> Iterator[Row]:
+    def _encoded(self, scheme: Scheme[Any], rows: Sequence[Row]) -> Iterator[Row]:
         model, fit = scheme.model, self.settings.fit
         size, kind = model.geometry.picture_size, "crop" if fit == "bucket" else fit
         x_BCHW = torch.stack([fit_picture(row["image"], size, kind) for row in rows])
@@ -256,10 +256,10 @@ class InvertImages:
                 "floor_psnr": floor["psnr"][i], "floor_ssim": floor["ssim"][i],
             }  # fmt: skip
 
-    def _inverted(self, scheme: Scheme, rows: Iterable[Row]) -> Iterator[Row]:
+    def _inverted(self, scheme: Scheme[Any], rows: Iterable[Row]) -> Iterator[Row]:
         return scheme.invert(rows, self.slots, self._summary.setdefault(scheme.method.label, Occupancy()))
 
-    def _boosted(self, scheme: Scheme, boost: Boost, rows: Iterable[Row]) -> Iterator[Row]:
+    def _boosted(self, scheme: Scheme[Any], boost: Boost, rows: Iterable[Row]) -> Iterator[Row]:
         def make(visit: int | None) -> BoostProblem:
             return BoostProblem(
                 self.model.decode, slots=self.slots, latent_shape=scheme.model.geometry.latent_shape,
@@ -286,14 +286,14 @@ class InvertImages:
         """The rows' values as a reader of the dataset will find them."""
         return torch.from_numpy(np.stack([self._stored(row[name]) for row in rows]).astype(np.float32)).to(self.device)
 
-    def regenerated(self, scheme: Scheme, rows: Sequence[Row]) -> torch.Tensor:
+    def regenerated(self, scheme: Scheme[Any], rows: Sequence[Row]) -> torch.Tensor:
         """z_0 generated from what is stored of each row."""
         extra = scheme.method.extra
         extra_B = None if extra is None else self._as_stored(rows, extra)
         return scheme.generate(self._as_stored(rows, "noise"), conditions(rows, self.device), extra_B)
 
     @torch.no_grad()
-    def _finished(self, scheme: Scheme, rows: Sequence[Row], given: Mapping[str, Row]) -> list[Row]:
+    def _finished(self, scheme: Scheme[Any], rows: Sequence[Row], given: Mapping[str, Row]) -> list[Row]:
         """The ids and output columns of finished rows."""
         method, outputs = scheme.method, []
         statistics = noise_statistics(self._as_stored(rows, "noise"))
@@ -329,7 +329,7 @@ class InvertImages:
             self._add_edits(scheme, self.settings.edit_guidance, rows, given, outputs)
         return outputs
 
-    def _add_reconstruction(self, scheme: Scheme, rows: Sequence[Row], outputs: Sequence[Row]) -> None:
+    def _add_reconstruction(self, scheme: Scheme[Any], rows: Sequence[Row], outputs: Sequence[Row]) -> None:
         again_BCHW = self.regenerated(scheme, rows)
         z_BCHW, x_BCHW = (stacked(rows, name, self.device) for name in ("z", "x"))
         made_BCHW = self.model.decode(again_BCHW)
@@ -350,8 +350,9 @@ class InvertImages:
                 made["lpips"] = value
 
     def _add_edits(
-        self, scheme: Scheme, guidance: float, rows: Sequence[Row], given: Mapping[str, Row], outputs: Sequence[Row]
-    ) -> None:
+        self, scheme: Scheme[Any], guidance: float, rows: Sequence[Row], given: Mapping[str, Row],
+        outputs: Sequence[Row],
+    ) -> None:  # fmt: skip
         """Plain editing: the same noise under another caption."""
         which = [i for i, row in enumerate(rows) if given[row["id"]].get("edit_prompt")]
         if not which:

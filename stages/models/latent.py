@@ -21,6 +21,7 @@ from stages.models.copies import here
 from stages.models.fingerprint import describe_model, digest
 from stages.models.flow_schedule import FlowGrid, flow_schedule
 from stages.models.loras import Lora
+from stages.models.multistep import Multistep
 from stages.models.schedule import Schedule, ddim_schedule
 from stages.models.stock_schedule import stock_schedule
 from stages.models.usage import Usage
@@ -178,7 +179,7 @@ class Geometry:
         """Whether the pipeline has to be told the size."""
         return not self.width == self.height == self.sizes.own
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int) -> Schedule | Multistep:
         """The sampler's coefficients.
 
         Raises:
@@ -186,8 +187,9 @@ class Geometry:
         """
         if self.grid is not None:
             return flow_schedule(self.scheduler, steps, self.grid, self.latent_shape)
-        build = stock_schedule if self.sampler == "model" else ddim_schedule
-        return build(self.scheduler, steps)
+        if self.sampler == "model":
+            return stock_schedule(self.scheduler, steps)
+        return ddim_schedule(self.scheduler, steps)
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Part -> path, revision and fingerprint, for `pipeline.contract.StageInfo.models`."""
@@ -257,7 +259,7 @@ class LatentModel(Protocol):
     def predictor(self, guidance: float = 1.0) -> Predict:
         """The denoiser under guidance, as the family has it: classifier-free, or told to the network; at 1 without."""
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int) -> Schedule | Multistep:
         """The deterministic sampler's coefficients, on the model's device."""
 
     def draw(

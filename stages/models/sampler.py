@@ -1,6 +1,7 @@
 """Sampling: from the noise z_T down to z_0 by a schedule's deterministic steps, all rows in step.
 
-Legend: B rows; S steps, index 0 next to the picture; `z_BCHW` latents.
+Legend: B rows; S steps (evaluations of the network, where those are more), index 0 next to the picture; `z_BCHW`
+latents, `m_BCHW` what the network answers.
 """
 
 from __future__ import annotations
@@ -12,29 +13,35 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from stages.models.latent import Condition, Predict
+from stages.models.multistep import Multistep
 from stages.models.schedule import Schedule
 
 
 def denoise(
     predict: Predict,
-    schedule: Schedule,
+    schedule: Schedule | Multistep,
     z_BCHW: torch.Tensor,
     condition: Condition | Callable[[int], Condition],
     bias_BSCHW: torch.Tensor | None = None,
     *,
     recompute: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """The latents after each step, z_0 last: DDIM (Song et al., 2021, equation 12, eta = 0) or Euler steps of a flow.
+    """The latents after each step, z_0 last: DDIM (Song et al., 2021, equation 12, eta = 0), Euler steps of a flow, or
+    a sampler whose steps hang together; the latter's are the points that the network is shown.
 
     Differentiable in the noise, the condition and the bias.
 
     Args:
         z_BCHW: The noise z_T, as the sampler's pipeline would be given it.
         condition: The same in every step, or made for step k.
-        bias_BSCHW: What is added to each step's result (replay of latent bias optimisation).
+        bias_BSCHW: What is added to each step's result (replay of latent bias optimisation); of a `Schedule` alone.
         recompute: Under gradients, compute each step again on the way back, so that memory holds one pass of the
             network instead of S.
     """
+
+    if isinstance(schedule, Multistep):
+        yield from _denoise_multistep(predict, schedule, z_BCHW, condition, recompute)
+        return
 
     def down(z_BCHW: torch.Tensor, k: int) -> torch.Tensor:
         step = schedule.at(torch.full((len(z_BCHW),), k, device=z_BCHW.device))
@@ -49,10 +56,31 @@ def denoise(
         yield z_BCHW
 
 
+def _denoise_multistep(
+    predict: Predict,
+    sampler: Multistep,
+    seed_BCHW: torch.Tensor,
+    condition: Condition | Callable[[int], Condition],
+    recompute: bool,
+) -> Iterator[torch.Tensor]:
+    def answer(x_BCHW: torch.Tensor, n: int) -> torch.Tensor:
+        told = condition(n) if callable(condition) else condition
+        return predict(x_BCHW, sampler.t_S[n].expand(len(x_BCHW)), told)
+
+    made_BNCHW = seed_BCHW.new_zeros((len(seed_BCHW), 0, *seed_BCHW.shape[1:]))
+    for n in range(len(sampler) - 1, -1, -1):
+        x_BCHW = sampler.point(n, seed_BCHW, made_BNCHW)
+        if n < len(sampler) - 1:
+            yield x_BCHW
+        m_BCHW = checkpoint(answer, x_BCHW, n, use_reentrant=False) if recompute else answer(x_BCHW, n)
+        made_BNCHW = torch.cat([m_BCHW[:, None], made_BNCHW], 1)
+    yield sampler.picture(seed_BCHW, made_BNCHW)
+
+
 @torch.no_grad()
 def sample(
     predict: Predict,
-    schedule: Schedule,
+    schedule: Schedule | Multistep,
     z_BCHW: torch.Tensor,
     condition: Condition | Callable[[int], Condition],
     bias_BSCHW: torch.Tensor | None = None,

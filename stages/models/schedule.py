@@ -29,15 +29,16 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 @dataclass(frozen=True)
 class Step:
     """One step's coefficients for each row, shaped (B, 1, 1, 1) to broadcast over latents; `t_B` and `t_prev_B`, the
-    time of z_prev (see `Schedule`), are (B,)."""
+    time of z_prev (see `Schedule`), are (B,). `alpha` and `sigma`, z's noise level, are left out where no step stands
+    between two levels (`stages.inversion.sweeps`)."""
 
     t_B: torch.Tensor
     scale: torch.Tensor
     weight: torch.Tensor
     back_scale: torch.Tensor
     back_weight: torch.Tensor
-    alpha: torch.Tensor
-    sigma: torch.Tensor
+    alpha: torch.Tensor | None = None
+    sigma: torch.Tensor | None = None
     t_prev_B: torch.Tensor | None = None
 
     def take(self, which: torch.Tensor | slice) -> Step:

@@ -78,5 +78,6 @@ class SamplingSettings(LatentModelSettings):
 
     sampler: Literal["model"] | None = added()
     """``model``: invert and run the sampler that the model's own pipeline runs, so that a seed regenerates its picture
-    in the stock pipeline (DDIM, Euler, DPM-Solver++ of order 1; docs/inversion.md). Left out: DDIM, which the lines in
-    the dataset's card put in the pipeline."""
+    in the stock pipeline: any deterministic one of diffusers, of which those with steps of several outputs (2M, UniPC,
+    PNDM, ...) take the methods lbo and fixed-point (docs/inversion.md). Left out: DDIM, which the lines in the
+    dataset's card put in the pipeline."""

@@ -1,4 +1,5 @@
-"""The schedule of the sampler that a model's own pipeline runs, where each of its steps has an inverse of its own.
+"""The schedule of the sampler that a model's own pipeline runs. Where each of its steps has an inverse of its own, they
+are a `Schedule`; where they hang together, a `stages.models.multistep.Multistep`.
 
 At the noise level s = sigma / alpha the latents of an Euler step are z / alpha; divided by sqrt(1 + s^2), as the
 network is shown them, they are those of DDIM at alpha = 1 / sqrt(1 + s^2), and the step is DDIM's. So is the one of
@@ -14,41 +15,39 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from stages.models.multistep import Multistep, read_multistep
 from stages.models.schedule import Schedule, check_config, ddim_schedule, first_order
 
 STOCK_SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 """Those whose step depends on one latent and one output of the network."""
-SEVERAL = "makes a step of the outputs of several, so that no step can be undone by itself"
+MULTISTEP_SAMPLERS = (
+    "PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler",
+    "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+)  # fmt: skip
+"""Those that are deterministic, but make a step of several outputs; so does DPM-Solver++ of orders above 1."""
 NOISY = "adds fresh noise at each step, so that no latent regenerates a picture under it"
-TWICE = "evaluates the network twice a step"
-WHY_NOT = {
-    "PNDMScheduler": SEVERAL, "UniPCMultistepScheduler": SEVERAL, "DEISMultistepScheduler": SEVERAL,
-    "LMSDiscreteScheduler": SEVERAL, "DPMSolverSinglestepScheduler": SEVERAL, "DDPMScheduler": NOISY,
-    "EulerAncestralDiscreteScheduler": NOISY, "KDPM2AncestralDiscreteScheduler": NOISY, "LCMScheduler": NOISY,
-    "TCDScheduler": NOISY, "HeunDiscreteScheduler": TWICE, "KDPM2DiscreteScheduler": TWICE,
-}  # fmt: skip
 
 
-def stock_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
+def stock_schedule(config: Mapping[str, Any], steps: int) -> Schedule | Multistep:
     """The schedule of the sampler that `config` is of.
 
     Raises:
-        ValueError: A sampler, or a setting of it, that has no inverse step by step.
+        ValueError: A sampler, or a setting of it, that has no inverse.
     """
     check_config(config)
     name = config.get("_class_name", "DDIMScheduler")
-    if name not in STOCK_SAMPLERS:
-        raise _refusal(f"{name} {WHY_NOT[name]}")
+    if name not in STOCK_SAMPLERS + MULTISTEP_SAMPLERS:
+        raise _refusal(f"{name} {NOISY}")
     for key in ("thresholding", "clip_sample", "use_flow_sigmas", "variance_type"):
         if _value(name, config, key):
             raise ValueError(f"sampler: model: {name} with {key} has no inverse; set scheduler: {{{key}: {_OFF[key]}}}")
     if name == "DDIMScheduler":
         return ddim_schedule(config, steps)
-    if name == "DPMSolverMultistepScheduler":
-        if _value(name, config, "solver_order") != 1:
-            raise _refusal(f"{name} of solver_order {_value(name, config, 'solver_order')} {SEVERAL}")
-        if str(_value(name, config, "algorithm_type")).startswith("sde"):
-            raise _refusal(f"{name} with algorithm_type {config['algorithm_type']} {NOISY}")
+    if str(_value(name, config, "algorithm_type")).startswith("sde"):
+        raise _refusal(f"{name} with algorithm_type {config['algorithm_type']} {NOISY}")
+    _check_steps(steps, int(_value(name, config, "num_train_timesteps")))
+    if name in MULTISTEP_SAMPLERS or (_value(name, config, "solver_order") or 1) > 1:
+        return read_multistep(config, steps)
     return _sigma_schedule(name, config, steps)
 
 
@@ -58,8 +57,13 @@ _OFF = {"thresholding": "false", "clip_sample": "false", "use_flow_sigmas": "fal
 def _refusal(why: str) -> ValueError:
     return ValueError(
         f"sampler: model: the model's {why}; leave `sampler` out to invert DDIM, or set scheduler: {{class: "
-        "EulerDiscreteScheduler}, or {class: DPMSolverMultistepScheduler, solver_order: 1}"
+        "EulerDiscreteScheduler}, or {class: DPMSolverMultistepScheduler}"
     )
+
+
+def _check_steps(steps: int, train_steps: int) -> None:
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"steps is {steps}: this model's schedule has between 1 and {train_steps}")
 
 
 def _value(name: str, config: Mapping[str, Any], key: str) -> Any:
@@ -76,9 +80,6 @@ def _sigma_schedule(name: str, config: Mapping[str, Any], steps: int) -> Schedul
     import diffusers
 
     sampler = getattr(diffusers, name).from_config(dict(config))
-    train_steps = int(sampler.config.num_train_timesteps)
-    if not 1 <= steps <= train_steps:
-        raise ValueError(f"steps is {steps}: this model's schedule has between 1 and {train_steps}")
     sampler.set_timesteps(steps)
     t_S = sampler.timesteps.flip(0)
     if len(t_S) != steps or (steps > 1 and t_S[-1] == t_S[-2]):

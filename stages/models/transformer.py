@@ -25,6 +25,7 @@ from stages.models.flow_schedule import FlowGrid, check_flow
 from stages.models.latent import Condition, Geometry, Network, Place, Predict, Sizes
 from stages.models.loras import add_lora
 from stages.models.memory import peak_bytes
+from stages.models.multistep import Multistep
 from stages.models.origin import check_vae, config_of_vae, lines
 from stages.models.sampler import sample
 from stages.models.schedule import Schedule, changed_config
@@ -295,7 +296,7 @@ class FlowTransformer:
     def predictor(self, guidance: float = 1.0) -> Predict:
         raise NotImplementedError
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int) -> Schedule | Multistep:
         return self.geometry.schedule(steps).to(self.device)
 
     @torch.no_grad()

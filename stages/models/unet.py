@@ -27,6 +27,7 @@ from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Condition, Geometry, Predict, Sizes
 from stages.models.loras import add_lora
 from stages.models.memory import peak_bytes
+from stages.models.multistep import Multistep
 from stages.models.origin import check_vae, chosen_vae, configuration, lines, load_pipeline, networks
 from stages.models.schedule import Schedule, changed_config
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
@@ -193,7 +194,7 @@ class StableDiffusion:
         """The U-Net's output under classifier-free guidance; one call on 2B rows when guidance is above 1."""
         return self.forward if guidance <= 1 else guided(self.forward, classifier_free(guidance))
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int) -> Schedule | Multistep:
         return self.geometry.schedule(steps).to(self.device)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from stages.engine.adamw import RowAdamW
 from stages.engine.gradients import RowGradient
 from stages.engine.slots import per_row
 from stages.models.latent import Condition, Predict
+from stages.models.multistep import Multistep
 from stages.models.sampler import denoise
 from stages.models.schedule import Schedule
 
@@ -78,7 +79,7 @@ def clip_pixels(x_BCHW: torch.Tensor, encoder: ImageEncoder) -> torch.Tensor:
 
 
 def last_latents(
-    predict: Predict, schedule: Schedule, z_BCHW: torch.Tensor, condition: Condition, count: int
+    predict: Predict, schedule: Schedule | Multistep, z_BCHW: torch.Tensor, condition: Condition, count: int
 ) -> list[torch.Tensor]:
     """The latents after each of the last `count` steps of DDIM sampling, z_0 first; differentiable in the noise."""
     return [*deque(denoise(predict, schedule, z_BCHW, condition, recompute=True), maxlen=count)][::-1]
@@ -101,7 +102,7 @@ def select_loss(
 
 
 def optimise_noise(
-    z_BCHW: torch.Tensor, condition: Condition, target: Target, *, predict: Predict, schedule: Schedule,
+    z_BCHW: torch.Tensor, condition: Condition, target: Target, *, predict: Predict, schedule: Schedule | Multistep,
     embed: Callable[[torch.Tensor], torch.Tensor], iterations: int, rate: float, scale: float | None = None,
 ) -> Selected:  # fmt: skip
     """AdamW on the noise; every row has its own loss, so rows do not see each other.

@@ -21,6 +21,7 @@ from pipeline.contract import Row, StageInfo, failed, ok
 from stages.concepts.concept import ConceptError
 from stages.engine.gradients import loss_scale
 from stages.engine.randomness import row_generator
+from stages.inversion.schemes import check_method
 from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import InvertImages
 from stages.models.clip import identity
@@ -73,7 +74,7 @@ class RareConcepts:
     @staticmethod
     def describe(settings: RareConceptsSettings) -> StageInfo:
         geometry = read_geometry(settings)
-        geometry.schedule(settings.steps)
+        check_method(settings.inversion, geometry, geometry.schedule(settings.steps))
         models = geometry.fingerprints()
         encoder = partial(
             identity, settings.clip, revision=settings.clip_revision, allow_pickle=settings.allow_pickle

@@ -284,6 +284,8 @@ def test_a_card_switches_off_what_the_schedule_does(tmp_path: Path, capfd: pytes
 STOCK = (
     {"class": "EulerDiscreteScheduler", "timestep_spacing": "linspace", "use_karras_sigmas": True},
     {"class": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing", "solver_order": 1},
+    {"class": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+    {"class": "PNDMScheduler", "skip_prk_steps": True},
     {"steps_offset": 0},
     None,
 )
