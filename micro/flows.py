@@ -326,7 +326,8 @@ def teach_text(flow: Flow, corpus: Corpus, recipe: Recipe, work: Path, seed: int
             gist = reader.t5(batch.on(device)[2]).last_hidden_state.mean(1)
         return _reading_loss(reader.reads, gist, batch)
 
-    reader.load_state_dict(train("t5", reader, loss_of, len(corpus.labels), recipe, work, seed=seed).state_dict())
+    read = train("t5", reader, loss_of, len(corpus.labels), recipe.on(device), work, seed=seed)
+    reader.load_state_dict(read.state_dict())
 
 
 def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path, seed: int) -> Flow:
@@ -347,7 +348,7 @@ def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path
         loss = (v - wanted).square().mean() + _HELP * oracle.cell_loss(cells, batch.labels)
         return loss + _reading_loss(flow.reads, said.gist, batch) if learns else loss
 
-    return train(name, flow, loss_of, len(corpus.latents), recipe, work, seed=seed)
+    return train(name, flow, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)
 
 
 def _reading_loss(reads: nn.Linear, gist_BD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -382,7 +383,7 @@ def embed_guidance(name: str, teacher: Flow, corpus: Corpus, recipe: Recipe, wor
             v = student.velocity(noisy, sigma, said.hidden, said.pooled, guidance)
         return (v - wanted).square().mean()
 
-    return train(name, student, loss_of, len(corpus.latents), recipe, work, seed=seed)
+    return train(name, student, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)
 
 
 def _empty(flow: Flow, corpus: Corpus, length: int) -> Said:
@@ -447,4 +448,4 @@ def shorten(
             v = student.velocity(noisy, start, said.hidden, said.pooled)
         return (v - wanted).square().mean()
 
-    return train(name, student, loss_of, len(corpus.latents), recipe, work, seed=seed)
+    return train(name, student, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)

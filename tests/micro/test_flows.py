@@ -218,6 +218,12 @@ def test_a_folder_in_half_precision_is_loaded_and_judged(flux, pooled, words, t5
     assert all(line.short for line in lines if line.least)  # random weights draw nothing
 
 
+def test_a_gpu_takes_larger_batches_and_fewer_steps():
+    recipe = Recipe(steps=10, batch=64, lr=1e-3)
+    assert recipe.on(torch.device("cpu")) == recipe
+    assert recipe.on(torch.device("cuda")) == Recipe(steps=3, batch=512, lr=1e-3)
+
+
 def test_halved_products_are_close_to_whole_ones_forwards_and_backwards():
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 8, bias=False))
