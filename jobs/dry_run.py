@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -96,10 +96,8 @@ def plan_job(
             lacking = "" if address else lacking_here(step.resources)
             stack.enter_context(step.access(target))  # later ones read what earlier ones wrote
             earlier = [str(before.output) for _, before in steps[:number]]
-            missing = (path for path in earlier if not Folder.at(path).exists("_SUCCESS"))
-            pending = next((path for path in missing if _mentions(step, path)), None)
-            if pending:
-                yield DryRun(name, step, target, None, f"reads {pending}, which is not there yet", None, lacking)
+            if waits := pending(step, earlier):
+                yield DryRun(name, step, target, None, f"reads {waits}, which is not there yet", None, lacking)
                 continue
             try:
                 spec = run_spec(step.model_copy(update={"output": target}), target, limit)
@@ -111,6 +109,12 @@ def plan_job(
             if calibrate_rows:
                 timing = calibrate(spec, rows=calibrate_rows, resources=step.resources.pool(), address=address)
             yield DryRun(name, step, target, plan, "", timing, lacking)
+
+
+def pending(job: RowJob, earlier: Sequence[str]) -> str | None:
+    """The first of the earlier steps' outputs that a step reads and that is not finished."""
+    missing = (path for path in earlier if not Folder.at(path).exists("_SUCCESS"))
+    return next((path for path in missing if _mentions(job, path)), None)
 
 
 def lacking_here(resources: Resources) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands import compbench, failed, search, try_concept
+from jobs.commands import compbench, doctor, examples, failed, init, search, try_concept
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
 from jobs.commands.noise import LOG, quiet
 from jobs.commands.stores import StorageOptions, parsed, reaching
@@ -230,7 +230,15 @@ def schema() -> None:
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
-for _command in (failed.failed, search.search, compbench.compbench, try_concept.try_concept):
+for _command in (
+    failed.failed,
+    search.search,
+    compbench.compbench,
+    try_concept.try_concept,
+    init.init,
+    doctor.doctor,
+    examples.examples,
+):
     app.command()(_command)
 
 

@@ -66,6 +66,8 @@ def run(
         listing.write_text(text)
     config["input"] = {"path": str(listing), "id": "id"}
     config["keep"] = ["category"]
+    if reference is None and job == DEFAULT_JOB and not Path(config["reference"]).exists():
+        reference = _miniature_reference(folder, address)
     if reference is not None:
         config["reference"] = reference
     if seed is not None:
@@ -82,6 +84,14 @@ def run(
     tables = f"{tabulate(scores, summary)}\n{compare(scores)}"
     (folder / "table.md").write_text(tables)
     return tables
+
+
+def _miniature_reference(folder: Path, address: str | None) -> str:
+    """The reference of the miniature world, made below the output folder where there is none yet."""
+    from jobs.run import run_job
+
+    pictures = {"job": "reference", "input": "micro-world://train?rows=3000&seed=0", "encoder": "micro:prior"}
+    return run_job(pictures, output=str(folder / "reference"), address=address).output
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -47,7 +47,7 @@ def asked(*jobs: BaseModel) -> Iterator[None]:
     it starts; what its cache holds serves. What is not there is told with the reason.
     """
     names = list(dict.fromkeys(name for job in jobs for name in hub_ids(job)))
-    if names and not _offline() and not reachable():
+    if names and not offline() and not reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"
         if "huggingface_hub.constants" in sys.modules:
             sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
@@ -55,17 +55,19 @@ def asked(*jobs: BaseModel) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         name = next((name for name in names if name in str(error)), None)
-        if name is not None and _offline():
-            why = "HF_HUB_OFFLINE is set" if reachable() else f"{_host()} cannot be reached from here"
+        if name is not None and offline():
+            why = "HF_HUB_OFFLINE is set" if reachable() else f"{host()} cannot be reached from here"
             error.add_note(f"{name} is no folder here, and the hub is not asked: {why}")
         raise
 
 
-def _offline() -> bool:
+def offline() -> bool:
+    """Whether the user, or `asked`, wants the hub left alone."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _host() -> str:
+def host() -> str:
+    """Of the hub, or of the mirror that HF_ENDPOINT names."""
     return urlsplit(os.environ.get("HF_ENDPOINT") or ENDPOINT).hostname or ""
 
 
@@ -77,7 +79,7 @@ def reachable() -> bool:
     address = urlsplit(os.environ.get("HF_ENDPOINT") or ENDPOINT)
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((_host(), port), PATIENCE_S).close()
+        socket.create_connection((host(), port), PATIENCE_S).close()
         return True
     except OSError:
         return False
