@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 import zlib
 from typing import TYPE_CHECKING
@@ -12,6 +13,10 @@ from pipeline.colour import as_srgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_lifted = threading.Lock()
+"""Held while Pillow's limit, which is the process's, is off."""
 
 
 class PictureError(ValueError):
@@ -39,7 +44,7 @@ def decode_picture(data: bytes, max_pixels: int) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as picture:
+            with _opened(data) as picture:
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise PictureError(f"picture of {width}x{height} pixels is above the limit of {max_pixels}")
@@ -55,6 +60,21 @@ def decode_picture(data: bytes, max_pixels: int) -> Image:
             OverflowError, ZeroDivisionError, AttributeError, RuntimeError) as error:  # fmt: skip
         # Pillow's decoders raise all of these for damaged files.
         raise PictureError(f"damaged picture: {error or type(error).__name__}") from None
+
+
+def _opened(data: bytes) -> Image:
+    """A picture before it is decoded, of whatever size its header says: Pillow's own limit is not the job's."""
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        with _lifted:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return Image.open(io.BytesIO(data))
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
 
 
 def _instead(data: bytes) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipeline.pictures import decode_picture
+from pipeline.pictures import PictureError, decode_picture
 
 LIMIT = 1_000_000
 
@@ -90,3 +90,14 @@ def _quarter_turn() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
+
+
+def test_the_limit_is_the_job_s_and_not_pillow_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow refuses what has more than twice its own limit, however large `max_pixels` is."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "PNG")
+    assert decode_picture(buffer.getvalue(), 100).getpixel((7, 7)) == (1, 2, 3)
+    assert Image.MAX_IMAGE_PIXELS == 10
+    with pytest.raises(PictureError, match="picture of 8x8 pixels is above the limit of 50"):
+        decode_picture(buffer.getvalue(), 50)
