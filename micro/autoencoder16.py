@@ -128,7 +128,7 @@ def train_autoencoder(work: Path, pictures: Pictures, coding: Recipe, windows: R
 
     coder = _Coding(model.vae.encoder, pictures.batch(2000, rng))
     taught = train("autoencoder16-code", coder, lambda rows, rng: coder.loss(pictures.windows(len(rows), rng), device),
-                   1, coding, work, seed=7)  # fmt: skip
+                   1, coding.on(device), work, seed=7)  # fmt: skip
     model.vae.encoder.load_state_dict(taught.encoder.state_dict())
 
     def loss_of_windows(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
@@ -137,11 +137,11 @@ def train_autoencoder(work: Path, pictures: Pictures, coding: Recipe, windows: R
     def loss_of_whole(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         return model.loss(pictures_to_tensor(pictures.batch(len(rows), rng), device))
 
-    averaged = train("autoencoder16-windows", model, loss_of_windows, 1, windows, work, seed=8)
+    averaged = train("autoencoder16-windows", model, loss_of_windows, 1, windows.on(device), work, seed=8)
     if not (work / "autoencoder16.pt").exists():
         model.load_state_dict(averaged.state_dict())
         balance(model.vae, pictures.batch(1000, rng))
-    vae = train("autoencoder16", model, loss_of_whole, 1, whole, work, seed=9).vae
+    vae = train("autoencoder16", model, loss_of_whole, 1, whole.on(device), work, seed=9).vae
     normalise(vae, pictures.batch(2000, rng))
     return vae
 

@@ -8,7 +8,8 @@ short trainings go far:
   and the prior's) and stay as they are; only T5 is new, and is asked which attributes go together and who stands where;
 - a linear head on the features of a middle block names the objects under each cell (`micro.unets`);
 - half of a batch is scenes of two objects;
-- captions are padded to 16, 24 or 32 tokens, a batch to one length: short captions are cheap, and padding does no harm.
+- captions are padded to 16, 24 or 32 tokens, a batch to one length, so that padding does no harm; in seven batches of
+  ten they are cut after 4, since the pooled features say it all and most of the time goes into T5's tokens.
 
 The heads are thrown away.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,10 @@ _HELP = 0.1
 """Weight of the head that reads objects out of the features."""
 _READS = 5.0
 """Weight of the head that reads out of T5 which attributes go together, and who stands where."""
-_LENGTHS = ((16, 0.5), (24, 0.3), (t5.LENGTH, 0.2))
-"""Tokens a caption, and the share of batches."""
+_CUT = 4
+_LENGTHS = ((_CUT, 0.7), (16, 0.12), (24, 0.08), (t5.LENGTH, 0.1))
+"""T5's tokens a caption, and the share of batches."""
+_WHOLE = ((16, 0.5), (24, 0.3), (t5.LENGTH, 0.2))
 GUIDANCES = (1.0, 6.0)
 """Range of the embedded guidance: classifier-free guidance of that scale, in one pass."""
 FEW_STEPS = 4
@@ -256,14 +260,15 @@ class Corpus:
     def pairings(self) -> int:
         return clip.pairings(self.labels[:2], self.grounds[:2]).shape[1]
 
-    def pick(self, count: int, rng: np.random.Generator) -> Batch:
-        """A batch, half of it scenes of two objects, whose captions fit a length that is drawn first."""
-        length = rng.choice([n for n, _ in _LENGTHS], p=[p for _, p in _LENGTHS])
+    def pick(self, count: int, rng: np.random.Generator, lengths: Sequence[tuple[int, float]] = _LENGTHS) -> Batch:
+        """A batch, half of it scenes of two objects, whose captions fit a length that is drawn first, or are cut."""
+        length = int(rng.choice([n for n, _ in lengths], p=[p for _, p in lengths]))
         pairs = np.nonzero((self.labels[:, :, 0] >= 0).sum(1) == 2)[0]
         halves = []
         for source, wanted in ((pairs, count // 2), (np.arange(len(self.labels)), count - count // 2)):
             rows, wording = source[rng.integers(len(source), size=6 * wanted)], rng.integers(6, size=6 * wanted)
-            fits = np.nonzero(self.t5_ids[rows, wording, length - 1] == 0 if length < t5.LENGTH else rows >= 0)[0]
+            bounded = _CUT < length < t5.LENGTH
+            fits = np.nonzero(self.t5_ids[rows, wording, length - 1] == 0 if bounded else rows >= 0)[0]
             kept = fits[:wanted] if len(fits) >= wanted else np.resize(fits, wanted)
             halves.append(np.stack([rows[kept], wording[kept]], 1))
         rows, wording = np.concatenate(halves).T
@@ -285,6 +290,11 @@ class Batch:
     dropped: np.ndarray
     labels: np.ndarray
     pairings: np.ndarray
+
+    @property
+    def whole(self) -> bool:
+        """Whether T5 is given whole captions."""
+        return self.t5_ids.shape[1] > _CUT
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents, CLIP's ids and T5's."""
@@ -321,12 +331,13 @@ def teach_text(flow: Flow, corpus: Corpus, recipe: Recipe, work: Path, seed: int
     halve_products([reader.t5], device)
 
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        batch = corpus.pick(len(rows), rng)
+        batch = corpus.pick(len(rows), rng, _WHOLE)
         with half_precision(device):
             gist = reader.t5(batch.on(device)[2]).last_hidden_state.mean(1)
         return _reading_loss(reader.reads, gist, batch)
 
-    reader.load_state_dict(train("t5", reader, loss_of, len(corpus.labels), recipe, work, seed=seed).state_dict())
+    read = train("t5", reader, loss_of, len(corpus.labels), recipe.on(device), work, seed=seed)
+    reader.load_state_dict(read.state_dict())
 
 
 def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path, seed: int) -> Flow:
@@ -345,9 +356,9 @@ def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path
             said = flow.text(clip_ids, t5_ids)
             v, cells = flow.aided(noisy, sigma, said)
         loss = (v - wanted).square().mean() + _HELP * oracle.cell_loss(cells, batch.labels)
-        return loss + _reading_loss(flow.reads, said.gist, batch) if learns else loss
+        return loss + _reading_loss(flow.reads, said.gist, batch) if learns and batch.whole else loss
 
-    return train(name, flow, loss_of, len(corpus.latents), recipe, work, seed=seed)
+    return train(name, flow, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)
 
 
 def _reading_loss(reads: nn.Linear, gist_BD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -382,7 +393,7 @@ def embed_guidance(name: str, teacher: Flow, corpus: Corpus, recipe: Recipe, wor
             v = student.velocity(noisy, sigma, said.hidden, said.pooled, guidance)
         return (v - wanted).square().mean()
 
-    return train(name, student, loss_of, len(corpus.latents), recipe, work, seed=seed)
+    return train(name, student, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)
 
 
 def _empty(flow: Flow, corpus: Corpus, length: int) -> Said:
@@ -447,4 +458,4 @@ def shorten(
             v = student.velocity(noisy, start, said.hidden, said.pooled)
         return (v - wanted).square().mean()
 
-    return train(name, student, loss_of, len(corpus.latents), recipe, work, seed=seed)
+    return train(name, student, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)

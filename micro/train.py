@@ -274,11 +274,22 @@ def assemble_all(work: Path, folder: Path) -> None:
     oracle.Oracle.load(work / "oracle").save(folder / "oracle")
 
 
-def _bounded(minutes: float | None) -> dict[str, Recipe]:
+_PARTS = {
+    "vae": ("vae-crops", "vae"),
+    "autoencoder16": ("autoencoder16-code", "autoencoder16-windows", "autoencoder16"),
+    "flux": ("t5", "flux", "flux-guidance"),
+}
+"""The recipes of a stage that has several; the others have one, of the stage's name."""
+
+
+def bounded(minutes: float | None, only: str | None) -> dict[str, Recipe]:
+    """The recipes, with ``minutes`` shared out by pictures among all, or among those of one stage."""
+    names = RECIPES if only is None else _PARTS.get(only, (only,))
+    recipes = {name: RECIPES[name] for name in names}
     if minutes is None:
-        return RECIPES
-    total = sum(r.steps * r.batch for r in RECIPES.values())
-    return {name: replace(r, minutes=minutes * r.steps * r.batch / total) for name, r in RECIPES.items()}
+        return recipes
+    total = sum(r.steps * r.batch for r in recipes.values())
+    return {name: replace(r, minutes=minutes * r.steps * r.batch / total) for name, r in recipes.items()}
 
 
 def main() -> int:
@@ -287,10 +298,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m micro.train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("micro/work"), help="checkpoints and drawn pictures")
     parser.add_argument("--output", type=Path, default=MODELS, help="where the finished folders go")
-    parser.add_argument("--minutes", type=float, help="bound on the whole training; each model gets its share")
+    parser.add_argument("--minutes", type=float, help="bound on it all, shared out; with --only, on that model")
     parser.add_argument("--only", choices=STAGES, help="train one model, and stop; writes a flow model's folder")
     arguments = parser.parse_args()
-    work, recipes = arguments.work, _bounded(arguments.minutes)
+    work, recipes = arguments.work, bounded(arguments.minutes, arguments.only)
     work.mkdir(parents=True, exist_ok=True)
     if arguments.only in (None, "autoencoder16") and not (work / "autoencoder16").exists():
         try:

@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,10 @@ class Recipe:
     ema: float = 0.999
     final_lr: float = 0.01
     clip: float = 1.0
+
+    def on(self, device: torch.device) -> Recipe:
+        """The same for a device: a GPU takes eight times the batch, and a quarter of the steps."""
+        return self if device.type == "cpu" else replace(self, batch=8 * self.batch, steps=-(-self.steps // 4))
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from pipeline import machine
 from pipeline.failures import Fault, described, fault_of, passing
+from pipeline.run.pulse import Heart, Pulse
 from pipeline.run.tasks import Outcome, Resources, Task, WorkerJob
 
 T = TypeVar("T")
@@ -38,6 +39,11 @@ PACKAGES = ("index", "micro", "pipeline", "stages")
 
 RAY_CLIENT_PORT = 10001
 KNOCK_S = 10.0
+DEAF_S, QUIET_S = 900.0, 1800.0
+"""How long a worker's process may leave the driver without an answer (it was stopped, or its machine hangs), and may
+answer without a sign of life (`pipeline.run.pulse`), before another takes its place."""
+LONGEST_TURN_S = 5.0
+"""More than that between two questions was the driver's own pause."""
 
 
 class ClusterError(RuntimeError):
@@ -55,6 +61,7 @@ class _Actor:
 
             access.hold(job.granted)
             self.worker = Worker(job)
+            self.heart = Heart(lambda: (self.worker.done, self.worker.read))
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"
 
@@ -65,6 +72,7 @@ class _Actor:
         return self.problem, ray.get_runtime_context().get_node_id()
 
     def process(self, task: Task) -> Outcome:
+        self.heart.begin()
         try:
             return Outcome("done", self.worker.process(task))
         except Exception as error:
@@ -74,8 +82,8 @@ class _Actor:
         """(seconds to build the stage, rows, seconds, bytes, failed)."""
         return (self.worker.build_seconds, *self.worker.calibrate(task))
 
-    def done(self) -> int:
-        return self.worker.done
+    def pulse(self) -> Pulse:
+        return self.heart.pulse()
 
 
 def _allocator() -> dict[str, str]:
@@ -290,6 +298,7 @@ class _Member:
         self.task: Task | None = None
         self.running: Any = None
         self.asked: Any = None
+        self.deaf = 0.0
         self.active = 0
         self.node = ""
 
@@ -317,6 +326,8 @@ class Pool:
         self._members: list[_Member] = []
         self.build_failures, self.build_problem = 0, ""
         self.lost: list[str] = []
+        self._stuck: list[tuple[Task, Outcome]] = []
+        self._heard = machine.here.clock()
 
     def lacking(self) -> str:
         """What of a worker's resources all of the cluster does not have: ``1 GPU (of 0)``; empty if nothing."""
@@ -381,6 +392,9 @@ class Pool:
 
     def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
         """Tasks that have ended, one way or another; returns at once when there is one, else after ``seconds``."""
+        if self._stuck:
+            stuck, self._stuck = self._stuck, []
+            return stuck
         waiting = [ref for m in self._members for ref in (m.starting, m.running) if ref is not None]
         if not waiting:
             machine.here.sleep(seconds)
@@ -396,16 +410,32 @@ class Pool:
         return ended
 
     def ask(self) -> None:
-        """Hear from busy workers how far they are, without waiting for the answer."""
-        for member in self._members:
+        """Hear from busy workers how far they are, without waiting for it. Who shows no sign of life is replaced."""
+        now = machine.here.clock()
+        passed, self._heard = min(now - self._heard, LONGEST_TURN_S), now
+        for member in list(self._members):
             if member.task is None or member.starting is not None:
                 continue
+            quiet = 0.0
             if member.asked is None:
-                member.asked = member.actor.done.options(concurrency_group="watch").remote()
+                member.asked, member.deaf = member.actor.pulse.options(concurrency_group="watch").remote(), 0.0
             elif self._ray.wait([member.asked], timeout=0)[0]:
                 with suppress(Exception):  # a worker that died is noticed by its task
-                    member.active = self._ray.get(member.asked)
+                    told = self._ray.get(member.asked)
+                    member.active, quiet = told.done, told.quiet_s
                 member.asked = None
+            else:
+                member.deaf += passed
+            if member.deaf > DEAF_S:
+                self._give_up(member, f"its process has not answered for {member.deaf:.0f} s")
+            elif quiet > QUIET_S:
+                self._give_up(member, f"it has read no row, done none and computed nothing for {quiet:.0f} s")
+
+    def _give_up(self, member: _Member, reason: str) -> None:
+        """End a worker that is stuck; its task ends as if it had died."""
+        assert member.task is not None
+        self._stuck.append((member.task, Outcome(Fault.POISON, None, reason, node=member.node, nodes=self._nodes())))
+        self._drop(member)
 
     def _started(self, member: _Member) -> None:
         try:

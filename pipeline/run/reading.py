@@ -63,6 +63,7 @@ class Reader:
     def __init__(self, job: WorkerJob, schema: pa.Schema) -> None:
         self._job, self._schema, self._pictures = job, schema, picture_columns(schema)
         self._pins = Pins(job.source)
+        self.read = 0
         self._threads = max(1, job.decode_threads)
         self._decoders = ThreadPoolExecutor(self._threads, "latentmill-decode")
         pictured = bool(job.source.images) or "picture" in (job.reads or {}).values()
@@ -92,6 +93,7 @@ class Reader:
         chunk: list[Found] = []
         folder_of = _folders(task)
         for position, raw in enumerate(self.undecoded(task), task.start):
+            self.read += 1
             if only is not None and position not in only:
                 continue
             if any(isinstance(value, Encoded) for value in raw.values.values()):

@@ -50,7 +50,12 @@ class Worker:
         self._reader, self._guard = Reader(job, self.schema), Guard(self.stage)
         self._writer = Writer(job, self._folder, self.schema)
         self.done = 0
-        """Rows of the current task that are through the stage; read by another thread."""
+        """Rows of the current task that are through the stage; read by another thread, as `read` is."""
+
+    @property
+    def read(self) -> int:
+        """Rows of the input read so far, in all tasks."""
+        return self._reader.read
 
     def _rows(self, task: Task, only: Container[int] | None = None) -> Iterator[tuple[int, Row]]:
         """(position, finished row) in any order, exactly one for each planned row (of those at the places `only`)."""

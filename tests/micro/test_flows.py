@@ -150,14 +150,14 @@ def test_guidance_is_taken_out_without_changing_what_is_computed(flux, corpus):
 
 def test_batches_fit_their_length_and_half_are_pairs(corpus):
     rng = np.random.default_rng(0)
-    lengths = set()
-    for _ in range(12):
-        batch = corpus.pick(32, rng)
-        lengths.add(batch.t5_ids.shape[1])
-        assert ((batch.t5_ids == 1).sum(1) == 1).all()  # every caption still has its end
+    for length in (4, 16, 24, 32):
+        batch = corpus.pick(32, rng, ((length, 1.0),))
+        assert batch.t5_ids.shape == (32, length)
+        assert batch.whole == (length > 4)
+        if batch.whole:
+            assert ((batch.t5_ids == 1).sum(1) == 1).all()  # every caption still has its end
         assert ((batch.labels[:16, :, 0] >= 0).sum(1) == 2).all()
-        assert (batch.t5_ids[batch.dropped] == corpus.nothing[1][: batch.t5_ids.shape[1]]).all()
-    assert lengths == {16, 24, 32}
+        assert (batch.t5_ids[batch.dropped] == corpus.nothing[1][:length]).all()
 
 
 def test_the_three_trainings_run_resume_and_leave_the_text_encoders_alone(flux, corpus, tmp_path, capsys):
@@ -216,6 +216,12 @@ def test_a_folder_in_half_precision_is_loaded_and_judged(flux, pooled, words, t5
     lines = evaluate.judge_flow(tmp_path, "flux-schnell", oracle.Oracle.load(), count=2)
     assert [line.least for line in lines if line.least] == [34.0, 0.95, 0.95, 0.90, 0.85]
     assert all(line.short for line in lines if line.least)  # random weights draw nothing
+
+
+def test_a_gpu_takes_larger_batches_and_fewer_steps():
+    recipe = Recipe(steps=10, batch=64, lr=1e-3)
+    assert recipe.on(torch.device("cpu")) == recipe
+    assert recipe.on(torch.device("cuda")) == Recipe(steps=3, batch=512, lr=1e-3)
 
 
 def test_halved_products_are_close_to_whole_ones_forwards_and_backwards():

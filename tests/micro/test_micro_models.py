@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from micro import MODELS, assemble, autoencoder, evaluate, training, world
+from micro import MODELS, assemble, autoencoder, evaluate, train, training, world
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +158,15 @@ def test_shipped_figures_are_written_beside_the_weights():
     figures = {line["name"]: line for line in json.loads((MODELS / "metrics.json").read_text())}
     for name in ("VAE reconstruction, dB PSNR", "oracle, held-out: color"):
         assert figures[name]["value"] >= figures[name]["least"]
+
+
+def test_minutes_are_shared_out_among_all_models_or_spent_on_the_only_one():
+    everything = train.bounded(100, None)
+    assert sum(r.minutes for r in everything.values()) == pytest.approx(100)
+    assert set(everything) == set(train.RECIPES)
+    for stage in train.STAGES:
+        own = train.bounded(60, stage)
+        assert sum(r.minutes for r in own.values()) == pytest.approx(60)
+        assert all(r.minutes == 0 for r in train.bounded(None, stage).values())
+    assert set(train.bounded(60, "flux")) == {"t5", "flux", "flux-guidance"}
+    assert {name for stage in train.STAGES for name in train.bounded(None, stage)} == set(train.RECIPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,6 +87,10 @@ class Numbers:
             time.sleep(self.delay)
             if "die always" in text or ("die once" in text and self._take("die-once")):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if "stop once" in text and self._take("stop-once"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if "wait once" in text and self._take("wait-once"):
+                threading.Event().wait()  # a read that never ends looks like that
             if "raise" in text:
                 raise ValueError(f"cannot digest {text!r}")
             if "refuse" in text:

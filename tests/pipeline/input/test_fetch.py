@@ -139,7 +139,7 @@ def test_a_server_that_is_away_is_nobodys_fault(
     (tmp_path / "in.jsonl").write_text(json.dumps({"url": f"{server.address}/fine.png"}) + "\n")
     server.away = True
     source = {"columns": {"image": "url"}, "allow": (server.address,), "stage": "Captioned"}
-    with pytest.raises(Away, match=rf"{server.address} does not answer \(503 Service Unavailable\)"):
+    with pytest.raises(Away, match=rf"{server.address} does not answer \("):
         rows_of(tmp_path / "in.jsonl", tmp_path / "out", **source)
     assert list(Output.open(str(tmp_path / "out")).records()) == []
     threading.Timer(0.5, setattr, (server, "away", False)).start()

@@ -150,6 +150,22 @@ def test_worker_killed_mid_shard_and_constructor_fails_once(tmp_path: Path, loca
     _whole(spec, expected)
 
 
+def test_workers_that_hang_are_replaced(tmp_path: Path, local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process is stopped, one waits for what never comes; nobody noticed, and the run did not end."""
+    spec = spec_for(tmp_path, [*LINES[:15], "stop once", *LINES[15:25], "wait once", *LINES[25:]], delay=0.02)
+    expected = _undisturbed(spec, tmp_path)
+    (tmp_path / "orders/stop-once").touch()
+    (tmp_path / "orders/wait-once").touch()
+    monkeypatch.setattr("pipeline.run.cluster.DEAF_S", 6.0)
+    monkeypatch.setattr("pipeline.run.cluster.QUIET_S", 12.0)
+    messages: list[str] = []
+    result = run(spec, resources=TWO, progress=lambda p: messages.append(p.message or ""))
+    assert (result.state, result.ok) == ("complete", 42)
+    assert any("of shard 1 (its process has not answered for" in message for message in messages)
+    assert any("of shard 2 (it has read no row, done none and computed nothing" in message for message in messages)
+    _whole(spec, expected)
+
+
 def test_constructor_that_always_fails_ends_the_run(tmp_path: Path, local_ray: str) -> None:
     spec = spec_for(tmp_path, LINES)
     stage = replace(spec.stage, params={**spec.stage.params, "delay": "not a number", "orders": str(tmp_path)})
