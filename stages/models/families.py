@@ -6,14 +6,18 @@ from stages.models.copies import here
 from stages.models.flux import Flux
 from stages.models.latent import Geometry, LatentModel
 from stages.models.origin import configuration
+from stages.models.qwen_image import QwenImage
 from stages.models.sd3 import StableDiffusion3
 from stages.models.settings import LatentModelSettings
 from stages.models.transformer import FlowTransformer
 from stages.models.unet import StableDiffusion, StableDiffusionXL
+from stages.models.z_image import ZImage
 
 UNETS = (StableDiffusionXL, StableDiffusion)
 """The first whose pipelines' name the folder's index begins with."""
-FLOWS: dict[str, type[FlowTransformer]] = {family.index: family for family in (StableDiffusion3, Flux)}
+FLOWS: dict[str, type[FlowTransformer]] = {
+    family.index: family for family in (StableDiffusion3, Flux, QwenImage, ZImage)
+}
 """By the class of the pipeline."""
 
 

@@ -63,6 +63,8 @@ def flow_schedule(
     check_flow(config)
     if grid is None and config.get("use_dynamic_shifting"):
         raise ValueError("a flow schedule with use_dynamic_shifting depends on the picture's size: set a fixed shift")
+    if config.get("shift_terminal") is not None and not 0 <= config["shift_terminal"] < 1:
+        raise ValueError(f"scheduler: shift_terminal is {config['shift_terminal']}: it is from 0 to below 1")
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
     train_steps = int(scheduler.config.num_train_timesteps)
     if not 1 <= steps <= train_steps:
@@ -72,6 +74,8 @@ def flow_schedule(
     else:
         scheduler.set_timesteps(steps, **_told(scheduler.config, steps, grid, latent_shape))
     sigma = scheduler.sigmas.double().flip(0)
+    if not bool(sigma.isfinite().all()):
+        raise ValueError(f"steps is {steps}: with its shift_terminal this model's schedule needs 2 or more")
     sigma_prev_S, sigma_S = sigma[:-1], sigma[1:]
     if not bool((sigma_S > sigma_prev_S).all()):
         raise ValueError(

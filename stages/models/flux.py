@@ -46,8 +46,7 @@ class Flux(FlowTransformer):
     def limit(self, encoder: str) -> int:
         return T5_TOKENS if encoder == "text_encoder_2" else int(self.pipeline.tokenizer_max_length)
 
-    @torch.no_grad()
-    def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         """The network is told the guidance: there is no negative side."""
         if negative:
             raise ValueError("FLUX.1 has no negative prompt: its guidance is told to the network; leave out `negative`")

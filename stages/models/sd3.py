@@ -47,8 +47,7 @@ class StableDiffusion3(FlowTransformer):
     def limit(self, encoder: str) -> int:
         return T5_TOKENS if encoder == "text_encoder_3" else int(self.pipeline.tokenizer_max_length)
 
-    @torch.no_grad()
-    def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         text_BLE, null_BLE, pooled_BE, null_pooled_BE = self.pipeline.encode_prompt(
             prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=guided,
             negative_prompt=None if negative is None else [negative] * len(prompts), max_sequence_length=T5_TOKENS,

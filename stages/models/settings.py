@@ -81,3 +81,6 @@ class SamplingSettings(LatentModelSettings):
     in the stock pipeline: any deterministic one of diffusers, of which those with steps of several outputs (2M, UniPC,
     PNDM, ...) take the methods lbo and fixed-point (docs/inversion.md). Left out: DDIM, which the lines in the
     dataset's card put in the pipeline."""
+    offload: Literal["text-encoders"] | None = added(json_schema_extra={"affects": "speed"})
+    """``text-encoders``: these wait in the machine's own memory, and are on the device only while the captions of a
+    batch are encoded. For rectified flows, whose text encoders take 5 to 16 GB (FLUX.1, SD3, Qwen-Image, ...)."""

@@ -11,7 +11,8 @@ flow's velocity dz / dsigma; L text tokens, E their width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -29,7 +30,7 @@ from stages.models.multistep import Multistep
 from stages.models.origin import check_vae, config_of_vae, lines
 from stages.models.sampler import sample
 from stages.models.schedule import Schedule, changed_config
-from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings
+from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
 from stages.models.usage import Usage, guidance_scale
 from stages.models.words import Encoder
 
@@ -56,8 +57,12 @@ class FlowTransformer:
     """Not loaded, and need not be there: what takes pictures as prompts."""
     grid: ClassVar[FlowGrid]
     latents: ClassVar[str] = "seed"
-    guidance_options: ClassVar[Callable[[float, str | None], str]] = staticmethod(guidance_scale)
     """See `Usage`."""
+
+    @staticmethod
+    def guidance_options(guidance: float, negative: str | None) -> str:
+        """See `Usage`."""
+        return guidance_scale(guidance, negative)
 
     def __init__(self, pipeline: Any, geometry: Geometry) -> None:
         self.pipeline, self.geometry = pipeline, geometry
@@ -123,6 +128,8 @@ class FlowTransformer:
         parts = cls._parts(settings)
         transformer, vae, scheduler = cls._configurations(settings)
         cls.check(path, transformer, vae)
+        if settings.vae is not None and cls.vae_class != "AutoencoderKL":
+            raise ValueError(f"vae: model {path!r} has an {cls.vae_class}, whose place no other takes; leave out `vae`")
         if settings.vae is not None:
             check_vae(settings.vae, vae, path)
         effective = changed_config(scheduler, settings.scheduler)
@@ -231,7 +238,8 @@ class FlowTransformer:
         sampler: Any = getattr(diffusers, FLOW_SCHEDULERS[0])
         pipeline.scheduler = sampler.from_config(dict(geometry.scheduler))
         pipeline.set_progress_bar_config(disable=True)
-        for part in geometry.parts:
+        stay = cls.encoders if isinstance(settings, SamplingSettings) and settings.offload else ()
+        for part in geometry.parts.keys() - set(stay):
             getattr(pipeline, part).to(chosen_device(settings.device))
         return cls(pipeline, geometry)
 
@@ -277,7 +285,14 @@ class FlowTransformer:
         """Tokens that a text encoder is given."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
+        here = [getattr(self.pipeline, part) for part in self.encoders if part in self.geometry.parts]
+        with visiting(here, self.device):
+            return self.encode_prompts(prompts, guided=guided, negative=negative)
+
+    def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
+        """See `LatentModel.condition`; the text encoders are on the device."""
         raise NotImplementedError
 
     def text_condition(self, text_BLE: torch.Tensor, pooled_BE: torch.Tensor | None = None) -> Condition:
@@ -321,6 +336,32 @@ class FlowTransformer:
         x = torch.empty(1, *(pixels if call == "encode" else shape), device="meta")
         run = autoencoder.encode if call == "encode" else autoencoder.decode
         return peak_bytes(self.vae, lambda net: run(net, x), x, gradient=gradient)
+
+
+@contextmanager
+def visiting(networks: Sequence[Any], device: torch.device) -> Iterator[None]:
+    """Networks on a device for a while; those that wait elsewhere go back."""
+    homes = [network.device for network in networks]
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        for network, home in zip(networks, homes, strict=True):
+            network.to(home)
+
+
+def padded(texts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts (L, E) of unequal length as text_BLE, with zeros behind, and mask_BL: what of it is text.
+
+    Args:
+        length: L of all; what is longer is cut.
+    """
+    text_BLE = texts[0].new_zeros(len(texts), length, texts[0].shape[1])
+    mask_BL = torch.zeros(len(texts), length, dtype=torch.bool, device=text_BLE.device)
+    for i, text in enumerate(texts):
+        text_BLE[i, : len(text)], mask_BL[i, : len(text)] = text[:length], True
+    return text_BLE, mask_BL
 
 
 def pack(z_BCHW: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,8 @@ class StableDiffusion:
         sizes = Sizes(path, factor, math.lcm(factor * down, 8), own)  # the pipeline takes multiples of 8 alone
         sizes.check(size, size)
         stock = isinstance(settings, SamplingSettings) and settings.sampler == "model"
+        if isinstance(settings, SamplingSettings) and settings.offload is not None:
+            raise ValueError(f"offload: the text encoders of model {path!r} are small and stay; leave it out")
         if isinstance(settings, SamplingSettings) and not stock:
             _check_heeded(settings.scheduler)
         effective = changed_config(_as_loaded(scheduler, cls.mended, settings, stock), settings.scheduler)

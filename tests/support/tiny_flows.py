@@ -99,6 +99,73 @@ def flux(*, guidance_embeds: bool = True, scheduler: dict[str, Any] | None = Non
     )  # fmt: skip
 
 
+def qwen_tokenizer() -> Any:
+    """Bytes as tokens, and a chat template of the kind that Qwen's have."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocab = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    made = Qwen2Tokenizer(vocab=vocab | {"<|endoftext|>": len(vocab)}, merges=[])
+    made.chat_template = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{{ '<t>' if enable_thinking }}"
+    return made
+
+
+LANGUAGE = {
+    "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.5,
+}  # fmt: skip
+
+
+def qwen_image() -> Any:
+    """Qwen-Image: 16 channels of a video autoencoder, at an eighth of the side."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    words = qwen_tokenizer()
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    text = {**LANGUAGE, "vocab_size": len(words), "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    transformer = QwenImageTransformer2DModel(
+        in_channels=64, out_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=WIDTH, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=torch.randn(16, generator=generator).tolist(),
+        latents_std=(1 + torch.rand(16, generator=generator)).tolist(),
+    )  # fmt: skip
+    shift = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImagePipeline(
+        transformer=enliven(transformer), scheduler=shift, vae=vae, tokenizer=words,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+    )  # fmt: skip
+
+
+def z_image() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    words = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=WIDTH,
+        axes_dims=[2, 2, 4], axes_lens=[1024, 512, 512],
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in transformer.all_final_layer.values():
+            layer.linear.weight *= 0.4  # as gently bent as the others
+    return ZImagePipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
+        tokenizer=words, text_encoder=Qwen3Model(Qwen3Config(**LANGUAGE, vocab_size=len(words), head_dim=8)),
+    )  # fmt: skip
+
+
 SD35 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
 """What makes SD3.5-medium of SD3; -large has no dual attention."""
 KINDS: dict[str, Any] = {
@@ -108,6 +175,8 @@ KINDS: dict[str, Any] = {
     "sd35-large": lambda: sd3(qk_norm="rms_norm"),
     "flux-dev": flux,
     "flux-schnell": lambda: flux(guidance_embeds=False),
+    "qwen-image": qwen_image,
+    "z-image": z_image,
 }
 
 

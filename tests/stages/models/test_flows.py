@@ -16,7 +16,7 @@ import torch
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import LatentModel
 from stages.models.sampler import sample
-from stages.models.settings import LatentModelSettings
+from stages.models.settings import LatentModelSettings, SamplingSettings
 from tests.support import tiny_flows
 
 
@@ -43,18 +43,35 @@ def stock(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     return pipe
 
 
+PACKED = ("flux-dev", "flux-schnell", "qwen-image")
+UNIT = {"qwen-image": 4, "z-image": 2}
+"""Of the sizes here: Qwen-Image's autoencoder is one of 8 pixels a latent; Z-Image's positions are 2 apart."""
+
+
+def told_scale(guidance: float) -> dict[str, Any]:
+    return {"guidance_scale": guidance}
+
+
+GUIDED: dict[str, Any] = {
+    "qwen-image": lambda g: {"true_cfg_scale": g, "negative_prompt": ""} if g > 1 else {"true_cfg_scale": 1.0},
+    "z-image": lambda g: {"guidance_scale": g - 1},
+}
+"""How a pipeline is told of guidance, by its own documentation."""
+
+
 def given(kind: str, noise_BCHW: torch.Tensor) -> torch.Tensor:
     """The pipeline's `latents`, packed by a plain loop where it takes them packed."""
-    if not kind.startswith("flux"):
+    if kind not in PACKED:
         return noise_BCHW
     B, C, H, W = noise_BCHW.shape
     tokens = [noise_BCHW[:, :, y : y + 2, x : x + 2].reshape(B, 4 * C) for y in range(0, H, 2) for x in range(0, W, 2)]
     return torch.stack(tokens, 1)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell"])
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell", "qwen-image", "z-image"])
 @pytest.mark.parametrize("size", [(16, 16), (24, 8), (20, 16)], ids=str)
 def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str, size: tuple[int, int]) -> None:
+    size = tuple(side * UNIT.get(kind, 1) for side in size)
     pipe, model = stock(folders[kind]), opened(folders[kind]).at(*size)
     seen: dict[str, Any] = {}
 
@@ -63,9 +80,9 @@ def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str,
         pipe._interrupt = True
         return {}
 
-    for steps in (1, 4, 7, 28):
+    for steps in (2 if kind == "qwen-image" else 1, 4, 7, 28):
         pipe("red star", width=size[0], height=size[1], num_inference_steps=steps, output_type="latent",
-             callback_on_step_end=note, guidance_scale=1.0)  # fmt: skip
+             callback_on_step_end=note, **GUIDED.get(kind, told_scale)(1.0))  # fmt: skip
         schedule = model.schedule(steps)
         assert torch.equal(schedule.t_S.flip(0), seen["t"])
         assert torch.equal(schedule.sigma_S.float().flip(0), seen["sigma"][:-1])
@@ -90,15 +107,16 @@ def test_a_changed_scheduler_is_the_pipeline_s_too(folders, change: dict[str, An
 @pytest.mark.parametrize("kind", list(tiny_flows.KINDS))
 def test_what_is_drawn_of_a_seed_is_what_the_pipeline_draws(folders, kind: str) -> None:
     """Conditions, time, packing, shift and scale, guidance, decoding: all of it, at a size that is no square."""
-    pipe, model = stock(folders[kind]), opened(folders[kind]).at(24, 16)
+    width, height = (side * UNIT.get(kind, 1) for side in (24, 16))
+    pipe, model = stock(folders[kind]), opened(folders[kind]).at(width, height)
     noise = torch.randn(2, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(5))
     prompts = ["red star", "a dotted circle that is small"]
     for guidance in (1.0, 3.5) if kind != "flux-schnell" else (1.0,):
         condition = model.condition(prompts, guided=guidance > 1)
         z = sample(model.predictor(guidance), model.schedule(4), noise, condition)
         x = (model.decode(z) / 2 + 0.5).clamp(0, 1)
-        wanted = pipe(prompts, width=24, height=16, num_inference_steps=4, guidance_scale=guidance, output_type="np",
-                      latents=given(kind, noise)).images  # fmt: skip
+        wanted = pipe(prompts, width=width, height=height, num_inference_steps=4, output_type="np",
+                      latents=given(kind, noise), **GUIDED.get(kind, told_scale)(guidance)).images  # fmt: skip
         np.testing.assert_allclose(x.permute(0, 2, 3, 1).numpy(), wanted, atol=2e-5)
 
 
@@ -143,6 +161,42 @@ def test_networks_load_in_half_precision_and_the_autoencoder_does_not(folders) -
     torch.testing.assert_close(given("flux-dev", v).bfloat16(), seen[0])
 
 
+def test_texts_of_unequal_length_stand_alone_as_they_stand_together(folders) -> None:
+    """What is padded and masked has no part in the velocity; on the meta device texts are taken as long as can be."""
+    for kind in ("qwen-image", "z-image"):
+        model = opened(folders[kind]).at(32, 32)
+        assert model.activation_bytes("predict") > 0
+        told = model.condition(["red", "a blue star that is melted in ice"])
+        lengths = told["mask_BL"].sum(1).tolist()
+        assert lengths[0] < lengths[1] < 512
+        z = torch.randn(1, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(2))
+        one = {name: value[:1] for name, value in told.items()}
+        other = {**one, "text_BLE": torch.where(one["mask_BL"][..., None], one["text_BLE"], 7.0)}
+        t = torch.tensor([600.0])
+        torch.testing.assert_close(model.predictor()(z, t, other), model.predictor()(z, t, one))
+
+
+def test_text_encoders_wait_elsewhere_and_come_for_the_captions(folders, monkeypatch) -> None:
+    seen: list[tuple[str, str]] = []
+    plain = torch.nn.Module.to
+
+    def to(network: torch.nn.Module, where: Any = None, *args: Any, **options: Any) -> torch.nn.Module:
+        if isinstance(where, (str, torch.device)):
+            seen.append((type(network).__name__, str(where)))
+        return plain(network, where, *args, **options)
+
+    model = open_latent_model(SamplingSettings(model=folders["flux-dev"], device="cpu", offload="text-encoders"))
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    model.device = "cpu:0"
+    told = model.condition(["red star"])
+    assert seen == [("CLIPTextModel", "cpu:0"), ("T5EncoderModel", "cpu:0"), ("CLIPTextModel", "cpu"),
+                    ("T5EncoderModel", "cpu")]  # fmt: skip
+    wanted = opened(folders["flux-dev"]).condition(["red star"])
+    assert all(torch.equal(told[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match=r"offload: the text encoders .* are small"):
+        read_geometry(SamplingSettings(offload="text-encoders"))
+
+
 def edited(folder: str, target: Path, file: str, **changes: Any) -> str:
     shutil.copytree(folder, target)
     config = json.loads((target / file).read_text())
@@ -177,8 +231,12 @@ def test_bad_models_are_refused_in_a_sentence(folders, tmp_path) -> None:
     refused("size 18 is no multiple of 4", flux, size=18)
     refused("size 64 is more than the 48 pixels", sd3, size=64)
     refused("lacks its text_encoder_2", edited(flux, tmp_path / "h", index, text_encoder_2=[None, None]))
-    with pytest.raises(ValueError, match="two of this schedule's noise levels are the same"):
+    with pytest.raises(ValueError, match=r"shift_terminal is 1.0: it is from 0 to below 1"):
         read_geometry(LatentModelSettings(model=flux, scheduler={"shift_terminal": 1.0})).schedule(4)
+    with pytest.raises(ValueError, match=r"steps is 1: with its shift_terminal .* needs 2"):
+        read_geometry(LatentModelSettings(model=folders["qwen-image"])).schedule(1)
+    refused("size 16384 is more than the 2048 pixels", folders["z-image"], size=16384)
+    refused("vae: model .* has an AutoencoderKLQwenImage", folders["qwen-image"], vae=folders["sd3"])
     with pytest.raises(ValueError, match="has no guidance"):
         opened(folders["flux-schnell"]).predictor(3.0)
     with pytest.raises(ValueError, match="no negative prompt"):

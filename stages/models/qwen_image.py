@@ -1,0 +1,101 @@
+"""Qwen-Image: a language model's tokens as text, latents of a video autoencoder packed two by two, guidance rescaled.
+
+Legend as in `stages.models.transformer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from stages.models.flow_schedule import FlowGrid
+from stages.models.guidance import Combine, classifier_free, guided
+from stages.models.latent import Condition, Predict
+from stages.models.transformer import FlowTransformer, pack, padded, unpack
+
+TOKENS = 512
+"""Tokens of text that the pipeline keeps, unless told otherwise; its template's do not count."""
+
+
+class QwenImage(FlowTransformer):
+    """Qwen-Image (Wu et al., 2025)."""
+
+    index = "QwenImagePipeline"
+    transformer_class = "QwenImageTransformer2DModel"
+    vae_class = "AutoencoderKLQwenImage"
+    encoders = {"text_encoder": "tokenizer"}
+    grid = FlowGrid(linear="float64")
+    latents = "pipe._pack_latents(seed, *seed.shape)"
+
+    @staticmethod
+    def guidance_options(guidance: float, negative: str | None) -> str:
+        """See `stages.models.usage.Usage`: the pipeline guides only where it is given a negative prompt."""
+        return f"true_cfg_scale={guidance}" + (f", negative_prompt={negative or ''!r}" if guidance > 1 else "")
+
+    @classmethod
+    def packed(cls) -> int:
+        return 4
+
+    @classmethod
+    def channels(cls, vae: Mapping[str, Any]) -> int:
+        return int(vae["z_dim"])
+
+    @classmethod
+    def factor(cls, vae: Mapping[str, Any]) -> int:
+        return int(2 ** len(vae["temperal_downsample"]))
+
+    @classmethod
+    def default_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], factor: int) -> int:
+        return 128 * factor
+
+    @classmethod
+    def text_shape(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        return TOKENS, int(transformer["joint_attention_dim"])
+
+    def limit(self, encoder: str) -> int:
+        return TOKENS
+
+    def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
+        text_BLE, mask_BL = padded(self._texts(prompts), TOKENS)
+        nulls: Condition = {}
+        if guided:
+            null_BLE, null_mask_BL = padded(self._texts([negative or ""] * len(prompts)), TOKENS)
+            nulls = {"null_text_BLE": null_BLE, "null_mask_BL": null_mask_BL}
+        return {"text_BLE": text_BLE, "mask_BL": mask_BL, **nulls}
+
+    def _texts(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """(L, E) of each prompt, as long as it is."""
+        text_BLE, mask_BL = self.pipeline.encode_prompt(list(prompts), device=self.device, max_sequence_length=TOKENS)
+        if mask_BL is None:
+            return list(text_BLE)
+        return [text[mask.bool()] for text, mask in zip(text_BLE, mask_BL, strict=True)]
+
+    def forward(
+        self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, network: Any = None
+    ) -> torch.Tensor:
+        """See `FlowTransformer`; the time is rounded to the network's type, as the pipeline rounds it."""
+        dtype, (B, _, H, W) = self.dtypes["transformer"], z_BCHW.shape
+        tokens_BNC = (network or self.transformer)(
+            hidden_states=pack(z_BCHW).to(dtype), timestep=t_B.to(dtype) / 1000,
+            encoder_hidden_states=condition["text_BLE"].to(dtype), encoder_hidden_states_mask=condition["mask_BL"],
+            img_shapes=[[(1, H // 2, W // 2)]] * B, return_dict=False,
+        )[0]  # fmt: skip
+        return unpack(tokens_BNC.float(), H, W)
+
+    def predictor(self, guidance: float = 1.0) -> Predict:
+        return self.forward if guidance <= 1 else guided(self.forward, rescaled(guidance))
+
+
+def rescaled(guidance: float) -> Combine:
+    """Classifier-free guidance, each token then made as long as it was under the prompt alone."""
+    combine = classifier_free(guidance)
+
+    def rescale(null_BCHW: torch.Tensor, text_BCHW: torch.Tensor) -> torch.Tensor:
+        _, _, H, W = text_BCHW.shape
+        guided_BNC, text_BNC = pack(combine(null_BCHW, text_BCHW)), pack(text_BCHW)
+        length = text_BNC.norm(dim=-1, keepdim=True) / guided_BNC.norm(dim=-1, keepdim=True)
+        return unpack(guided_BNC * length, H, W)
+
+    return rescale
