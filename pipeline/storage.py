@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, TypeVar
 
 import fsspec
+from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import machine
@@ -24,7 +25,7 @@ from pipeline.access import options_for
 from pipeline.failures import passing
 
 T = TypeVar("T")
-DIGEST_BYTES, BLOCK_BYTES = 16, 4 << 20
+DIGEST_BYTES, BLOCK_BYTES, END_BYTES = 16, 4 << 20, 1 << 16
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.2
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -215,6 +216,12 @@ class Folder:
         at_once = {"max_concurrency": 1} if "s3" in self.fs.protocol else {}  # s3fs asks for the size first otherwise
         return bytes(patiently(lambda: self._fresh(name).cat_file(self.path(name), **at_once)))
 
+    def end(self, name: str, size: int) -> bytes | None:
+        """The last bytes of a file on a store, in one request; None if it does not have this size."""
+        start = max(0, size - END_BYTES)
+        found = patiently(lambda: self._fresh(name).cat_file(self.path(name), start=start, end=size + 1))
+        return bytes(found) if len(found) == size - start else None
+
     def listing(self, name: str) -> dict[str, int]:
         """File name -> size of the files directly in a subfolder, sorted; empty if there is none."""
         if self.local:
@@ -309,8 +316,12 @@ class Folder:
             os.replace(self.path(name), self.path(target))
             _sync_folder(parent)
             return
-        patiently(lambda: self.fs.cp_file(self.path(name), self.path(target)))  # `copy` would list both first
+        self.copy(name, target)
         self.remove(name)
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy a file on an object store, which does it by itself."""
+        patiently(lambda: self.fs.cp_file(self.path(name), self.path(target)))  # `copy` would list both first
 
     def remove(self, name: str) -> None:
         """Delete a file; it is fine if it is gone already."""
@@ -318,6 +329,18 @@ class Folder:
             patiently(lambda: self.fs.rm_file(self.path(name)))
         if not self.local:
             self.fs.invalidate_cache(self.path(name).rpartition("/")[0])
+
+    @property
+    def at_once(self) -> int:
+        """How many files a request deletes."""
+        return 1 if self.local or "s3" not in self.fs.protocol or has_magic(self.root) else 1000
+
+    def remove_all(self, names: Sequence[str]) -> None:
+        """Delete up to `at_once` files; those that are gone already are fine."""
+        if len(names) > 1:
+            patiently(lambda: self.fs.rm([self.path(name) for name in names]))
+        else:
+            self.remove(*names)
 
     def names(self) -> Iterator[str]:
         """Names directly in the folder, files and folders."""

@@ -169,12 +169,15 @@ def check_attempt(folder: Folder, name: str, size: int, rows: int) -> None:
     Raises:
         CommitError: The file's size or row count is not what was written.
     """
-    found = folder.size(f"{ATTEMPTS}/{name}")
-    if found != size:
-        raise CommitError(f"{ATTEMPTS}/{name}: {found} bytes on disk, {size} were written")
+    path = f"{ATTEMPTS}/{name}"
+    end = None if folder.local else folder.end(path, size)
+    if end is None and (found := folder.size(path)) != size:
+        raise CommitError(f"{path}: {found} bytes are there, {size} were written")
     try:
-        with parquet.opened(folder, f"{ATTEMPTS}/{name}") as file:
-            stored = file.metadata.num_rows
+        stored = parquet.rows(end) if end is not None else None
+        if stored is None:
+            with parquet.opened(folder, path) as file:
+                stored = file.metadata.num_rows
     except pa.ArrowInvalid as error:
         raise CommitError(f"{ATTEMPTS}/{name}: cannot be read back ({error})") from None
     if stored != rows:

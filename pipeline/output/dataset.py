@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ from pipeline.storage import Folder
 
 PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
 READERS = 16
+KNOWN_RECORDS = 200_000
+"""Records of a store that a process remembers; each takes about half a kilobyte."""
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -106,6 +109,7 @@ class Output:
     folder: Folder
     plan: Mapping[str, Any]
     lock: lock.Lock | lock.Proxy | None = None
+    _read: dict[tuple[str, int], bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def open(path: str, storage_options: Mapping[str, Any] | None = None) -> Output:
@@ -163,8 +167,11 @@ class Output:
             damaged: Told of each that is none, by its file's name. None: it is raised.
             superseded: Earlier generations too, behind the one that counts.
         """
-        names = list(chain.from_iterable(found if superseded else found[:1] for found in self.recorded().values()))
-        for name, record in zip(names, self.several(self._record, names), strict=True):
+        sizes = self.folder.listing(RECORDS)
+        every = self._recorded(sizes).values()
+        names = list(chain.from_iterable(found if superseded else found[:1] for found in every))
+        sized = [(name, sizes[name.rpartition("/")[2]]) for name in names]
+        for name, record in zip(names, self.several(self._record, sized), strict=True):
             if isinstance(record, Record):
                 yield record
             elif damaged is None:
@@ -174,7 +181,10 @@ class Output:
 
     def recorded(self) -> dict[int, list[str]]:
         """Shard -> names of its records, the latest generation first; in shard order."""
-        found = ((recorded(name, self.run), f"{RECORDS}/{name}") for name in self.folder.listing(RECORDS))
+        return self._recorded(self.folder.listing(RECORDS))
+
+    def _recorded(self, listed: Iterable[str]) -> dict[int, list[str]]:
+        found = ((recorded(name, self.run), f"{RECORDS}/{name}") for name in listed)
         mine = sorted((of[0], -of[1], name) for of, name in found if of is not None)
         return {shard: [name for *_, name in group] for shard, group in groupby(mine, lambda entry: entry[0])}
 
@@ -182,11 +192,29 @@ class Output:
         """Results in the order of the items; from a store, which answers late, some are fetched at a time."""
         return map(function, items) if self.folder.local else machine.several(function, items, READERS)
 
-    def _record(self, name: str) -> Record | OutputError:
+    def _record(self, named: tuple[str, int]) -> Record | OutputError:
+        """A record by name and size, read once: what it says is final."""
+        known = self._read.get(named)
         try:
-            return self.record(name)
+            if known is not None:
+                return Record.from_json(zlib.decompress(known))
+            record = self.record(named[0])
         except OutputError as error:
             return error
+        if len(self._read) < KNOWN_RECORDS and not self.folder.local:
+            self._read[named] = zlib.compress(json.dumps(asdict(record)).encode(), 1)
+        return record
+
+    def withdraw(self, name: str) -> None:
+        """Delete a record of this run.
+
+        Raises:
+            LockLost: Another run has the folder.
+        """
+        self.check()
+        self.folder.remove(name)
+        for named in [named for named in self._read if named[0] == name]:
+            del self._read[named]
 
     def record(self, name: str) -> Record:
         """A commit record of this run by its file's name.
@@ -199,6 +227,8 @@ class Output:
             if (record.run, record.name) != (self.run, name):
                 raise ValueError(f"it says shard {record.shard} of run {record.run!r}")
             return record
+        except FileNotFoundError:
+            raise OutputError(f"{self.path}/{name} is gone; run the job again") from None
         except (ValueError, TypeError, KeyError) as error:
             problem = f"{self.path}/{name} is no commit record ({error}); run the job again"
             raise OutputError(problem) from None

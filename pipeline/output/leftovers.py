@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, epoch_of, recorded
 from pipeline.output.dataset import Output
 
@@ -25,6 +27,15 @@ class Leftovers:
         self._names.difference_update(f"{SUMMARIES}/{name}" for name in record.summary)
 
     def remove(self) -> None:
-        for name in sorted(self._names):
-            self._output.check()
-            self._output.folder.remove(name)
+        remove(self._output, sorted(self._names))
+
+
+def remove(output: Output, names: Sequence[str]) -> None:
+    """Delete files of an output.
+
+    Raises:
+        LockLost: Another run has the folder.
+    """
+    for start in range(0, len(names), output.folder.at_once):
+        output.check()
+        output.folder.remove_all(names[start : start + output.folder.at_once])

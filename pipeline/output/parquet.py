@@ -51,3 +51,13 @@ def batches(folder: Folder, name: str) -> Iterator[pa.RecordBatch]:
     """A file in batches of a few thousand rows."""
     with opened(folder, name) as file:
         yield from file.iter_batches(batch_size=BATCH_ROWS, use_threads=folder.local)
+
+
+def rows(end: bytes) -> int | None:
+    """Number of rows by a file's last bytes; None if its footer is longer than they are.
+
+    Raises:
+        pyarrow.ArrowInvalid: It is no Parquet file.
+    """
+    footer = int.from_bytes(end[-8:-4], "little") + 8
+    return pq.read_metadata(pa.BufferReader(end)).num_rows if footer <= len(end) else None

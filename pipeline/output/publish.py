@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from pipeline.output.commit import ATTEMPTS, Record
 from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
-from pipeline.output.leftovers import Leftovers
+from pipeline.output.leftovers import Leftovers, remove
 from pipeline.output.planfile import OutputError
 from pipeline.output.schema import decode_schema
 
@@ -38,15 +39,17 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
         OutputError: A committed file is gone.
         LockLost: Another run has the folder.
     """
-    listed, leftovers, shards = output.listings(), Leftovers(output), 0
+    listed, leftovers, shards, published = output.listings(), Leftovers(output), 0, list[str]()
     content = hashlib.blake2b(digest_size=8)
-    for record in output.records():
-        _publish_part(output, record, listed)
+    for record in output.several(partial(_publish_part, output, listed), output.records()):
         content.update(record.checksum.encode())
         leftovers.spare(record)
         shards += 1
+        published.append(f"{ATTEMPTS}/{record.file}")
     if shards != int(output.plan["shards"]):
         raise OutputError(f"{output.path}: {shards} of {output.plan['shards']} shards have a record; run the job again")
+    if not output.folder.local:
+        remove(output, [name for name in published if name.rpartition("/")[2] in listed[ATTEMPTS]])
     output.check()
     output.folder.write(CARD, card(output, tally, content.hexdigest(), title, description).encode())
     summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed,
@@ -56,18 +59,23 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
     leftovers.remove()
 
 
-def _publish_part(output: Output, record: Record, listed: dict[str, dict[str, int]]) -> None:
+def _publish_part(output: Output, listed: dict[str, dict[str, int]], record: Record) -> Record:
     part = output.part(record.shard)
     base = part.rpartition("/")[2]
     if listed["data"].get(base) == record.size and record.file not in listed[ATTEMPTS]:
-        return
+        return record
+    gone = OutputError(f"{output.path}: the file of shard {record.shard} is gone or cut; run the job again")
     if listed[ATTEMPTS].get(record.file) != record.size:
-        raise OutputError(f"{output.path}: the file of shard {record.shard} is gone or cut; run the job again")
+        raise gone
     output.check()
     its_own = record.generation and listed["data"].get(base) in (record.replaced, record.size)
     if base in listed["data"] and not its_own:
         output.folder.move(part, f"{SET_ASIDE}/{base}")
-    output.folder.move(f"{ATTEMPTS}/{record.file}", part)
+    try:  # a store's copies are deleted together afterwards, and not one by one
+        (output.folder.move if output.folder.local else output.folder.copy)(f"{ATTEMPTS}/{record.file}", part)
+    except FileNotFoundError:
+        raise gone from None
+    return record
 
 
 def card(output: Output, tally: Tally, content: str, title: str, description: str) -> str:

@@ -20,9 +20,11 @@ from pipeline.output.dataset import SUCCESS, Output, Tally
 from pipeline.output.planfile import OutputError, read_shards
 from pipeline.output.products import problems as wrong_products
 from pipeline.output.schema import decode_schema
-from pipeline.storage import checksum
+from pipeline.storage import Folder, checksum
 
 NAMED_PROBLEMS = 100
+KEPT_BYTES = 32 << 20
+"""A file of a store up to this size is fetched as a whole; several are at a time."""
 
 
 @dataclass(frozen=True)
@@ -72,28 +74,32 @@ def verify(
     schema = decode_schema(output.plan["schema"])
     found = 0
     records = output.recorded()
-    for shard in read_shards(output.own):
+
+    def look(shard: Shard) -> tuple[Record | None, list[str], list[str]]:
+        """A shard's record, the ids in its file, and what is wrong."""
         if shard.index not in records:
-            problems.append(f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again")
-            continue
+            return None, [], [f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again"]
         try:
             record = output.record(records[shard.index][0])
         except OutputError as error:
-            problems.append(str(error))
-            continue
+            return None, [], [str(error)]
         name = output.locate(record, listed)
         if name is None:
-            problems.append(f"the file of shard {shard.index} is missing or cut short; run the job again")
-            continue
+            return None, [], [f"the file of shard {shard.index} is missing or cut short; run the job again"]
+        wrong = []
         if lost := output.lost_summary(record, listed):
-            problems.append(f"{lost}, the summary of shard {shard.index}, is missing or cut short; run the job again")
-        tally.add(record)
+            wrong.append(f"{lost}, the summary of shard {shard.index}, is missing or cut short; run the job again")
         problem, ids = _check_file(output, record, name, schema, checksums)
+        if problem := problem or _check_ids(output, shard, ids, input_options):
+            wrong.append(f"{name}: {problem}")
+        return record, ids, wrong
+
+    for record, ids, wrong in output.several(look, read_shards(output.own)):
+        problems += wrong
+        if record is not None:
+            tally.add(record)
         found += len(ids)
         unique.add(ids)
-        problem = problem or _check_ids(output, shard, ids, input_options)
-        if problem is not None:
-            problems.append(f"{name}: {problem}")
     if suspects := unique.suspects():
         problems += _twice(output, suspects, listed)
     foreign = tuple(sorted(f"data/{name}" for name in listed["data"] if not output.is_published(name)))
@@ -106,12 +112,18 @@ def verify(
     return VerifyReport(not problems, planned, found, tally.ok, tally.failed, shown, foreign, tally.duplicates)
 
 
+def _whole(folder: Folder, name: str, size: int) -> Any:
+    """A file whose every byte is going to be read: what a store sends in one piece is kept, larger files are not."""
+    kept = not folder.local and size <= KEPT_BYTES
+    return pa.BufferReader(folder.read(name)) if kept else parquet.handle(folder, name)
+
+
 def _check_file(
     output: Output, record: Record, name: str, schema: pa.Schema, checksums: bool
 ) -> tuple[str | None, list[str]]:
     """A problem with one file, if there is one, and the ids in it."""
     try:
-        with parquet.handle(output.folder, name) as handle:
+        with _whole(output.folder, name, record.size) if checksums else parquet.handle(output.folder, name) as handle:
             if checksums and checksum(handle) != record.checksum:
                 return "its bytes are not those that were committed; delete it and run the job again", []
             file = pq.ParquetFile(handle)

@@ -351,15 +351,13 @@ def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> t
     listed, leftovers = output.listings(), Leftovers(output)
 
     def withdraw(name: str, why: str) -> None:
-        output.check()
-        output.folder.remove(name)
+        output.withdraw(name)
         reporter.phase("planning", message=f"{why}; the shard is done again")
 
     for record in output.records(lambda name, error: withdraw(name, f"{name} is no commit record"), superseded=True):
         file = output.locate(record, listed)
         if record.shard in done or record.shard in again:
-            output.check()
-            output.folder.remove(record.name)
+            output.withdraw(record.name)
         elif file is None:
             withdraw(record.name, f"the file of shard {record.shard} is gone or cut")
         elif lost := output.lost_summary(record, listed):

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage import Folder
+from pipeline.storage import END_BYTES, Folder
+from tests.simulation.store import Bucket
+from tests.simulation.world import World
 
 
 def test_a_file_that_goes_while_a_folder_is_listed_hides_no_other(
@@ -32,3 +34,27 @@ def test_a_file_that_goes_while_a_folder_is_listed_hides_no_other(
     assert list(Folder.at(str(tmp_path)).listing("records")) == [f"{i:06d}.json" for i in range(20)]
     monkeypatch.setattr(os, "scandir", real)
     assert Folder.at(str(tmp_path)).listing("nothing") == {}
+
+
+def test_the_end_of_a_file_on_a_store_tells_its_size() -> None:
+    """One request instead of two, and no other size passes."""
+    folder = Folder.at("memory://ends")
+    for size in (1, 100, END_BYTES - 1, END_BYTES, END_BYTES + 1, 3 * END_BYTES):
+        data = bytes(i % 251 for i in range(size))
+        folder.write("file", data)
+        assert folder.end("file", size) == data[-END_BYTES:]
+        assert folder.end("file", size + 1) is None
+        assert size == 1 or folder.end("file", size - 1) is None
+
+
+@pytest.mark.parametrize("address", ["", "memory://many", "sim://many"])
+def test_many_files_are_deleted_though_some_are_gone(tmp_path: Path, address: str) -> None:
+    options = {"bucket": Bucket(World(0))} if address.startswith("sim") else None
+    folder = Folder.at(address or str(tmp_path), options)
+    names = [f"a/{i}" for i in range(2500)] if folder.at_once > 1 else [f"a/{i}" for i in range(3)]
+    for name in [*names[1:], "b"]:
+        folder.write(name, b"x")
+    for start in range(0, len(names), folder.at_once):
+        folder.remove_all(names[start : start + folder.at_once])
+    assert folder.listing("a") == {}
+    assert folder.exists("b")

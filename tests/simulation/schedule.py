@@ -24,8 +24,8 @@ from pipeline import machine
 from pipeline.contract import Column, StageInfo, StageSpec
 from pipeline.input.rows import FileScan
 from pipeline.input.source import Source
+from pipeline.output import dataset, parquet
 from pipeline.output import lock as locks
-from pipeline.output import parquet
 from pipeline.output.dataset import Output
 from pipeline.output.planfile import OutputError
 from pipeline.output.verify import verify
@@ -42,8 +42,8 @@ OUT = "sim://out"
 LINES = 3 * 200
 END_S = 20_000.0
 STARTS = 8
-UNASKED = 6
-"""Changes that a driver may make of what it had asked leave for, and repeat, before it asks again."""
+UNASKED = 4
+"""Changes that a thread may make for which it has once asked leave: a file set aside, and another put in its place."""
 
 
 class Wrong(AssertionError):
@@ -129,6 +129,7 @@ def simulated() -> Iterator[None]:
         patch.object(plan, "survey", _survey),
         patch.object(parquet, "batches", _batches),
         patch.object(locks, "POLL_S", 8.0),
+        patch.object(dataset, "READERS", 4),
         patch.object(dispatch, "TICK_S", 10.0),
         patch.object(reporter, "SAVE_S", 60.0),
     ):  # fmt: skip
@@ -164,7 +165,7 @@ class Schedule:
         self.factor, self.claims, self.drivers = 1.0, 0, list[_Attempted]()
         self._taken: list[tuple[float, int]] = []
         self._renewed: dict[int, tuple[float, Process | None]] = {}
-        self._late: dict[Process, int] = {}
+        self._late: dict[Thread, set[tuple[str, str]]] = {}
         self._rash: dict[Process, str] = {}
         self.found: Wrong | None = None
         self.last = False
@@ -305,8 +306,9 @@ class Schedule:
         lost = min((when for when, epoch in self._taken if epoch > mine), default=None)
         if not mine or lost is None or now < max(lost + 1.1 * locks.RENEW_S, process.woke):
             return
-        self._late[process] = self._late.get(process, 0) + 1
-        if self._late[process] > UNASKED:
+        late = self._late.setdefault(current(), set())
+        late.add((verb, path))
+        if len(late) > UNASKED:
             self._wrong(f"a driver that lost the folder {now - lost:.0f} s ago goes on: {verb} {path}")
 
     def _wrong(self, what: str, cause: BaseException | None = None) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.output import commit
+from pipeline.output import commit, parquet
 from pipeline.output.commit import Attempt, Record, check_attempt, write_record
 from pipeline.output.planfile import PLAN
 from pipeline.output.schema import encode_schema, table
@@ -42,3 +44,15 @@ def test_a_cut_attempt_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(commit.CommitError):
             check_attempt(folder, "x.parquet", size, 1)
+
+
+def test_rows_are_told_by_the_end_of_a_file() -> None:
+    """A footer that is longer than what was fetched is fetched by itself."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({f"column {i}": [1, 2, 3] for i in range(50)}), sink)
+    content = sink.getvalue()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    assert parquet.rows(content[-footer:]) == parquet.rows(content) == 3
+    assert parquet.rows(content[-footer + 1 :]) is None
+    with pytest.raises(pa.ArrowInvalid):
+        parquet.rows(content[-footer:-4] + b"none")
