@@ -105,6 +105,12 @@ class _Worker(Worker):
         return {"count": np.array([1])} if self._summaries else None
 
 
+class _Heart:
+    """Nobody listens to it: the world knows which processes hang."""
+
+    def begin(self) -> None: ...
+
+
 class _Member:
     """A worker as its pool sees it."""
 
@@ -144,6 +150,7 @@ class SimPool:
     def _live(self, member: _Member) -> None:
         world, chance = self._world, self._world.random.random
         actor = cluster._Actor.__new__(cluster._Actor)
+        actor.heart = _Heart()  # type: ignore[assignment]
         world.pause(world.now + self._fleet.start_s * chance())
         actor.worker = _Worker(self._job, self._fleet.summaries)
         member.ready = True

@@ -106,6 +106,8 @@ class Thread(greenlet.greenlet):
         except BaseException as error:
             self.error = error
         self.over = True
+        if isinstance(self.error, Exception) and self.process.name == "worker":
+            self.process.world.broken = self.error
         self.process.threads.remove(self)
         self.ended.set()
 
@@ -145,12 +147,14 @@ class World:
     Attributes:
         now: Seconds since the beginning.
         random: All chance comes from here.
+        broken: What a worker's thread raised, which is to raise nothing.
     """
 
     def __init__(self, seed: int) -> None:
         self.random, self.now, self.main = Random(seed), 0.0, greenlet.getcurrent()
         self._turns: list[tuple[float, int, Thread, int]] = []
         self._counted = 0
+        self.broken: Exception | None = None
         self.processes: list[Process] = []
 
     def count(self) -> int:
@@ -211,6 +215,8 @@ class World:
                 raise Endless(f"at {when:.0f} s {process.name} is still at work")
             self.now = max(self.now, when)
             thread.switch()
+            if self.broken is not None:
+                raise self.broken
 
     def close(self) -> None:
         """End all that is left, so that nothing of it moves when it is collected."""
