@@ -287,7 +287,8 @@ class Schedule:
             epoch = int(path.rpartition("/")[2].removesuffix(".json"))
             if verb == "remove":  # its own: it has seen that the holder woke
                 if self._renewed.get(epoch, (0.0, None))[1] is process:
-                    del self._renewed[epoch], self._rash[process]
+                    del self._renewed[epoch]
+                    self._rash.pop(process, None)
                     self._taken = [taken for taken in self._taken if taken[1] != epoch]
                 return
             if verb == "create":

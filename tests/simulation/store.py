@@ -40,6 +40,8 @@ class Weather:
 
 
 CALM = Weather()
+PAGE = 1000
+"""Names that an answer lists."""
 
 
 class Bucket:
@@ -186,6 +188,8 @@ class SimStore(AbstractFileSystem):
             return [found[name] for name in sorted(found)]
 
         infos = self.bucket.request(listed)
+        for _ in range((len(infos) - 1) // PAGE):
+            self.bucket.request(lambda: None)
         return infos if detail else [info["name"] for info in infos]
 
     def find(self, path: str, **rest: Any) -> list[str]:

@@ -1,0 +1,107 @@
+"""How long a driver waits for a store that answers each request in 30 ms, at 10^5 and 10^6 shards.
+
+    python -m benchmarks.runtime.store_time [--shards 1000 4000]
+
+The runtime's own code asks the simulated store of `tests.simulation`, in its virtual time: each request takes 30 ms,
+requests of several threads overlap, a thousand names are listed at a time. What a further shard costs is taken between
+two numbers of shards; 10^5 and 10^6 are computed from it. Bytes are not counted (files are small), nor is processor
+time: a client that needs a millisecond a request can send no more than a thousand a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from pipeline.output import dataset
+from pipeline.output.commit import ATTEMPTS, Record
+from pipeline.output.dataset import Output, Tally
+from pipeline.output.leftovers import Leftovers
+from pipeline.output.planfile import own_folder, read_shards
+from pipeline.output.publish import publish
+from pipeline.output.verify import verify
+from pipeline.run import plan
+from pipeline.run.driver import _survey
+from pipeline.run.reporter import Reporter
+from pipeline.run.tasks import Task
+from pipeline.storage import Folder, checksum
+from tests.simulation import schedule
+from tests.simulation.pool import _lines, made
+from tests.simulation.schedule import OUT, _draft, _spec, simulated
+from tests.simulation.store import Bucket, Weather
+from tests.simulation.world import Host, World
+
+RESULTS = Path(__file__).parent / "results"
+ANSWER_S = 0.03
+
+
+def waited(shards: int) -> dict[str, tuple[float, int]]:
+    """Step -> (virtual seconds, requests) for a run of so many shards."""
+    world = World(0)
+    bucket = Bucket(world)
+    options, found = {"bucket": bucket}, dict[str, tuple[float, int]]()
+
+    def step(name: str, action: Callable[[], Any]) -> Any:
+        begun, asked = world.now, bucket.requests
+        result = action()
+        found[name] = (world.now - begun, bucket.requests - asked)
+        return result
+
+    def work() -> None:
+        spec = _spec(1.0, shards, 1, bucket)
+        plan.write_plan(spec, _draft(spec), own_folder(Folder.at(OUT, options)), 0.0)
+        output = Output.open(OUT, options)
+        for shard in read_shards(output.own):
+            content, _ = made(output.plan["schema"], 1.0, _lines(Task.of(shard)))
+            file = f"{output.run}-e1-{shard.index:06d}.made.parquet"
+            bucket.put(f"out/{ATTEMPTS}/{file}", content)
+            record = Record(shard.index, "made", file, len(content), _digest(content), shard.rows, 0, 0.0, 0.0, "here",
+                            run=output.run, epoch=1)  # fmt: skip
+            bucket.put(f"out/{record.name}", json.dumps(asdict(record)).encode())
+        bucket.weather = Weather(delay_s=ANSWER_S)
+        step("resume, until work begins", lambda: _survey(output, Reporter(None, None, 1)))
+        tally = step("survey once more", lambda: _survey(output, Reporter(None, None, 1)))[0]
+        assert isinstance(tally, Tally)
+        assert tally.shards == shards
+        step("publish", lambda: publish(output, tally, "", ""))
+        step("status", lambda: Output.open(OUT, options).status())
+        assert step("verify", lambda: verify(OUT, options)).ok
+        step("sweep", lambda: Leftovers(replace(output)).remove())
+
+    thread = world.process(Host("node", "boot", "pid"), "driver").start(work)
+    world.run(1e9)
+    if thread.error is not None:
+        raise thread.error
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return checksum(io.BytesIO(content))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=int, nargs=2, default=[1000, 4000])
+    few, many = parser.parse_args().shards
+    readers, schedule.LINES = dataset.READERS, many
+    with simulated(), patch.object(dataset, "READERS", readers):
+        less, more = waited(few), waited(many)
+    found = {}
+    for name, (seconds, requests) in more.items():
+        a_shard = (seconds - less[name][0]) / (many - few)
+        at = {f"{n:.0e}": less[name][0] + (n - few) * a_shard for n in (1e5, 1e6)}
+        found[name] = {"requests_a_shard": (requests - less[name][1]) / (many - few), "ms_a_shard": 1e3 * a_shard,
+                       "minutes": {n: value / 60 for n, value in at.items()}}  # fmt: skip
+        told = ", ".join(f"{n} shards {value / 60:.1f} min" for n, value in at.items())
+        print(f"{name:28} {found[name]['requests_a_shard']:.3f} requests, {1e3 * a_shard:.3f} ms a shard: {told}")
+    (RESULTS / "store_time.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
