@@ -137,6 +137,17 @@ def test_stable_diffusion_3_draws_in_diffusers_what_a_plain_loop_draws(
     torch.testing.assert_close(theirs, x, atol=2e-4, rtol=1e-3)
 
 
+def test_stable_diffusion_3_learns_with_text_encoders_that_stay(pooled, aligned, t5_words, corpus, tmp_path):
+    text = flows.SD3Text(aligned, flows.pooling(pooled), t5.build(t5_words).requires_grad_(False))
+    begun = flows.Flow(flows.build_sd3(), text, corpus.pairings)
+    recipe = Recipe(steps=3, batch=8, lr=1e-3, warmup=1)
+    taught = flows.train_flow("sd3", copy.deepcopy(begun), corpus, recipe, tmp_path, seed=0)
+    before = begun.state_dict()
+    changed = {name for name, value in taught.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"transformer", "cells"}
+    assert "transformer.proj_out.weight" in changed
+
+
 def test_guidance_is_taken_out_without_changing_what_is_computed(flux, corpus):
     plain = flows.without_guidance(flux, 3.5)
     assert not plain.transformer.config.guidance_embeds
