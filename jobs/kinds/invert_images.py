@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import TypeAdapter
+
 from jobs.page.html import Html, escape, picture, table, tag
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
-from stages.inversion.settings import InvertImagesSettings
+from stages.engine.methods import Methods
+from stages.inversion.settings import AnyInversionMethod, InvertImagesSettings
 
 if TYPE_CHECKING:
     import pipeline.run.driver
     from pipeline.input.source import Source
 
-EXTRA_STATE = ("belm", "edict", "null-text")
 GRID_PICTURES = 12
 MEASURES = (
     "psnr", "ssim", "psnr_decoded", "latent_mse", "floor_psnr", "forwards", "backwards", "residual_max", "seed_std",
@@ -81,18 +83,19 @@ The methods of this dataset store more than a seed (`latent_2`, `bias`, `null_te
 def _draw_methods(view: View) -> Html:
     """A row a method; those that store more than a seed stand apart."""
 
-    config = {m.get("name") or m["method"]: m for m in view.config.get("methods", ())}
+    given = TypeAdapter(Methods[AnyInversionMethod]).validate_python(view.config["methods"])
     columns = [name for name in MEASURES if name in view.columns]
     rows = view.rows(["method", *columns], 20_000)
     seed_only: list[list[Any]] = []
     extra: list[list[Any]] = []
-    for label, method in config.items():
+    for method in given:
+        label = method.label
         own = [row for row in rows if row["method"] == label]
         means: list[Any] = [label, len(own)]
         for name in columns:
             values = [row[name] for row in own if row[name] is not None]
             means.append(f"{sum(values) / len(values):.4g}" if values else "")
-        (extra if method["method"] in EXTRA_STATE or method.get("replay") else seed_only).append(means)
+        (seed_only if method.extra is None else extra).append(means)
     header = ["method", "rows", *(name.replace("_", " ") for name in columns)]
     numeric = range(1, len(header))
     parts = [table(header, seed_only, numeric)] if seed_only else []

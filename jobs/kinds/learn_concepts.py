@@ -93,14 +93,15 @@ class LearnConcepts(RowJob, ConceptLearning):
         tokens, words = json.loads(row["tokens"]), json.loads(row["words"])
         prompt = json.loads(row["settings"])["templates"]["with_"].format(subject=words[-1], concept=row["phrase"])
         files = [
-            f'pipe.load_textual_inversion("{output}/{_file(folder, token, number)}"{_encoder(number)})'
+            f"pipe.load_textual_inversion({_loaded(f'{output}/{_file(folder, token, number)}')}{_encoder(number)})"
             for token in tokens
             if token in prompt
             for number in range(len(self._widths()))
         ]
         return _CARD.format(
             names=", ".join(usage.names), load=usage.pipeline, files="\n".join(files), prompt=prompt, output=output,
-            name=row["name"],
+            name=row["name"], fetch="import fsspec\n" if "://" in output else "",
+            read="from safetensors.torch import load\n" if "://" in output else "",
         )  # fmt: skip
 
     def _widths(self) -> list[int]:
@@ -124,9 +125,9 @@ _CARD = """## Use the words
 Each learned word is a file that diffusers loads as it is:
 
 ```python
-import torch
+{fetch}import torch
 from diffusers import {names}
-
+{read}
 {load}
 {files}
 pipe("{prompt}").images[0].save("concept.png")
@@ -145,6 +146,11 @@ def _file(folder: str, token: str, encoder: int) -> str:
     """Where a word's vector for one text encoder lies."""
     name = "learned_embeds.safetensors" if encoder == 0 else f"learned_embeds_{encoder + 1}.safetensors"
     return f"concepts/{folder}/{token.strip('<>')}/{name}"
+
+
+def _loaded(address: str) -> str:
+    """What diffusers is handed for a word's file: it takes paths of this machine, or the tensors themselves."""
+    return f'load(fsspec.open("{address}").open().read())' if "://" in address else f'"{address}"'
 
 
 def _encoder(number: int) -> str:

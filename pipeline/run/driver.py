@@ -235,7 +235,8 @@ def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
                 f"{spec.output} is not empty and holds no run (there is {stranger!r}); name another output folder"
             )
         return False
-    found = differences(plan["fields"], json.loads(json.dumps(dict(drafted.fields))), spec.speed)
+    models = [model["path"] for model in drafted.info.models.values() if model.get("fingerprint")]
+    found = differences(plan["fields"], json.loads(json.dumps(dict(drafted.fields))), spec.speed, models)
     found = found or check_input(drafted.source, own_folder(folder), spec.limit)
     if found:
         raise PlanMismatch(spec.output, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -177,21 +177,22 @@ def write_plan(
 
 
 def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], speed: frozenset[str] = frozenset()
+    old: Mapping[str, Any], new: Mapping[str, Any], speed: frozenset[str] = frozenset(), models: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """Fields that differ. What the config already says is not said again for the stage's parameters.
 
     A field that one side lacks and that is null on the other does not differ: options that are new since a plan was
     made are null unless they are asked for. Nor do columns that a stage has gained since: what the plan lacks is not
     written. Nor settings that change no byte, nor a path that was written short and the path that it stands for. Nor
-    limits that decide alone which rows fail.
+    the folder of a model that has moved: its fingerprint is compared. Nor limits that decide alone which rows fail.
 
     Args:
         speed: Names of settings that change no byte.
+        models: Where the models lie now whose fingerprints are among the fields.
     """
     old, new = _deciding(old, speed), _deciding(new, speed)
     names = [*old, *(name for name in new if name not in old)]
-    found = {n: (old.get(n), new.get(n)) for n in names if not _alike(_said(old.get(n)), _said(new.get(n)))}
+    found = {n: (old.get(n), new.get(n)) for n in names if not _alike(_said(old.get(n)), _said(new.get(n)), models)}
     for limit in LIMITS:
         found.pop(limit, None)
     if set(old.get(COLUMNS) or ()) <= set(new.get(COLUMNS) or ()):
@@ -225,14 +226,16 @@ def _said(value: Any) -> Any:
     return [_said(part) for part in value] if isinstance(value, list) else value
 
 
-def _alike(old: Any, new: Any) -> bool:
-    """Whether two values are the same, but for paths that are relative or begin with ``~`` in an old plan."""
+def _alike(old: Any, new: Any, models: Sequence[str]) -> bool:
+    """Whether two values are the same, but for paths that are relative or begin with ``~`` in an old plan, and for
+    those of models that have moved."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return old.keys() == new.keys() and all(_alike(old[key], new[key]) for key in old)
+        return old.keys() == new.keys() and all(_alike(old[key], new[key], models) for key in old)
     if isinstance(old, list) and isinstance(new, list):
-        return len(old) == len(new) and all(map(_alike, old, new))
+        return len(old) == len(new) and all(_alike(then, now, models) for then, now in zip(old, new, strict=True))
     if isinstance(old, str) and isinstance(new, str) and os.path.isabs(new):
-        return new in (old, os.path.abspath(os.path.expanduser(old)))
+        moved = os.path.isabs(old) and any(f"{path}/".startswith(f"{new}/") for path in models)
+        return moved or new in (old, os.path.abspath(os.path.expanduser(old)))
     return bool(old == new)
 
 

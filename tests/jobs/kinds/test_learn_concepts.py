@@ -317,3 +317,18 @@ def test_train_inverter_job_writes_an_inverter_that_reads_pictures(folder, tmp_p
     (given,) = use.stage().build()([{"id": "0", "image": Image.new("RGB", (16, 16))}])
     model = open_latent_model(LatentModelSettings(model=folder, device="cpu"))
     assert given["text_latent"].shape == (16, model.text_encoders[0].width)
+
+
+def test_a_word_on_a_store_is_handed_over_as_tensors():
+    """diffusers opens no address; what the card says stands for the same file there and here."""
+    import fsspec
+    from safetensors.torch import load, save
+
+    from jobs.kinds.learn_concepts import _loaded
+
+    word = {"<dotted-1>": torch.arange(4.0)[None]}
+    fsspec.filesystem("memory").pipe_file("/words/out/learned_embeds.safetensors", save(word))
+    found = eval(_loaded("memory://words/out/learned_embeds.safetensors"), {"fsspec": fsspec, "load": load})
+    assert found.keys() == word.keys()
+    assert torch.equal(found["<dotted-1>"], word["<dotted-1>"])
+    assert eval(_loaded("/out/learned_embeds.safetensors")) == "/out/learned_embeds.safetensors"

@@ -50,3 +50,17 @@ def test_plans_with_short_paths_go_on(here: Path) -> None:
     assert differences(old, new) == {}
     assert differences(old | {"config.model": "other"}, new).keys() == {"config.model"}
     assert differences(new, old).keys() == new.keys()  # an absolute path is not written shorter again
+
+
+def test_a_model_that_has_moved_goes_on_if_it_is_the_same(tmp_path: Path) -> None:
+    """A checkout, a mount, a cache elsewhere: the fingerprint says what the model is."""
+    now = str(tmp_path / "now/prior")
+    old = {"config.model": "/then/prior", "config.methods": [{"prior": "/then/prior"}], "models.image.fingerprint": "a"}
+    new = {"config.model": now, "config.methods": [{"prior": now}], "models.image.fingerprint": "a"}
+    assert differences(old, new, models=[f"{now}/image_encoder"]) == {}
+    assert differences(old, new).keys() == {"config.model", "config.methods"}  # of no known fingerprint
+    assert differences(old, new, models=[f"{now}-other"]).keys() == {"config.model", "config.methods"}
+    other = new | {"models.image.fingerprint": "b"}
+    assert differences(old, other, models=[f"{now}/image_encoder"]) == {"models.image.fingerprint": ("a", "b")}
+    hub = old | {"config.model": "org/prior"}
+    assert differences(hub, new, models=[f"{now}/image_encoder"]).keys() == {"config.model"}
