@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +167,31 @@ def test_rows_beyond_memory_are_found_on_disk(held: int) -> None:
         if first.setdefault(digest, own) != own:
             expected.append((row, first[digest]))
     assert list(seen.again()) == expected
+
+
+@pytest.mark.parametrize("form", ["tar", "jsonl", "csv", "datasets"])
+def test_every_format(tmp_path: Path, form: str) -> None:
+    """The same three pictures under three captions, the first and the last alike in both."""
+    rows = [(_png(1), "x"), (_png(2), "x"), (_png(1), "x")]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if form == "tar":
+        with tarfile.open(folder / "0.tar", "w") as file:
+            for number, (data, said) in enumerate(rows):
+                for suffix, content in (("png", data), ("json", json.dumps({"prompt": said}).encode())):
+                    info = tarfile.TarInfo(f"{number}.{suffix}")
+                    info.size = len(content)
+                    file.addfile(info, io.BytesIO(content))
+    elif form == "datasets":
+        import datasets
+
+        datasets.Dataset.from_list([{"image": data, "prompt": said} for data, said in rows]).save_to_disk(str(folder))
+    else:
+        told = [{"image": base64.b64encode(data).decode(), "prompt": said} for data, said in rows]
+        lines = [json.dumps(row) for row in told]
+        if form == "csv":
+            lines = ["image,prompt", *(f"{row['image']},{row['prompt']}" for row in told)]
+        (folder / f"0.{form}").write_text("\n".join(lines) + "\n")
+    found = rows_of(folder, tmp_path / "out", stage="Captioned", dedupe="content")
+    assert [row["status"] for row in found] == ["ok", "ok", "duplicate"]
+    assert found[2]["duplicate_of"] == found[0]["id"]
