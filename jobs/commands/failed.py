@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,27 +52,25 @@ def failed(
                     else:
                         typer.echo(json.dumps(dict(zip(("step", "id", "shard", "error"), plain, strict=True))))
             else:
-                _show(output, list(_counted(failed_rows(output), reasons := Counter[str]())), reasons, step["name"])
+                _show(output, failed_rows(output), step["name"])
 
 
-def _counted(rows: Iterator[FailedRow], reasons: Counter[str]) -> Iterator[FailedRow]:
-    """The first few rows; all of them are counted by reason."""
-    from pipeline.output.commit import folded
+def _show(output: Output, rows: Iterator[FailedRow], step: str) -> None:
+    from pipeline.output.commit import Reasons
 
-    for number, row in enumerate(rows):
-        reasons[folded(row.error)] += 1
-        if number < SHOWN:
-            yield row
-
-
-def _show(output: Output, rows: list[FailedRow], reasons: Counter[str], step: str) -> None:
-    count, planned = reasons.total(), int(output.plan["rows"])
+    first: list[FailedRow] = []
+    reasons = Reasons()
+    for row in rows:
+        reasons.add(row.error)
+        if len(first) < SHOWN:
+            first.append(row)
     left = int(output.plan["shards"]) - len(output.recorded())
     unfinished = f"; {left:,} of {int(output.plan['shards']):,} shards are not done yet" if left else ""
-    typer.echo(f"{f'{step}: ' if step else ''}{count:,} of {planned:,} rows failed{unfinished}")
-    for reason, times in reasons.most_common(SHOWN):
+    planned = int(output.plan["rows"])
+    typer.echo(f"{f'{step}: ' if step else ''}{reasons.rows:,} of {planned:,} rows failed{unfinished}")
+    for reason, times in reasons.commonest().items():
         typer.echo(f"  {times:,} x {printable(reason)}")
-    for row in rows:
+    for row in first:
         typer.echo(f"{printable(row.id)}  (shard {row.shard}): {printable(row.error)}")
-    if count > len(rows):
-        typer.echo(f"... and {count - len(rows):,} more; --csv prints all")
+    if reasons.rows > len(first):
+        typer.echo(f"... and {reasons.rows - len(first):,} more; --csv prints all")

@@ -36,7 +36,7 @@ from pipeline.output.planfile import planned_run
 from pipeline.storage import Folder
 
 ATTEMPTS, RECORDS, SUMMARIES = f"{OWN}/attempts", f"{OWN}/records", f"{OWN}/summaries"
-NAMED_ERRORS = 20
+NAMED_ERRORS, LONGEST_ERROR = 20, 300
 
 
 class CommitError(OSError):
@@ -63,7 +63,7 @@ class Record:
         started, seconds: When work on it began (Unix time), and how long it took.
         worker: Host and process that did it.
         measures: Numeric stage column -> ``{"n", "sum", "min", "max"}`` over rows with status ok.
-        errors: The commonest reasons of failed rows (digits folded) -> count; at most 20.
+        errors: The commonest reasons of failed rows (`fold_errors`) -> count; at most 20.
         summary: Names of the stage's summary files (npz), in row order; empty without.
         summary_bytes: Their sizes; empty for older code.
         run: Id of the run; empty in a folder that older code planned.
@@ -219,14 +219,28 @@ def write_record(folder: Folder, record: Record) -> Record:
     return Record.from_json(folder.read(name))
 
 
+class Reasons:
+    """Why rows failed. Reasons that differ in nothing but numbers count together, in the words of the first."""
+
+    def __init__(self) -> None:
+        self._counts, self._words = Counter[str](), dict[str, str]()
+
+    def add(self, reason: str, count: int = 1) -> None:
+        kind = re.sub(r"\d+", "#", reason)[:LONGEST_ERROR]
+        self._words.setdefault(kind, reason[:LONGEST_ERROR])
+        self._counts[kind] += count
+
+    @property
+    def rows(self) -> int:
+        return self._counts.total()
+
+    def commonest(self) -> dict[str, int]:
+        return {self._words[kind]: count for kind, count in self._counts.most_common(NAMED_ERRORS)}
+
+
 def fold_errors(errors: Mapping[str, int]) -> dict[str, int]:
-    """Reasons with their numbers folded to ``#``, so that equal kinds count together; the commonest."""
-    counts: Counter[str] = Counter()
+    """The commonest `Reasons`."""
+    reasons = Reasons()
     for reason, count in errors.items():
-        counts[folded(reason)] += count
-    return dict(counts.most_common(NAMED_ERRORS))
-
-
-def folded(reason: str) -> str:
-    """A reason with its numbers folded to ``#``."""
-    return re.sub(r"\d+", "#", reason)[:200]
+        reasons.add(reason, count)
+    return reasons.commonest()

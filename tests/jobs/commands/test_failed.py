@@ -38,6 +38,8 @@ def test_failed_rows_are_listed_and_counted(
     assert listed.exit_code == 0
     assert listed.output.startswith("3 of 12 rows failed\n")
     assert "rows.jsonl#4  (shard 1): " in listed.output
+    assert "  2 x " in listed.output  # numbers aside; and in the words of a row, so that advice in them can be taken
+    assert " #" not in listed.output
     assert "\x1b" not in listed.output
     table = list(csv.DictReader(io.StringIO(runner.invoke(app, ["failed", command[-1], "--csv"]).output)))
     assert [(row["id"], row["shard"]) for row in table] == [(f"rows.jsonl#{n}", str(n // 3)) for n in (0, 4, 8)]
