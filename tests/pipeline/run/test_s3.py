@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from pipeline.contract import StageSpec
+from pipeline.output.dataset import Output
+from pipeline.output.failed import failed_rows
+from pipeline.output.verify import verify
 from pipeline.storage import Folder
+from tests.pipeline.run.test_retry import BAD, IDS, LINES, Moody, start
+from tests.support.faulty import data, spec_for
+from tests.support.in_process import without_ray
 from tests.support.weather import SHARDS, check_lock, check_run, check_shards, s3_server, weather_before
 
 pytest.importorskip("s3fs")
@@ -48,3 +57,22 @@ def test_any_number_of_shards(
     options, proxy = store
     options["endpoint_url"] = f"http://127.0.0.1:{proxy.behind}"  # no weather: these are many requests
     check_shards(tmp_path, "s3", s3fs.S3FileSystem(**options), options, shards, monkeypatch)
+
+
+def test_failed_rows_on_a_store_are_listed_and_done_again(
+    tmp_path: Path, store: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    stage = StageSpec(f"tests.pipeline.run.test_retry:{Moody.__name__}", {"orders": str(tmp_path / "orders")})
+    plain = replace(spec_for(tmp_path, LINES, shard_rows=5), stage=stage)
+    start(plain)
+    spec = replace(plain, output="s3://bucket/out", storage_options=store[0])
+    assert start(spec, BAD)[0].failed == 3
+    rows = failed_rows(Output.open(spec.output, spec.storage_options))
+    assert sorted(row.id for row in rows) == IDS
+    again, seen = start(spec, retry_failed=True)
+    assert (again.state, again.ok, seen) == ("complete", 20, IDS)
+    output = Output.open(spec.output, spec.storage_options)
+    assert pa.concat_tables(output.tables()).combine_chunks().equals(data(plain.output))
+    report = verify(spec.output, spec.storage_options)
+    assert report.ok, report.problems
