@@ -12,6 +12,7 @@ from pipeline.contract import Column, Row
 from stages.concepts.samples import sheet
 from stages.inversion.metrics import noise_statistics
 from stages.inversion.stage import NOISE_STATISTICS
+from stages.models.captions import TOKEN_COLUMNS
 from stages.rare.candidates import Candidates
 from stages.rare.references import References
 from stages.rare.scores import SCORE_COLUMNS, value
@@ -30,6 +31,7 @@ def columns(settings: RareConceptsSettings, latent_shape: tuple[int, int, int]) 
     return (
         Column("concept", "string"),
         Column("prompt", "string"),
+        *TOKEN_COLUMNS,
         Column("method", "string"),
         Column("number", "int64", doc="of the row among those of its concept and method"),
         Column("image", "image"),

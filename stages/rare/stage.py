@@ -24,6 +24,7 @@ from stages.engine.randomness import row_generator
 from stages.inversion.schemes import check_method
 from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import InvertImages
+from stages.models.captions import token_counts
 from stages.models.clip import identity
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.fingerprint import describe_model
@@ -245,7 +246,8 @@ class RareConcepts:
         measured = self.judge.measure(pictures, owners)
         for number, one in enumerate(batch):
             own = measured[number * M : (number + 1) * M]
-            yield ok(one.row, **filled(one, own, self.judge.best(own), self.settings))
+            (read,) = token_counts([one.concept.prompt], self.model.readers)
+            yield ok(one.row, **read, **filled(one, own, self.judge.best(own), self.settings))
 
 
 def _key(row: Row) -> str:

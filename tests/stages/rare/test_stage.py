@@ -150,3 +150,18 @@ def test_the_oracle_ranks_where_the_concept_says_what_it_is(folder: str, clip: s
         assert row["success"] == bool(np.asarray(row["image"]).mean() > level)
     (bad,) = own([rows(["random"], ["star"], 1)[0]])
     assert "needs the column 'objects'" in bad["error"]
+
+
+def test_a_prompt_that_is_cut_says_so(folder: str, clip: str) -> None:
+    """As in the other jobs; counted by a tokenizer of its own."""
+    from transformers import CLIPTokenizer
+
+    given = rows(labels=("random",), count=1)
+    given[1]["prompt"] = "a red ring " * 60
+    done = by_id(stage(folder, clip, candidates=1)(given))
+    count = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer")
+    for row in given:
+        made = done[row["id"]]
+        tokens = len(count(row["prompt"])["input_ids"])
+        assert (made["prompt_tokens"], made["prompt_truncated"]) == (tokens, tokens > 16)
+    assert [row["prompt_truncated"] for row in done.values()] == [False, True]
