@@ -34,6 +34,10 @@ def facts(dry: DryRun) -> Iterator[tuple[str, str]]:
     else:
         yield from _planned(dry, dry.plan)
     yield "workers", _workers(dry)
+    if dry.plan is not None and dry.plan.shards < _most(dry):
+        shards, workers = count(dry.plan.shards, "shard"), count(dry.plan.shards, "worker")
+        gives = f"{shards} give{'s' * (dry.plan.shards == 1)} work to {workers} only"
+        yield "note", f"{gives}; a smaller `shard_rows` gives it to more"
     if dry.lacking:
         yield "does not fit", f"a worker asks for {dry.lacking}: lower `resources`, or name a cluster with --address"
     if dry.calibration is None or dry.seconds is None or dry.workers is None or dry.worker_hours is None:
@@ -69,8 +73,8 @@ def _workers(dry: DryRun) -> str:
     least, most = pool.workers.min, pool.workers.max
     bounds = f"{least}" if least == most else f"{least} to {most or 'as many as fit'}"
     each = [f"{pool.cpus:g} CPU", f"{pool.gpus:g} GPU" if pool.gpus else "", size(pool.memory) if pool.memory else ""]
-    idle = ""
-    if dry.plan is not None and dry.plan.shards < (most or least):
-        idle = f"; {count(dry.plan.shards, 'shard')} keep{'s' * (dry.plan.shards == 1)} no more than that busy"
-        idle += ": lower shard_rows"
-    return f"{bounds}, each {', '.join(filter(None, each))}{idle}"
+    return f"{bounds}, each {', '.join(filter(None, each))}"
+
+
+def _most(dry: DryRun) -> int:
+    return dry.job.resources.workers.max or dry.job.resources.workers.min

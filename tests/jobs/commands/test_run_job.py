@@ -116,8 +116,8 @@ def test_a_plan_says_when_workers_will_idle(tmp_path: Path, toy_job: type[RowJob
     path = str(job_file(tmp_path, "resources: {workers: {min: 1, max: 4}, cpus: 0.5}\n"))
     arguments = ["run-job", path, "-o", str(tmp_path / "out"), "--dry-run"]
     shown = " ".join(runner.invoke(app, arguments).output.split())
-    assert "1 to 4, each 0.5 CPU; 2 shards keep no more than that busy: lower shard_rows" in shown
-    assert "busy" not in runner.invoke(app, [*arguments, "--set", "shard_rows=1"]).output
+    assert "workers 1 to 4, each 0.5 CPU note 2 shards give work to 2 workers only; a smaller `shard_rows`" in shown
+    assert "work to" not in runner.invoke(app, [*arguments, "--set", "shard_rows=1"]).output
 
 
 def test_run_again_change_and_report(tmp_path: Path, toy_job: type[RowJob], local_ray: str) -> None:
