@@ -9,8 +9,9 @@ again:
 
 * In the first sweep the outputs that are not known yet are taken from the line through the last two, m_n being one of
   them, which leaves an equation in m_n alone.
-* In every later one they are those of the sweep before. A point that would move by less than the tolerance is not
-  evaluated again.
+* In every later one they are those of the sweep before, moved by as much as m_n moves: neighbours move together, and
+  the outputs of a multistep sampler have weights of both signs that are large by themselves (PNDM: 55/24, -59/24, ...)
+  and contract together. A point that would move by less than the tolerance is not evaluated again.
 * Once no point would move by more, the row is done. Its seed is what the sampler would have to start from to meet these
   outputs.
 
@@ -51,15 +52,15 @@ class SweepProblem(Walk[State]):
             raise ValueError("sweeps end where no point moves by more than a tolerance, and this rule has none")
         self.tolerance = rule.tolerance
         self.sampler = sampler = sampler.to(options.get("device", "cpu"))
-        self.own_N = sampler.coupling_NN.diagonal()
+        ahead_NN = sampler.coupling_NN.triu(1)
+        self.own_N = sampler.coupling_NN.diagonal() + ahead_NN.sum(1)
         self.others_NN = sampler.coupling_NN - self.own_N.diag()
         # The first sweep: m_j = m_n + (j - n) (m_n - m_(n-1)) for the noisier j; constant for n = 0.
         N = len(sampler)
-        ahead_NN = sampler.coupling_NN.triu(1)
         index_N = torch.arange(N, device=ahead_NN.device)
         distance_NN = (index_N[None] - index_N[:, None]).clamp(min=0) * (index_N[:, None] > 0)
         carried_N = (ahead_NN * distance_NN).sum(1)
-        self.first_own_N = self.own_N + ahead_NN.sum(1) + carried_N
+        self.first_own_N = self.own_N + carried_N
         self.first_others_NN = sampler.coupling_NN.tril(-1) - carried_N[1:].diag(-1)
         super().__init__(predict, sampler.t_S, rule, **options)
 
