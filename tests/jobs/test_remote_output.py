@@ -124,3 +124,28 @@ def test_options_on_the_command_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said):
             parsed([wrong])
     assert invoke("status", "s3://bucket/x", "--storage-options", f"secret-{SECRET}").stderr.count(SECRET) == 0
+
+
+def test_doctor_tries_the_store_and_leaves_nothing(options: dict[str, Any]) -> None:
+    import s3fs
+
+    from jobs.commands import checks
+    from pipeline.storage import Folder
+
+    found = list(checks.store(Folder.at("s3://bucket/out", options)))
+    assert [state for state, _, _ in found] == ["ok", "ok"]  # its clock is ours
+    assert "only if there is none" in found[1][1]
+    assert s3fs.S3FileSystem(**options, use_listings_cache=False).find("bucket") == []
+
+
+def test_a_store_that_does_not_answer_is_told_in_a_sentence(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore's own exception is no OSError."""
+    monkeypatch.setattr("pipeline.storage.ATTEMPTS", 1)
+    nowhere = [f"{name}={value}" for name, value in {**options, "endpoint_url": "http://127.0.0.1:9"}.items()]
+    told = invoke("status", "s3://bucket/out", *(word for one in nowhere for word in ("--storage-options", one)))
+    assert told.exit_code == 2
+    assert "127.0.0.1:9" in told.stderr
+    assert told.stderr.count("\n") == 1
+    assert SECRET not in told.stderr
