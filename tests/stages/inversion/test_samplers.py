@@ -19,11 +19,16 @@ from stages.models.families import open_latent_model
 DOCS = Path(__file__).parents[3] / "docs" / "inversion.md"
 STEPS = 20
 EULER, DPM = {"class": "EulerDiscreteScheduler"}, {"class": "DPMSolverMultistepScheduler"}
+PNDM = {"class": "PNDMScheduler", "skip_prk_steps": True}
 INVERTED: dict[str, dict[str, Any]] = {
     "DDIM (`sampler` left out)": {},
     "`sampler: model`, Euler": {"sampler": "model", "scheduler": EULER},
     "`sampler: model`, Euler, Karras": {"sampler": "model", "scheduler": {**EULER, "use_karras_sigmas": True}},
     "`sampler: model`, DPM-Solver++, order 1": {"sampler": "model", "scheduler": {**DPM, "solver_order": 1}},
+    "`sampler: model`, DPM-Solver++ 2M": {"sampler": "model", "scheduler": DPM},
+    "`sampler: model`, DPM-Solver++ 2M, Karras": {"sampler": "model", "scheduler": {**DPM, "use_karras_sigmas": True}},
+    "`sampler: model`, PNDM": {"sampler": "model", "scheduler": PNDM},
+    "`sampler: model`, UniPC": {"sampler": "model", "scheduler": {"class": "UniPCMultistepScheduler"}},
 }
 DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -31,6 +36,7 @@ DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler, Karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
     "DPM++ 1": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "2M, Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
@@ -43,12 +49,11 @@ def decibels() -> dict[str, list[float]]:
     import diffusers
 
     pictures = [{"id": str(i), "image": Image.fromarray(world.picture(i, "heldout")), "prompt": "red star",
-                 "method": "fixed-point"} for i in range(2)]  # fmt: skip
+                 "method": "lbo"} for i in range(2)]  # fmt: skip
     found: dict[str, list[float]] = {}
     for name, given in INVERTED.items():
         settings = InvertImagesSettings(
             device="cpu", steps=STEPS, slots=2, pictures=False, reconstruct=False, prompt="red star",
-            methods=({"method": "fixed-point", "iterations": 12, "acceleration": "anderson", "tolerance": 1e-5},),
             **given,
         )  # fmt: skip
         model = open_latent_model(settings)
