@@ -17,8 +17,8 @@ from pipeline import machine
 from pipeline.failures import Away
 
 T = TypeVar("T")
-FIRST_S, LONGEST_S, LIMIT_S = 1.0, 15.0, 60.0
-"""How long the first and the longest pause are, and all waiting for one address (a shard is tried several times)."""
+FIRST_S, LONGEST_S, LIMIT_S = 1.0, 15.0, 180.0
+"""How long the first and the longest pause are, and all waiting for one address before its shard is given back."""
 HOSTS = 10_000
 """That are remembered."""
 
@@ -29,7 +29,13 @@ class Patience:
     def __init__(self) -> None:
         self._good: OrderedDict[str, str] = OrderedDict()
         self._given_up: set[str] = set()
+        self._waits: dict[int, str] = {}
         self._guard = threading.Lock()
+
+    @property
+    def waits(self) -> str:
+        """What some thread waits for right now, in a sentence; empty if none does."""
+        return next(iter(list(self._waits.values())), "")
 
     def answered(self, address: str) -> None:
         """A host is there: this address of its had an answer."""
@@ -53,6 +59,12 @@ class Patience:
             OSError: The last attempt's, if the host, or else other hosts, answer: the row is to blame.
             Away: Nobody answers, for `LIMIT_S`.
         """
+        try:
+            return self._outlasted(address, error, ask, alive)
+        finally:
+            self._waits.pop(threading.get_ident(), None)
+
+    def _outlasted(self, address: str, error: OSError, ask: Callable[[], T], alive: Callable[[str], bool]) -> T:
         host, pause, until = host_of(address), FIRST_S, machine.here.clock() + LIMIT_S
         while True:
             known, other = self._known(host)
@@ -64,12 +76,12 @@ class Patience:
                     self._given_up.add(host)
                     raise error
                 raise Away(f"{host} does not answer ({error})")
+            self._waits[threading.get_ident()] = f"{host} does not answer ({error})"
             machine.here.sleep(pause)
-            pause = min(2 * pause, LONGEST_S)
             try:
                 return ask()
             except OSError as again:
-                error = again
+                error, pause = again, min(2 * pause, LONGEST_S)
 
     def _known(self, host: str) -> tuple[str | None, str | None]:
         """Addresses that had an answer: the last one of this host, and of any other."""

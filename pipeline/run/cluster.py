@@ -299,6 +299,7 @@ class _Member:
         self.running: Any = None
         self.asked: Any = None
         self.deaf = 0.0
+        self.waits = ""
         self.active = 0
         self.node = ""
 
@@ -423,6 +424,9 @@ class Pool:
                 with suppress(Exception):  # a worker that died is noticed by its task
                     told = self._ray.get(member.asked)
                     member.active, quiet = told.done, told.quiet_s
+                    if told.waits and not member.waits:
+                        self.lost.append(f"a worker waits: {told.waits}")
+                    member.waits = told.waits
                 member.asked = None
             else:
                 member.deaf += passed

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import machine
+from pipeline.patience import hosts
 
 WINDOW_S = 10.0
 """Processor time is looked at over at least so long."""
@@ -24,10 +25,11 @@ TICK_S = 0.01
 
 @dataclass(frozen=True)
 class Pulse:
-    """Rows through the stage in the current task, and seconds since the last sign of life."""
+    """Rows through the stage in the current task, seconds since the last sign of life, and what is waited for."""
 
     done: int
     quiet_s: float
+    waits: str = ""
 
 
 class Heart:
@@ -56,7 +58,7 @@ class Heart:
         now, seen = machine.here.clock(), self._counts()
         if now - self._asked > 6 * WINDOW_S:  # nobody has asked, or the machine was asleep
             self._start()
-        if seen != self._seen:
+        if seen != self._seen or hosts.waits:
             self._seen, self._sign = seen, now
         if now - self._since >= WINDOW_S:
             spent = self._seconds()
@@ -64,7 +66,7 @@ class Heart:
                 self._sign = now
             self._since, self._spent = now, spent
         self._asked = now
-        return Pulse(seen[0], now - self._sign)
+        return Pulse(seen[0], now - self._sign, hosts.waits)
 
     def _seconds(self) -> dict[int, float]:
         """Thread -> processor time so far, but for the one that asks; where there is no /proc, of all in one."""

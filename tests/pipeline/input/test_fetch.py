@@ -22,7 +22,7 @@ from pipeline.input.read import read_rows
 from pipeline.input.rows import Span
 from pipeline.input.source import Source, SourceError
 from pipeline.output.dataset import Output
-from pipeline.patience import Patience
+from pipeline.patience import Patience, hosts
 from pipeline.web import Busy
 from tests.support.plain_stages import rows_of
 
@@ -142,10 +142,18 @@ def test_a_server_that_is_away_is_nobodys_fault(
     with pytest.raises(Away, match=rf"{server.address} does not answer \("):
         rows_of(tmp_path / "in.jsonl", tmp_path / "out", **source)
     assert list(Output.open(str(tmp_path / "out")).records()) == []
-    threading.Timer(0.5, setattr, (server, "away", False)).start()
+    said: list[str] = []
+
+    def comes_back() -> None:
+        said.append(hosts.waits)
+        server.away = False
+
+    threading.Timer(1.0, comes_back).start()
     _outage(monkeypatch, 30.0)
     rows = rows_of(tmp_path / "in.jsonl", tmp_path / "again", **source)
     assert [row["status"] for row in rows] == ["ok"]
+    assert said[0].startswith(f"{server.address} does not answer (")
+    assert hosts.waits == ""
 
 
 def test_a_host_that_is_gone_among_others_fails_its_rows_alone(
