@@ -1,8 +1,10 @@
-"""Methods of inversion side by side on the miniature Stable Diffusion: one run, one protocol, every method from the
-same latents. Writes results/inversion_table.json and .md beside it; a line replaces that of an earlier run only.
+"""Methods of inversion side by side on a model, the miniature Stable Diffusion unless told otherwise: one run, one
+protocol, every method that inverts it, from the same latents. Writes results/inversion_table.json and .md beside it
+(of another model inversion_table_NAME); a line replaces that of an earlier run only.
 
     python -m benchmarks.inversion.table --pictures 500 --settings 50:1 20:1 10:1 --methods ddim renoise lbo
     python -m benchmarks.inversion.table --pictures 64 --settings 20:1     # every method, fewer pictures
+    python -m benchmarks.inversion.table --model micro:flux --pictures 256 --settings 28:1 20:1 8:1 4:1
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from stages.inversion.settings import (
     Boost,
     DdimMethod,
     EdictMethod,
+    EulerMethod,
     ExactMethod,
+    FireFlowMethod,
     FixedPointMethod,
     InversionMethod,
     InvertImagesSettings,
@@ -35,6 +39,8 @@ from stages.inversion.settings import (
     NewtonMethod,
     NullTextMethod,
     RenoiseMethod,
+    RfSolverMethod,
+    UniInvMethod,
 )
 from stages.inversion.stage import InvertImages
 from stages.models.families import open_latent_model
@@ -45,6 +51,10 @@ RESULTS = Path(__file__).parent / "results"
 
 SEED_ONLY: tuple[InversionMethod, ...] = (
     DdimMethod(),
+    EulerMethod(),
+    RfSolverMethod(),
+    FireFlowMethod(),
+    UniInvMethod(),
     ComparedLbo(name="lbo-1", fitted_by="anderson", passes=1, tolerance=0.0),
     RenoiseMethod(),
     ComparedLbo(name="lbo-2", fitted_by="anderson", passes=2, tolerance=0.0),
@@ -149,7 +159,13 @@ def measure(
                 "seed_autocorrelation",
             )
             made |= {name: float(np.mean([row[name] for row in good])) for name in names}
+            made["psnr_decoded_ci"] = half_width([row["psnr_decoded"] for row in good])
         yield {**made, "seconds": seconds}
+
+
+def half_width(values: list[float]) -> float:
+    """Half of the 95 % confidence interval of a mean."""
+    return float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -168,6 +184,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 lines += ["| *with extra state:* |" + " |" * len(COLUMNS)]
             for r in (r for r in own if r["extra_state"] == state):
                 cells = [f"{r[name]:.4g}" if name in r else "diverged" for name in COLUMNS]
+                if "psnr_decoded_ci" in r:
+                    cells[0] += f" ± {r['psnr_decoded_ci']:.2g}"
                 mark = f" ({r['failed']} failed)" if r["failed"] else ""
                 mark += f" (first {r['rows']})" if r["rows"] < most else ""
                 lines.append(f"| {r['method']}{mark} | " + " | ".join(cells) + " |")
@@ -198,23 +216,28 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = open_latent_model(LatentModelSettings(model=options.model))
+    settings = LatentModelSettings(model=options.model)
+    model = open_latent_model(settings)
+    kind = "diffusion" if model.geometry.grid is None else "flow"
+    shipped = Path(settings.model) == micro.MODELS / "stable-diffusion"
+    name = "inversion_table" if shipped else f"inversion_table_{Path(settings.model).name}"
     sets = {"world": world_rows(options.pictures)} if options.pictures else {}
     if options.tiles >= 0:
         sets["photographs"] = photograph_rows(options.tiles)
-    file = RESULTS / "inversion_table.json"
+    file = RESULTS / f"{name}.json"
     results: list[dict[str, Any]] = json.loads(file.read_text())["results"] if file.exists() else []
-    for name, rows in sets.items():
+    for subject, rows in sets.items():
         for setting in options.settings:
             steps, guidance = int(setting.split(":")[0]), float(setting.split(":")[1])
-            if name == "photographs" and guidance > 1:
+            if subject == "photographs" and guidance > 1:
                 continue  # without a caption guidance changes nothing
             for methods, extra in ((SEED_ONLY, False), (EXTRA_STATE, True)):
-                chosen = tuple(m for m in methods if not options.methods or m.label in options.methods)
+                fit = (m for m in methods if kind in m.inverts)
+                chosen = tuple(m for m in fit if not options.methods or m.label in options.methods)
                 if guidance > 1:
                     chosen = tuple(m for m in chosen if not isinstance(m, NullTextMethod))
                 for result in measure(model, chosen, rows, steps, guidance, options.slots):
-                    line = {**result, "rows_of": name, "extra_state": extra}
+                    line = {**result, "rows_of": subject, "extra_state": extra}
                     results = [r for r in results if of(r) != of(line)] + [line]
                     print(json.dumps(line), flush=True)
             results.sort(key=order)
@@ -222,7 +245,7 @@ def main() -> None:
             load = os.getloadavg()[0]
             note = f"{options.threads} threads; load average of the machine at the end {load:.1f}"
             file.write_text(json.dumps({"note": note, "results": results}, indent=1))
-            (RESULTS / "inversion_table.md").write_text(f"# Methods of inversion\n\n{note}.\n{table(results)}")
+            (RESULTS / f"{name}.md").write_text(f"# Methods of inversion\n\n{note}.\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.contract import Settings, speed
+from pipeline.contract import Settings, added, speed
 from stages.engine.methods import Method, Methods
 from stages.models.names import FolderName
 from stages.models.settings import SamplingSettings
@@ -356,6 +356,9 @@ class InvertImagesSettings(SamplingSettings):
     """Regenerate each picture and measure it (`steps` more passes a row)."""
     pictures: bool = True
     """Keep the fitted picture and its reconstruction beside the latents."""
+    max_residual: float | None = added(gt=0)
+    """Fail a row whose relative residual is larger than this at any step: few-step and distilled models have steps that
+    no method solves for every picture. Left out: rows only state their residuals."""
     edit_guidance: float | None = Field(None, ge=1)
     """Also regenerate under the input's column ``edit_prompt`` with this guidance, as ``edited``."""
     lpips: bool = False

@@ -201,7 +201,7 @@ class InvertImages:
         work = self.prepared(scheme, rows, given)
         if scheme.method.ilb is not None:
             work = self._boosted(scheme, scheme.method.ilb, work)
-        work = self._inverted(scheme, work)
+        work = map(self._converged, self._inverted(scheme, work))
         for done in in_batches(work, self.slots, lambda good: self._finished(scheme, good, given)):
             row = given.pop(done.pop("id"))
             yield failed(row, done["error"]) if done.get("status") == "failed" else ok(row, **done)
@@ -258,6 +258,17 @@ class InvertImages:
 
     def _inverted(self, scheme: Scheme[Any], rows: Iterable[Row]) -> Iterator[Row]:
         return scheme.invert(rows, self.slots, self._summary.setdefault(scheme.method.label, Occupancy()))
+
+    def _converged(self, row: Row) -> Row:
+        """The row, failed where its residual is larger than asked for."""
+        limit, residual = self.settings.max_residual, row.get("residual")
+        if limit is None or residual is None or row.get("status") == "failed" or bool((residual <= limit).all()):
+            return row
+        return failed(
+            row,
+            f"not inverted: a residual of {float(residual.max()):.2g} is left at step {int(residual.argmax()) + 1} of "
+            f"{len(residual)} (max_residual: {limit:g}); take more passes, more steps or less guidance",
+        )
 
     def _boosted(self, scheme: Scheme[Any], boost: Boost, rows: Iterable[Row]) -> Iterator[Row]:
         def make(visit: int | None) -> BoostProblem:

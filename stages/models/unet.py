@@ -14,6 +14,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -74,8 +75,6 @@ class StableDiffusion:
         """
         path = settings.model
         unet, vae, scheduler, texts = _configurations(*configuration(settings), cls.encoders)
-        if unet.get("time_cond_proj_dim") is not None:
-            raise ValueError(f"model {path!r} takes the guidance scale as an input (latent consistency): not supported")
         if unet["in_channels"] != vae["latent_channels"]:
             raise ValueError(
                 f"model {path!r} takes {unet['in_channels']} channels (an inpainting model): not supported"
@@ -180,12 +179,24 @@ class StableDiffusion:
         """What the U-Net is told beside the text."""
         return None
 
-    def forward(self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """One U-Net call without guidance; output in float32."""
+    def _told_guidance(self, rows: int, guidance: float) -> torch.Tensor | None:
+        """(B, E) of a U-Net whose guidance is an input (latent consistency models, Luo et al., 2023, equation 14)."""
+        width = self.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        scale_B = torch.full((rows,), guidance - 1)
+        told_BE: torch.Tensor = self.pipeline.get_guidance_scale_embedding(scale_B, embedding_dim=width)
+        return told_BE.to(self.device, self.dtypes["unet"])
+
+    def forward(
+        self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, guidance: float = 1.0
+    ) -> torch.Tensor:
+        """One U-Net call without classifier-free guidance; output in float32."""
         dtype = self.dtypes["unet"]
         m_BCHW: torch.Tensor = self.unet(
             z_BCHW.to(dtype),
             t_B,
+            timestep_cond=self._told_guidance(len(z_BCHW), guidance),
             encoder_hidden_states=condition["text_BLE"].to(dtype),
             added_cond_kwargs=self._added(condition),
             return_dict=False,
@@ -193,7 +204,10 @@ class StableDiffusion:
         return m_BCHW.float()
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        """The U-Net's output under classifier-free guidance; one call on 2B rows when guidance is above 1."""
+        """The U-Net's output under classifier-free guidance, one call on 2B rows when guidance is above 1; where
+        guidance is an input of the network, under that."""
+        if self.unet.config.time_cond_proj_dim is not None:
+            return partial(self.forward, guidance=guidance)
         return self.forward if guidance <= 1 else guided(self.forward, classifier_free(guidance))
 
     def schedule(self, steps: int) -> Schedule | Multistep:

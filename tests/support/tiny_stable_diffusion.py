@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ def tokenizer(length: int = 16, pad: str = "<|endoftext|>"):
     )
 
 
-def build(folder: Path | str, kind: str = "sd", *, prediction: str = "epsilon", seed: int = 0, length: int = 16) -> str:
+def build(folder: Path | str, kind: str = "sd", *, prediction: str = "epsilon", seed: int = 0, length: int = 16,
+          **unet_options: Any) -> str:  # fmt: skip
     """Write a Stable Diffusion (``sd``) or SDXL (``sdxl``) folder: 16x16 pictures, 4x8x8 latents, widths 32 and 24."""
     from diffusers import (
         AutoencoderKL,
@@ -105,6 +107,7 @@ def build(folder: Path | str, kind: str = "sd", *, prediction: str = "epsilon", 
         cross_attention_dim=32 if kind == "sd" else 32 + 24,
         attention_head_dim=4,
         **extra,
+        **unet_options,
     )
     parts = {
         "vae": vae,

@@ -9,6 +9,7 @@ from stages.engine.solver import solve
 from stages.inversion.engine import Evaluation, InversionProblem
 from stages.inversion.fixed_point import FixedPoint
 from stages.inversion.lbo import LatentBias, replay_bias
+from stages.models.flow_schedule import FlowGrid, flow_schedule
 from stages.models.sampler import sample
 from stages.models.schedule import ddim_schedule
 from tests.stages.inversion import plain
@@ -197,3 +198,26 @@ def test_a_diverged_row_is_not_told_to_use_what_failed() -> None:
 def test_a_budget_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         LatentBias(bias="output", passes=1)
+
+
+def test_a_step_that_is_no_contraction_is_solved_where_it_has_one_root() -> None:
+    """A made-up velocity whose single step stretches by up to 3: the plain iteration runs away, in one step even where
+    there is a root; in four steps each is a contraction, and LBO is at its tolerance in few passes."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.linspace(-3, 0.5, 256)[torch.randperm(256, generator=generator)].view(4, 8, 8)
+    rows = [
+        {"id": str(i), "z": torch.randn(4, 8, 8, generator=generator), "condition": {"text_BLE": torch.zeros(1, 1)}}
+        for i in range(3)
+    ]
+
+    def predict(z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        return spread * z_BCHW
+
+    def worst(rule, steps: int) -> list[float]:
+        schedule = flow_schedule({}, steps, FlowGrid(linear="float64"))
+        problem = InversionProblem(predict, schedule, rule, slots=3, latent_shape=(4, 8, 8))
+        return [float(row["residual"].max()) for row in solve(problem, [dict(row) for row in rows])]
+
+    assert min(worst(FixedPoint(39), 1)) > 1e3
+    assert max(worst(LatentBias(passes=60, tolerance=1e-3), 1)) <= 1e-3
+    assert max(worst(LatentBias(passes=10, tolerance=1e-3), 4)) <= 1e-3

@@ -195,3 +195,20 @@ def test_a_finished_dataset_regenerates_by_the_documented_lines(tmp_path: Path, 
     report = (out / "report.html").read_text()
     assert "Picture by method" in report
     assert "Methods of inversion" in report
+
+
+def test_what_does_not_converge_fails_if_it_is_asked_to(folder) -> None:
+    """One pass a step is not enough here; without the limit the same rows come out ok and state their residual."""
+    method = {"method": "lbo", "passes": 1}
+    rows = [{"id": str(i), "image": picture(i), "prompt": "red star", "method": "lbo"} for i in range(3)]
+    stated = {row["id"]: row["residual_max"] for row in InvertImages(told(folder, [method], steps=3, slots=2))(rows)}
+    limit = sorted(stated.values())[1]
+    settings = told(folder, [method], steps=3, slots=2, max_residual=limit)
+    for row in InvertImages(settings)(rows):
+        if stated[row["id"]] <= limit:
+            assert row["status"] == "ok"
+        else:
+            worst = f"{stated[row['id']]:.2g}"
+            assert row["status"] == "failed"
+            assert f"a residual of {worst} is left at step" in row["error"]
+            assert "take more passes, more steps or less guidance" in row["error"]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import LatentModel
+from stages.models.sampler import sample
 from stages.models.schedule import ddim_schedule
 from stages.models.settings import LatentModelSettings, SamplingSettings
 from tests.support import tiny_stable_diffusion
@@ -344,3 +345,26 @@ def test_a_model_whose_folder_names_two_samplers_has_to_say_which(tmp_path: Path
         read_geometry(SamplingSettings(model=folder, sampler="model"))
     which = SamplingSettings(model=folder, sampler="model", scheduler={"class": "DDIMScheduler"})
     assert read_geometry(which).scheduler["_class_name"] == "DDIMScheduler"
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_guidance_that_is_an_input_is_told_as_the_pipeline_tells_it(tmp_path: Path, kind: str) -> None:
+    """Latent consistency models: one pass a call, whatever the guidance; trailing times."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    folder = tiny_stable_diffusion.build(tmp_path / kind, kind, time_cond_proj_dim=8)
+    trailing = {"timestep_spacing": "trailing"}
+    model = open_latent_model(LatentModelSettings(model=folder, device="cpu", scheduler=trailing))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    torch.nn.init.normal_(pipe.unet.time_embedding.cond_proj.weight)  # starts at nothing
+    model.unet.load_state_dict(pipe.unet.state_dict())
+    noise = torch.randn(2, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(3))
+    prompts, drawn = ["red star", "blue circle"], []
+    for guidance in (1.0, 8.0):
+        told = {"num_inference_steps": 4, "guidance_scale": guidance, "latents": noise}
+        wanted = pipe(prompts, output_type="latent", **told).images
+        z = sample(model.predictor(guidance), model.schedule(4), noise, model.condition(prompts, guided=guidance > 1))
+        torch.testing.assert_close(z, wanted, rtol=1e-3, atol=1e-4)
+        drawn.append(z)
+    assert float((drawn[0] - drawn[1]).abs().max()) > 1e-3
