@@ -52,7 +52,7 @@ class InvertImages(RowJob, InvertImagesSettings):
         geometry = read_geometry(self)
         shown = lines(
             geometry, finished.output.path, steps=self.steps, guidance=self.guidance, negative=self.negative,
-            method=label, buckets=self.fit == "bucket",
+            method=label, buckets=self.fit == "bucket", dtype=self.dtype,
             said='row["prompt"]' if self.inverter is None else geometry.usage.from_row(),
         )  # fmt: skip
         return _CARD.format(lines=shown)

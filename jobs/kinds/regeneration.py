@@ -15,7 +15,7 @@ from diffusers import {names}
 rows = {rows}
 row = next(row for row in rows if row["status"] == "ok"{which})
 {load}
-seed = torch.tensor(row["latent"]).reshape(1, {shape})
+seed = torch.tensor(row["latent"]).reshape(1, {shape}){found}
 options = dict(num_inference_steps={steps}, {guidance}, {size}latents={latents})
 picture = pipe({said}, **options).images[0]
 picture.save("again.png")
@@ -25,6 +25,7 @@ picture.save("again.png")
 def lines(
     geometry: Geometry, output: str, *, steps: int, guidance: float, negative: str | None,
     method: str | None = None, said: str = 'row["prompt"]', buckets: bool = False,
+    dtype: str = "float32",
 ) -> str:  # fmt: skip
     """A block of Python that regenerates the picture of the first processed row.
 
@@ -33,6 +34,7 @@ def lines(
         method: Of the row; None: whichever comes first.
         said: How the pipeline is told what the picture shows.
         buckets: The size is the row's own.
+        dtype: Of the networks that found the latents.
     """
     from pipeline.output.publish import loading
 
@@ -47,5 +49,6 @@ def lines(
         names=", ".join(names), load=load, rows=loading(output), shape=shape,
         which="" if method is None else f' and row["method"] == "{method}"', steps=steps,
         guidance=geometry.usage.guidance(guidance, negative), said=said, latents=geometry.usage.latents,
+        found="" if dtype == "float32" else f"  # found with networks in {dtype}",
         size=f"height={height}, width={width}, " if buckets or geometry.says_size else "",
     )  # fmt: skip

@@ -335,6 +335,8 @@ AnyInversionMethod = Annotated[
 class InvertImagesSettings(SamplingSettings):
     """What the stage `stages.inversion.stage` is told, and the job `invert-images` beside its input and output."""
 
+    measures_pictures: ClassVar[bool] = True
+
     methods: Methods[AnyInversionMethod] = (LboMethod(),)
     """How pictures are inverted; a plain string stands for ``{method: ...}``. Each makes one row a picture."""
     steps: int = Field(50, ge=1)

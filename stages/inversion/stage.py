@@ -62,6 +62,7 @@ class InvertImages:
         self.buckets = _buckets(settings, self.geometry)
         self.schemes = {label: self._made(label, self.model) for label in self.methods}
         self.store = np.dtype(settings.store)
+        self.dtype = str(self.model.dtypes[next(iter(self.geometry.parts))]).removeprefix("torch.")
         self.inverter = None if settings.inverter is None else TextInverter.load(settings.inverter, self.device)
         measured = settings.lpips and lpips.lacking(_shortest(self.buckets)) is None
         self.lpips = Lpips(lpips.weights_file(), self.device) if measured else None
@@ -110,6 +111,7 @@ class InvertImages:
                 "forwards", "int64", doc="network evaluations spent on inverting (two U-Net passes each under guidance)"
             ),
             Column("backwards", "int64", doc="gradients through the network"),
+            Column("dtype", "string", doc="of the denoiser that found the seed"),
             Column("decodes", "int64", doc="decoder passes spent on boosting (a gradient counts as two more)"),
             *(Column(name, "float32", doc="of z_T; a Gaussian seed has 0, 1, 0, 0") for name in NOISE_STATISTICS),
             Column("floor_psnr", "float32", doc="dB of encoding and decoding alone"),
@@ -316,6 +318,7 @@ class InvertImages:
                 "latent": self._stored(row["noise"]),
                 "forwards": row["forwards"] + row.get("forwards_before", 0),
                 "backwards": row["backwards"] + row.get("backwards_before", 0),
+                "dtype": self.dtype,
                 "decodes": row.get("decodes", 0),
                 "floor_psnr": row["floor_psnr"],
                 "floor_ssim": row["floor_ssim"],

@@ -3,7 +3,7 @@ imported."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +25,9 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 
 class LatentModelSettings(Settings):
     """A frozen latent diffusion model: where it comes from and how it is run."""
+
+    measures_pictures: ClassVar[bool] = False
+    """Whether pictures are measured against what they came from: their autoencoder then runs in float32 in any case."""
 
     model: ModelName = str(micro.MODELS / "stable-diffusion")
     """Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or a checkpoint of one ``.safetensors`` file. Left

@@ -39,7 +39,7 @@ from stages.models.words import Encoder
 class StableDiffusion:
     """Stable Diffusion 1.x and 2.x: one CLIP text encoder. A `stages.models.latent.LatentModel`.
 
-    The VAE runs in float32 where it overflows in float16 (`force_upcast`, as SDXL's).
+    The VAE runs in float32 where it overflows in float16 (`force_upcast`, as SDXL's), and where pictures are measured.
 
     Args:
         pipeline: Its pipeline of diffusers, loaded on the device.
@@ -95,7 +95,8 @@ class StableDiffusion:
         effective = changed_config(_as_loaded(scheduler, cls.mended, settings, stock), settings.scheduler)
         if effective.get("_class_name") in FLOW_SCHEDULERS:
             raise ValueError(f"model {path!r} has a U-Net, which a {effective['_class_name']} does not run")
-        upcast = settings.dtype == "float16" and bool(chosen_vae(settings, vae).get("force_upcast", True))
+        overflows = settings.dtype == "float16" and bool(chosen_vae(settings, vae).get("force_upcast", True))
+        upcast = overflows or (settings.measures_pictures and settings.dtype != "float32")
         text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))
         return Geometry(
             width=size,

@@ -23,7 +23,7 @@ from pipeline.run.draft import draft
 from pipeline.run.plan import differences
 from tests.support import ROOT
 
-GAINED = {"prompt_tokens: int64", "prompt_truncated: bool"}
+GAINED = {"prompt_tokens: int64", "prompt_truncated: bool", "dtype: string"}
 """Columns that are new since then: new runs have them, and resumed ones go on without."""
 OLD: dict[str, Any] = json.loads((Path(__file__).parent / "old_plans/fields.json").read_text())
 
