@@ -14,6 +14,7 @@ from pipeline.input.files import list_files
 from pipeline.input.read import reader_of
 from pipeline.input.source import Source
 from pipeline.output import planfile
+from pipeline.output.lock import LOST, LockLost
 from pipeline.output.schema import encode_schema
 from pipeline.run.draft import Draft, PlanError, RunSpec, compared, draft, fingerprint, watched
 from pipeline.run.scan import Scans, one_by_one
@@ -141,6 +142,9 @@ def write_plan(
 
     Returns:
         What ``plan.json`` holds.
+
+    Raises:
+        LockLost: Another driver has planned here meanwhile; its plan stands.
     """
     totals, columns, contents = Survey(), watched(drafted), compared(drafted)
     with planfile.Tables(folder, twins=contents is not None) as tables:
@@ -171,7 +175,8 @@ def write_plan(
         "reads": drafted.info.reads and dict(drafted.info.reads),
         "schema": encode_schema(columns.settled(drafted.schema)),
     }
-    folder.write("plan.json", json.dumps(content, indent=1, default=str).encode())
+    if not folder.create("plan.json", json.dumps(content, indent=1, default=str).encode()):
+        raise LockLost(LOST)
     loaded: dict[str, Any] = json.loads(json.dumps(content, default=str))
     return loaded
 
