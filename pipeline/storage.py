@@ -159,6 +159,13 @@ class Upload:
                 discard()
 
 
+def _works(check: Callable[[], bool]) -> bool:
+    try:
+        return check()
+    except (NotImplementedError, ValueError, TypeError, FileNotFoundError):
+        return False  # a client that does not know how; that the store is away is told as it is
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder; names are relative to it, with ``/``."""
@@ -219,8 +226,11 @@ class Folder:
     def end(self, name: str, size: int) -> bytes | None:
         """The last bytes of a file on a store, in one request; None if it does not have this size."""
         start = max(0, size - END_BYTES)
-        found = patiently(lambda: self._fresh(name).cat_file(self.path(name), start=start, end=size + 1))
-        return bytes(found) if len(found) == size - start else None
+        found = self._part(name, start, size + 1)
+        return found if len(found) == size - start else None
+
+    def _part(self, name: str, start: int, stop: int) -> bytes:
+        return bytes(patiently(lambda: self._fresh(name).cat_file(self.path(name), start=start, end=stop)))
 
     def listing(self, name: str) -> dict[str, int]:
         """File name -> size of the files directly in a subfolder, sorted; empty if there is none."""
@@ -281,6 +291,38 @@ class Folder:
             return self.create(name, b"first") and not self.create(name, b"second")
         finally:
             self.remove(name)
+
+    def lacks(self, name: str) -> list[str]:
+        """What a run needs of a store and this one does not do, as asked of two new files, made and removed for it."""
+        first, second, other = b"first", b"second one", f"{name}.copy"
+        place, _, base = name.rpartition("/")
+
+        def replaced() -> bool:
+            self.write(name, second)
+            return self.read(name) == second
+
+        def copied() -> bool:
+            self.copy(name, other)
+            return self.read(other) == second
+
+        def deleted() -> bool:
+            self.remove(name)
+            return not self.exists(name) and base not in self.listing(place)
+
+        needs: dict[str, Callable[[], bool]] = {
+            "create a file": lambda: self.create(name, first),
+            "list what has just been written": lambda: self.listing(place).get(base) == len(first),
+            "tell a file's size": lambda: self.size(name) == len(first),
+            "read a part of a file": lambda: self._part(name, 1, 3) == first[1:3],
+            "replace a file": replaced,
+            "copy a file": copied,
+            "forget what has just been deleted": deleted,
+        }
+        try:
+            return [need for need, works in needs.items() if not _works(works)]
+        finally:
+            self.remove(name)
+            self.remove(other)
 
     def _replace(self, name: str, data: bytes, place: Callable[[str], None]) -> None:
         parent = self._parent(name)

@@ -122,6 +122,9 @@ class Resources(Settings):
     """Threads a worker that read and decode beside the device."""
     encode_threads: int = Field(2, ge=1)
     """Threads a worker that encode pictures of the output."""
+    sole_run: bool = False
+    """You see to it that one run at a time writes to the output folder. Only for stores that cannot (no conditional
+    writes); a run that needs this says so."""
     price_per_worker_hour: float | None = Field(None, ge=0)
     """What one worker costs an hour, in any currency; ``--dry-run --calibrate`` multiplies with it."""
 
@@ -137,6 +140,7 @@ class Resources(Settings):
             memory=None if self.memory is None else int(self.memory),
             decode_threads=self.decode_threads,
             encode_threads=self.encode_threads,
+            sole_run=self.sole_run,
         )
 
 

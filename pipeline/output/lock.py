@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline import machine
 from pipeline.input.files import OWN
+from pipeline.output.planfile import OutputError
 from pipeline.storage import Folder
 
 LOCKS = f"{OWN}/locks"
@@ -117,6 +118,7 @@ class Lock:
 
     Args:
         say: Told what takes long, or what the filesystem lacks.
+        sole: The user sees to it that one run at a time writes here, where the store cannot.
 
     Attributes:
         epoch: Number of this run among those that held the folder; 1 for the first.
@@ -124,18 +126,31 @@ class Lock:
 
     Raises:
         OutputLocked: Another run holds the folder.
+        OutputError: The store cannot do what a run needs.
     """
 
-    def __init__(self, folder: Folder, say: Callable[[str], None] = lambda message: None) -> None:
+    def __init__(self, folder: Folder, say: Callable[[str], None] = lambda message: None, sole: bool = False) -> None:
         self._folder, self._token, self._say = folder, machine.here.token(), say
         self.lost = False
-        self._exclusive = folder.local or folder.is_exclusive(f"{OWN}/{self._token}.probe")
-        if not self._exclusive:
-            say(f"{folder.url}: this store does not refuse to replace a file that is to be created (no conditional "
-                "writes): see to it that one run at a time writes here")  # fmt: skip
+        self._exclusive = folder.local or self._probed(sole)
         self._known = machine.here.clock()
         self.epoch = self._acquire()
         self._stop = machine.here.every(RENEW_S, self._renew)
+
+    def _probed(self, sole: bool) -> bool:
+        """Whether a store creates a file only if there is none; what else a run needs of it is asked too."""
+        name = f"{OWN}/{self._token}.probe"
+        if lacking := self._folder.lacks(name):
+            raise OutputError(f"{self._folder.url}: this store does not {', '.join(lacking)}, as a run needs; name "
+                              "another output folder")  # fmt: skip
+        if self._folder.is_exclusive(name):
+            return True
+        problem = f"{self._folder.url}: this store replaces a file that is to be created (no conditional writes)"
+        if not sole:
+            raise OutputError(f"{problem}, so that it cannot keep two runs apart; see to it that one run at a time "
+                              "writes here and say so (resources: {sole_run: true})")  # fmt: skip
+        self._say(f"{problem}: see to it that one run at a time writes here")
+        return False
 
     def _mine(self, done: bool = False) -> bytes:
         mine: Mapping[str, Any] = {

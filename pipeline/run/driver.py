@@ -169,7 +169,7 @@ def run(
     drafted = draft(spec)
     folder = Folder.at(spec.output, spec.storage_options)
     planned = _check_folder(spec, drafted, folder)
-    lock = Lock(folder, lambda message: reporter.phase("planning", message=message))
+    lock = Lock(folder, lambda message: reporter.phase("planning", message=message), resources.sole_run)
     try:
         if not planned and not _check_folder(spec, drafted, folder):  # again: another run may have just ended here
             with _scanning(drafted.source, spec.limit, address, resources.cpus) as scans:

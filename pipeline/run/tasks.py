@@ -25,6 +25,7 @@ class Resources:
         cpus, gpus, memory: Reserved with Ray for each worker (memory in bytes).
         decode_threads: Threads that read and decode beside the device.
         encode_threads: Threads that encode pictures of the output.
+        sole_run: The user sees to it that one run at a time writes to the output folder, where its store cannot.
     """
 
     min_workers: int = 1
@@ -34,6 +35,7 @@ class Resources:
     memory: int | None = None
     decode_threads: int = 2
     encode_threads: int = 2
+    sole_run: bool = False
 
 
 @dataclass(frozen=True)

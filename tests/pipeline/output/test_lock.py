@@ -17,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline import machine
 from pipeline.output import lock as locks
 from pipeline.output.lock import NAME, Lock, LockLost, OutputLocked, holder, latest_epoch, lock_name
+from pipeline.output.planfile import OutputError
 from pipeline.storage import Folder
 
 ELSEWHERE = {"host": "elsewhere", "boot": "b", "namespace": "n", "pid": 1, "process": "1", "token": "t", "renewed": 0}
@@ -180,11 +181,14 @@ class Careless(MemoryFileSystem):
 def test_a_store_that_replaces_what_is_to_be_created_is_found_out(hurried: None) -> None:
     folder = Folder("careless://out", Careless(), "/out", False)
     said: list[str] = []
-    lock = Lock(folder, said.append)
+    with pytest.raises(OutputError, match=r"one run at a time writes here and say so \(resources: \{sole_run: true"):
+        Lock(folder, said.append)
+    assert said == []
+    lock = Lock(folder, said.append, sole=True)
     assert len(said) == 1
     assert "no conditional writes" in said[0]
     with pytest.raises(OutputLocked):
-        Lock(folder)
+        Lock(folder, sole=True)
     lock.check()
     lock.release()
     assert holder(folder) is None
@@ -239,3 +243,29 @@ def test_a_holder_that_wakes_while_its_folder_is_taken_keeps_it(
     with pytest.raises(OutputLocked, match="just woken"):
         Lock(folder)
     assert (latest_epoch(folder), holder(folder)["host"]) == (1, "elsewhere")  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "told"),
+    [
+        ("ls", lambda self, *args, **rest: [], "list what has just been written"),
+        ("cat_file", lambda self, path, start=None, end=None, **rest: b"first", "read a part of a file"),
+        ("cp_file", lambda self, *args, **rest: None, "copy a file"),
+        ("rm_file", lambda self, *args, **rest: None, "forget what has just been deleted"),
+        ("pipe_file", lambda self, *args, **rest: None, "replace a file"),
+    ],
+)
+def test_a_store_that_cannot_hold_a_run_is_refused(
+    method: str, answer: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Partial(MemoryFileSystem):
+        protocol = "partial"
+        store: dict[str, Any] = {}
+        pseudo_dirs = [""]
+
+    folder = Folder("partial://out", Partial(), "/out", False)
+    assert folder.lacks("_latentmill/a.probe") == []
+    assert Partial.store == {}
+    monkeypatch.setattr(Partial, method, answer)
+    with pytest.raises(OutputError, match=told):
+        Lock(folder)

@@ -169,7 +169,7 @@ def test_a_plan_is_not_put_over_another_runs(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_plan_of_another_run_stands_though_it_came_after_the_last_question(tmp_path: Path) -> None:
-    """A driver that stands still between asking for its lock and putting its plan in place does not replace another's."""
+    """A driver that stands still between asking for its lock and writing its plan does not replace another's."""
     spec = spec_for(tmp_path, LINES, shard_rows=4)
     plan = tmp_path / "out/_latentmill/plan.json"
     with pytest.raises(LockLost):
