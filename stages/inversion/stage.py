@@ -26,7 +26,7 @@ from stages.inversion.settings import Boost, InvertImagesSettings
 from stages.inverter.model import TextInverter
 from stages.inverter.stage import text_columns
 from stages.models.buckets import Size, bucket_for, buckets_of
-from stages.models.captions import TOKEN_COLUMNS, token_counts
+from stages.models.captions import CUT_COLUMN, TOKEN_COLUMNS, cuts, token_counts
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import Geometry, LatentModel
 from stages.models.pictures import fit_picture, to_picture
@@ -93,6 +93,7 @@ class InvertImages:
         columns = [
             Column("prompt", "string", doc="the caption the picture was inverted under"),
             *(TOKEN_COLUMNS if settings.inverter is None else ()),
+            *(() if geometry.grid is None else (CUT_COLUMN,)),
             Column("method", "string"),
             *(SIZE_COLUMNS if len(buckets) > 1 else ()),
             latent("latent", doc="z_T: the seed that regenerates the picture"),
@@ -226,11 +227,16 @@ class InvertImages:
             return ""
         return self.settings.prompt if self.settings.prompt is not None else str(row.get("prompt") or "")
 
-    def _counted(self, prompts: Sequence[str]) -> list[dict[str, int | bool]]:
-        """What stands in `TOKEN_COLUMNS`; nothing where an inverter speaks in the captions' place."""
+    def _counted(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """What stands in `TOKEN_COLUMNS`, and in `CUT_COLUMN` where there is one; nothing where an inverter speaks in
+        the captions' place."""
         if self.inverter is not None:
             return [{} for _ in prompts]
-        return token_counts(prompts, self.model.readers)
+        counted: list[dict[str, Any]] = [*token_counts(prompts, self.model.readers)]
+        if self.geometry.grid is not None:
+            for made, cut in zip(counted, cuts(prompts, self.model.readers), strict=True):
+                made |= cut
+        return counted
 
     @torch.no_grad()
     def _encoded(self, scheme: Scheme[Any], rows: Sequence[Row]) -> Iterator[Row]:

@@ -13,16 +13,35 @@ from pipeline.contract import Column
 
 
 class Reader(NamedTuple):
-    """A tokenizer of transformers, and the tokens that its encoder takes."""
+    """A tokenizer of transformers, or what counts as one does; the tokens that its encoder takes; the encoder's name in
+    the pipeline."""
 
     tokenizer: Any
     limit: int
+    name: str = ""
 
 
 TOKEN_COLUMNS = (
     Column("prompt_tokens", "int64", doc="tokens of the prompt, with those of its start and end"),
     Column("prompt_truncated", "bool", doc="the text encoder takes fewer: the end of the prompt had no part in this"),
 )
+
+
+CUT_COLUMN = Column("prompt_cut", "string", doc="what each text encoder left out of a long prompt; null where nothing")
+
+
+def cuts(prompts: Sequence[str], readers: Sequence[Reader]) -> list[dict[str, str | None]]:
+    """`CUT_COLUMN` of each prompt: for each encoder that left tokens out, how many."""
+    found: list[dict[str, str | None]] = []
+    for prompt in prompts:
+        counts = [(reader, len(reader.tokenizer(prompt, verbose=False)["input_ids"])) for reader in readers]
+        said = [
+            f"{reader.name or 'text_encoder'} reads {reader.limit} of {count} tokens"
+            for reader, count in counts
+            if count > reader.limit
+        ]
+        found.append({"prompt_cut": "; ".join(said) or None})
+    return found
 
 
 def token_counts(prompts: Sequence[str], readers: Sequence[Reader | tuple[Any, int]]) -> list[dict[str, int | bool]]:
@@ -33,7 +52,7 @@ def token_counts(prompts: Sequence[str], readers: Sequence[Reader | tuple[Any, i
     """
     found = []
     for prompt in prompts:
-        counts = [(len(tokenizer(prompt, verbose=False)["input_ids"]), limit) for tokenizer, limit in readers]
+        counts = [(len(tokenizer(prompt, verbose=False)["input_ids"]), limit) for tokenizer, limit, *_ in readers]
         found.append({
             "prompt_tokens": max(count for count, _ in counts),
             "prompt_truncated": any(count > limit for count, limit in counts),

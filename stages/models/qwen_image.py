@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stages.models.captions import Reader
 from stages.models.flow_schedule import FlowGrid
 from stages.models.guidance import Combine, classifier_free, guided
 from stages.models.latent import Condition, Predict
@@ -56,6 +57,16 @@ class QwenImage(FlowTransformer):
 
     def limit(self, encoder: str) -> int:
         return TOKENS
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        return (Reader(self._read, TOKENS, "text_encoder"),)
+
+    def _read(self, prompt: str, verbose: bool = True) -> dict[str, list[int]]:
+        """The tokens that are kept: without the beginning of the template, with its end."""
+        text = self.pipeline.prompt_template_encode.format(prompt)
+        ids = self.pipeline.tokenizer(text, verbose=verbose)["input_ids"]
+        return {"input_ids": ids[self.pipeline.prompt_template_encode_start_idx :]}
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         text_BLE, mask_BL = padded(self._texts(prompts), TOKENS)

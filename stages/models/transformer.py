@@ -279,7 +279,7 @@ class FlowTransformer:
     @property
     def readers(self) -> tuple[Reader, ...]:
         there = [(part, name) for part, name in self.encoders.items() if part in self.geometry.parts]
-        return tuple(Reader(getattr(self.pipeline, name), self.limit(part)) for part, name in there)
+        return tuple(Reader(getattr(self.pipeline, name), self.limit(part), part) for part, name in there)
 
     def limit(self, encoder: str) -> int:
         """Tokens that a text encoder is given."""

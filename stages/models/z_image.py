@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stages.models.captions import Reader
 from stages.models.flow_schedule import FlowGrid
 from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Condition, Predict, Sizes
@@ -49,6 +50,18 @@ class ZImage(FlowTransformer):
 
     def limit(self, encoder: str) -> int:
         return TOKENS
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        return (Reader(self._read, TOKENS, "text_encoder"),)
+
+    def _read(self, prompt: str, verbose: bool = True) -> dict[str, list[int]]:
+        """The prompt's tokens and the chat template's, as the pipeline counts them."""
+        tokenizer = self.pipeline.tokenizer
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return {"input_ids": tokenizer(text, verbose=verbose)["input_ids"]}
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         texts, nulls = self.pipeline.encode_prompt(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.models.captions import cuts
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import LatentModel
 from stages.models.sampler import sample
@@ -174,6 +175,25 @@ def test_texts_of_unequal_length_stand_alone_as_they_stand_together(folders) -> 
         other = {**one, "text_BLE": torch.where(one["mask_BL"][..., None], one["text_BLE"], 7.0)}
         t = torch.tensor([600.0])
         torch.testing.assert_close(model.predictor()(z, t, other), model.predictor()(z, t, one))
+
+
+def test_a_long_prompt_says_what_was_left_out_of_it(folders) -> None:
+    long = " ".join(["red"] * 600)
+    wanted = {
+        "flux-dev": "text_encoder reads 16 of 602 tokens; text_encoder_2 reads 512 of 601 tokens",
+        "sd3": "text_encoder reads 16 of 602 tokens; text_encoder_2 reads 16 of 602 tokens; "
+        "text_encoder_3 reads 256 of 601 tokens",
+    }
+    for kind, said in wanted.items():
+        assert cuts(["red star", long], opened(folders[kind]).readers) == [{"prompt_cut": None}, {"prompt_cut": said}]
+    for kind in ("qwen-image", "z-image"):
+        model = opened(folders[kind])
+        (reader,) = model.readers
+        for prompt in ("red", "red star", "a" * 400):
+            told = model.condition([prompt])
+            assert min(len(reader.tokenizer(prompt)["input_ids"]), 512) == int(told["mask_BL"].sum()), (kind, prompt)
+        (one,) = cuts([long], (reader,))
+        assert (one["prompt_cut"] or "").startswith("text_encoder reads 512 of ")
 
 
 def test_text_encoders_wait_elsewhere_and_come_for_the_captions(folders, monkeypatch) -> None:
