@@ -35,6 +35,7 @@ class Evaluation:
         residual_B: |r| / |z_prev|.
         made_B: Passes that each row has made at this step, this evaluation included; a gradient counts as one more.
         gradient_BCHW: Gradient of the rule's loss at x, for the rows that wanted it (zero elsewhere); None: no row did.
+        stagnant_B: Rows whose residual lies in the noise of the network's type and has ceased to fall; None: no row's.
     """
 
     x_BCHW: torch.Tensor
@@ -45,6 +46,7 @@ class Evaluation:
     residual_B: torch.Tensor
     made_B: torch.Tensor
     gradient_BCHW: torch.Tensor | None = None
+    stagnant_B: torch.Tensor | None = None
 
     @cached_property
     def g_BCHW(self) -> torch.Tensor:
@@ -96,7 +98,14 @@ class Rule(Generic[State]):
     def done(self, point: Evaluation) -> torch.Tensor:
         """done_B: rows for which this evaluation is the step's last."""
         over_B = point.made_B >= self.limit
-        return over_B if self.tolerance is None else over_B | (point.residual_B <= self.tolerance)
+        if self.tolerance is not None:
+            over_B = over_B | (point.residual_B <= self.tolerance)
+        return over_B | point.stagnant_B if self.seeks and point.stagnant_B is not None else over_B
+
+    @property
+    def seeks(self) -> bool:
+        """Whether a step goes on until something is reached, and not for a number of passes."""
+        return bool(self.tolerance)
 
     def update(self, point: Evaluation, state: State) -> tuple[torch.Tensor, State]:
         """The next x, and the next state. For rows that are `done` that x is the result z_t."""
@@ -129,6 +138,8 @@ class Walk(Generic[State]):
         slots: Rows at once.
         latent_shape: (C, H, W).
         half: The network computes in float16: gradients are taken of losses that are scaled to its range.
+        noise: Relative residual below which rounding in the network may be all there is. A row below it whose residual
+            has not fallen by 30 % in two evaluations is stagnant: a rule that seeks less ends the step there.
     """
 
     def __init__(
@@ -141,8 +152,9 @@ class Walk(Generic[State]):
         latent_shape: tuple[int, int, int],
         device: torch.device | str = "cpu",
         half: bool = False,
+        noise: float = 0.0,
     ) -> None:
-        self.predict, self.t_S, self.rule, self.half = predict, t_S, rule, half
+        self.predict, self.t_S, self.rule, self.half, self.noise = predict, t_S, rule, half, noise
         self.device = torch.device(device)
         self.latent_shape = latent_shape
         self.resize(slots)
@@ -158,6 +170,8 @@ class Walk(Generic[State]):
         self.active_B = torch.zeros(slots, dtype=torch.bool, device=self.device)
         self.broken_B = torch.zeros_like(self.active_B)
         self.made_B = torch.zeros_like(self.k_B)
+        self.best_B = torch.full((slots,), torch.inf, device=self.device)  # residual of this step
+        self.stalled_B = torch.zeros_like(self.k_B)  # evaluations since it fell markedly
         self.forwards_B = torch.zeros_like(self.k_B)
         self.backwards_B = torch.zeros_like(self.k_B)
         self.residual_BS = torch.zeros((slots, len(self.t_S)), device=self.device)
@@ -214,6 +228,7 @@ class Walk(Generic[State]):
         self.x_BCHW = torch.where(per_row(enter_B, start_BCHW), start_BCHW, self.x_BCHW)
         self.state = choose(enter_B, state, self.state)
         self.made_B.masked_fill_(enter_B, 0)
+        self.best_B.masked_fill_(enter_B, torch.inf)
 
     def _evaluate(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
         """m at x for every slot, and the gradient of the rule's loss for the rows that want one."""
@@ -265,7 +280,10 @@ class Walk(Generic[State]):
         m_BCHW, gradient_BCHW = self._evaluate(step)
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
         residual_B = r_BCHW.flatten(1).norm(dim=1) / self.prev_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
-        point = Evaluation(self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW)
+        point = Evaluation(
+            self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW,
+            self._stagnant(residual_B),
+        )  # fmt: skip
         x_BCHW, self.state = self.rule.update(point, self.state)
         self.broken_B |= self.active_B & ~x_BCHW.flatten(1).isfinite().all(dim=1)
         going_B = self.active_B & ~self.broken_B
@@ -276,6 +294,13 @@ class Walk(Generic[State]):
         finished_B = self.advance(moved_B, point, x_BCHW) | self.broken_B
         self.active_B = self.active_B & ~finished_B
         return finished_B
+
+    def _stagnant(self, residual_B: torch.Tensor) -> torch.Tensor:
+        """See `Evaluation`; counts this evaluation."""
+        fell_B = residual_B < 0.7 * self.best_B
+        self.stalled_B = torch.where(fell_B, 0, self.stalled_B + 1)
+        self.best_B = torch.minimum(self.best_B, residual_B)
+        return (self.stalled_B >= 2) & (self.best_B <= self.noise)
 
     def unload(self, slots: Sequence[int]) -> list[Row]:
         rows = []

@@ -41,6 +41,10 @@ class Exact(Rule[Descent]):
         rate_B = torch.full((len(z_BCHW),), self.rate, device=z_BCHW.device)
         return Descent(rate_B, torch.full_like(rate_B, torch.inf), torch.zeros_like(rate_B, dtype=torch.int64))
 
+    @property
+    def seeks(self) -> bool:
+        return self.enough > 0
+
     def _reached(self, point: Evaluation) -> torch.Tensor:
         return (point.made_B > 1) & (_error(point) <= self.enough)
 

@@ -49,14 +49,15 @@ class Scheme(Generic[Plan]):
     def problem(self, slots: int) -> Walk[Any]:
         """The walk of `slots` rows up the schedule."""
         denoiser = next(iter(self.model.geometry.parts))
-        rule = self.method.rule(self.guidance, torch.finfo(self.model.dtypes[denoiser]).eps)
-        options = {
+        eps = torch.finfo(self.model.dtypes[denoiser]).eps
+        rule = self.method.rule(self.guidance, eps)
+        options: dict[str, Any] = {
             "slots": slots, "device": self.model.device, "latent_shape": self.model.geometry.latent_shape,
             "half": self.model.dtypes[denoiser] == torch.float16,
         }  # fmt: skip
         if isinstance(self.schedule, Multistep):
             return SweepProblem(self.predict, self.schedule, rule, **options)
-        return InversionProblem(self.predict, self.schedule, rule, keep_path=self.keep_path, **options)
+        return InversionProblem(self.predict, self.schedule, rule, keep_path=self.keep_path, noise=eps / 2, **options)
 
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
         """Rows with `z` and `condition` to rows with `noise` (z_T), `forwards`, `backwards`, the extra state, and

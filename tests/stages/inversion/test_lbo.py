@@ -7,7 +7,8 @@ import torch
 
 from stages.engine.solver import solve
 from stages.inversion.engine import Evaluation, InversionProblem
-from stages.inversion.fixed_point import FixedPoint
+from stages.inversion.exact import Exact
+from stages.inversion.fixed_point import Anderson, FixedPoint
 from stages.inversion.lbo import LatentBias, replay_bias
 from stages.models.flow_schedule import FlowGrid, flow_schedule
 from stages.models.sampler import sample
@@ -155,6 +156,38 @@ def test_the_network_is_not_shown_empty_slots(rule) -> None:
     many, seen = seeds(16), max(shown)
     assert seen == len(given)
     torch.testing.assert_close(many, seeds(1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [LatentBias(passes=30, tolerance=1e-6), Anderson(29, 1e-6), FixedPoint(29, 1e-6), Exact(29, 1.0, 0, 1e-9)],
+    ids=["lbo", "anderson", "plain", "exact"],
+)
+def test_a_tolerance_below_the_networks_noise_does_not_cost_all_passes(rule) -> None:
+    """What the network sees and says is rounded to bfloat16. Stopping in its noise costs no accuracy that was there."""
+    schedule = ddim_schedule(CONFIG, 6)
+
+    def rounded(z, t, condition):
+        return network(0.8)(z.bfloat16().float(), t, condition).bfloat16().float()
+
+    def inverted(noise: float) -> tuple[float, float]:
+        problem = InversionProblem(rounded, schedule, rule, slots=3, latent_shape=SHAPE, noise=noise)
+        done = sorted(solve(problem, rows()), key=lambda row: row["id"])
+        condition = {"c": torch.stack([row["condition"]["c"] for row in done])}
+        again = sample(network(0.8), schedule, torch.stack([row["noise"] for row in done]), condition)
+        error = (again - torch.stack([row["z"] for row in done])).flatten(1).norm(dim=1).mean()
+        return float(error), sum(row["forwards"] + row["backwards"] for row in done) / len(done) / 6
+
+    (all_error, all_passes), (error, passes) = inverted(0.0), inverted(torch.finfo(torch.bfloat16).eps)
+    assert all_passes > 15
+    assert passes < 0.7 * all_passes
+    assert error < 1.5 * all_error
+
+
+def test_who_asks_for_a_number_of_passes_gets_them() -> None:
+    for rule in (LatentBias(passes=12, tolerance=0.0), FixedPoint(11), Exact(11, 0.5, 5, 0.0)):
+        problem = InversionProblem(network(6.0), ddim_schedule(CONFIG, 3), rule, slots=3, latent_shape=SHAPE, noise=1e3)
+        assert all(row["forwards"] + row["backwards"] == 36 for row in solve(problem, rows()))
 
 
 def test_replay_gives_the_inverted_latent_back() -> None:
