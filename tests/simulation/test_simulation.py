@@ -22,6 +22,7 @@ FOUND_S = 60.0
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_whatever_happens_every_row_is_there_once(capsys: pytest.CaptureFixture[str]) -> None:
     """More of them: ``python -m tests.simulation --count 1000000``."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
