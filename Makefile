@@ -27,7 +27,8 @@ quickstart: $(READY)
 	$(BIN)/latentmill run-job jobs/examples/quickstart.yaml --output $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not fault" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m fault
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,9 +128,11 @@ def test_a_store_that_lacks_something(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_ray_at_the_address() -> None:
-    code, found = doctor("--address", "127.0.0.1:9")
-    assert code == 1
-    assert found["Ray"][0]["state"] == "fail"
+    """In a process of its own: one that is connected to a Ray goes on with that."""
+    words = [sys.executable, "-m", "jobs", "doctor", "--address", "127.0.0.1:9", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert [finding["state"] for finding in json.loads(done.stdout) if finding["name"] == "Ray"] == ["fail"]
 
 
 def test_a_cluster_is_told_with_what_it_has(local_ray: str) -> None:

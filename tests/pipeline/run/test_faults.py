@@ -67,8 +67,8 @@ def _wait_for_a_record(spec: RunSpec) -> None:
 
 DRIVER_STEPS = [
     ("begin", "files.parquet", "after"),
-    ("write", "plan.json", "before"),
-    ("write", "plan.json", "after"),
+    ("create", "plan.json", "before"),
+    ("create", "plan.json", "after"),
     ("move", "part-00000", "before"),
     ("move", "part-00000", "after"),
     ("move", "part-00003", "after"),

@@ -16,4 +16,4 @@ def test_any_output_can_be_counted(path: str, local_ray: str) -> None:
     assert label(path) != label("/data/Baume")
     meters = Meters(path)
     meters.workers(1)
-    meters.committed(2, 1)
+    meters.committed(2, 1, 1)
