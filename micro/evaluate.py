@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,27 +145,20 @@ def draw_with_kandinsky(prior: KandinskyV22PriorPipeline, decoder: KandinskyV22P
 
 
 def draw_with_stable_diffusion(pipeline: StableDiffusionPipeline) -> Draw:
-    def draw(texts: Sequence[str], seed: int) -> np.ndarray:
-        out = []
-        for i in range(0, len(texts), 50):
-            part = list(texts[i : i + 50])
-            generators = [torch.Generator().manual_seed(seed * 100_003 + i + k) for k in range(len(part))]
-            drawn = pipeline(part, height=64, width=64, num_inference_steps=_STEPS, guidance_scale=_GUIDANCE,
-                             generator=generators, output_type="np")  # fmt: skip
-            out.append((drawn.images * 255).round().astype(np.uint8))
-        return np.concatenate(out)
-
-    return draw
+    return _draw_with(pipeline, num_inference_steps=_STEPS, guidance_scale=_GUIDANCE)
 
 
 def draw_with_flow(pipeline: FluxPipeline | StableDiffusion3Pipeline, steps: int, guidance: float) -> Draw:
+    return _draw_with(pipeline, num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=t5.LENGTH)
+
+
+def _draw_with(pipeline: Any, **options: Any) -> Draw:
     def draw(texts: Sequence[str], seed: int) -> np.ndarray:
         out = []
         for i in range(0, len(texts), 50):
             part = list(texts[i : i + 50])
             generators = [torch.Generator().manual_seed(seed * 100_003 + i + k) for k in range(len(part))]
-            drawn = pipeline(part, height=64, width=64, num_inference_steps=steps, guidance_scale=guidance,
-                             generator=generators, max_sequence_length=t5.LENGTH, output_type="np")  # fmt: skip
+            drawn = pipeline(part, height=64, width=64, generator=generators, output_type="np", **options)
             out.append((drawn.images * 255).round().astype(np.uint8))
         return np.concatenate(out)
 

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -283,14 +283,8 @@ def _small_batches(
     parquet: Any, index: int, columns: list[str] | None, skip: int, count: int, path: str
 ) -> Iterator[pa.RecordBatch]:
     """Rows of a group a few at a time, so that those before a damaged page are had."""
-    at = 0
-    for batch in parquet.iter_batches(batch_size=SMALL_ROWS, row_groups=[index], columns=columns, use_threads=False):
-        lo, hi = max(skip, at), min(skip + count, at + batch.num_rows)
-        if lo < hi:
-            yield batch.slice(lo - at, hi - lo)
-        at += batch.num_rows
-        if at >= skip + count:
-            return
+    small = parquet.iter_batches(batch_size=SMALL_ROWS, row_groups=[index], columns=columns, use_threads=False)
+    yield from _between(small, skip, skip + count)
 
 
 def _group_batches(
@@ -309,13 +303,19 @@ def _group_batches(
         for start in range(skip, skip + count, BATCH_ROWS):
             yield table.slice(start, min(BATCH_ROWS, skip + count - start))
         return
+    batches = parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[index], columns=columns)
+    yield from _between(batches, skip, skip + count)
+
+
+def _between(batches: Iterable[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    """Rows ``start`` to ``stop`` of batches laid end to end; no batch after the last of them is asked for."""
     at = 0
-    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[index], columns=columns):
-        lo, hi = max(skip, at), min(skip + count, at + batch.num_rows)
+    for batch in batches:
+        lo, hi = max(start, at), min(stop, at + batch.num_rows)
         if lo < hi:
             yield batch.slice(lo - at, hi - lo)
         at += batch.num_rows
-        if at >= skip + count:
+        if at >= stop:
             return
 
 
@@ -348,15 +348,8 @@ def _datasets_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
         columns = _read_columns(source, stream.schema, wanted, span.path)
 
         def batches() -> Iterator[pa.RecordBatch]:
-            at = 0
-            for batch in _undamaged(stream, span.path):
-                lo, hi = max(span.start, at), min(span.stop, at + batch.num_rows)
-                if lo < hi:
-                    part = batch.slice(lo - at, hi - lo)
-                    yield part if columns is None else part.select(columns)
-                at += batch.num_rows
-                if at >= span.stop:
-                    return
+            for part in _between(_undamaged(stream, span.path), span.start, span.stop):
+                yield part if columns is None else part.select(columns)
 
         yield from _arrow_rows(source, span, wanted, batches(), stream.schema)
 
