@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import LatentModel
-from stages.models.pictures import to_picture
-from stages.models.sampler import sample
 from stages.models.settings import LatentModelSettings
 from tests.support import tiny_stable_diffusion
+from tests.support.card_lines import check_card_lines
 
 RANK, ALPHA = 2, 1.0
 PARTS = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
@@ -119,15 +116,7 @@ class TestWithPeft:
     def test_the_lines_of_a_card_add_them_too(self, folders: dict[str, str], tmp_path: Path) -> None:
         kohya(opened(folders["sd"]), tmp_path / "a.safetensors", "sd")
         model = opened(folders["sd"], {"path": str(tmp_path / "a.safetensors"), "weight": 0.8})
-        names, load = model.geometry.usage.regenerating()
-        known: dict[str, Any] = {}
-        exec(f"import torch\nfrom diffusers import {', '.join(names)}\n{load}", known)
-        z_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-        picture = known["pipe"]("red star", num_inference_steps=4, guidance_scale=1.0, latents=z_BCHW).images[0]
-        made = sample(model.predictor(), model.schedule(4), z_BCHW, model.condition(["red star"]))
-        mine = to_picture(model.decode(made)[0])
-        assert isinstance(picture, Image.Image)
-        assert np.abs(np.asarray(picture).astype(int) - np.asarray(mine).astype(int)).max() <= 1
+        check_card_lines(model)
 
     def test_an_adapter_of_another_model_is_refused(self, folders: dict[str, str], tmp_path: Path) -> None:
         kohya(opened(folders["sdxl"]), tmp_path / "xl.safetensors", "sdxl")

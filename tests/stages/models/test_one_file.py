@@ -6,19 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.one_file import configuration_of
-from stages.models.pictures import to_picture
-from stages.models.sampler import sample
 from stages.models.settings import LatentModelSettings
 from tests.support import one_file, tiny_stable_diffusion
+from tests.support.card_lines import check_card_lines
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +92,7 @@ def test_its_fingerprint_is_the_files(file: str, config: str, tmp_path: Path) ->
 
 def test_the_lines_of_its_card_make_the_same_model(file: str, config: str) -> None:
     model = open_latent_model(settings(file, config))
-    names, load = model.geometry.usage.regenerating()
-    known: dict[str, Any] = {}
-    exec(f"import torch\nfrom diffusers import {', '.join(names)}\n{load}", known)
-    z_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    picture = known["pipe"]("red star", num_inference_steps=4, guidance_scale=1.0, latents=z_BCHW).images[0]
-    made = sample(model.predictor(), model.schedule(4), z_BCHW, model.condition(["red star"]))
-    mine = to_picture(model.decode(made)[0])
-    assert isinstance(picture, Image.Image)
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(mine).astype(int)).max() <= 1
+    check_card_lines(model)
 
 
 def test_its_configuration_is_found_by_its_shapes_and_asked_for_without_the_hub(

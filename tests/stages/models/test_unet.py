@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import LatentModel
@@ -17,6 +15,7 @@ from stages.models.sampler import sample
 from stages.models.schedule import ddim_schedule
 from stages.models.settings import LatentModelSettings, SamplingSettings
 from tests.support import tiny_stable_diffusion
+from tests.support.card_lines import check_card_lines
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +296,6 @@ STOCK = (
 def test_the_lines_of_a_card_make_the_same_model(
     folders: dict[str, str], tmp_path: Path, kind: str, sampler: str | int
 ) -> None:
-    from stages.models.pictures import to_picture
-    from stages.models.sampler import sample
-
     settings = LatentModelSettings(
         model=folders[kind], device="cpu",
         vae=rescaled(tiny_stable_diffusion.build(tmp_path / "other", seed=1), tmp_path / "vae"),
@@ -309,16 +305,9 @@ def test_the_lines_of_a_card_make_the_same_model(
         changes = {**settings.model_dump(), "scheduler": STOCK[sampler], "sampler": "model"}
         settings = SamplingSettings.model_validate(changes)
     model = open_latent_model(settings)
-    names, load = model.geometry.usage.regenerating()
+    _, load = model.geometry.usage.regenerating()
     assert ("pipe.scheduler" in load) == (settings.scheduler is not None)
-    known: dict[str, Any] = {}
-    exec(f"import torch\nfrom diffusers import {', '.join(names)}\n{load}", known)
-    z_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    picture = known["pipe"]("red star", num_inference_steps=4, guidance_scale=1.0, latents=z_BCHW).images[0]
-    made = sample(model.predictor(), model.schedule(4), z_BCHW, model.condition(["red star"]))
-    mine = to_picture(model.decode(made)[0])
-    assert isinstance(picture, Image.Image)
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(mine).astype(int)).max() <= 1
+    check_card_lines(model)
 
 
 @pytest.mark.parametrize(
