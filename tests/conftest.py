@@ -15,7 +15,7 @@ from jobs.schema import registry
 from jobs.schema.steps import step_model
 from tests.support.toy_job import Toy
 
-pytest.register_assert_rewrite("tests.support.weather", "tests.support.card_lines")  # its checks are asserted in several files
+pytest.register_assert_rewrite("tests.support.weather", "tests.support.card_lines")  # asserted in several files
 
 
 @pytest.fixture
