@@ -208,8 +208,9 @@ def dry_plan(spec: RunSpec, address: str | None = None) -> Plan:
         SourceError, PlanError: As `make_plan` does.
         RunError: No Ray.
     """
-    with _scanning(draft(spec).source, spec.limit, address, 1) as scans:
-        return make_plan(spec, scans)
+    drafted = draft(spec)
+    with _scanning(drafted.source, spec.limit, address, 1) as scans:
+        return make_plan(spec, drafted, scans)
 
 
 @contextmanager

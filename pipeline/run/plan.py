@@ -81,14 +81,18 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(spec: RunSpec, scans: Scans = one_by_one) -> Plan:
+def make_plan(spec: RunSpec, drafted: Draft | None = None, scans: Scans = one_by_one) -> Plan:
     """Plan a run without writing anything (``--dry-run``).
+
+    Args:
+        drafted: Its draft, where that is made already: it describes the stage and fingerprints the models.
+        scans: How the input's files are scanned.
 
     Raises:
         SourceError: The input cannot be read as described, or two rows share an id (both named).
         PlanError: Columns clash or are missing.
     """
-    drafted = draft(spec)
+    drafted = drafted or draft(spec)
     totals, contents = Survey(), compared(drafted)
     columns, nothing = watched(drafted), lambda file, scan: None
     for _ in survey(drafted.source, spec.shard_rows, spec.limit, totals, nothing, columns, scans, contents):
