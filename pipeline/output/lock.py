@@ -4,7 +4,8 @@ Each run that takes the folder has an epoch, one more than the last one's, and t
 ``locks/<epoch>.json``: of two that try, the filesystem lets one. The folder is held by the highest epoch. Its holder
 renews its own file every few seconds, and says in it when it is done; it never writes another's.
 
-A holder is gone if its process is (same machine, boot and process namespace). Any other that is silent is watched for a
+A holder is gone if its process is (same machine, boot and process namespace), or if it is this process and no lock of it
+goes on: one that ended on a full disk could not say that it is done. Any other that is silent is watched for a
 lease, by the watcher's own clock: one that renews in that time is alive, whatever its clock says. A holder that finds a
 higher epoch than its own has lost the folder; it asks before all that it changes.
 """
@@ -29,6 +30,8 @@ LEASE_S = 120.0
 """How long a holder that cannot be asked has to be silent before its folder is taken."""
 POLL_S = 2.0
 SETTLE_S = 1.0
+_held: set[str] = set()
+"""Tokens of the locks that this process holds."""
 LOST = "another run has taken this output folder, or it was deleted; this run has stopped"
 
 
@@ -76,7 +79,9 @@ def _alive(content: Mapping[str, Any]) -> bool | None:
     mine = machine.here.process()
     if any(not mine[name] or content[name] != mine[name] for name in ("host", "boot", "namespace")):
         return None
-    return machine.here.began(content["pid"]) == content["process"]
+    if machine.here.began(content["pid"]) != content["process"]:
+        return False
+    return content["pid"] != mine["pid"] or content["token"] in _held
 
 
 def holder(folder: Folder) -> dict[str, Any] | None:
@@ -134,7 +139,12 @@ class Lock:
         self.lost = False
         self._exclusive = folder.local or self._probed(sole)
         self._known = machine.here.clock()
-        self.epoch = self._acquire()
+        _held.add(self._token)
+        try:
+            self.epoch = self._acquire()
+        except BaseException:
+            _held.discard(self._token)
+            raise
         self._stop = machine.here.every(RENEW_S, self._renew)
 
     def _probed(self, sole: bool) -> bool:
@@ -239,6 +249,13 @@ class Lock:
         return True
 
     def release(self) -> None:
+        """Say that this run is done.
+
+        Raises:
+            OSError: It could not be said (the disk is full, the store is away). Other processes then take it for held
+                while this one lives and might, or for a lease; this process does not.
+        """
         self._stop()
+        _held.discard(self._token)
         if not self.lost and self._holds(self.epoch):
             self._folder.write(lock_name(self.epoch), self._mine(done=True))

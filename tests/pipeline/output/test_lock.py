@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -99,6 +100,26 @@ def test_a_holder_that_renews_is_alive_whatever_its_clock_says(tmp_path: Path, h
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_run_that_could_not_say_that_it_is_done_holds_nobody_up_in_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder.at(str(tmp_path))
+    lock = Lock(folder)
+
+    def full(*ignored: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            lock.release()
+    again = Lock(folder)
+    with pytest.raises(OutputLocked):
+        Lock(folder)
+    assert again.epoch == 2
+    again.release()
 
 
 def test_a_process_of_another_namespace_is_not_looked_up_here(tmp_path: Path, hurried: None) -> None:
