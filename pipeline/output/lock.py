@@ -6,8 +6,8 @@ renews its own file every few seconds, and says in it when it is done; it never 
 
 A holder is gone if its process is (same machine, boot and process namespace), or if it was this process and has ended:
 a run that ends on a full disk cannot say so. Any other that is silent is watched for a lease, by the watcher's own
-clock: one that renews in that time is alive, whatever its clock says. A holder that finds a higher epoch than its own has lost
-the folder; it asks before all that it changes.
+clock: one that renews in that time is alive, whatever its clock says. A holder that finds a higher epoch than its own
+has lost the folder; it asks before all that it changes.
 """
 
 from __future__ import annotations
