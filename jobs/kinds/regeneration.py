@@ -16,7 +16,7 @@ rows = {rows}
 row = next(row for row in rows if row["status"] == "ok"{which})
 {load}
 seed = torch.tensor(row["latent"]).reshape(1, {shape}){found}
-options = dict(num_inference_steps={steps}, {guidance}, {size}latents={latents})
+options = dict(num_inference_steps={steps}, {guidance}, {more}{size}latents={latents})
 picture = pipe({said}, **options).images[0]
 picture.save("again.png")
 ```"""
@@ -49,6 +49,7 @@ def lines(
         names=", ".join(names), load=load, rows=loading(output), shape=shape,
         which="" if method is None else f' and row["method"] == "{method}"', steps=steps,
         guidance=geometry.usage.guidance(guidance, negative), said=said, latents=geometry.usage.latents,
+        more=geometry.usage.more,
         found="" if dtype == "float32" else f"  # found with networks in {dtype}",
         size=f"height={height}, width={width}, " if buckets or geometry.says_size else "",
     )  # fmt: skip

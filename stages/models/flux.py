@@ -5,7 +5,7 @@ Legend as in `stages.models.transformer`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,6 @@ import torch
 from stages.models.flow_schedule import FlowGrid
 from stages.models.latent import Condition, Predict
 from stages.models.transformer import FlowTransformer, pack, unpack
-
-T5_TOKENS = 512
-"""What the pipeline gives T5, unless told otherwise."""
 
 
 class Flux(FlowTransformer):
@@ -34,24 +31,17 @@ class Flux(FlowTransformer):
     def packed(cls) -> int:
         return 4
 
-    @classmethod
-    def text_shape(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        return T5_TOKENS, int(transformer["joint_attention_dim"])
-
     @property
     def told_guidance(self) -> bool:
         """Whether guidance is an input of the network."""
         return bool(self.transformer.config.guidance_embeds)
-
-    def limit(self, encoder: str) -> int:
-        return T5_TOKENS if encoder == "text_encoder_2" else int(self.pipeline.tokenizer_max_length)
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         """The network is told the guidance: there is no negative side."""
         if negative:
             raise ValueError("FLUX.1 has no negative prompt: its guidance is told to the network; leave out `negative`")
         text_BLE, pooled_BE, _ = self.pipeline.encode_prompt(
-            prompt=list(prompts), device=self.device, max_sequence_length=T5_TOKENS
+            prompt=list(prompts), device=self.device, max_sequence_length=self.length
         )
         return {"text_BLE": text_BLE, "pooled_BE": pooled_BE}
 

@@ -123,6 +123,7 @@ class Geometry:
         scaling_factor: Latents are the posterior's mean times this.
         scheduler: The scheduler's configuration, with the settings' changes.
         text_shape: (L, E) of a text condition.
+        text_tokens: Tokens of a prompt that a rectified flow's language model is given; None: none has a say.
         upcast: The autoencoder runs in float32 beside networks in half precision.
         word_widths: Width of each text encoder's input embeddings: what a new word consists of.
         parts: The networks that results depend on, the denoiser first.
@@ -146,6 +147,7 @@ class Geometry:
     usage: Usage
     sampler: Literal["ddim", "model"] = "ddim"
     grid: FlowGrid | None = None
+    text_tokens: int | None = None
 
     def at(self, width: int, height: int) -> Geometry:
         """The geometry of pictures of another size.

@@ -16,9 +16,6 @@ from stages.models.guidance import Combine, classifier_free, guided
 from stages.models.latent import Condition, Predict
 from stages.models.transformer import FlowTransformer, pack, padded, unpack
 
-TOKENS = 512
-"""Tokens of text that the pipeline keeps, unless told otherwise; its template's do not count."""
-
 
 class QwenImage(FlowTransformer):
     """Qwen-Image (Wu et al., 2025)."""
@@ -28,6 +25,7 @@ class QwenImage(FlowTransformer):
     vae_class = "AutoencoderKLQwenImage"
     encoders = {"text_encoder": "tokenizer"}
     grid = FlowGrid(linear="float64")
+    most_tokens = 1024
     latents = "pipe._pack_latents(seed, *seed.shape)"
 
     @staticmethod
@@ -51,16 +49,9 @@ class QwenImage(FlowTransformer):
     def default_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], factor: int) -> int:
         return 128 * factor
 
-    @classmethod
-    def text_shape(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        return TOKENS, int(transformer["joint_attention_dim"])
-
-    def limit(self, encoder: str) -> int:
-        return TOKENS
-
     @property
     def readers(self) -> tuple[Reader, ...]:
-        return (Reader(self._read, TOKENS, "text_encoder"),)
+        return (Reader(self._read, self.length, "text_encoder"),)
 
     def _read(self, prompt: str, verbose: bool = True) -> dict[str, list[int]]:
         """The tokens that are kept: without the beginning of the template, with its end."""
@@ -69,16 +60,18 @@ class QwenImage(FlowTransformer):
         return {"input_ids": ids[self.pipeline.prompt_template_encode_start_idx :]}
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
-        text_BLE, mask_BL = padded(self._texts(prompts), TOKENS)
+        text_BLE, mask_BL = padded(self._texts(prompts), self.length)
         nulls: Condition = {}
         if guided:
-            null_BLE, null_mask_BL = padded(self._texts([negative or ""] * len(prompts)), TOKENS)
+            null_BLE, null_mask_BL = padded(self._texts([negative or ""] * len(prompts)), self.length)
             nulls = {"null_text_BLE": null_BLE, "null_mask_BL": null_mask_BL}
         return {"text_BLE": text_BLE, "mask_BL": mask_BL, **nulls}
 
     def _texts(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """(L, E) of each prompt, as long as it is."""
-        text_BLE, mask_BL = self.pipeline.encode_prompt(list(prompts), device=self.device, max_sequence_length=TOKENS)
+        text_BLE, mask_BL = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.length
+        )
         if mask_BL is None:
             return list(text_BLE)
         return [text[mask.bool()] for text, mask in zip(text_BLE, mask_BL, strict=True)]

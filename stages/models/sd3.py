@@ -15,9 +15,6 @@ from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Condition, Predict, Sizes
 from stages.models.transformer import FlowTransformer
 
-T5_TOKENS = 256
-"""What the pipeline gives T5, unless told otherwise."""
-
 
 class StableDiffusion3(FlowTransformer):
     """SD3-medium, SD3.5-medium and -large (Esser et al., 2024): the text is CLIP's 77 tokens with T5's behind them."""
@@ -28,6 +25,7 @@ class StableDiffusion3(FlowTransformer):
     optional = frozenset({"text_encoder_3"})
     left_out = {"image_encoder": None, "feature_extractor": None}
     grid = FlowGrid(linear=None)
+    tokens = 256
 
     @classmethod
     def sizes(cls, path: str, transformer: Mapping[str, Any], factor: int) -> Sizes:
@@ -41,16 +39,13 @@ class StableDiffusion3(FlowTransformer):
         return int(transformer["sample_size"]) * factor
 
     @classmethod
-    def text_shape(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        return 77 + T5_TOKENS, int(transformer["joint_attention_dim"])
-
-    def limit(self, encoder: str) -> int:
-        return T5_TOKENS if encoder == "text_encoder_3" else int(self.pipeline.tokenizer_max_length)
+    def text_shape(cls, transformer: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+        return 77 + tokens, int(transformer["joint_attention_dim"])
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         text_BLE, null_BLE, pooled_BE, null_pooled_BE = self.pipeline.encode_prompt(
             prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=guided,
-            negative_prompt=None if negative is None else [negative] * len(prompts), max_sequence_length=T5_TOKENS,
+            negative_prompt=None if negative is None else [negative] * len(prompts), max_sequence_length=self.length,
         )  # fmt: skip
         nulls = {"null_text_BLE": null_BLE, "null_pooled_BE": null_pooled_BE} if guided else {}
         return {"text_BLE": text_BLE, "pooled_BE": pooled_BE, **nulls}

@@ -54,6 +54,11 @@ class LatentModelSettings(Settings):
     """Another autoencoder of the same latent space: a folder or hub id, for instance
     ``madebyollin/sdxl-vae-fp16-fix``. Left out: the model's own."""
 
+    max_sequence_length: int | None = added(ge=1)
+    """Tokens of a caption that the language model of a rectified flow reads (T5, Qwen), as the pipeline's argument of
+    that name. Left out: the pipeline's own, 512 (SD3: 256), or fewer where its tokenizer says so. FLUX.1-schnell was
+    made for 256."""
+
     config: ModelName | None = added()
     """Configuration of a checkpoint of one file: the folder or hub id of a model of its shape. Left out: that of the
     model it was trained from, by its shapes, from the hub or its cache."""

@@ -56,6 +56,10 @@ class FlowTransformer:
     left_out: ClassVar[Mapping[str, Any]] = {}
     """Not loaded, and need not be there: what takes pictures as prompts."""
     grid: ClassVar[FlowGrid]
+    tokens: ClassVar[int] = 512
+    """Of a prompt that the pipeline gives its language model (the last encoder), unless told otherwise."""
+    most_tokens: ClassVar[int] = 512
+    """That it can be told to."""
     latents: ClassVar[str] = "seed"
     """See `Usage`."""
 
@@ -85,9 +89,30 @@ class FlowTransformer:
         return int(vae["sample_size"])
 
     @classmethod
-    def text_shape(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        """(L, E) of a text condition."""
-        raise NotImplementedError
+    def text_shape(cls, transformer: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+        """(L, E) of a text condition, of so many tokens of the language model."""
+        return tokens, int(transformer["joint_attention_dim"])
+
+    @classmethod
+    def text_tokens(cls, settings: LatentModelSettings) -> int:
+        """Tokens of a prompt that the language model is given.
+
+        Raises:
+            ValueError: More are asked for than the pipeline takes.
+        """
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+        asked = settings.max_sequence_length
+        if asked is not None and asked > cls.most_tokens:
+            raise ValueError(
+                f"max_sequence_length is {asked}: the {cls.index} of model {settings.model!r} takes up to "
+                f"{cls.most_tokens}"
+            )
+        if asked is not None:
+            return asked
+        tokenizer = list(cls.encoders.values())[-1]
+        own = get_tokenizer_config(here(settings.model), subfolder=tokenizer, revision=settings.revision or "main")
+        return min(cls.tokens, int(own.get("model_max_length") or cls.tokens))
 
     @classmethod
     def check(cls, path: str, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
@@ -143,6 +168,7 @@ class FlowTransformer:
         sizes = cls.sizes(path, transformer, factor)
         size = settings.size or cls.default_size(transformer, vae, factor)
         sizes.check(size, size)
+        tokens = cls.text_tokens(settings)
         return Geometry(
             width=size,
             height=size,
@@ -150,12 +176,13 @@ class FlowTransformer:
             sizes=sizes,
             scaling_factor=float(vae.get("scaling_factor", 1.0)),
             scheduler=effective,
-            text_shape=cls.text_shape(transformer),
+            text_shape=cls.text_shape(transformer, tokens),
+            text_tokens=tokens,
             upcast=True,
             word_widths=(),
             parts=parts,
             loras=tuple(settings.loras or ()),
-            usage=cls._usage(settings, parts),
+            usage=cls._usage(settings, parts, tokens),
             sampler="model",
             grid=cls.grid,
         )
@@ -244,7 +271,7 @@ class FlowTransformer:
         return cls(pipeline, geometry)
 
     @classmethod
-    def _usage(cls, settings: LatentModelSettings, parts: Mapping[str, Network]) -> Usage:
+    def _usage(cls, settings: LatentModelSettings, parts: Mapping[str, Network], tokens: int) -> Usage:
         without = [name for pair in cls.encoders.items() if pair[0] not in parts for name in pair]
         names, pipeline = lines(settings, cls.index, "transformer", without)
         changes = {key: value for key, value in (settings.scheduler or {}).items() if key != "class"}
@@ -254,7 +281,10 @@ class FlowTransformer:
             sampler = FLOW_SCHEDULERS
             options = "".join(f", {key}={value!r}" for key, value in changes.items())
             swap = f"pipe.scheduler = {FLOW_SCHEDULERS[0]}.from_config(pipe.scheduler.config{options})"
-        return Usage(tuple(names), pipeline, sampler, swap, {}, latents=cls.latents, guidance=cls.guidance_options)
+        more = "" if tokens == cls.tokens else f"max_sequence_length={tokens}, "
+        return Usage(
+            tuple(names), pipeline, sampler, swap, {}, latents=cls.latents, guidance=cls.guidance_options, more=more
+        )
 
     def at(self, width: int, height: int) -> Self:
         model = copy.copy(self)
@@ -281,9 +311,15 @@ class FlowTransformer:
         there = [(part, name) for part, name in self.encoders.items() if part in self.geometry.parts]
         return tuple(Reader(getattr(self.pipeline, name), self.limit(part), part) for part, name in there)
 
+    @property
+    def length(self) -> int:
+        """Tokens that the language model is given."""
+        assert self.geometry.text_tokens is not None
+        return self.geometry.text_tokens
+
     def limit(self, encoder: str) -> int:
-        """Tokens that a text encoder is given."""
-        raise NotImplementedError
+        """Tokens that a text encoder is given: the last one is the language model, others are CLIP's."""
+        return self.length if encoder == list(self.encoders)[-1] else int(self.pipeline.tokenizer_max_length)
 
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:

@@ -88,6 +88,8 @@ class StableDiffusion:
         sizes = Sizes(path, factor, math.lcm(factor * down, 8), own)  # the pipeline takes multiples of 8 alone
         sizes.check(size, size)
         stock = isinstance(settings, SamplingSettings) and settings.sampler == "model"
+        if settings.max_sequence_length is not None:
+            raise ValueError(f"max_sequence_length: CLIP reads for model {path!r}, and always 77 tokens; leave it out")
         if isinstance(settings, SamplingSettings) and settings.offload is not None:
             raise ValueError(f"offload: the text encoders of model {path!r} are small and stay; leave it out")
         if isinstance(settings, SamplingSettings) and not stock:

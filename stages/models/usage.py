@@ -26,6 +26,7 @@ class Usage:
             prompt.
         latents: What `pipe` is given as `latents`, of `seed` (1, C, H, W).
         guidance: What it is given of a guidance scale and a negative prompt.
+        more: Further arguments of `pipe`, each with ", " behind it.
     """
 
     names: tuple[str, ...]
@@ -35,6 +36,7 @@ class Usage:
     text_latent: Mapping[str, tuple[str, tuple[int, ...]]]
     latents: str = "seed"
     guidance: Callable[[float, str | None], str] = guidance_scale
+    more: str = ""
 
     def regenerating(self) -> tuple[tuple[str, ...], str]:
         """What is imported from diffusers, and the lines that make a `pipe` which regenerates pictures."""

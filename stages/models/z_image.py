@@ -16,9 +16,6 @@ from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Condition, Predict, Sizes
 from stages.models.transformer import FlowTransformer, padded
 
-TOKENS = 512
-"""Tokens of text, with the chat template's, that the pipeline keeps, unless told otherwise."""
-
 
 class ZImage(FlowTransformer):
     """Z-Image and Z-Image-Turbo (Tongyi-MAI, 2025)."""
@@ -45,15 +42,12 @@ class ZImage(FlowTransformer):
         return 1024
 
     @classmethod
-    def text_shape(cls, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        return TOKENS, int(transformer["cap_feat_dim"])
-
-    def limit(self, encoder: str) -> int:
-        return TOKENS
+    def text_shape(cls, transformer: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+        return tokens, int(transformer["cap_feat_dim"])
 
     @property
     def readers(self) -> tuple[Reader, ...]:
-        return (Reader(self._read, TOKENS, "text_encoder"),)
+        return (Reader(self._read, self.length, "text_encoder"),)
 
     def _read(self, prompt: str, verbose: bool = True) -> dict[str, list[int]]:
         """The prompt's tokens and the chat template's, as the pipeline counts them."""
@@ -66,11 +60,11 @@ class ZImage(FlowTransformer):
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         texts, nulls = self.pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=guided,
-            negative_prompt=[negative or ""] * len(prompts), max_sequence_length=TOKENS,
+            negative_prompt=[negative or ""] * len(prompts), max_sequence_length=self.length,
         )  # fmt: skip
-        found = dict(zip(("text_BLE", "mask_BL"), padded(texts, TOKENS), strict=True))
+        found = dict(zip(("text_BLE", "mask_BL"), padded(texts, self.length), strict=True))
         if guided:
-            found |= dict(zip(("null_text_BLE", "null_mask_BL"), padded(nulls, TOKENS), strict=True))
+            found |= dict(zip(("null_text_BLE", "null_mask_BL"), padded(nulls, self.length), strict=True))
         return found
 
     def forward(

@@ -37,7 +37,7 @@ def decibels(made: Any, wanted: Any) -> float:
     ("kind", "options"),
     [
         ("flux-dev", {"guidance": 3.5, "scheduler": {"shift_terminal": 0.05}}),
-        ("flux-schnell", {"size": 24}),
+        ("flux-schnell", {"size": 24, "max_sequence_length": 3}),
         ("sd35-medium", {"guidance": 2.0, "negative": "blue"}),
         ("sd3-without-t5", {"prompt": ""}),
         ("qwen-image", {"guidance": 2.0, "size": 32}),

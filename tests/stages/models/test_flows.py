@@ -196,6 +196,40 @@ def test_a_long_prompt_says_what_was_left_out_of_it(folders) -> None:
         assert (one["prompt_cut"] or "").startswith("text_encoder reads 512 of ")
 
 
+SHORT = {"sd3": 7, "flux-dev": 5, "qwen-image": 6, "z-image": 20}
+
+
+@pytest.mark.parametrize("kind", list(SHORT))
+def test_the_language_model_reads_as_many_tokens_as_it_is_told_to(folders, kind: str) -> None:
+    """Against the pipeline with the same `max_sequence_length`; the prompt is longer."""
+    tokens, prompt = SHORT[kind], "a dotted red star that is small and stands on a blue circle"
+    model = open_latent_model(LatentModelSettings(model=folders[kind], device="cpu", max_sequence_length=tokens))
+    side = 8 * UNIT.get(kind, 1) * 2
+    model = model.at(side, side)
+    noise = torch.randn(1, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(5))
+    z = sample(model.predictor(), model.schedule(2), noise, model.condition([prompt]))
+    drawn = {
+        many: stock(folders[kind])(
+            prompt, width=side, height=side, num_inference_steps=2, output_type="np", latents=given(kind, noise),
+            max_sequence_length=many, **GUIDED.get(kind, told_scale)(1.0),
+        ).images
+        for many in (tokens, tokens + 2)
+    }  # fmt: skip
+    x = (model.decode(z) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(x, drawn[tokens], atol=2e-5)
+    assert np.abs(drawn[tokens] - drawn[tokens + 2]).max() > 1e-3, "what is cut off says nothing"
+    assert f"reads {tokens} of " in str(cuts([prompt], model.readers)[0]["prompt_cut"])
+    assert model.geometry.usage.more == f"max_sequence_length={tokens}, "
+    assert model.geometry.text_shape[0] == (77 if kind == "sd3" else 0) + tokens
+
+
+def test_a_tokenizer_made_for_short_captions_is_given_no_more(folders, tmp_path) -> None:
+    folder = edited(folders["flux-dev"], tmp_path / "short", "tokenizer_2/tokenizer_config.json", model_max_length=32)
+    assert read_geometry(LatentModelSettings(model=folder)).text_tokens == 32
+    assert read_geometry(LatentModelSettings(model=folder, max_sequence_length=48)).text_tokens == 48
+    assert read_geometry(LatentModelSettings(model=folders["flux-dev"])).usage.more == ""
+
+
 def test_text_encoders_wait_elsewhere_and_come_for_the_captions(folders, monkeypatch) -> None:
     seen: list[tuple[str, str]] = []
     plain = torch.nn.Module.to
@@ -255,6 +289,9 @@ def test_bad_models_are_refused_in_a_sentence(folders, tmp_path) -> None:
         read_geometry(LatentModelSettings(model=flux, scheduler={"shift_terminal": 1.0})).schedule(4)
     with pytest.raises(ValueError, match=r"steps is 1: with its shift_terminal .* needs 2"):
         read_geometry(LatentModelSettings(model=folders["qwen-image"])).schedule(1)
+    refused("max_sequence_length is 513: the FluxPipeline of model .* takes up to 512", flux, max_sequence_length=513)
+    with pytest.raises(ValueError, match=r"max_sequence_length: CLIP reads for model .* always 77 tokens"):
+        read_geometry(LatentModelSettings(max_sequence_length=32))
     refused("size 16384 is more than the 2048 pixels", folders["z-image"], size=16384)
     refused("vae: model .* has an AutoencoderKLQwenImage", folders["qwen-image"], vae=folders["sd3"])
     with pytest.raises(ValueError, match="has no guidance"):
