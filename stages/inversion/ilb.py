@@ -1,12 +1,14 @@
 """Image Latent Boosting: move the image latent itself, so that what is inverted also decodes to the picture.
 
-After Chen et al., 2026 (see `stages.inversion.lbo`): the image latent, the interface between diffusion and
-autoencoder, is adjusted so that inversion and reconstruction are optimised together. Losses, rates and the order of
-updates are ours.
+The idea is of Chen et al., 2026 (see `stages.inversion.lbo`): the image latent, the interface between diffusion and
+autoencoder, is adjusted so that inversion and reconstruction are optimised together.
 
-* decoder: min over z_0 of |Dec(z_0) - x|^2, started at the encoder's latent.
-* joint: every few updates z_0 is inverted and generated again, zhat = Gen(Inv(z_0)), and the updates between minimise
-  |Dec(z_0 + stopgrad(zhat - z_0)) - x|^2: the round trip's own error is in the loss.
+* decoder: min over z_0 of |Dec(z_0) - x|^2, started at the encoder's latent. This is the decoder inversion of Hong et
+  al., "On Exact Inversion of DPM-Solvers" (CVPR 2024): loss, optimiser (Adam) and rate (.1, a linear rise, then a
+  cosine) are those of their code, which makes 100 updates, 10 of them in the rise, from a sample of the posterior.
+  Ours: half as many, from the posterior's mean; many rows in a batch, each with a rate of its own.
+* joint (ours): every few updates z_0 is inverted and generated again, zhat = Gen(Inv(z_0)), and the updates between
+  minimise |Dec(z_0 + stopgrad(zhat - z_0)) - x|^2: the round trip's own error is in the loss.
 
 Legend: B slots; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents.
 """

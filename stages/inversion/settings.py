@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 
 class Boost(Settings):
-    """ILB: move the image latent so that it decodes to the picture, then invert that. The form is ours."""
+    """ILB (idea: Chen et al., 2026): move the image latent so that it decodes to the picture, then invert that.
+    `decoder` is the decoder inversion of Hong et al. ("On Exact Inversion of DPM-Solvers", 2024), by default with half
+    their updates (theirs: `steps: 100, warmup: 10`); `joint` is ours."""
 
     form: Literal["decoder", "joint"] = "decoder"
-    """``decoder``: fit the latent to the picture through the decoder. ``joint``: fit what comes back from inversion and
-    generation; the round trip is repeated every `every` updates."""
+    """``decoder`` (Hong et al., 2024): fit the latent to the picture through the decoder. ``joint`` (ours): fit what
+    comes back from inversion and generation; the round trip is repeated every `every` updates."""
     steps: int = Field(50, ge=1)
     """Adam updates."""
     rate: float = Field(0.1, gt=0)
-    """Adam's rate at its highest; it rises over `warmup` updates and falls to zero along a cosine."""
+    """Adam's rate at its highest (Hong et al.'s); it rises over `warmup` updates and falls to zero along a cosine."""
     warmup: int = Field(5, ge=0)
     """Updates of the rise."""
     every: int = Field(25, ge=1)
