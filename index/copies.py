@@ -44,13 +44,12 @@ def fetched(address: str, below: Iterable[str]) -> Path:
 
 def _fill(filesystem: Any, folder: str, facts: bytes, part: Path) -> None:
     """Fetch all files, and check them."""
-    found = patiently(lambda: filesystem.find(folder, detail=True))
-    for path, info in found.items():
-        name = path[len(folder) :].lstrip("/")
+    for info in patiently(lambda: filesystem.ls(folder, detail=True)):
+        name = info["name"].rpartition("/")[2]
         if name and name != FACTS and info["type"] == "file":
             fetch(filesystem, info, part / name)
-    for file in (file for file in part.rglob("*") if file.is_file()):
-        _check_record(file, f"{folder}/{file.relative_to(part)}")
+    for file in part.iterdir():
+        _check_record(file, f"{folder}/{file.name}")
     (part / FACTS).write_bytes(facts)
 
 

@@ -42,12 +42,21 @@ TEXTURES, SIZES = ("striped", "dotted", "checkered"), ("small", "large")
 RELATIONS = ("left", "right", "above", "below")
 OPPOSITES = {"small": "large", "large": "small", "left": "right", "right": "left", "above": "below", "below": "above"}
 RELATION_WORDS = {"left of": "<left> of", "right of": "<right> of", "above": "<above>", "below": "<below>"}
+OPENINGS = (
+    "a {}", "a picture of a {}", "a drawing of a {}", "an image of a {}", "photo of a {}", "there is a {}",
+    "here is a {}",
+)  # fmt: skip
+"""How captions of the world begin: what the miniature model has read, where the official list is new to it."""
 CELLS = {
     "textual inversion": {"separation": False, "context": "none"},
+    "textual inversion, official script": {
+        "separation": False, "context": "none", "templates": "object", "flip": True, "posterior": "sample",
+    },
+    "textual inversion, the world's texts": {"separation": False, "context": "none", "templates": OPENINGS},
     "context loss only (ReVersion-style)": {"separation": False, "context": "normalised", "skew": 0.5},
     "subject separation only": {"separation": True, "context": "none"},
     "Lego": {"separation": True, "context": "normalised"},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -243,6 +252,7 @@ def main() -> None:
             "cpu_seconds_generating": time.process_time() - trained,
         }
         print(cell, json.dumps(results["cells"][cell]), flush=True)
+        write(results, options.name)
     judged = evaluate(model, oracle, of_name, learned, options.pictures, options.sampling_steps, options.guidance, True)
     results["cells"]["the real words"] = summary(judged)
     write(results, options.name)

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.inversion.pictures import photograph_rows, world_rows
-from benchmarks.inversion.table import RESULTS
+from benchmarks.inversion.table import RESULTS, photograph_rows, world_rows
 from benchmarks.ovi.setting import machine
 from pipeline.contract import Row, batches
 from stages.engine.solver import Occupancy, solve

@@ -94,8 +94,7 @@ def steady_loss(problem: LegoProblem, draws: int) -> float:
             for slot in problem.held
             if slot is not None
         ]  # fmt: skip
-        parts = [torch.stack(part) for part in zip(*((d.picture_K, d.t_K, d.noise_KCHW) for d in drawn), strict=True)]
-        losses.append(problem.losses(filled, *parts)[0][filled].mean())
+        losses.append(problem.losses(filled, drawn)[0][filled].mean())
     return float(torch.stack(losses).mean())
 
 
@@ -114,9 +113,8 @@ def warm_starts(
             prepared = prepare(row, model, settings, Templates(), max_words=3, root="")
             if name == "inverter":
                 start_VE = warm_start(
-                    problem.encoders, inverter, prepared.z_ICHW, prepared.ids_EIT, prepared.which_EIT,
-                    prepared.start_VE, steps=100, lr=settings.lr,
-                )  # fmt: skip
+                    problem.encoders, inverter, *prepared.as_they_are(), prepared.start_VE, steps=100, lr=settings.lr
+                )
                 prepared = replace(prepared, start_VE=start_VE)
             ready.append({**row, "prepared": prepared})
         problem.load(range(concepts), ready)

@@ -67,6 +67,9 @@ def filled(
         seconds: In its slot.
     """
     concept, last = prepared.concept, curve[-1]
+    learned = settings.model_dump()
+    around = learned.pop("templates", None)  # a concept's prompts are known by that name
+    learned |= {} if around is None else {"prompt_templates": around}
     return {
         "name": concept.name,
         "phrase": concept.phrase,
@@ -81,7 +84,7 @@ def filled(
         "stopped": stopped,
         "seconds": seconds,
         "curve": json.dumps(list(curve)),
-        "pictures": len(prepared.z_ICHW),
-        "settings": json.dumps(settings.model_dump() | {"templates": concept.templates.model_dump(), "seed": seed}),
+        "pictures": len(prepared.with_I),
+        "settings": json.dumps(learned | {"templates": concept.templates.model_dump(), "seed": seed}),
         "training": sheet(prepared.thumbnails, columns=min(8, len(prepared.thumbnails))),
     }

@@ -18,6 +18,7 @@ from pipeline.contract import Row
 from pipeline.pictures import decode_picture
 from pipeline.web import get
 from stages.concepts.settings import Templates
+from stages.concepts.templates import filled
 from stages.models.words import slug
 
 if TYPE_CHECKING:
@@ -75,21 +76,23 @@ class Concept:
     subject_tokens: tuple[str, ...]
     templates: Templates
 
-    def examples(self, separation: bool) -> Iterator[tuple[bool, str, Any]]:
-        """(has the concept, prompt, picture) of every training picture.
+    def examples(
+        self, separation: bool, templates: Sequence[str] | None = None
+    ) -> Iterator[tuple[bool, tuple[str, ...], Any]]:
+        """(has the concept, prompts, picture) of every training picture.
 
         Args:
             separation: Lego's subject separation: both sets, the subject as a token of its own. Otherwise the pictures
                 with the concept alone, under the plain prompt.
+            templates: Texts that the prompt goes into, each a prompt of the picture; None: the prompt as it is.
         """
         for subject, token in zip(self.subjects, self.subject_tokens, strict=True):
-            prompt = (self.templates.with_ if separation else self.templates.plain).format(
-                subject=token, concept=self.phrase
-            )
-            yield from ((True, prompt, picture) for picture in subject.with_)
+            prompt = self.templates.with_ if separation else self.templates.plain
+            prompts = filled(prompt.format(subject=token, concept=self.phrase), templates)
+            yield from ((True, prompts, picture) for picture in subject.with_)
             if separation:
-                prompt = self.templates.without.format(subject=token, concept=self.phrase)
-                yield from ((False, prompt, picture) for picture in subject.without)
+                prompts = filled(self.templates.without.format(subject=token, concept=self.phrase), templates)
+                yield from ((False, prompts, picture) for picture in subject.without)
 
 
 def read_concept(row: Row, templates: Templates, *, separation: bool = True, context: bool = True) -> Concept:

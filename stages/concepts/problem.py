@@ -4,8 +4,9 @@ A slot of the solver is a concept: it owns rows of the token table, an optimiser
 rule. All slots share every pass through text encoder and U-Net. Method: Lego (Motamed, Paudel and Van Gool, ECCV 2024):
 subject separation, one token a content word, context loss. Batching, stopping, checkpoints and hyperparameters: ours.
 
-Legend: B slots, K pictures a slot and step, I training pictures, V new words, M context words, E width of a word over
-all encoders, T text positions, C H W latents.
+Legend: B slots (b of them learning), K pictures a slot and step, I training pictures, F forms and P prompts of each
+(`stages.concepts.prepare`), V new words, M context words, E width of a word over all encoders, T text positions, C H W
+latents.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch
 
 from pipeline.contract import Row, failed, ok
 from stages.concepts.columns import filled
-from stages.concepts.draws import draw
+from stages.concepts.draws import Draw, draw
 from stages.concepts.losses import context_loss
 from stages.concepts.prepare import Prepared
 from stages.concepts.settings import LegoSettings
+from stages.concepts.templates import texts
 from stages.engine.adamw import RowAdamW
 from stages.engine.checkpoint import read_checkpoint, write_checkpoint
 from stages.engine.gradients import RowGradient, loss_scale
@@ -113,10 +115,12 @@ class LegoProblem:
         self.sums_2B = torch.zeros((2, B), device=device)  # of the window: noise-prediction loss, context loss
         self.active_B = torch.zeros(B, dtype=torch.bool, device=device)  # still learning
         self.loaded_B = torch.zeros(B, dtype=torch.bool, device=device)
-        self.z_BICHW = torch.zeros((B, 1, *self.latent_shape), device=device)
+        F, P = 2 if self.settings.flip else 1, len(texts(self.settings.templates) or "1")
+        self.z_BIFCHW = torch.zeros((B, 1, F, *self.latent_shape), device=device)
+        self.std_BIFCHW = torch.zeros_like(self.z_BIFCHW) if self.settings.posterior == "sample" else None
         lengths = [e.tokenizer.model_max_length for e in self.encoders]
-        self.ids_EBIT = [torch.zeros((B, 1, T), dtype=torch.long, device=device) for T in lengths]
-        self.which_EBIT = [torch.full((B, 1, T), -1, dtype=torch.long, device=device) for T in lengths]
+        self.ids_EBIPT = [torch.zeros((B, 1, P, T), dtype=torch.long, device=device) for T in lengths]
+        self.which_EBIPT = [torch.full((B, 1, P, T), -1, dtype=torch.long, device=device) for T in lengths]
         self.near_BVME, self.far_BVME = (torch.zeros((B, V, 1, E), device=device) for _ in "+-")
         self.near_BVM, self.far_BVM = (torch.zeros((B, V, 1), dtype=torch.bool, device=device) for _ in "+-")
         self.saved = time.monotonic()
@@ -130,10 +134,13 @@ class LegoProblem:
     @torch.no_grad()
     def _load(self, b: int, row: Row) -> None:
         prepared: Prepared = row["prepared"]
-        pictures = len(prepared.z_ICHW)
+        pictures = len(prepared.with_I)
         self._widen(pictures, max([1, *(len(words) for words in prepared.positive + prepared.negative)]))
-        self.z_BICHW[b, :pictures] = prepared.z_ICHW
-        for target, source in zip(self.ids_EBIT + self.which_EBIT, prepared.ids_EIT + prepared.which_EIT, strict=True):
+        self.z_BIFCHW[b, :pictures] = prepared.z_IFCHW
+        if self.std_BIFCHW is not None and prepared.std_IFCHW is not None:
+            self.std_BIFCHW[b, :pictures] = prepared.std_IFCHW
+        given = prepared.ids_EIPT + prepared.which_EIPT
+        for target, source in zip(self.ids_EBIPT + self.which_EBIPT, given, strict=True):
             target[b, :pictures] = source
         for words_BVME, present_BVM, side in (
             (self.near_BVME, self.near_BVM, prepared.positive),
@@ -155,10 +162,12 @@ class LegoProblem:
 
     def _widen(self, pictures: int, context: int) -> None:
         """Room for this many training pictures and context words: these tensors never enter a network whole."""
-        if pictures > self.z_BICHW.shape[1]:
-            self.z_BICHW = _wider(self.z_BICHW, 1, pictures)
-            self.ids_EBIT = [_wider(x, 1, pictures) for x in self.ids_EBIT]
-            self.which_EBIT = [_wider(x, 1, pictures) for x in self.which_EBIT]
+        if pictures > self.z_BIFCHW.shape[1]:
+            self.z_BIFCHW = _wider(self.z_BIFCHW, 1, pictures)
+            if self.std_BIFCHW is not None:
+                self.std_BIFCHW = _wider(self.std_BIFCHW, 1, pictures)
+            self.ids_EBIPT = [_wider(x, 1, pictures) for x in self.ids_EBIPT]
+            self.which_EBIPT = [_wider(x, 1, pictures) for x in self.which_EBIPT]
         if context > self.near_BVM.shape[2]:
             self.near_BVME, self.far_BVME = _wider(self.near_BVME, 2, context), _wider(self.far_BVME, 2, context)
             self.near_BVM, self.far_BVM = _wider(self.near_BVM, 2, context), _wider(self.far_BVM, 2, context)
@@ -199,7 +208,7 @@ class LegoProblem:
         learning = [b for b, active in enumerate(self.active_B.tolist()) if active]
         if not learning:  # all were restored from checkpoints of their last step
             return self.loaded_B & ~self.active_B
-        loss_B, context_B = self.losses(learning, *self._draws(learning))
+        loss_B, context_B = self.losses(learning, self._draws(learning))
         total_B = loss_B + self.settings.context_weight * context_B
         grad_BVE, skip_B = self.gradient(total_B, self.v_BVE, self.active_B)
         self.optimiser.step(grad_BVE, self.active_B & ~skip_B)
@@ -211,8 +220,8 @@ class LegoProblem:
             self.save()
         return self.loaded_B & ~self.active_B
 
-    def _draws(self, learning: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """picture_bK, t_bK and noise_bKCHW of this step, of these slots."""
+    def _draws(self, learning: Sequence[int]) -> list[Draw]:
+        """The random numbers of this step, of these slots."""
         drawn = []
         for b in learning:
             slot = self._slot(b)
@@ -222,28 +231,32 @@ class LegoProblem:
                     self.loss.timesteps,
                 )
             )  # fmt: skip
-        parts = ([one.picture_K for one in drawn], [one.t_K for one in drawn], [one.noise_KCHW for one in drawn])
-        picture_bK, t_bK, noise_bKCHW = (torch.stack(part).to(self.model.device) for part in parts)
-        return picture_bK, t_bK, noise_bKCHW
+        return drawn
 
-    def losses(
-        self, slots: Sequence[int], picture_bK: torch.Tensor, t_bK: torch.Tensor, noise_bKCHW: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, slots: Sequence[int], drawn: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise-prediction loss, mean over a slot's K pictures, and context loss: loss_B and context_B.
 
         Args:
             slots: Those that are asked for (b of them); the networks are not shown the others, whose losses are zero.
+            drawn: Their random numbers.
         """
-        b, K = picture_bK.shape
-        slot_b = torch.as_tensor(slots, device=picture_bK.device)
+        b, K, device = len(slots), self.settings.pictures, self.model.device
 
-        def chosen(x_BI: torch.Tensor) -> torch.Tensor:
-            return x_BI[slot_b[:, None], picture_bK].flatten(0, 1)
+        def stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(list(parts)).to(device).flatten(0, 1)
 
+        slot_b = torch.as_tensor(slots, device=device)
+        slot, picture = slot_b.repeat_interleave(K), stacked([one.picture_K for one in drawn])
+        template, flip = stacked([one.template_K for one in drawn]), stacked([one.flip_K for one in drawn])
+        ids, which = ([x[slot, picture, template] for x in side] for side in (self.ids_EBIPT, self.which_EBIPT))
         v = self.v_BVE[slot_b, None].expand(-1, K, -1, -1).flatten(0, 1)
-        ids, which = ([chosen(x) for x in of_encoders] for of_encoders in (self.ids_EBIT, self.which_EBIT))
         text, pooled = encode(self.encoders, ids, which, v)
-        loss = self.loss(chosen(self.z_BICHW), noise_bKCHW.flatten(0, 1), t_bK.flatten(), text, pooled)
+        z = self.z_BIFCHW[slot, picture, flip]
+        if self.std_BIFCHW is not None:
+            place = [one.posterior_KCHW for one in drawn if one.posterior_KCHW is not None]
+            z = z + self.std_BIFCHW[slot, picture, flip] * stacked(place)
+        noise, t = stacked([one.noise_KCHW for one in drawn]), stacked([one.t_K for one in drawn])
+        loss = self.loss(z, noise, t, text, pooled)
         loss_B = loss.new_zeros(self.slots).index_copy(0, slot_b, loss.view(b, K).mean(1))
         asked_B = slot_mask(self.slots, slots, loss_B.device)
         return loss_B, torch.where(asked_B, self._context(loss_B), 0.0)

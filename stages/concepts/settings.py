@@ -3,11 +3,12 @@ nothing heavy is imported."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.contract import Settings, added, speed
+from stages.concepts.templates import Named, checked
 from stages.models.names import FolderName
 from stages.models.settings import LatentModelSettings
 
@@ -25,6 +26,15 @@ class LegoSettings(Settings):
     """Subject separation. Off: only pictures with the concept, as in textual inversion."""
     context: Literal["paper", "normalised", "none"] = "normalised"
     """Form of the context loss: raw dot products, cosines over a temperature (ReVersion's), or none."""
+    templates: Annotated[Named | tuple[str, ...] | None, BeforeValidator(checked)] = added()
+    """Texts with one `{}`, where the prompt goes without a "photo of a" of its own; one is drawn for each picture of
+    each step. `object` and `style` are textual inversion's (Gal et al., 2022). Left out: the prompts as they are."""
+    flip: bool | None = added()
+    """Mirror each picture of each step with a chance of 1/2, as textual inversion's script does. Not for concepts that
+    have a left and a right."""
+    posterior: Literal["mean", "sample"] | None = added()
+    """Learn from the mean of the autoencoder's posterior (also when left out), or from a new sample of it at each step,
+    as textual inversion's script does."""
     context_weight: float = Field(0.01, ge=0)
     """Weight of the context loss."""
     temperature: float = Field(0.07, gt=0)

@@ -89,9 +89,8 @@ class LearnConcepts:
     def _warm(self, prepared: Prepared, inverter: TextInverter) -> Prepared:
         """The concept with its words near what the inverter reads off its pictures."""
         start_VE = warm_start(
-            self.problem.encoders, inverter, prepared.z_ICHW, prepared.ids_EIT, prepared.which_EIT, prepared.start_VE,
-            lr=self.settings.settings.lr,
-        )  # fmt: skip
+            self.problem.encoders, inverter, *prepared.as_they_are(), prepared.start_VE, lr=self.settings.settings.lr
+        )
         return replace(prepared, start_VE=start_VE)
 
     def _draw(self, row: Row, samples: Samples) -> Image:

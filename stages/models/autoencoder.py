@@ -13,10 +13,17 @@ import torch
 
 def encode(vae: Any, x_BCHW: torch.Tensor) -> torch.Tensor:
     """z_BCHW, float32: the posterior's mean, as the denoiser sees it."""
+    return posterior(vae, x_BCHW)[0]
+
+
+def posterior(vae: Any, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """z_BCHW and std_BCHW, float32: mean and standard deviation of the posterior, as the denoiser sees them."""
     x = x_BCHW.to(vae.device, vae.dtype)
-    posterior = vae.encode(x[:, :, None] if is_video(vae.config) else x).latent_dist
-    mean = posterior.mean.float()
-    return to_latent(mean[:, :, 0] if is_video(vae.config) else mean, vae.config)
+    found = vae.encode(x[:, :, None] if is_video(vae.config) else x).latent_dist
+    mean, std = (part[:, :, 0] if is_video(vae.config) else part for part in (found.mean.float(), found.std.float()))
+    if standardised(vae.config):
+        std = std / _channels(vae.config["latents_std"], std)
+    return to_latent(mean, vae.config), std * vae.config.get("scaling_factor", 1.0)
 
 
 def decode(vae: Any, z_BCHW: torch.Tensor) -> torch.Tensor:

@@ -239,6 +239,9 @@ class LatentModel(Protocol):
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """z_BCHW of pictures: the mean of the autoencoder's posterior, scaled."""
 
+    def posterior(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """z_BCHW and std_BCHW of pictures: mean and standard deviation of the posterior, scaled."""
+
     def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
         """x_BCHW (about [-1, 1], not clamped) of latents; differentiable."""
 

@@ -58,10 +58,15 @@ def to_picture(x_CHW: torch.Tensor) -> Image:
 
 @torch.no_grad()
 def encode_pictures(model: LatentModel, pictures: Sequence[Image]) -> torch.Tensor:
-    """Latents (B, C, H, W) of pictures, cropped to the model's size.
+    """Latents (B, C, H, W) of pictures as `cropped` has them."""
+    return model.encode(cropped(model, pictures))
 
-    Bicubic and with channels last, where inversion fits by Lanczos and has them first: words and inverters that were
-    learned from such latents stay as they are, to the last bit.
+
+def cropped(model: LatentModel, pictures: Sequence[Image]) -> torch.Tensor:
+    """x_BCHW of pictures that words and inverters are learned from, cropped to the model's size.
+
+    Bicubic and with channels last, where inversion fits by Lanczos and has them first: what was learned from such
+    pictures stays as it is, to the last bit.
     """
     x_BCHW = torch.stack([fit_picture(one, model.geometry.picture_size, resample="bicubic") for one in pictures])
-    return model.encode(x_BCHW.contiguous(memory_format=torch.channels_last))
+    return x_BCHW.contiguous(memory_format=torch.channels_last)

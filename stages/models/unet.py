@@ -143,6 +143,9 @@ class StableDiffusion:
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         return autoencoder.encode(self.vae, x_BCHW)
 
+    def posterior(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return autoencoder.posterior(self.vae, x_BCHW)
+
     def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(self.vae, z_BCHW)
 

@@ -23,7 +23,7 @@ def test_several_subjects_have_a_token_each(model):
     concept = read_concept(row, Templates())
     assert concept.tokens == ("<concept-0-1>", "<concept-0-2>")
     assert concept.subject_tokens == ("<concept-0-subject-1>", "<concept-0-subject-2>")
-    prompts = [prompt for _, prompt, _ in concept.examples(True)]
+    prompts = [prompt for _, (prompt,), _ in concept.examples(True)]
     assert prompts[0] == "Photo of a <concept-0-subject-1> that is <concept-0-1> in <concept-0-2>"
     assert prompts[-1] == "Photo of a <concept-0-subject-2>"
     learned = learn(model, [row], LegoSettings(steps=4, window=4), slots=1)[row["id"]]

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from stages.concepts.draws import draw
 from stages.concepts.prepare import prepare
 from stages.concepts.problem import LegoProblem
 from stages.concepts.settings import LegoSettings, Templates
+from stages.concepts.templates import OBJECT
 from stages.engine import gradients
 from stages.engine.adamw import RowAdamW
 from stages.engine.gradients import RowGradient
 from stages.engine.solver import solve
 from tests.support.concepts import concept_row, learn, opened
 from tests.support.tiny_stable_diffusion import build
+
+NEW = {"templates", "flip", "posterior"}
+TEXTS = {
+    None: ["Photo of a {}"],
+    "object": list(OBJECT),
+    ("a red {}", "small {} thing"): ["a red {}", "small {} thing"],
+}
 
 
 def plain_loop(folder: str, row: dict, settings: LegoSettings, seed: int) -> tuple[torch.Tensor, list[float]]:
@@ -48,17 +58,21 @@ def plain_loop(folder: str, row: dict, settings: LegoSettings, seed: int) -> tup
     }
 
     if settings.separation:
-        examples = [(True, "Photo of a <s> that is <a> in <b>", p) for p in row["with"]]
-        examples += [(False, "Photo of a <s>", p) for p in row["without"]]
+        examples = [(True, "<s> that is <a> in <b>", p) for p in row["with"]]
+        examples += [(False, "<s>", p) for p in row["without"]]
     else:
-        examples = [(True, "Photo of a <a> in <b>", p) for p in row["with"]]
-    latents = []
-    for _, _, picture in examples:
+        examples = [(True, "<a> in <b>", p) for p in row["with"]]
+
+    @cache
+    def posterior(which, mirrored):
+        picture = examples[which][2]
         side = min(picture.size)
         left, top = (picture.width - side) / 2, (picture.height - side) / 2
         square = picture.resize((16, 16), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        square = ImageOps.mirror(square) if mirrored else square
         pixels = torch.from_numpy(np.array(square)).float().permute(2, 0, 1)[None] / 127.5 - 1
-        latents.append(pipe.vae.encode(pixels).latent_dist.mean[0] * pipe.vae.config.scaling_factor)
+        return pipe.vae.encode(pixels).latent_dist
+
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     optimiser = torch.optim.AdamW([table], lr=settings.lr, weight_decay=0.0)
     losses = []
@@ -66,13 +80,19 @@ def plain_loop(folder: str, row: dict, settings: LegoSettings, seed: int) -> tup
         drawn = draw(settings, seed, row["id"], step, torch.tensor([e[0] for e in examples]), (4, 8, 8), 1000)
         optimiser.zero_grad()
         total = 0.0
-        for which, t, noise in zip(drawn.picture_K.tolist(), drawn.t_K, drawn.noise_KCHW, strict=True):
-            tokens = words(examples[which][1], padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
-            noisy = scheduler.add_noise(latents[which][None], noise[None], t[None])
+        for k, (which, t, noise) in enumerate(zip(drawn.picture_K.tolist(), drawn.t_K, drawn.noise_KCHW, strict=True)):
+            prompt = TEXTS[settings.templates][int(drawn.template_K[k])].format(examples[which][1])
+            tokens = words(prompt, padding="max_length", return_tensors="pt")["input_ids"]
+            found = posterior(which, bool(drawn.flip_K[k]))
+            z = found.mean[0]
+            if settings.posterior == "sample":
+                z = z + (0.5 * found.logvar[0]).exp() * drawn.posterior_KCHW[k]
+            z = z * pipe.vae.config.scaling_factor
+            noisy = scheduler.add_noise(z[None], noise[None], t[None])
             out = unet(noisy, t, encoder(tokens)[0]).sample
             target = noise[None]
             if scheduler.config.prediction_type == "v_prediction":
-                target = scheduler.get_velocity(latents[which][None], noise[None], t[None])
+                target = scheduler.get_velocity(z[None], noise[None], t[None])
             total = total + ((out - target) ** 2).mean() / settings.pictures
         losses.append(total.item())
         if settings.context != "none":
@@ -113,6 +133,54 @@ def test_one_concept_equals_a_plain_textual_inversion_loop(folder, model, separa
     assert [point["step"] for point in curve] == [25, 50]
     assert curve[0]["loss"] == pytest.approx(np.mean(losses[:25]), rel=1e-4)
     assert curve[1]["loss"] == pytest.approx(np.mean(losses[25:]), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A model that reads the longest of the official texts, letter by letter."""
+    folder = build(tmp_path_factory.mktemp("long"), length=32)
+    return folder, opened(folder)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        {"separation": False, "context": "none", "templates": "object", "flip": True, "posterior": "sample"},
+        {"templates": ("a red {}", "small {} thing"), "flip": True, "posterior": "sample"},
+        {"templates": ("a red {}", "small {} thing"), "posterior": "mean"},
+        {"flip": True},
+    ],
+    ids=["textual inversion", "Lego", "templates alone", "flips alone"],
+)
+def test_templates_flips_and_posterior_samples_are_what_a_plain_loop_trains_on(long, script):
+    """In slots beside other concepts."""
+    folder, model = long
+    settings = LegoSettings(steps=8, window=8, context_weight=0.05, **script)
+    rows = [concept_row(i) for i in range(3)]
+    words = 3 if settings.separation else 2
+    found = learn(model, rows, settings, slots=2)["concept-1"]
+    expected, losses = plain_loop(folder, rows[1], settings, seed=7)
+    assert np.abs(found["embeddings"][:words] - expected.numpy()[:words]).max() < 1e-4
+    assert json.loads(found["curve"])[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert found["pictures"] == 3 + 2 * settings.separation
+    without = settings.model_copy(update=dict.fromkeys(NEW))
+    plain = learn(model, rows[1:2], without, slots=1)["concept-1"]
+    assert np.abs(plain["embeddings"] - found["embeddings"]).max() > 1e-3
+
+
+def test_a_job_without_them_is_settled_described_and_checkpointed_as_before(model, tmp_path):
+    """Nothing is drawn, and the file of a checkpoint keeps the name that it had before there were any (7f29c01)."""
+    settings = LegoSettings(steps=2, window=2)
+    assert not settings.model_dump().keys() & NEW
+    learned = learn(model, [concept_row(0)], settings, slots=1, checkpoints=str(tmp_path))["concept-0"]
+    assert not json.loads(learned["settings"]).keys() & (NEW - {"templates"})
+    prepared = prepare(concept_row(0), model, settings, Templates(), max_words=4, root="")
+    described = ["concept-0", 7, settings.model_dump(), prepared.tokens, 32, prepared.with_I.tolist()]
+    digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16)
+    z_ICHW, ids_EIT, which_EIT = prepared.as_they_are()
+    for tensor in (z_ICHW, prepared.start_VE, *ids_EIT, *which_EIT, *prepared.positive, *prepared.negative):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    assert [file.name for file in tmp_path.iterdir()] == [f"concept-0-{digest.hexdigest()}.safetensors"]
 
 
 def test_v_prediction_equals_the_plain_loop(tmp_path):
@@ -175,7 +243,7 @@ def test_a_concept_whose_loss_is_not_finite_fails_alone(model):
     settings = LegoSettings(steps=4, window=2)
     rows = [concept_row(0), concept_row(1)]
     ready = [{**r, "prepared": prepare(r, model, settings, Templates(), max_words=4, root="")} for r in rows]
-    ready[1]["prepared"].z_ICHW.fill_(float("nan"))
+    ready[1]["prepared"].z_IFCHW.fill_(float("nan"))
     problem = LegoProblem(model, settings, slots=2, max_words=4, seed=7)
     learned = {row["id"]: row for row in solve(problem, ready)}
     assert "lower lr" in learned["concept-1"]["error"]

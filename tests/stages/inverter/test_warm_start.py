@@ -24,13 +24,13 @@ def test_warm_start_brings_prompts_near_the_inverted_latents(folder, model, tmp_
     inverter = TextInverter(InverterShape(text=(16, 32), **SMALL)).eval().requires_grad_(False)
     prepared = prepare(concept_row(0), model, LegoSettings(), Templates(), max_words=4, root="")
     encoders = model.text_encoders
-    ids, which = prepared.ids_EIT, prepared.which_EIT
+    z_ICHW, ids, which = prepared.as_they_are()
 
     def distance(v):
-        text, _ = encode(encoders, ids, which, v.expand(len(prepared.z_ICHW), -1, -1))
-        return (text - inverter(prepared.z_ICHW)[0]).square().mean().item()
+        text, _ = encode(encoders, ids, which, v.expand(len(z_ICHW), -1, -1))
+        return (text - inverter(z_ICHW)[0]).square().mean().item()
 
-    moved = warm_start(encoders, inverter, prepared.z_ICHW, ids, which, prepared.start_VE, steps=30, lr=1e-2)
+    moved = warm_start(encoders, inverter, z_ICHW, ids, which, prepared.start_VE, steps=30, lr=1e-2)
     assert distance(moved) < distance(prepared.start_VE)
     inverter.save(str(tmp_path))
     options = {"settings": {"steps": 2, "window": 2}, "slots": 1}
@@ -47,13 +47,12 @@ def test_float16_keeps_the_gradient_near_the_aim(model, tmp_path, monkeypatch):
     inverter.std_TK.fill_(200.0)
     prepared = prepare(concept_row(0), model, LegoSettings(), Templates(), max_words=4, root="")
 
+    z_ICHW, ids, which = prepared.as_they_are()
+
     def gradient(of) -> torch.Tensor:
         seen = []
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(self.param_groups[0]["params"][0].grad))
-        warm_start(
-            of.text_encoders, inverter, prepared.z_ICHW, prepared.ids_EIT, prepared.which_EIT, prepared.start_VE,
-            steps=1, lr=1e-2,
-        )  # fmt: skip
+        warm_start(of.text_encoders, inverter, z_ICHW, ids, which, prepared.start_VE, steps=1, lr=1e-2)
         return seen[0].flatten().double()
 
     reference, scaled = gradient(model), gradient(half)
