@@ -6,12 +6,13 @@ OUT ?= out/quickstart
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test bench lint format clean help
+.PHONY: quickstart test bench gpu lint format clean help
 
 help:
 	@echo "make quickstart   the miniature world end to end: a reference, inversions, a report ($(OUT)/report.html)"
 	@echo "make test         the whole test suite"
 	@echo "make lint         ruff and mypy"
+	@echo "make gpu          what one GPU makes of every method, in 8 minutes, with the machine's own torch (GPU=options)"
 	@echo "make bench        the benchmarks (long)"
 
 # torch first: the pin admits whatever build of that release the index offers (CPU, CUDA, ROCm).
@@ -38,9 +39,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# No virtual environment of its own: the torch that knows the card is the machine's.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
+
 bench: $(READY)
 	$(BIN)/latentmill run-job benchmarks/index/reference.yaml --output out/bench-reference
-	@for module in $$(grep -l __main__ benchmarks/*/*.py); do \
+	@for module in $$(grep -l __main__ benchmarks/*/*.py | grep -v benchmarks/gpu/); do \
 		name=$$(echo $${module%.py} | tr / .); \
 		echo "== $$name"; $(BIN)/python -m $$name || exit 1; \
 	done

@@ -44,12 +44,13 @@ def fetched(address: str, below: Iterable[str]) -> Path:
 
 def _fill(filesystem: Any, folder: str, facts: bytes, part: Path) -> None:
     """Fetch all files, and check them."""
-    for info in patiently(lambda: filesystem.ls(folder, detail=True)):
-        name = info["name"].rpartition("/")[2]
+    found = patiently(lambda: filesystem.find(folder, detail=True))
+    for path, info in found.items():
+        name = path[len(folder) :].lstrip("/")
         if name and name != FACTS and info["type"] == "file":
             fetch(filesystem, info, part / name)
-    for file in part.iterdir():
-        _check_record(file, f"{folder}/{file.name}")
+    for file in (file for file in part.rglob("*") if file.is_file()):
+        _check_record(file, f"{folder}/{file.relative_to(part)}")
     (part / FACTS).write_bytes(facts)
 
 

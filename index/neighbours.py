@@ -34,6 +34,10 @@ TRAIN_ROWS_PER_LIST = 64  # FAISS wants at least 39
 RECALL_AT = (1, 10, 100)
 SEED = 20_240_117
 NPROBES = (1, *(n * 2**i for i in range(15) for n in (2, 3)))  # 1, 2, 3, 4, 6, 8, 12, ...
+TOLD = (
+    "factory", "nprobe", "recall", "queries", "text_recall", "text_queries", "index_bytes", "checksum",
+)  # fmt: skip
+"""What the facts of a whole repeat of its index."""
 GPU_MOST = 2048  # neighbours, and lists looked into, that FAISS can handle on a GPU
 
 

@@ -9,6 +9,7 @@ On disk, in the folder ``reference`` of the job's output::
     vectors.npy                            raw embeddings (N, E), norm kept
     rows.arrow                             id of each row, and where its other columns are: part file and row in it
     index.faiss, index.faiss.json          nearest neighbours (`index.neighbours`); on disk: index.ivfdata as well
+    captions                               of a captioned one: its texts (`index.captions`)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from index import gaussian, neighbours
+from index import captions, gaussian, joint, neighbours
 from index.copies import fetched
 from pipeline import record
 
@@ -36,10 +37,8 @@ HALF_SURPLUS, HALF_SPARE = 4, 64  # candidates from vectors in float16: so many 
 RESIDENT_SHARE = 0.25  # of the device's free memory, for vectors or an index; above it they stay on the host
 
 
-TOLD = (
-    "factory", "nprobe", "recall", "queries", "text_recall", "text_queries", "index_bytes", "checksum",
-)  # fmt: skip
-"""What ``reference.json`` repeats of the index."""
+CAPTIONS_TOLD = ("captioned", "text_dim", "modality_gap", "matched_cosine")
+"""What ``reference.json`` repeats of the captions."""
 
 
 class ReferenceMismatch(ValueError):
@@ -124,6 +123,11 @@ class Reference:
     def mean_norm(self) -> float:
         """Mean Euclidean norm of the raw embeddings."""
         return self.gaussian.mean_norm
+
+    @cached_property
+    def captions(self) -> captions.Captions | None:
+        """Its texts; None where it was made without captions."""
+        return captions.Captions.open(self.path) if self.facts.get("captions") else None
 
     @cached_property
     def table(self) -> pa.Table:
@@ -301,6 +305,19 @@ class Origin:
     shrinkage: gaussian.Shrinkage
 
 
+@dataclass(frozen=True)
+class Captioned:
+    """What captions add to a reference.
+
+    Attributes:
+        texts: Yields the shards' text embeddings in order; called only if they are not gathered yet.
+        pairs: Joint statistics of all captioned rows.
+    """
+
+    texts: Callable[[], Iterable[captions.Texts]]
+    pairs: joint.Pairs
+
+
 def build(
     folder: Path,
     origin: Origin,
@@ -309,6 +326,7 @@ def build(
     moments: Callable[[], Iterable[gaussian.Moments]],
     step: neighbours.Step = lambda name, done, total: None,
     texts: neighbours.Texts | None = None,
+    captioned: Captioned | None = None,
 ) -> dict[str, Any]:
     """Make a reference in a folder, or go on where an earlier call was stopped.
 
@@ -317,6 +335,7 @@ def build(
         moments: Yields the shards' statistics in order.
         step: Told of progress: name, done, total.
         texts: See `neighbours.build`.
+        captioned: Text embeddings of captions, and the joint statistics; None: there are none.
 
     Returns:
         The contents of ``reference.json``.
@@ -341,14 +360,19 @@ def build(
     vectors_NE = np.load(folder / "vectors.npy", mmap_mode="r")
     made_from = {"vectors": gathered["checksum"]}
     built = neighbours.build(vectors_NE, origin.shard_rows, folder, plan, made_from, step, texts)
+    told: dict[str, Any] = {}
+    if captioned is not None:
+        described = captions.build(folder, facts, plan, captioned.texts, captioned.pairs, step)
+        told["captions"] = {name: described[name] for name in CAPTIONS_TOLD}
     described = {
         **facts,
+        **told,
         "encoder": dict(origin.encoder) if origin.encoder else None,
         "text_encoder": dict(origin.text_encoder) if origin.text_encoder else None,
         "vectors": gathered["checksum"],
         "mean_norm": normal.mean_norm,
         "shrinkage": normal.shrinkage,
-        "index": {name: built[name] for name in TOLD if name in built},
+        "index": {name: built[name] for name in neighbours.TOLD if name in built},
     }
     record.write_facts(folder / "reference.json", described)
     return described

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.inversion.table import world_rows
+from benchmarks.inversion.pictures import world_rows
 from stages.inversion import schemes
 from stages.inversion.engine import InversionProblem
 from stages.inversion.metrics import measure_pictures

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.inversion.table import RESULTS, photograph_rows, world_rows
+from benchmarks.inversion.pictures import photograph_rows, world_rows
+from benchmarks.inversion.table import RESULTS
 from benchmarks.ovi.setting import machine
 from pipeline.contract import Row, batches
 from stages.engine.solver import Occupancy, solve

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.inversion.table import world_rows
+from benchmarks.inversion.pictures import world_rows
 from micro import world
 from stages.engine import slots
 from stages.inversion import engine, ilb

@@ -16,20 +16,28 @@ from jobs.page.html import Exhibit, Html, escape, gallery, table
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
-from pipeline.contract import Settings, StageSpec, speed
-from stages.embed.settings import AdoptSettings, ComputedEmbeddings, EmbedSettings, StoredEmbeddings
+from pipeline.contract import Settings, StageSpec, added, speed
+from stages.embed.settings import (
+    AdoptSettings,
+    Captions,
+    CaptionSettings,
+    ComputedEmbeddings,
+    EmbedSettings,
+    StoredEmbeddings,
+)
 from stages.models.names import ModelName
 
 if TYPE_CHECKING:
     import numpy as np
 
     import pipeline.run.driver
+    from index.captions import Texts
     from index.reference import Origin, Shard
     from pipeline.output.dataset import Output
     from pipeline.storage import Folder
 
 
-CAPTIONS = ("caption", "text", "prompt")
+CAPTION_NAMES = ("caption", "text", "prompt")
 """Names that captions go by, in this order."""
 
 
@@ -63,6 +71,9 @@ class Reference(ComputedEmbeddings, RowJob):
     shrinkage: float | Literal["ledoit-wolf"] = "ledoit-wolf"
     """Of the covariance, towards a multiple of the identity: a fixed share in [0, 1], or Ledoit and Wolf's estimate."""
     index: IndexSettings = IndexSettings()
+    captions: Captions | None = added()
+    """Embed the pictures' captions too, and keep joint statistics of both: what the priors of ``invert-prompts`` that
+    need no training rest on. ``true``: the input's own (columns ``prompt``, ``text`` or ``caption``)."""
 
     @model_validator(mode="after")
     def _complete(self) -> Reference:
@@ -76,10 +87,24 @@ class Reference(ComputedEmbeddings, RowJob):
         return self
 
     def stage(self) -> StageSpec:
+        captions = self._captions()
         if self.given == "pictures":
-            return StageSpec.of("stages.embed.stage:Embed", self.part(EmbedSettings))
-        adopted = AdoptSettings(dim=self._width(), **dict(self.part(StoredEmbeddings)))
+            return StageSpec.of("stages.embed.stage:Embed", self.part(EmbedSettings, captions=captions))
+        adopted = AdoptSettings(dim=self._width(), captions=captions, **dict(self.part(StoredEmbeddings)))
         return StageSpec.of("stages.embed.stage:Adopt", adopted)
+
+    def _captions(self) -> CaptionSettings | None:
+        """Captions with the text encoder that embeds them: the one named, or the one beside the image encoder."""
+        from stages.models.clip import has_text_encoder
+
+        if self.captions is None:
+            return None
+        revision = None if self.text_encoder else self.revision
+        text = self.text_encoder or self.encoder
+        if text is None or not (self.text_encoder or has_text_encoder(text, revision)):
+            said = "no encoder is named" if text is None else f"{text} has no text encoder"
+            raise ValueError(f"captions: {said}; name one with `text_encoder`, so that captions can be embedded")
+        return CaptionSettings(encoder=text, revision=revision, **dict(self.captions))
 
     def _width(self) -> int:
         from stages.models.clip import embedding_width
@@ -94,7 +119,7 @@ class Reference(ComputedEmbeddings, RowJob):
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
         """Merge the shards' statistics, and build the index: both go on where an earlier call was killed."""
-        from index import gaussian, neighbours, reference
+        from index import gaussian, joint, neighbours, reference
         from index.copies import local_copy
 
         output = finished.output
@@ -108,7 +133,14 @@ class Reference(ComputedEmbeddings, RowJob):
         moments = (gaussian.Moments.from_arrays(arrays) for arrays in finished.summaries())
         origin = self._origin(output)
         texts = None if origin.text_encoder is None else partial(self._texts, finished, origin.text_encoder)
-        reference.build(folder, origin, plan, lambda: shards_of(finished), lambda: moments, texts=texts)
+        captioned = None
+        if self.captions is not None:
+            pairs = joint.merge(joint.Pairs.from_arrays(_below("pairs.", each)) for each in finished.summaries())
+            if pairs.rows:
+                captioned = reference.Captioned(lambda: texts_of(finished), pairs)
+        reference.build(
+            folder, origin, plan, lambda: shards_of(finished), lambda: moments, texts=texts, captioned=captioned
+        )  # fmt: skip
         if remote:
             _upload(folder, output.folder, reference.FOLDER)
 
@@ -116,7 +148,7 @@ class Reference(ComputedEmbeddings, RowJob):
         """Embeddings of texts to tune the index on: of captions where the job keeps some."""
         from stages.embed.queries import query_embeddings, sample_captions
 
-        name = next((name for name in CAPTIONS if name in self.keep), None)
+        name = next((name for name in CAPTION_NAMES if name in self.keep), None)
         captions: list[str] = []
         if name is not None:
             columns = (table[name].to_pylist() for table in finished.tables([name]))
@@ -195,10 +227,30 @@ def shards_of(finished: pipeline.run.driver.Finished) -> Iterator[Shard]:
         yield Shard(record.shard, good["id"].to_pylist(), rows_N, flat.reshape(-1, width))
 
 
+def texts_of(finished: pipeline.run.driver.Finished) -> Iterator[Texts]:
+    """The embedded captions of each committed shard, in order; rows are numbered as in `shards_of`."""
+    import numpy as np
+
+    from index.captions import Texts
+
+    start = 0
+    for rows in finished.tables(["status", "text_embedding"]):
+        good = rows.take(np.flatnonzero(rows["status"].to_numpy(zero_copy_only=False) == "ok")).combine_chunks()
+        held_N = np.flatnonzero(good["text_embedding"].is_valid().to_numpy(zero_copy_only=False))
+        column = good["text_embedding"].take(held_N).combine_chunks()
+        flat = np.asarray(column.flatten())
+        yield Texts(held_N + start, flat.reshape(len(held_N), column.type.list_size))
+        start += len(good)
+
+
+def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
 def _upload(folder: Path, target: Folder, below: str) -> None:
-    files = sorted(folder.iterdir(), key=lambda file: file.name == "reference.json")  # which says that all is there
-    for file in files:
-        upload = target.begin(f"{below}/{file.name}")
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == "reference.json"):  # which says that all is there
+        upload = target.begin(f"{below}/{file.relative_to(folder)}")
         with file.open("rb") as source:
             while block := source.read(8 << 20):
                 upload.write(block)
@@ -229,6 +281,7 @@ def _facts(view: View) -> Html:
         ["lists looked into", made["nprobe"] or "all"],
         ["measured recall", f"{recall} ({made['queries']:,} rows against exact search, own match left out)"],
         ["measured recall of texts", _text_recall(made)],
+        ["captions", _captions_told(facts)],
         ["queries a second", f"{rate:,.0f} on the machine that built it" if rate else "not measured"],
     ]
     return table(["", ""], rows)
@@ -241,6 +294,17 @@ def _text_recall(made: Mapping[str, Any]) -> str:
         return "not measured"
     found = ", ".join(f"@{k} {value:.3f}" for k, value in made["text_recall"].items())
     return f"{found} ({made['text_queries']:,} texts against exact search)"
+
+
+def _captions_told(facts: Mapping[str, Any]) -> str:
+    told = facts.get("captions")
+    if not told:
+        return "none"
+    without = facts["rows"] - told["captioned"]
+    counted = f"{told['captioned']:,} rows, {without:,} have none"
+    if told["modality_gap"] is None:
+        return counted
+    return f"{counted}; modality gap {told['modality_gap']:.3f}, cosine to the own picture {told['matched_cosine']:.3f}"
 
 
 def _norms(view: View) -> Html:

@@ -239,6 +239,21 @@ def check_pictures(source: Source, seen: Seen, reads: Reads) -> None:
             )
 
 
+def check_texts(source: Source, seen: Seen, reads: Reads) -> None:
+    """A stage that looks for a text under several names would go without one in every row.
+
+    Raises:
+        SourceError: The input tells its columns, or the mapping does, and none of these is among them.
+    """
+    names = [name for name, form in (reads or {}).items() if form == "text?"]
+    told = list(source.columns) or (seen.names if seen.schema is not None else [])
+    if names and told and "text" not in (reads or {}).values() and not set(names) & set(told):
+        raise SourceError(
+            f"the job reads texts from {' or '.join(names)}; there is no such column, but {', '.join(told)}. "
+            f"Write: columns: {{{names[0]}: ...}}, with what else is to be read"
+        )
+
+
 def _holds_text(source: Source, column: str) -> bool:
     """Whether the first row of one of the first files has a text there: pictures have the column, text or not."""
     plain = replace(source, variants={}, id=None)

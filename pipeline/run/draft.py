@@ -18,7 +18,7 @@ from pipeline.input.read import wanted_columns
 from pipeline.input.rows import Wanted
 from pipeline.input.source import Source
 from pipeline.output import schema as columns_of
-from pipeline.run.columns import Watched, check_pictures, look, unused_captions
+from pipeline.run.columns import Watched, check_pictures, check_texts, look, unused_captions
 from pipeline.storage import Folder
 
 
@@ -93,6 +93,7 @@ def draft(spec: RunSpec) -> Draft:
     wanted = wanted_columns(source, spec.keep)
     seen = look(source, spec.keep, spec.limit, info.reads)
     check_pictures(source, seen, info.reads)
+    check_texts(source, seen, info.reads)
     kept = {name: (wanted or {}).get(name, name) for name in spec.keep}
     fields = [seen.field(name, column) for name, column in kept.items()]
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.contract import Settings, added, speed
 from stages.models.names import ModelName
@@ -35,11 +35,41 @@ class ComputedEmbeddings(StoredEmbeddings):
     """Threads a worker that prepare pictures for the encoder."""
 
 
+class Captions(Settings):
+    """Where the captions of the pictures are. ``true`` stands for the input's own; a path for that of a second file."""
+
+    path: str | None = None
+    """A second file, Parquet, CSV or JSONL, with a caption for each id. Left out: the input's columns ``prompt``,
+    ``text`` and ``caption``, the first that holds a text."""
+    id: str = "id"
+    """The second file's column with the ids of the input's rows."""
+    prompt: str = "prompt"
+    """The second file's column with the captions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if value is True:
+            return {}
+        return {"path": value} if isinstance(value, str) else value
+
+
+class CaptionSettings(Captions):
+    """Captions, and what embeds them."""
+
+    encoder: ModelName
+    """Folder or hub id of the text encoder."""
+    revision: str | None = None
+    """Of it on the hub."""
+
+
 class EmbedSettings(ComputedEmbeddings):
     """Pictures to embeddings."""
 
     encoder: ModelName
     """There is no embedding without one."""
+    captions: CaptionSettings | None = added()
+    """Embed the pictures' captions too."""
 
 
 class AdoptSettings(StoredEmbeddings):
@@ -47,3 +77,5 @@ class AdoptSettings(StoredEmbeddings):
 
     dim: int = Field(ge=1)
     """Width that every embedding must have."""
+    captions: CaptionSettings | None = added()
+    """Embed the pictures' captions too."""

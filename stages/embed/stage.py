@@ -13,10 +13,13 @@ from itertools import islice
 import numpy as np
 import torch
 
+from index import joint
 from index.gaussian import Accumulator
-from pipeline.contract import Column, Row, StageInfo, failed, ok
+from pipeline.contract import Column, Form, Row, StageInfo, failed, ok
+from stages.embed import captions
+from stages.embed.captions import Captioner
 from stages.embed.preparation import Preparation
-from stages.embed.settings import AdoptSettings, EmbedSettings, StoredEmbeddings
+from stages.embed.settings import AdoptSettings, EmbedSettings
 from stages.engine.device import chosen_device
 from stages.engine.passthrough import in_batches
 from stages.models.clip import ImageEncoder, embedding_width, identity
@@ -27,27 +30,60 @@ MEMORY_SHARE = 0.6  # of the device's free memory
 
 
 class Statistics:
-    """Counts and Gaussian sums of a shard's embeddings, as they are stored."""
+    """Counts and Gaussian sums of a shard's embeddings, as they are stored.
 
-    def __init__(self, dim: int) -> None:
-        self._dim = dim
-        self._sums = Accumulator(dim)
+    Args:
+        texts: Width of the captions' embeddings; None: there are no captions.
+    """
 
-    def add(self, z_BE: np.ndarray) -> None:
-        self._sums.add(z_BE)
+    def __init__(self, dim: int, texts: int | None = None) -> None:
+        self._dim, self._texts = dim, texts
+        self._start()
+
+    def _start(self) -> None:
+        self._sums = Accumulator(self._dim)
+        self._pairs = None if self._texts is None else joint.Accumulator(self._texts, self._dim)
+
+    def add(self, rows: list[Row]) -> None:
+        """Rows with an ``embedding``; those with a ``text_embedding`` too count for the joint statistics."""
+        if rows:
+            self._sums.add(np.stack([row["embedding"] for row in rows]))
+        both = [row for row in rows if row.get("text_embedding") is not None]
+        if both and self._pairs is not None:
+            self._pairs.add(*(np.stack([row[name] for row in both]) for name in ("text_embedding", "embedding")))
 
     def take(self) -> dict[str, np.ndarray]:
-        """The shard's sums as arrays; starts the next shard's."""
+        """The shard's sums as arrays, those of captioned rows under ``pairs.``; starts the next shard's."""
         arrays = self._sums.moments().to_arrays()
-        self._sums = Accumulator(self._dim)
+        if self._pairs is not None:
+            arrays |= {f"pairs.{name}": array for name, array in self._pairs.pairs().to_arrays().items()}
+        self._start()
         return arrays
 
 
-def _columns(dim: int, settings: StoredEmbeddings) -> tuple[Column, ...]:
-    return (
+def _described(
+    dim: int, settings: EmbedSettings | AdoptSettings, metadata: dict[str, str], given: dict[str, Form]
+) -> StageInfo:
+    """What both stages say of themselves; `given` is what they read of a row beside a caption."""
+    models = {}
+    if settings.encoder is not None:
+        pickles = settings.allow_pickle
+        models["image_encoder"] = identity(settings.encoder, "image", settings.revision, allow_pickle=pickles)
+    columns = (
         Column("embedding", "tensor", (dim,), settings.dtype, doc="raw projected image embedding, norm kept"),
         Column("norm", "float32", doc="Euclidean norm of the embedding"),
     )
+    if settings.captions is None:
+        return StageInfo(columns, models, metadata, given)
+    return StageInfo(
+        (*columns, *captions.columns(settings.captions, settings)),
+        {**models, **captions.models(settings.captions, settings)}, metadata,
+        {**given, **captions.reads(settings.captions)},
+    )  # fmt: skip
+
+
+def _captioner(settings: EmbedSettings | AdoptSettings, device: str) -> Captioner | None:
+    return None if settings.captions is None else Captioner(settings.captions, settings, device)
 
 
 class Embed:
@@ -65,22 +101,18 @@ class Embed:
     def __init__(self, settings: EmbedSettings, device: str | None = None) -> None:
         self.device = chosen_device(device)
         precision = getattr(torch, settings.precision)
-        self.encoder = ImageEncoder(
-            settings.encoder, settings.revision, self.device, precision, settings.allow_pickle
-        )
+        self.encoder = ImageEncoder(settings.encoder, settings.revision, self.device, precision, settings.allow_pickle)
         self.dtype, self.threads = settings.dtype, settings.threads
         self.preparation = Preparation(self.encoder.processor, self.device)
-        self.statistics = Statistics(embedding_width(settings.encoder, settings.revision))
+        self.captioner = _captioner(settings, self.device)
+        width = embedding_width(settings.encoder, settings.revision)
+        self.statistics = Statistics(width, self.captioner.width if self.captioner else None)
         self.batch_size = settings.batch_size or self._fitting_batch()
 
     @staticmethod
     def describe(settings: EmbedSettings) -> StageInfo:
         dim = embedding_width(settings.encoder, settings.revision)
-        pickles = settings.allow_pickle
-        models = {"image_encoder": identity(settings.encoder, "image", settings.revision, allow_pickle=pickles)}
-        return StageInfo(
-            _columns(dim, settings), models, {"embedding.precision": settings.precision}, {"image": "picture"}
-        )
+        return _described(dim, settings, {"embedding.precision": settings.precision}, {"image": "picture"})
 
     def take_summary(self) -> dict[str, np.ndarray]:
         return self.statistics.take()
@@ -146,14 +178,16 @@ class Embed:
     def _outputs(self, rows: list[Row], z_BE: torch.Tensor) -> Iterator[Row]:
         with np.errstate(over="ignore"):  # what does not fit becomes infinite, and fails its row below
             stored_BE = z_BE.float().cpu().numpy().astype(self.dtype)
-        exact_BE = stored_BE.astype(np.float64)
-        norm_B = np.linalg.norm(exact_BE, axis=1)
-        self.statistics.add(exact_BE[np.isfinite(norm_B)])
+        norm_B = np.linalg.norm(stored_BE.astype(np.float64), axis=1)
+        good: list[Row] = []
         for row, z_E, norm in zip(rows, stored_BE, norm_B, strict=True):
             if np.isfinite(norm):
-                yield ok(row, embedding=z_E, norm=float(norm))
+                good.append(ok(row, embedding=z_E, norm=float(norm)))
             else:
                 yield failed(row, f"the embedding does not fit {self.dtype}, or is not a number; try float32")
+        good = self.captioner(good) if self.captioner else good
+        self.statistics.add(good)
+        yield from good
 
     @torch.inference_mode()
     def _fitting_batch(self) -> int:
@@ -182,17 +216,12 @@ class Adopt:
 
     def __init__(self, settings: AdoptSettings) -> None:
         self.settings = settings
-        self.statistics = Statistics(settings.dim)
+        self.captioner = _captioner(settings, chosen_device(None))
+        self.statistics = Statistics(settings.dim, self.captioner.width if self.captioner else None)
 
     @staticmethod
     def describe(settings: AdoptSettings) -> StageInfo:
-        encoder, revision, pickles = settings.encoder, settings.revision, settings.allow_pickle
-        models = {}
-        if encoder is not None:
-            models["image_encoder"] = identity(encoder, "image", revision, allow_pickle=pickles)
-        return StageInfo(
-            _columns(settings.dim, settings), models, {"embedding.adopted": "true"}, {"embedding": "value"}
-        )
+        return _described(settings.dim, settings, {"embedding.adopted": "true"}, {"embedding": "value"})
 
     def take_summary(self) -> dict[str, np.ndarray]:
         return self.statistics.take()
@@ -202,7 +231,7 @@ class Adopt:
 
     def _checked(self, rows: list[Row]) -> Iterator[Row]:
         dim, dtype = self.settings.dim, self.settings.dtype
-        good: list[np.ndarray] = []
+        good: list[Row] = []
         for row in rows:
             try:
                 with np.errstate(over="ignore"):
@@ -215,8 +244,8 @@ class Adopt:
             elif not np.isfinite(z_E).all():
                 yield failed(row, f"the embedding does not fit {dtype}, or is not a number")
             else:
-                good.append(z_E)
                 norm = float(np.linalg.norm(z_E.astype(np.float64)))
-                yield ok(row, embedding=z_E, norm=norm)
-        if good:
-            self.statistics.add(np.stack(good))
+                good.append(ok(row, embedding=z_E, norm=norm))
+        good = self.captioner(good) if self.captioner else good
+        self.statistics.add(good)
+        yield from good

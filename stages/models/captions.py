@@ -1,4 +1,4 @@
-"""What a text encoder makes of a prompt before it reads it: how many tokens it has, and whether some are cut off.
+"""Where a row's prompt is, and what a text encoder makes of it before it reads it: how many tokens, how many cut off.
 
 Weights in prompts, ``(word:1.3)``, are not understood by any encoder here: brackets, colon and number are read as text,
 as diffusers' pipelines read them.
@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pipeline.contract import Column
+from pipeline.contract import Column, Form, Row
+
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+"""Where the prompt is looked for, in this order."""
+PROMPT_READS: dict[str, Form] = dict.fromkeys(PROMPT_COLUMNS, "text?")
+
+
+def prompt_of(row: Row) -> str | None:
+    """The row's prompt: the first of `PROMPT_COLUMNS` that holds a text."""
+    return next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), None)
 
 
 class Reader(NamedTuple):

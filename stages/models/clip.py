@@ -97,6 +97,15 @@ def embedding_width(path: str, revision: str | None = None) -> int:
     return int(getattr(config, "projection_dim", None) or vision.projection_dim)
 
 
+def text_width(path: str, revision: str | None = None) -> int:
+    """Width of the text embeddings, read from the configuration alone."""
+    config = _config(locate(path, "text", revision))
+    text = getattr(config, "text_config", config)
+    if "siglip" in config.model_type:
+        return int(text.projection_size)
+    return int(getattr(config, "projection_dim", None) or text.projection_dim)
+
+
 def vision_width(path: str, revision: str | None = None) -> int:
     """D, the image encoder's own width, read from the configuration alone."""
     config = _config(locate(path, "image", revision))

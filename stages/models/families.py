@@ -21,7 +21,12 @@ FLOWS: dict[str, type[FlowTransformer]] = {
 """By the class of the pipeline."""
 
 
-def _family(settings: LatentModelSettings) -> type[StableDiffusion] | type[FlowTransformer]:
+def family_of(settings: LatentModelSettings) -> type[StableDiffusion] | type[FlowTransformer]:
+    """The class of models that a folder's belongs to.
+
+    Raises:
+        ValueError: It is of no known family, or cannot be read.
+    """
     from diffusers import DiffusionPipeline
 
     path = settings.model
@@ -55,7 +60,7 @@ def read_geometry(settings: LatentModelSettings) -> Geometry:
     Raises:
         ValueError: No model of a known family, or settings that do not fit it.
     """
-    return _family(settings).read_geometry(settings)
+    return family_of(settings).read_geometry(settings)
 
 
 def open_latent_model(settings: LatentModelSettings) -> LatentModel:
@@ -64,5 +69,5 @@ def open_latent_model(settings: LatentModelSettings) -> LatentModel:
     Raises:
         ValueError: No model of a known family, or settings that do not fit it.
     """
-    family = _family(settings)
+    family = family_of(settings)
     return family.load(settings, family.read_geometry(settings))

@@ -57,7 +57,7 @@ class Flux(FlowTransformer):
         tokens_BNC = (network or self.transformer)(
             hidden_states=pack(z_BCHW).to(dtype), timestep=t_B.to(dtype) / 1000, guidance=told,
             pooled_projections=condition["pooled_BE"].to(dtype), encoder_hidden_states=text_BLE,
-            txt_ids=torch.zeros(text_BLE.shape[1], 3, **like), img_ids=image_ids(H // 2, W // 2).to(**like),
+            txt_ids=torch.zeros(text_BLE.shape[1], 3, **like), img_ids=image_ids(H // 2, W // 2, **like),
             return_dict=False,
         )[0]  # fmt: skip
         return unpack(tokens_BNC.float(), H, W)
@@ -70,7 +70,8 @@ class Flux(FlowTransformer):
         return partial(self.forward, guidance=guidance)
 
 
-def image_ids(height: int, width: int) -> torch.Tensor:
-    """(N, 3): zero, row and column of each token."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+def image_ids(height: int, width: int, **like: Any) -> torch.Tensor:
+    """(N, 3): zero, row and column of each token; made where they are needed, `like` saying device and type."""
+    sides = (torch.arange(side, **like) for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)

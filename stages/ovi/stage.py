@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
 from stages.engine.device import chosen_device
 from stages.models import clip, kandinsky
-from stages.models.captions import TOKEN_COLUMNS, token_counts
+from stages.models.captions import PROMPT_COLUMNS, PROMPT_READS, TOKEN_COLUMNS, prompt_of, token_counts
 from stages.models.copies import here
 from stages.models.fingerprint import describe_model
 from stages.ovi import scoring
@@ -22,11 +22,7 @@ from stages.ovi.methods import build
 from stages.ovi.settings import OVI, InvertPromptsSettings, TrainedPrior
 from stages.ovi.summary import Summary
 
-PROMPT_COLUMNS = ("prompt", "text", "caption")
-"""Where the prompt is looked for, in this order."""
-_READS: dict[str, Form] = {
-    **dict.fromkeys(PROMPT_COLUMNS, "text?"), **dict.fromkeys(scoring.ASKED, "value"),
-}  # fmt: skip
+_READS: dict[str, Form] = {**PROMPT_READS, **dict.fromkeys(scoring.ASKED, "value")}
 CHUNK = 256
 _INTERNAL = frozenset({"key", "variable", "start", "text", "picture_embedding"})
 
@@ -207,11 +203,6 @@ class InvertPrompts:
             except ValueError as error:
                 bad.append(failed(row, str(error)))
         return [*scoring.oracle_scores(good, self.oracle), *bad]
-
-
-def prompt_of(row: Row) -> str | None:
-    """The row's prompt: the first of its columns `prompt`, `text`, `caption` that holds a text."""
-    return next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), None)
 
 
 def _parted(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
