@@ -8,9 +8,9 @@ Legend: E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from stages.ovi.constraints import Whitening
 from stages.ovi.settings import PromptMethod
 
 if TYPE_CHECKING:
+    from index.captions import Captions
     from index.reference import Reference
 
 RowMap = Callable[[Iterable[Row]], Iterator[Row]]
@@ -28,6 +29,23 @@ RowMap = Callable[[Iterable[Row]], Iterator[Row]]
 
 BATCH = 512
 """Rows that the cheap methods take at once."""
+
+
+def require_captions(method: PromptMethod, path: str, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError where a reference lacks the captions that a method rests on.
+
+    Args:
+        facts: What ``reference.json`` says.
+    """
+    captioned, k = (facts.get("captions") or {}).get("captioned", 0), method.needed_captions
+    if k and not captioned:
+        raise ValueError(
+            f"method {method.label!r} needs captions, and the reference {path} has none: make one with `captions: true` "
+            "or a file of captions. From its finished embeddings that takes no image encoder: `job: reference`, "
+            "`given: embeddings`, its output as `input`"
+        )
+    if k > captioned:
+        raise ValueError(f"method {method.label!r}: k is {k}, the reference {path} has {captioned} rows with captions")
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,18 @@ class Context:
         if self.reference is None:
             raise ValueError(f"method {method.label!r} needs `reference:`, the output of a `job: reference`")
         return self.reference
+
+    def need_captions(self, method: PromptMethod) -> tuple[Reference, Captions]:
+        """The reference, and the captions of it.
+
+        Raises:
+            ValueError: There is no reference, it has no captions, or fewer than the method asks for.
+        """
+        reference = self.need_reference(method)
+        require_captions(method, str(reference.path), reference.facts)
+        captions = reference.captions
+        assert captions is not None
+        return reference, captions
 
     def whitening(self) -> Whitening | None:
         if self.reference is None:

@@ -16,8 +16,20 @@ from stages.models.vision_tower import VisionTower
 from stages.ovi.baselines import rescaled, retrieval, text_embedding
 from stages.ovi.constraints import open_search
 from stages.ovi.context import BATCH, Context, RowMap
+from stages.ovi.priors import by_caption, mapped, prior
 from stages.ovi.problem import OviProblem, Parametrization
-from stages.ovi.settings import OVI, Direct, PromptMethod, Retrieval, TextEmbedding, TrainedPrior
+from stages.ovi.settings import (
+    OVI,
+    Direct,
+    Kernel,
+    Linear,
+    MeanShift,
+    Procrustes,
+    PromptMethod,
+    Retrieval,
+    TextEmbedding,
+    TrainedPrior,
+)
 from stages.ovi.trained_prior import trained_prior
 from stages.ovi.warm_starts import WarmStarts
 
@@ -39,6 +51,11 @@ def _build(method: PromptMethod, context: Context) -> RowMap:
     match method:
         case TextEmbedding():
             return text_embedding
+        case Retrieval(by="caption"):
+            reference, captions = context.need_captions(method)
+            return mapped(by_caption(reference, captions, method.k))
+        case MeanShift() | Linear() | Kernel() | Procrustes():
+            return prior(method, context)
         case Retrieval():
             return retrieval(context.need_reference(method), method.k)
         case TrainedPrior():

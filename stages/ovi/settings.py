@@ -33,6 +33,11 @@ class PromptMethod(Method):
         """How many of them it asks for at once."""
         return 1
 
+    @property
+    def needed_captions(self) -> int:
+        """How many captioned ones it asks for; 0: it can do without captions."""
+        return 0
+
 
 class Stop(Settings):
     """When a row stops before its last step. Nothing set: never."""
@@ -84,6 +89,8 @@ class Retrieval(PromptMethod):
     method: Literal["retrieval"] = "retrieval"
     k: int = Field(1, ge=1)
     """Images whose mean is taken; 1 is the nearest image itself."""
+    by: Literal["caption"] | None = added()
+    """``caption``: the pictures whose captions are nearest. Left out: the pictures that are."""
 
     @property
     def needs_reference(self) -> bool:
@@ -91,6 +98,66 @@ class Retrieval(PromptMethod):
 
     @property
     def needed_rows(self) -> int:
+        return self.k
+
+    @property
+    def needed_captions(self) -> int:
+        return self.k if self.by else 0
+
+
+class Captioned(PromptMethod):
+    """Base of the priors that need captioned images and no training."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def needed_captions(self) -> int:
+        return 1
+
+
+class MeanShift(Captioned):
+    """The text embedding, moved by the difference of the means of images and their captions."""
+
+    method: Literal["mean-shift"] = "mean-shift"
+
+
+class Regressed(Captioned):
+    """Base of the priors that are the conditional mean of a Gaussian, or draws from it."""
+
+    ridge: float | None = Field(None, gt=0)
+    """In units of the mean variance of what is regressed on. Left out: chosen by generalised cross-validation."""
+    sample: bool = False
+    """Draw from the prompt's own Gaussian, by seed and id, instead of taking its mean, which is no picture where the
+    prompt leaves something open, but an average of several."""
+
+
+class Linear(Regressed):
+    """The conditional mean of images in the joint Gaussian of text and image embeddings (ours)."""
+
+    method: Literal["linear"] = "linear"
+
+
+class Kernel(Regressed):
+    """The same, on Nystroem features of the kernel exp(a (cos - 1)) of two texts (ours)."""
+
+    method: Literal["kernel"] = "kernel"
+    sharpness: float = Field(0.7, gt=0)
+    """a, in units of the inverse of what two captions' cosine lacks to 1 on average."""
+    centres: int = Field(2000, ge=2)
+    """Captions that the features are made of, at most."""
+
+
+class Procrustes(Captioned):
+    """The text, turned by the orthogonal map that fits the k nearest captions to their pictures (after CLIP^-1)."""
+
+    method: Literal["procrustes"] = "procrustes"
+    k: int = Field(64, ge=1)
+    """Captions that the map is fitted to."""
+
+    @property
+    def needed_captions(self) -> int:
         return self.k
 
 
@@ -226,7 +293,7 @@ class OVI(PromptMethod):
 
 
 AnyPromptMethod = Annotated[
-    TextEmbedding | Retrieval | TrainedPrior | Direct | OVI,
+    TextEmbedding | Retrieval | MeanShift | Linear | Kernel | Procrustes | TrainedPrior | Direct | OVI,
     Field(discriminator="method"),
 ]
 

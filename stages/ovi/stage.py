@@ -17,7 +17,7 @@ from stages.models.captions import PROMPT_COLUMNS, PROMPT_READS, TOKEN_COLUMNS, 
 from stages.models.copies import here
 from stages.models.fingerprint import describe_model
 from stages.ovi import scoring
-from stages.ovi.context import Context
+from stages.ovi.context import Context, require_captions
 from stages.ovi.methods import build
 from stages.ovi.settings import OVI, InvertPromptsSettings, TrainedPrior
 from stages.ovi.summary import Summary
@@ -116,7 +116,7 @@ class InvertPrompts:
                 )
         if settings.reference is not None:
             columns += _AGAINST_REFERENCE
-            models["reference"] = _identity_of_reference(settings, settings.reference, models["image_encoder"])
+            models["reference"] = _identity_of_reference(settings, settings.reference, models)
         if settings.store_tokens:
             columns.append(_tokens_column(settings))
         if settings.decoder is not None:
@@ -215,20 +215,29 @@ def _parted(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def _identity_of_reference(
-    settings: InvertPromptsSettings, path: str, encoder: Mapping[str, str]
+    settings: InvertPromptsSettings, path: str, models: Mapping[str, Mapping[str, str]]
 ) -> dict[str, str]:  # fmt: skip
     """Path and fingerprint of the reference; what does not fit it is told now, not by the workers.
 
+    Args:
+        models: The job's encoders.
+
     Raises:
-        ValueError: It was made with another encoder, or has fewer rows than a method asks for.
+        ValueError: It was made with other encoders, or has fewer rows or captions than a method asks for.
     """
     from index.reference import find, require_encoder
 
     folder = find(path)
     content = (folder / "reference.json").read_bytes()
     facts = json.loads(content)
-    require_encoder(folder, facts["encoder"], encoder)
+    require_encoder(folder, facts["encoder"], models["image_encoder"])
     for method in settings.methods:
+        require_captions(method, path, facts)
+        if method.needed_captions and facts["text_encoder"]["fingerprint"] != models["text_encoder"]["fingerprint"]:
+            raise ValueError(
+                f"method {method.label!r}: the captions of {path} were embedded by {facts['text_encoder']['path']}, "
+                f"the prompts are by {models['text_encoder']['path']}: make the reference with this text encoder"
+            )
         if method.needed_rows > facts["rows"]:
             raise ValueError(f"method {method.label!r}: k is {method.needed_rows}, {path} has {facts['rows']} rows")
     return {"path": path, "revision": "", "fingerprint": hashlib.blake2b(content, digest_size=16).hexdigest()}

@@ -1,0 +1,207 @@
+"""Priors without training: from the joint statistics of a captioned reference, or from its nearest captions (ours, but
+where a function names its source). All arithmetic in float64.
+
+Legend: B rows, T width of the text embeddings, E of the image embeddings, M captioned rows, C centres, F features,
+K neighbours; unit vectors are called u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from index import joint
+from index.captions import Captions
+from index.reference import Reference
+from pipeline.contract import Row, ok
+from stages.engine.passthrough import in_batches
+from stages.engine.randomness import row_normal
+from stages.ovi.context import BATCH, Context, RowMap
+from stages.ovi.settings import Kernel, Linear, MeanShift, Procrustes
+
+SEED = 20_240_117  # of the choice of centres, and of the rows that are fitted
+FIT_ROWS = 100_000  # captioned rows that a kernel is fitted to, at most: 2,000 centres know no more of them
+NEGLIGIBLE = 1e-10  # of the centres' largest eigenvalue
+
+Prior = Callable[[torch.Tensor], torch.Tensor]
+"""Raw text embeddings t_BT to image embeddings z_BE, both float64 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """A Gaussian of image embeddings for each text: its mean, and what is left around it.
+
+    Attributes:
+        features: Of raw text embeddings; the mean is linear in them.
+        regression: From the features to images.
+    """
+
+    features: Prior
+    regression: joint.Regression
+
+    def mean(self, t_BT: torch.Tensor) -> torch.Tensor:
+        """E[z | t] (B, E)."""
+        return self.regression(self.features(t_BT.double()))
+
+    def sample(self, t_BT: torch.Tensor, seed: int, ids: list[str]) -> torch.Tensor:
+        """A draw for each row (B, E), by seed and row id."""
+        root_EE = self.regression.root_EE
+        noise_BE = row_normal((len(root_EE),), seed, ids, "prior").double()
+        return self.mean(t_BT) + noise_BE @ root_EE
+
+
+def linear(captions: Captions, ridge: float | None = None) -> Conditional:
+    """The conditional Gaussian of the joint Gaussian of texts and images.
+
+    Raises:
+        index.joint.TooFewRows: There are too few captioned rows for the ridge.
+    """
+    return Conditional(lambda t_BT: t_BT, captions.fit.under(ridge))
+
+
+@dataclass(frozen=True)
+class Nystroem:
+    """Features of unit texts whose products are ``exp(a (cos - 1))``, as far as the centres span them (Williams and
+    Seeger, 2001).
+
+    Attributes:
+        centres_CT: Unit texts.
+        root_CF: ``K^-1/2`` of the centres, without its negligible axes.
+        a: Sharpness of the kernel.
+    """
+
+    centres_CT: torch.Tensor
+    root_CF: torch.Tensor
+    a: float
+
+    @staticmethod
+    def of(centres_CT: torch.Tensor, a: float) -> Nystroem:
+        kernel_CC = (a * (centres_CT @ centres_CT.mT - 1)).exp()
+        values_C, axes_CC = torch.linalg.eigh(kernel_CC)
+        kept_C = values_C > NEGLIGIBLE * values_C[-1]
+        return Nystroem(centres_CT, axes_CC[:, kept_C] / values_C[kept_C].sqrt(), a)
+
+    def __call__(self, t_BT: torch.Tensor) -> torch.Tensor:
+        """Features (B, F) of raw texts."""
+        kernel_BC = (self.a * (normalize(t_BT.double(), dim=-1) @ self.centres_CT.mT - 1)).exp()
+        return kernel_BC @ self.root_CF
+
+
+def kernel(reference: Reference, captions: Captions, method: Kernel) -> Conditional:
+    """Kernel ridge regression of images on texts, on Nystroem features; the sharpness is in units of the texts' spread,
+    one minus the mean cosine of two captions.
+
+    Raises:
+        index.joint.TooFewRows: There are too few captioned rows for the ridge.
+    """
+    count = captions.pairs.rows
+    order_M = np.random.default_rng(SEED).permutation(count)
+    fitted_M = np.sort(order_M[:FIT_ROWS])
+    centre_C = np.sort(order_M[: method.centres])
+    spread = 1 - float(np.square(captions.pairs.unit_J[: captions.pairs.texts] / count).sum())
+    u_CT = normalize(torch.from_numpy(captions.index.gather(centre_C)).double(), dim=-1)
+    features = Nystroem.of(u_CT, method.sharpness / max(spread, 1e-6))
+    sums = joint.Accumulator(features.root_CF.shape[1], reference.dim)
+    for start in range(0, len(fitted_M), BATCH):
+        part_M = fitted_M[start : start + BATCH]
+        t_BT = torch.from_numpy(captions.index.gather(part_M))
+        sums.add(features(t_BT).numpy(), reference.index.gather(captions.rows_M[part_M]))
+    return Conditional(features, joint.Fit.of(sums.pairs()).under(method.ridge))
+
+
+def shifted(captions: Captions) -> Prior:
+    """The text embedding, moved by the difference of the means of images and texts.
+
+    Raises:
+        ValueError: Texts and images have not one width.
+    """
+    pairs = captions.pairs
+    if pairs.texts != pairs.images:
+        raise ValueError(f"mean-shift: texts of width {pairs.texts} cannot be moved to images of width {pairs.images}")
+    shift_E = torch.from_numpy(pairs.mean_image_E - pairs.mean_text_T)
+    return lambda t_BT: t_BT.double() + shift_E
+
+
+def procrustes(reference: Reference, captions: Captions, k: int) -> Prior:
+    """Each text turned by the orthogonal map that takes its k nearest captions nearest to their pictures, all at unit
+    length (after CLIP^-1, "Implicit Inversion turns CLIP into a Decoder", 2026), and made as long as those pictures.
+
+    What of a text lies outside the span of its captions is left out.
+    """
+
+    def turned(t_BT: torch.Tensor) -> torch.Tensor:
+        texts_BKT, images_BKE = nearest_pairs(reference, captions, t_BT, k)
+        text_q, text_r = torch.linalg.qr(normalize(texts_BKT, dim=-1).mT)
+        image_q, image_r = torch.linalg.qr(normalize(images_BKE, dim=-1).mT)
+        left, _, right = torch.linalg.svd(text_r @ image_r.mT, full_matrices=False)
+        u_BT = normalize(t_BT.double(), dim=-1)
+        z_BE = (image_q @ (right.mT @ (left.mT @ (text_q.mT @ u_BT[..., None]))))[..., 0]
+        return normalize(z_BE, dim=-1) * images_BKE.norm(dim=-1).mean(1, keepdim=True)
+
+    return turned
+
+
+def by_caption(reference: Reference, captions: Captions, k: int) -> Prior:
+    """The mean of the pictures with the k nearest captions."""
+    return lambda t_BT: nearest_pairs(reference, captions, t_BT, k)[1].mean(1)
+
+
+def nearest_pairs(
+    reference: Reference, captions: Captions, t_BT: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k captions nearest to each text, raw, (B, K, T), and their pictures' embeddings (B, K, E); float64."""
+    found_BK = captions.index.search(t_BT.float().numpy(), k)[1]
+    texts_BKT = torch.from_numpy(captions.index.gather(found_BK)).double()
+    return texts_BKT, torch.from_numpy(reference.index.gather(captions.rows_M[found_BK])).double()
+
+
+def prior(method: MeanShift | Linear | Kernel | Procrustes, context: Context) -> RowMap:
+    """One of the priors, for rows.
+
+    Raises:
+        ValueError: The reference has no captions, too few, or of another width.
+    """
+    reference, captions = context.need_captions(method)
+    try:
+        match method:
+            case MeanShift():
+                return mapped(shifted(captions))
+            case Procrustes():
+                return mapped(procrustes(reference, captions, method.k))
+            case Linear():
+                conditional = linear(captions, method.ridge)
+            case Kernel():
+                conditional = kernel(reference, captions, method)
+    except joint.TooFewRows as error:
+        raise ValueError(f"method {method.label!r}: {error}") from None
+    return drawn(conditional, context.seed) if method.sample else mapped(conditional.mean)
+
+
+def mapped(prior: Prior) -> RowMap:
+    """A prior that needs nothing of a row but its text."""
+
+    def done(rows: list[Row]) -> Iterator[Row]:
+        return _outputs(rows, prior(_texts(rows)))
+
+    return lambda rows: in_batches(rows, BATCH, done)
+
+
+def drawn(conditional: Conditional, seed: int) -> RowMap:
+    """Draws from each text's Gaussian."""
+
+    def done(rows: list[Row]) -> Iterator[Row]:
+        return _outputs(rows, conditional.sample(_texts(rows), seed, [row["id"] for row in rows]))
+
+    return lambda rows: in_batches(rows, BATCH, done)
+
+
+def _texts(rows: list[Row]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([row["text"] for row in rows])).double()
+
+
+def _outputs(rows: list[Row], z_BE: torch.Tensor) -> Iterator[Row]:
+    return (ok(row, embedding=z_E, passes=0) for row, z_E in zip(rows, z_BE.float().numpy(), strict=True))
