@@ -65,8 +65,10 @@ def waited(shards: int) -> dict[str, tuple[float, int]]:
                             run=output.run, epoch=1)  # fmt: skip
             bucket.put(f"out/{record.name}", json.dumps(asdict(record)).encode())
         bucket.weather = Weather(delay_s=ANSWER_S)
+        step("resume of records that nobody folded", lambda: _survey(output, Reporter(None, None, 1)))
+        output = Output.open(OUT, options)
         step("resume, until work begins", lambda: _survey(output, Reporter(None, None, 1)))
-        tally = step("survey once more", lambda: _survey(output, Reporter(None, None, 1)))[0]
+        tally = step("survey after the work", lambda: _survey(output, Reporter(None, None, 1)))[0]
         assert isinstance(tally, Tally)
         assert tally.shards == shards
         step("publish", lambda: publish(output, tally, "", ""))

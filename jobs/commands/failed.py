@@ -64,7 +64,7 @@ def _show(output: Output, rows: Iterator[FailedRow], step: str) -> None:
         reasons.add(row.error)
         if len(first) < SHOWN:
             first.append(row)
-    left = int(output.plan["shards"]) - len(output.recorded())
+    left = int(output.plan["shards"]) - output.committed()
     unfinished = f"; {left:,} of {int(output.plan['shards']):,} shards are not done yet" if left else ""
     planned = int(output.plan["rows"])
     typer.echo(f"{f'{step}: ' if step else ''}{reasons.rows:,} of {planned:,} rows failed{unfinished}")

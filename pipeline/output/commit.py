@@ -6,9 +6,11 @@ leaves what the stage wants kept; `write_record` creates ``records/<run>-<shard>
 dies before the last step has changed nothing; whoever comes second finds the record, and its own attempt is swept.
 (`pipeline.record` says why the parts of an index are committed otherwise.)
 
-Rows that failed can be done again: their shard's next generation is another file, with the rows that were well as they
-were, and another record beside the first, ``<run>-<shard>.g1.json``. The highest generation counts; `publish` then puts
-its file in the place of the one before.
+A shard may be committed again: because rows of it had failed (they are done anew, those that were well stay as they
+were), or because its file was lost. That is its next generation, another file and another record,
+``<run>-<shard>.g1.json``. The highest generation counts; `publish` then puts its file in the place of the one before.
+
+Records do not stay: `pipeline.output.log` says where they go, and which of a shard counts.
 
 A run is a plan: each has an id of its own, which every name bears, so that what a worker of an earlier plan leaves in
 the same folder, however late, counts for nothing. Plans of older code have none, nor have their names. The epoch is
@@ -22,7 +24,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +71,7 @@ class Record:
         run: Id of the run; empty in a folder that older code planned.
         epoch: Of the driver that gave the work out; 0 for older code.
         made_with: Versions of the worker's packages, as the card tells them; empty for older code.
-        generation: How often rows of the shard that had failed were done again.
+        generation: How many commits of the shard came before: some rows had failed, or a file was lost.
         replaced: Bytes of the file that this one is made from and replaces; 0 for the first generation.
     """
 
@@ -105,10 +107,13 @@ class Record:
         return record_name(self.shard, self.run, self.generation)
 
     @staticmethod
-    def from_json(data: bytes) -> Record:
+    def from_json(data: bytes | str) -> Record:
         plain = dict(json.loads(data))
         tuples = {name: tuple(plain.get(name, ())) for name in ("summary", "summary_bytes")}
         return Record(**{**plain, **tuples})
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
 
 
 def attempt_name(run: str, epoch: int, shard: int, rest: str) -> str:
@@ -206,7 +211,7 @@ def write_record(folder: Folder, record: Record) -> Record:
     Raises:
         Superseded: The folder holds another plan by now, or none; or a later driver has it.
     """
-    name, data = record.name, json.dumps(asdict(record)).encode()
+    name, data = record.name, record.to_json().encode()
     if (now := planned_run(folder)) != record.run:
         found = "holds no plan any more" if now is None else f"was planned anew (run {now})"
         raise Superseded(f"{folder.url} {found}; what run {record.run or '(unnamed)'} made of shard {record.shard} is "

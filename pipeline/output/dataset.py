@@ -1,20 +1,20 @@
 """An output folder: its plan, its commit records, its tables, its state.
 
 ``OUT/data/part-*.parquet``, ``OUT/README.md`` and ``OUT/_SUCCESS`` are what readers see. ``OUT/_latentmill/`` is the
-bookkeeping: ``plan.json``, ``files.parquet``, ``shards.parquet``, ``records/``, ``attempts/`` (until published),
-``summaries/``, ``progress.json``, ``locks/``, and ``set-aside/`` for files found in ``data/`` that are not its own.
+bookkeeping: ``plan.json``, ``files.parquet``, ``shards.parquet``, ``records/``, ``log/``, ``attempts/`` (until
+published), ``summaries/``, ``progress.json``, ``locks/``, and ``set-aside/`` for files found in ``data/`` that are
+not its own.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, groupby
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
 
@@ -22,6 +22,7 @@ from pipeline import machine
 from pipeline.input.files import OWN
 from pipeline.output import lock, parquet
 from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_errors, read_summary, recorded
+from pipeline.output.log import Log, key, shard_of
 from pipeline.output.planfile import PLAN, OutputError, load_plan, own_folder
 from pipeline.output.progress import Progress
 from pipeline.output.schema import means, merge_measures
@@ -29,8 +30,6 @@ from pipeline.storage import Folder
 
 PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
 READERS = 16
-KNOWN_RECORDS = 200_000
-"""Records of a store that a process remembers; each takes about half a kilobyte."""
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -96,6 +95,10 @@ class Tally:
         return means(self._measures)
 
 
+def _refuse(name: str, error: OutputError) -> NoReturn:
+    raise error
+
+
 @dataclass(frozen=True)
 class Output:
     """An output folder with a plan in it.
@@ -109,7 +112,7 @@ class Output:
     folder: Folder
     plan: Mapping[str, Any]
     lock: lock.Lock | lock.Proxy | None = None
-    _read: dict[tuple[str, int], bytes] = field(default_factory=dict, repr=False, compare=False)
+    log: Log = field(default_factory=Log, repr=False, compare=False)
 
     @staticmethod
     def open(path: str, storage_options: Mapping[str, Any] | None = None) -> Output:
@@ -161,77 +164,64 @@ class Output:
     def records(
         self, damaged: Callable[[str, OutputError], None] | None = None, superseded: bool = False
     ) -> Iterator[Record]:
-        """The run's commit records, in shard order; a few are read at a time.
+        """The run's commit records, in shard order: those of the log, and those that are not folded yet.
 
         Args:
-            damaged: Told of each that is none, by its file's name. None: it is raised.
+            damaged: Told of each file that holds none, by its name. None: it is raised.
             superseded: Earlier generations too, behind the one that counts.
         """
-        sizes = self.folder.listing(RECORDS)
-        every = self._recorded(sizes).values()
-        names = list(chain.from_iterable(found if superseded else found[:1] for found in every))
-        sized = [(name, sizes[name.rpartition("/")[2]]) for name in names]
-        for name, record in zip(names, self.several(self._record, sized), strict=True):
+        told = damaged or _refuse
+        loose, broken = self._look()
+        for name, error in broken.items():
+            told(name, error)
+        keys = sorted(loose)
+        single = zip(keys, self.several(self._record, [loose[own] for own in keys]), strict=True)
+        last = -1
+        for own, found in heapq.merge(self.log.records(), single, key=lambda entry: entry[0]):
+            if shard_of(own) == last and not superseded:
+                continue
+            last = shard_of(own)
+            record = self._folded_since(own) if found is None else found
             if isinstance(record, Record):
                 yield record
-            elif damaged is None:
-                raise record
-            else:
-                damaged(name, record)
+            elif record is not None:
+                told(loose[own], record)
 
-    def recorded(self) -> dict[int, list[str]]:
-        """Shard -> names of its records, the latest generation first; in shard order."""
-        return self._recorded(self.folder.listing(RECORDS))
-
-    def _recorded(self, listed: Iterable[str]) -> dict[int, list[str]]:
+    def _look(self) -> tuple[dict[int, str], dict[str, OutputError]]:
+        """Names of the records that are not in the log, by key, and what is wrong with files of the log."""
+        listed = self.folder.listing(RECORDS)  # first, so that what is folded meanwhile is seen in the log
+        broken = self.log.look(self.folder, self.run, self.several)
         found = ((recorded(name, self.run), f"{RECORDS}/{name}") for name in listed)
-        mine = sorted((of[0], -of[1], name) for of, name in found if of is not None)
-        return {shard: [name for *_, name in group] for shard, group in groupby(mine, lambda entry: entry[0])}
+        named = {key(*of): name for of, name in found if of is not None}
+        return {own: name for own, name in named.items() if not self.log.holds(own)}, broken
+
+    def _folded_since(self, own: int) -> Record | OutputError | None:
+        """A record that was listed and is gone: in the log by now, withdrawn (None), or lost."""
+        self.log.look(self.folder, self.run, self.several)
+        if self.log.holds(own):
+            return self.log.find(own)
+        return OutputError(f"{self.path}: the record of shard {shard_of(own)} is gone; run the job again")
+
+    def committed(self) -> int:
+        """How many shards have a record."""
+        loose, _ = self._look()
+        return len({*self.log.shards().tolist(), *map(shard_of, loose)})
 
     def several(self, function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
         """Results in the order of the items; from a store, which answers late, some are fetched at a time."""
         return map(function, items) if self.folder.local else machine.several(function, items, READERS)
 
-    def _record(self, named: tuple[str, int]) -> Record | OutputError:
-        """A record by name and size, read once: what it says is final."""
-        known = self._read.get(named)
-        try:
-            if known is not None:
-                return Record.from_json(zlib.decompress(known))
-            record = self.record(named[0])
-        except OutputError as error:
-            return error
-        if len(self._read) < KNOWN_RECORDS and not self.folder.local:
-            self._read[named] = zlib.compress(json.dumps(asdict(record)).encode(), 1)
-        return record
-
-    def withdraw(self, name: str) -> None:
-        """Delete a record of this run.
-
-        Raises:
-            LockLost: Another run has the folder.
-        """
-        self.check()
-        self.folder.remove(name)
-        for named in [named for named in self._read if named[0] == name]:
-            del self._read[named]
-
-    def record(self, name: str) -> Record:
-        """A commit record of this run by its file's name.
-
-        Raises:
-            OutputError: It is none.
-        """
+    def _record(self, name: str) -> Record | OutputError | None:
+        """The record in a file; None if that is gone."""
         try:
             record = Record.from_json(self.folder.read(name))
             if (record.run, record.name) != (self.run, name):
                 raise ValueError(f"it says shard {record.shard} of run {record.run!r}")
             return record
         except FileNotFoundError:
-            raise OutputError(f"{self.path}/{name} is gone; run the job again") from None
+            return None
         except (ValueError, TypeError, KeyError) as error:
-            problem = f"{self.path}/{name} is no commit record ({error}); run the job again"
-            raise OutputError(problem) from None
+            return OutputError(f"{self.path}/{name} is no commit record ({error}); run the job again")
 
     def locate(self, record: Record, listed: Mapping[str, Mapping[str, int]] | None = None) -> str | None:
         """Where a record's file is: still an attempt, or published; None if it is nowhere or has another size.

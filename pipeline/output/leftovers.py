@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, epoch_of, recorded
 from pipeline.output.dataset import Output
+from pipeline.output.log import LOG, key, logged
 
 
 class Leftovers:
     """Attempts and summaries that no record names: those of losers, of the dead, and of strangers; and their records.
+
+    Records that are in the log are left over too, as are files of another run's log.
 
     What a later driver's workers have made is not touched: a driver that has lost the folder may not know yet. What
     lies there is listed first; each record then spares its own, and `remove` deletes the rest.
@@ -19,15 +22,18 @@ class Leftovers:
         self._output = output
         self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)
                        if epoch_of(name) <= output.epoch}  # fmt: skip
-        records = output.folder.listing(RECORDS)
-        self._names |= {f"{RECORDS}/{name}" for name in records if recorded(name, output.run) is None}
+        records = {f"{RECORDS}/{name}": recorded(name, output.run) for name in output.folder.listing(RECORDS)}
+        self._records = {name: key(*of) for name, of in records.items() if of is not None}
+        self._names |= {name for name, of in records.items() if of is None}
+        self._names |= {f"{LOG}/{name}" for name in output.folder.listing(LOG) if logged(name, output.run) is None}
 
     def spare(self, record: Record) -> None:
         self._names.discard(f"{ATTEMPTS}/{record.file}")
         self._names.difference_update(f"{SUMMARIES}/{name}" for name in record.summary)
 
     def remove(self) -> None:
-        remove(self._output, sorted(self._names))
+        folded = {name for name, own in self._records.items() if self._output.log.holds(own)}
+        remove(self._output, sorted(self._names | folded))
 
 
 def remove(output: Output, names: Sequence[str]) -> None:
@@ -36,6 +42,11 @@ def remove(output: Output, names: Sequence[str]) -> None:
     Raises:
         LockLost: Another run has the folder.
     """
-    for start in range(0, len(names), output.folder.at_once):
+
+    def gone(some: Sequence[str]) -> None:
         output.check()
-        output.folder.remove_all(names[start : start + output.folder.at_once])
+        output.folder.remove_all(some)
+
+    every = output.folder.at_once
+    for _ in output.several(gone, (names[start : start + every] for start in range(0, len(names), every))):
+        pass

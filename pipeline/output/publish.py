@@ -39,17 +39,18 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
         OutputError: A committed file is gone.
         LockLost: Another run has the folder.
     """
-    listed, leftovers, shards, published = output.listings(), Leftovers(output), 0, list[str]()
+    listed, leftovers, shards, attempts = output.listings(), Leftovers(output), 0, list[str]()
+    present = listed[ATTEMPTS]
     content = hashlib.blake2b(digest_size=8)
     for record in output.several(partial(_publish_part, output, listed), output.records()):
         content.update(record.checksum.encode())
         leftovers.spare(record)
         shards += 1
-        published.append(f"{ATTEMPTS}/{record.file}")
+        if record.file in present and (present[record.file] != record.size or not output.folder.local):
+            attempts.append(f"{ATTEMPTS}/{record.file}")  # copied, or cut when it had been
     if shards != int(output.plan["shards"]):
         raise OutputError(f"{output.path}: {shards} of {output.plan['shards']} shards have a record; run the job again")
-    if not output.folder.local:
-        remove(output, [name for name in published if name.rpartition("/")[2] in listed[ATTEMPTS]])
+    remove(output, attempts)
     output.check()
     output.folder.write(CARD, card(output, tally, content.hexdigest(), title, description).encode())
     summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed,
@@ -62,13 +63,13 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
 def _publish_part(output: Output, listed: dict[str, dict[str, int]], record: Record) -> Record:
     part = output.part(record.shard)
     base = part.rpartition("/")[2]
-    if listed["data"].get(base) == record.size and record.file not in listed[ATTEMPTS]:
-        return record
     gone = OutputError(f"{output.path}: the file of shard {record.shard} is gone or cut; run the job again")
     if listed[ATTEMPTS].get(record.file) != record.size:
-        raise gone
+        if listed["data"].get(base) != record.size:
+            raise gone
+        return record
     output.check()
-    its_own = record.generation and listed["data"].get(base) in (record.replaced, record.size)
+    its_own = record.replaced and listed["data"].get(base) in (record.replaced, record.size)
     if base in listed["data"] and not its_own:
         output.folder.move(part, f"{SET_ASIDE}/{base}")
     try:  # a store's copies are deleted together afterwards, and not one by one

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipeline.input.ids import Uniqueness, digest
 from pipeline.input.shards import Shard, expected_ids
 from pipeline.input.source import Source, SourceError
 from pipeline.output import parquet
-from pipeline.output.commit import Record
+from pipeline.output.commit import Record, recorded
 from pipeline.output.dataset import SUCCESS, Output, Tally
 from pipeline.output.planfile import OutputError, read_shards
 from pipeline.output.products import problems as wrong_products
@@ -73,16 +73,13 @@ def verify(
     tally = Tally()
     schema = decode_schema(output.plan["schema"])
     found = 0
-    records = output.recorded()
 
-    def look(shard: Shard) -> tuple[Record | None, list[str], list[str]]:
+    def look(of: tuple[Shard, Record | OutputError | None]) -> tuple[Record | None, list[str], list[str]]:
         """A shard's record, the ids in its file, and what is wrong."""
-        if shard.index not in records:
-            return None, [], [f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again"]
-        try:
-            record = output.record(records[shard.index][0])
-        except OutputError as error:
-            return None, [], [str(error)]
+        shard, record = of
+        if not isinstance(record, Record):
+            missing = f"shard {shard.index} ({shard.rows} rows) is not committed; run the job again"
+            return None, [], [str(record or missing)]
         name = output.locate(record, listed)
         if name is None:
             return None, [], [f"the file of shard {shard.index} is missing or cut short; run the job again"]
@@ -94,7 +91,7 @@ def verify(
             wrong.append(f"{name}: {problem}")
         return record, ids, wrong
 
-    for record, ids, wrong in output.several(look, read_shards(output.own)):
+    for record, ids, wrong in output.several(look, _with_records(output, problems)):
         problems += wrong
         if record is not None:
             tally.add(record)
@@ -110,6 +107,25 @@ def verify(
     planned = int(output.plan["rows"])
     shown = tuple(problems[:NAMED_PROBLEMS])
     return VerifyReport(not problems, planned, found, tally.ok, tally.failed, shown, foreign, tally.duplicates)
+
+
+def _with_records(output: Output, problems: list[str]) -> Iterator[tuple[Shard, Record | OutputError | None]]:
+    """The planned shards with their records, or what is wrong with these; what is wrong with the log is told."""
+    damaged: dict[int, OutputError] = {}
+
+    def tell(name: str, error: OutputError) -> None:
+        of = recorded(name.rpartition("/")[2], output.run)
+        if of is None:
+            problems.append(str(error))
+        else:
+            damaged[of[0]] = error
+
+    records = output.records(tell)
+    record = next(records, None)
+    for shard in read_shards(output.own):
+        while record is not None and record.shard < shard.index:
+            record = next(records, None)
+        yield shard, record if record is not None and record.shard == shard.index else damaged.get(shard.index)
 
 
 def _whole(folder: Folder, name: str, size: int) -> Any:

@@ -15,6 +15,7 @@ from pipeline.failures import Fault
 from pipeline.input.shards import Shard
 from pipeline.output.commit import Record
 from pipeline.output.dataset import Tally
+from pipeline.output.fold import Folding
 from pipeline.output.lock import Lock
 from pipeline.run.cluster import Meters, Pool
 from pipeline.run.deaths import Deaths
@@ -53,11 +54,11 @@ class Dispatcher:
 
     def __init__(
         self, pool: Pool, shards: Iterator[Shard], tally: Tally, lock: Lock, reporter: Reporter, meters: Meters,
-        max_failed: float, left: int, min_workers: int, again: Mapping[int, Again] = {},
+        max_failed: float, left: int, min_workers: int, folding: Folding, again: Mapping[int, Again] = {},
     ) -> None:  # fmt: skip
         self._pool, self._shards, self._tally, self._lock = pool, shards, tally, lock
         self._reporter, self._meters, self._max_failed, self._left = reporter, meters, max_failed, left
-        self._min_workers, self._again = min_workers, again
+        self._min_workers, self._folding, self._again = min_workers, folding, again
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, Task]] = []
         self._deaths = Deaths()
@@ -154,6 +155,7 @@ class Dispatcher:
         self._tally.add(record)
         self._left -= 1
         self._meters.committed(record.rows_ok, record.rows_failed, record.rows_duplicate)
+        self._folding.add(record)
 
     def _died(self, task: Task, outcome: Outcome) -> None:
         """The worker that had it is no more."""

@@ -16,7 +16,9 @@ from pipeline.failures import described, passing
 from pipeline.input.files import OWN
 from pipeline.input.read import wanted_columns
 from pipeline.input.source import Source
+from pipeline.output.commit import recorded
 from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
+from pipeline.output.fold import Folding
 from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost, Proxy
 from pipeline.output.planfile import OutputError, load_plan, own_folder, read_shards
@@ -340,7 +342,7 @@ def _finish_at(
 
 
 def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> tuple[Tally, set[int], dict[int, Again]]:
-    """What earlier runs committed: in all, which shards, and those of which rows are to be done again.
+    """What earlier runs committed: in all, which shards, and which of the others are to be done again.
 
     A record whose file or summary is lost is withdrawn; those of earlier generations, losers and strangers go.
 
@@ -350,29 +352,44 @@ def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> t
     for name in set_aside(output):
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
     tally, done, again = Tally(), set[int](), dict[int, Again]()
-    listed, leftovers = output.listings(), Leftovers(output)
+    listed, leftovers, folding = output.listings(), Leftovers(output), Folding(output)
 
-    def withdraw(name: str, why: str) -> None:
-        output.withdraw(name)
+    def withdraw(shard: int, generation: int, why: str) -> None:
+        folding.withdraw(shard, generation)
         reporter.phase("planning", message=f"{why}; the shard is done again")
 
-    for record in output.records(lambda name, error: withdraw(name, f"{name} is no commit record"), superseded=True):
+    def damaged(name: str, error: OutputError) -> None:
+        of = recorded(name.rpartition("/")[2], output.run)
+        if of is None:
+            output.check()
+            output.folder.remove(name)
+            reporter.phase("planning", message=f"{name} holds no commit records; its shards are done again")
+        else:
+            withdraw(*of, f"{name} is no commit record")
+
+    for record in output.records(damaged, superseded=True):
+        of = record.shard, record.generation
         file = output.locate(record, listed)
         if record.shard in done or record.shard in again:
-            output.withdraw(record.name)
+            folding.withdraw(*of)
         elif file is None:
-            withdraw(record.name, f"the file of shard {record.shard} is gone or cut")
+            withdraw(*of, f"the file of shard {record.shard} is gone or cut")
         elif lost := output.lost_summary(record, listed):
-            withdraw(record.name, f"{lost}, the summary of shard {record.shard}, is gone or cut")
+            withdraw(*of, f"{lost}, the summary of shard {record.shard}, is gone or cut")
         else:
             leftovers.spare(record)
+            folding.add(record)
             if retry_failed and record.rows_failed:
                 later = record.generation + 1
                 again[record.shard] = Again(file, record.size, later, record.summary, record.summary_bytes)
                 continue
             tally.add(record)
             done.add(record.shard)
+    folding.close()
     leftovers.remove()
+    for shard, latest in output.log.generations(done).items():
+        known = again.get(shard, Again("", 0, 0, (), ()))
+        again[shard] = replace(known, generation=max(known.generation, latest + 1))
     return tally, done, again
 
 
@@ -390,9 +407,8 @@ def _compute(
                 _check_room(pool, ours)
                 limit = max_failed_fraction * int(output.plan["rows"])
                 meters = Meters(output.path)
-                Dispatcher(
-                    pool, todo, tally, lock, reporter, meters, limit, left, resources.min_workers, again
-                ).run()  # fmt: skip
+                folding, few = Folding(output), resources.min_workers
+                Dispatcher(pool, todo, tally, lock, reporter, meters, limit, left, few, folding, again).run()
             finally:
                 pool.close()
     except ClusterError as error:

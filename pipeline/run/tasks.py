@@ -90,10 +90,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Again:
-    """A shard as it was committed, whose failed rows are to be done anew.
+    """A shard as it was committed, whose failed rows are to be done anew, or all of them if it was lost.
 
     Attributes:
-        file: Where it lies in the output folder; size: its bytes.
+        file: Where it lies in the output folder; empty if it is lost. size: its bytes, or 0.
         generation: That its successor will have.
         summary, summary_bytes: Of the rows that were well.
     """
@@ -116,7 +116,7 @@ class Task:
         pieces: Put these together and commit the shard.
         twins: The shard's rows that are duplicates: place -> id of the row that holds the same.
         avoid: Nodes whose workers died on these rows: one of another node takes them if there is any.
-        again: The shard is committed; its rows that had failed are done anew.
+        again: The shard was committed before.
     """
 
     shard: int

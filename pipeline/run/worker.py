@@ -130,7 +130,7 @@ class Worker:
         """The task's rows, in order."""
         if task.pieces:
             return self._joined(task.pieces)
-        if task.again:
+        if task.again and task.again.file:
             return self._again(task)
         if task.condemned:
             return iter([self._writer.table([row for _, row in self._condemned(task)])])

@@ -10,7 +10,11 @@ from typing import Any
 from unittest.mock import patch
 
 from pipeline import machine
+from pipeline.output import commit, log
 from pipeline.output import lock as locks
+from pipeline.output.dataset import Output
+from pipeline.output.fold import Folding
+from pipeline.output.leftovers import remove
 from pipeline.output.lock import Lock, OutputLocked
 from pipeline.run import plan
 
@@ -38,10 +42,30 @@ def _by_time_stamp(self: Lock) -> int:
     return self._take(locks.latest_epoch(self._folder) + 1)
 
 
+def _removed_first(self: Folding) -> None:
+    records, self._records = list(self._records.values()), {}
+    remove(self._output, [record.name for record in records])
+    self._write([(record.shard, record.generation, record) for record in records])
+
+
+def _beside_the_log(self: Output) -> tuple[dict[int, str], dict[str, Any]]:
+    self.log.look(self.folder, self.run, self.several)
+    listed = self.folder.listing(commit.RECORDS)
+    named = {name: commit.recorded(name, self.run) for name in listed}
+    return {log.key(*of): f"{commit.RECORDS}/{name}" for name, of in named.items() if of is not None}, {}
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "names are lost where records are read several at a time": lambda: patch.object(machine, "several", _swallowing),
     "records and attempts bear no run": lambda: patch.object(plan, "RUN_DIGITS", 0),
     "process numbers of another namespace are looked up": lambda: patch.object(locks, "_alive", _any_namespace),
     "a holder is judged by its time stamp": lambda: patch.object(Lock, "_acquire", _by_time_stamp),
+    "records are removed before the file that they are folded into is there": lambda: patch.object(
+        Folding, "_fold", _removed_first
+    ),
+    "a shard and generation that was withdrawn is given out again": lambda: patch.object(
+        log.Log, "generations", lambda self, but: {}
+    ),
+    "a record counts though its shard is in the log": lambda: patch.object(Output, "_look", _beside_the_log),
     "who has lost the lock goes on": lambda: patch.object(Lock, "check", lambda lock: None),
 }

@@ -8,6 +8,7 @@ lost it changes nothing more. What may happen is that a run fails, and says why.
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,8 +25,9 @@ from pipeline import machine
 from pipeline.contract import Column, StageInfo, StageSpec
 from pipeline.input.rows import FileScan
 from pipeline.input.source import Source
-from pipeline.output import dataset, parquet
+from pipeline.output import dataset, fold, log, parquet
 from pipeline.output import lock as locks
+from pipeline.output.commit import RECORDS, recorded
 from pipeline.output.dataset import Output
 from pipeline.output.planfile import OutputError
 from pipeline.output.verify import verify
@@ -105,6 +107,16 @@ def _batches(folder: Folder, name: str) -> Iterator[pa.RecordBatch]:
 def _parsed(content: bytes) -> list[pa.RecordBatch]:
     """The plan's tables are the same in many schedules."""
     return pq.read_table(io.BytesIO(content)).to_batches()  # type: ignore[no-any-return]
+
+
+@lru_cache(1024)
+def _named(content: bytes) -> frozenset[tuple[int, int]]:
+    """Shards and generations that a file of the log names."""
+    try:
+        rows = pq.read_table(io.BytesIO(content), columns=["shard", "generation"]).to_pylist()
+    except pa.ArrowException:
+        return frozenset()
+    return frozenset((row["shard"], row["generation"]) for row in rows)
 
 
 class _Meters:
@@ -198,6 +210,10 @@ class Schedule:
                                     self._damage, self._damage, self._anew))  # fmt: skip
             self.world.call(chance.random() * span * 1.5, action)
         self.world.call(2 * span, self._calm)
+        with patch.object(fold, "FOLD_RECORDS", chance.choice((1, 2, 5, 1000))):
+            self._lives()
+
+    def _lives(self) -> None:
         try:
             self._to_the_end()
             self.last = True
@@ -283,6 +299,8 @@ class Schedule:
         if process is None or process.name != "driver":
             return
         now = self.world.now
+        if verb == "remove" and path.startswith(f"out/{RECORDS}/") and not self._may_go(path):
+            self._wrong(f"a record goes that no file of the log has: {path}")
         if path.startswith("out/_latentmill/locks/"):
             epoch = int(path.rpartition("/")[2].removesuffix(".json"))
             if verb == "remove":  # its own: it has seen that the holder woke
@@ -311,6 +329,13 @@ class Schedule:
         late.add((verb, path))
         if len(late) > UNASKED:
             self._wrong(f"a driver that lost the folder {now - lost:.0f} s ago goes on: {verb} {path}")
+
+    def _may_go(self, path: str) -> bool:
+        """Whether a record is another run's, damaged, or has been folded or withdrawn."""
+        objects = self.bucket.objects
+        run = json.loads(objects.get("out/_latentmill/plan.json", b'{"run": null}'))["run"]
+        of, folded = recorded(path.rpartition("/")[2], run), f"out/{log.LOG}/{run}-"
+        return of is None or any(of in _named(objects[name]) for name in objects if name.startswith(folded))
 
     def _wrong(self, what: str, cause: BaseException | None = None) -> None:
         if self.found is None:
@@ -342,7 +367,7 @@ class Schedule:
 
     def _damage(self) -> None:
         """A user, or a cleaner, does something to the folder's files."""
-        places = ("/data/", "/attempts/", "/records/", "/summaries/", "README", "progress", "_SUCCESS")
+        places = ("/data/", "/attempts/", "/records/", "/log/", "/summaries/", "README", "progress", "_SUCCESS")
         names = [name for name in self.bucket.objects if any(place in name for place in places)]
         self.disturbed = self.world.now + 1e-9
         if not names or "out/_latentmill/plan.json" not in self.bucket.objects:

@@ -204,7 +204,12 @@ class SimStore(AbstractFileSystem):
         self.bucket.change("remove", path, lambda: self.bucket.objects.pop(path, None))
 
     def rm(self, path: list[str], **rest: Any) -> None:
-        self.bucket.change("remove", path[0], lambda: [self.bucket.objects.pop(name, None) for name in path])
+        def gone() -> None:
+            for name in path:
+                self.bucket.watch(self.bucket._caller(), "remove", name, b"")
+                self.bucket.objects.pop(name, None)
+
+        self.bucket.request(gone)
 
     def open(self, path: str, mode: str = "rb", **rest: Any) -> Any:
         if "r" in mode:

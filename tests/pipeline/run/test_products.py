@@ -39,12 +39,12 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
     def compute(
         spec: RunSpec, output: Output, lock: Any, reporter: Any, resources: Any, most: Any, address: Any, tally: Any,
-        done: set[int], *rest: Any,
+        done: set[int], again: Any,
     ) -> None:  # fmt: skip
         worker = Worker(_worker_job(spec, output, Resources()))
         for shard in read_shards(output.own):
             if shard.index not in done:
-                worker.process(Task.of(shard))
+                worker.process(Task.of(shard, again.get(shard.index)))
 
     def finish(finished: Finished) -> None:
         total = sum(int(summary["count"][0]) for summary in finished.summaries())
