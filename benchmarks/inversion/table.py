@@ -50,7 +50,6 @@ from stages.inversion.settings import (
 from stages.inversion.stage import InvertImages
 from stages.models.families import open_latent_model
 from stages.models.fingerprint import digest
-from stages.models.flux import Flux
 from stages.models.latent import LatentModel
 from stages.models.pictures import fit_picture
 from stages.models.settings import LatentModelSettings
@@ -64,6 +63,7 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     FireFlowMethod(),
     UniInvMethod(),
     ComparedLbo(name="lbo-1", fitted_by="anderson", passes=1, tolerance=0.0),
+    ComparedLbo(name="lbo-1-half", fitted_by="anderson", passes=1, tolerance=0.0, warm_start="half"),
     RenoiseMethod(),
     ComparedLbo(name="lbo-2", fitted_by="anderson", passes=2, tolerance=0.0),
     FixedPointMethod(name="fixed-point-3", iterations=3),
@@ -74,6 +74,7 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     ComparedLbo(name="lbo-4-no-warm-start", fitted_by="anderson", passes=4, tolerance=0.0, warm_start="none"),
     ComparedLbo(name="lbo-4-output", fitted_by="anderson", bias="output", passes=4, tolerance=0.0, warm_start="last"),
     LboMethod(name="lbo"),
+    LboMethod(name="lbo-30", passes=30),
     LboMethod(name="lbo-1e-3", tolerance=1e-3),
     LboMethod(name="lbo-1e-4", tolerance=1e-4),
     ComparedLbo(name="lbo-6", fitted_by="anderson", passes=6, tolerance=0.0),
@@ -92,8 +93,9 @@ EXTRA_STATE: tuple[InversionMethod, ...] = (
     NullTextMethod(),
 )
 AUDIT = (
-    "euler", "rf-solver", "fireflow", "uni-inv", "lbo-1", "renoise", "lbo-2", "fixed-point-3", "averaged-3",
-    "anderson-3", "lbo-4", "lbo", "anderson-1e-3", "anderson-5", "lbo-6", "lbo+ilb", "belm", "edict", "lbo+replay",
+    "euler", "rf-solver", "fireflow", "uni-inv", "lbo-1", "lbo-1-half", "renoise", "lbo-2", "fixed-point-3",
+    "averaged-3", "anderson-3", "lbo-4", "lbo", "lbo-30", "anderson-1e-3", "anderson-5", "lbo-6", "lbo+ilb", "belm",
+    "edict", "lbo+replay",
 )  # fmt: skip
 """What is compared on a rectified flow, unless `--methods` says otherwise."""
 USUAL = {"FluxPipeline": 3.5, "StableDiffusion3Pipeline": 7.0, "QwenImagePipeline": 4.0, "ZImagePipeline": 6.0}
@@ -246,8 +248,7 @@ def settings_of(model: LatentModel, asked: list[str] | None) -> list[tuple[int, 
         return [(int(one.split(":")[0]), float(one.split(":")[1])) for one in asked]
     if model.geometry.grid is None:
         return [(50, 1.0), (20, 1.0), (10, 1.0), (4, 1.0), (20, 3.0), (20, 7.5)]
-    has_none = isinstance(model, Flux) and not model.told_guidance
-    usual = 1.0 if has_none else USUAL[type(model).index]  # type: ignore[attr-defined]
+    usual = 1.0 if model.geometry.guiding == "none" else USUAL[type(model).index]  # type: ignore[attr-defined]
     return [(steps, guidance) for guidance in dict.fromkeys((1.0, usual)) for steps in (28, 20, 8, 4)]
 
 
@@ -298,8 +299,7 @@ def main() -> None:
     stock = Stock(model, "bfloat16") if model.geometry.grid is not None else None
     for subject, rows in sets_of(model, options).items():
         for steps, guidance in settings_of(model, options.settings):
-            told = isinstance(model, Flux) and model.told_guidance
-            if subject != "world" and guidance > 1 and not told:
+            if subject != "world" and guidance > 1 and model.geometry.guiding == "classifier-free":
                 continue  # without a caption classifier-free guidance changes nothing
             for method in methods_of(model, options.methods, guidance):
                 if ((subject, steps, guidance, method.label), len(rows)) in there:

@@ -50,7 +50,9 @@ class Scheme(Generic[Plan]):
         """The walk of `slots` rows up the schedule."""
         denoiser = next(iter(self.model.geometry.parts))
         eps = torch.finfo(self.model.dtypes[denoiser]).eps
-        rule = self.method.rule(self.guidance, eps)
+        # Told to the network, guidance magnifies nothing: what comes out is one output, as good as the network is.
+        magnified = self.guidance if self.model.geometry.guiding == "classifier-free" else 1.0
+        rule = self.method.rule(magnified, eps)
         options: dict[str, Any] = {
             "slots": slots, "device": self.model.device, "latent_shape": self.model.geometry.latent_shape,
             "half": self.model.dtypes[denoiser] == torch.float16,
@@ -155,6 +157,11 @@ def check_method(method: InversionMethod, geometry: Geometry, schedule: Schedule
         instead = "euler, uni-inv or lbo" if kind == "flow" else "ddim, uni-inv or lbo"
         raise ValueError(
             f"method {method.label} does not invert {what}, which model {geometry.sizes.model!r} is: take {instead}"
+        )
+    if isinstance(method, NullTextMethod) and geometry.guiding != "classifier-free":
+        raise ValueError(
+            f"method {method.label} learns negative prompts, and model {geometry.sizes.model!r} is not guided by them: "
+            "take uni-inv or lbo"
         )
     if isinstance(schedule, Multistep) and not method.sweeps:
         raise ValueError(

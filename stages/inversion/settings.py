@@ -213,14 +213,15 @@ class LboMethod(InversionMethod):
     update: Literal["safeguarded"] = "safeguarded"
     """How the bias is fitted: Anderson acceleration, and a gradient step where a row stalls. What else was tried is
     measured in ``benchmarks/inversion``."""
-    warm_start: Literal["none", "last", "linear"] = "linear"
-    """Start a step's bias from the last step's, or from the line through the last two."""
+    warm_start: Literal["none", "last", "half", "linear"] = "linear"
+    """Start a step's bias from the last step's, or from the line through the last two; ``half``: half as far along it,
+    which is best for a single pass a step on rectified flows."""
     passes: int = Field(10, ge=1)
     """Most network passes a step; a gradient counts as one more."""
     tolerance: float | None = Field(None, ge=0)
-    """Relative residual |D(z) - z_prev| / |z_prev| at which a step is done. Left out: 1e-3, and 1e-5 under guidance,
-    where generation magnifies what is left; never below half the spacing of the network's dtype, whose noise no pass
-    takes away (docs/inversion.md)."""
+    """Relative residual |D(z) - z_prev| / |z_prev| at which a step is done. Left out: 1e-3, and 1e-5 under
+    classifier-free guidance, where generation magnifies what is left; never below half the spacing of the network's
+    dtype, whose noise no pass takes away (docs/inversion.md)."""
     rate: None = None
     """Always null: the step size of updates that are no longer offered."""
     window: int = Field(3, ge=1)

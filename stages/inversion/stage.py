@@ -72,6 +72,7 @@ class InvertImages:
     def describe(settings: InvertImagesSettings) -> StageInfo:
         geometry = read_geometry(settings)
         schedule = geometry.schedule(settings.steps)
+        geometry.check_guidance(settings.guidance, settings.negative)
         for method in settings.methods:
             check_method(method, geometry, schedule)
         buckets = _buckets(settings, geometry)

@@ -15,6 +15,8 @@ from stages.models.z_image import ZImage
 
 UNETS = (StableDiffusionXL, StableDiffusion)
 """The first whose pipelines' name the folder's index begins with."""
+CONSISTENCY = "LatentConsistencyModelPipeline"
+"""Of a Stable Diffusion whose own pipeline runs `LCMScheduler` alone; Stable Diffusion's runs it with any."""
 FLOWS: dict[str, type[FlowTransformer]] = {
     family.index: family for family in (StableDiffusion3, Flux, QwenImage, ZImage)
 }
@@ -46,6 +48,8 @@ def family_of(settings: LatentModelSettings) -> type[StableDiffusion] | type[Flo
     pipeline = str(index.get("_class_name"))
     if pipeline in FLOWS:
         return FLOWS[pipeline]
+    if pipeline == CONSISTENCY:
+        return StableDiffusion
     for family in UNETS:
         if pipeline.startswith(family.index) and not pipeline.startswith("StableDiffusion3"):
             return family

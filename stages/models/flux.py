@@ -5,9 +5,9 @@ Legend as in `stages.models.transformer`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,15 +31,13 @@ class Flux(FlowTransformer):
     def packed(cls) -> int:
         return 4
 
-    @property
-    def told_guidance(self) -> bool:
-        """Whether guidance is an input of the network."""
-        return bool(self.transformer.config.guidance_embeds)
+    @classmethod
+    def guiding(cls, transformer: Mapping[str, Any]) -> Literal["told", "none"]:
+        return "told" if transformer["guidance_embeds"] else "none"
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         """The network is told the guidance: there is no negative side."""
-        if negative:
-            raise ValueError("FLUX.1 has no negative prompt: its guidance is told to the network; leave out `negative`")
+        self.geometry.check_guidance(1.0, negative)
         text_BLE, pooled_BE, _ = self.pipeline.encode_prompt(
             prompt=list(prompts), device=self.device, max_sequence_length=self.length
         )
@@ -53,7 +51,9 @@ class Flux(FlowTransformer):
         dtype, (_, _, H, W) = self.dtypes["transformer"], z_BCHW.shape
         text_BLE = condition["text_BLE"].to(dtype)
         like = {"device": z_BCHW.device, "dtype": dtype}
-        told = torch.full((len(z_BCHW),), guidance, device=z_BCHW.device) if self.told_guidance else None
+        told = None
+        if self.geometry.guiding == "told":
+            told = torch.full((len(z_BCHW),), guidance, device=z_BCHW.device)
         tokens_BNC = (network or self.transformer)(
             hidden_states=pack(z_BCHW).to(dtype), timestep=t_B.to(dtype) / 1000, guidance=told,
             pooled_projections=condition["pooled_BE"].to(dtype), encoder_hidden_states=text_BLE,
@@ -63,10 +63,7 @@ class Flux(FlowTransformer):
         return unpack(tokens_BNC.float(), H, W)
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        if guidance > 1 and not self.told_guidance:
-            raise ValueError(
-                f"model {self.geometry.sizes.model!r} has no guidance (it was distilled without): leave `guidance` at 1"
-            )
+        self.geometry.check_guidance(guidance, None)
         return partial(self.forward, guidance=guidance)
 
 

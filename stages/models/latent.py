@@ -123,6 +123,8 @@ class Geometry:
         scaling_factor: Latents are the posterior's mean times this.
         scheduler: The scheduler's configuration, with the settings' changes.
         text_shape: (L, E) of a text condition.
+        guiding: How the model is guided: by an output under a second, negative prompt; by a number that the denoiser is
+            told; not at all (it was distilled without).
         text_tokens: Tokens of a prompt that a rectified flow's language model is given; None: none has a say.
         upcast: The autoencoder runs in float32 beside networks in half precision.
         word_widths: Width of each text encoder's input embeddings: what a new word consists of.
@@ -147,6 +149,7 @@ class Geometry:
     usage: Usage
     sampler: Literal["ddim", "model"] = "ddim"
     grid: FlowGrid | None = None
+    guiding: Literal["classifier-free", "told", "none"] = "classifier-free"
     text_tokens: int | None = None
 
     def at(self, width: int, height: int) -> Geometry:
@@ -159,6 +162,22 @@ class Geometry:
         self.sizes.check(width, height)
         shape = (self.latent_shape[0], height // factor, width // factor)
         return replace(self, width=width, height=height, latent_shape=shape)
+
+    def check_guidance(self, guidance: float, negative: str | None) -> None:
+        """Refuse a guidance or a negative prompt that the model does not heed.
+
+        Raises:
+            ValueError: There is one.
+        """
+        if guidance > 1 and self.guiding == "none":
+            raise ValueError(
+                f"guidance: model {self.sizes.model!r} has none (it was distilled without): leave `guidance` at 1"
+            )
+        if negative and self.guiding != "classifier-free":
+            raise ValueError(
+                f"negative: model {self.sizes.model!r} has no negative prompt, since its guidance is not of two "
+                "prompts: leave `negative` out"
+            )
 
     def refuse_flow(self, why: str) -> None:
         """For what is made for a variance-preserving diffusion.

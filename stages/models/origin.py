@@ -116,7 +116,8 @@ def load_pipeline(
 
 
 def lines(
-    settings: LatentModelSettings, kind: str, denoiser: str = "unet", without: Sequence[str] = ()
+    settings: LatentModelSettings, kind: str, denoiser: str = "unet", without: Sequence[str] = (),
+    loader: str | None = None,
 ) -> tuple[list[str], str]:
     """What is imported from diffusers, and the lines of Python that make `pipe` of the model.
 
@@ -124,6 +125,7 @@ def lines(
         kind: Class of its pipeline, for a checkpoint of one file.
         denoiser: The part whose weight files tell of variants.
         without: Parts that the pipeline has to be told are not there.
+        loader: Class that reads a folder; None: the one that its index names.
     """
     names, code, given = [], [], ""
     if settings.vae is not None:
@@ -140,11 +142,11 @@ def lines(
         fetched, config = brought(configuration(settings)[0], "config")
         code += [*fetched, f'pipe = {kind}.from_single_file("{model}", config="{config}"{given}, dtype=torch.float32)']
     else:
-        names.append("DiffusionPipeline")
+        names.append(loader or "DiffusionPipeline")
         if settings.revision is not None:
             given += f', revision="{settings.revision}"'
         given += _variant(settings, denoiser) + "".join(f", {part}=None" for part in without)
-        code.append(f'pipe = DiffusionPipeline.from_pretrained("{model}"{given}, dtype=torch.float32)')
+        code.append(f'pipe = {names[-1]}.from_pretrained("{model}"{given}, dtype=torch.float32)')
     code += [lora.usage(f"lora_{number}") for number, lora in enumerate(settings.loras or ())]
     return names, "\n".join(code)
 

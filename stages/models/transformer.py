@@ -94,6 +94,11 @@ class FlowTransformer:
         return tokens, int(transformer["joint_attention_dim"])
 
     @classmethod
+    def guiding(cls, transformer: Mapping[str, Any]) -> Literal["classifier-free", "told", "none"]:
+        """See `Geometry`."""
+        return "classifier-free"
+
+    @classmethod
     def text_tokens(cls, settings: LatentModelSettings) -> int:
         """Tokens of a prompt that the language model is given.
 
@@ -177,6 +182,7 @@ class FlowTransformer:
             scaling_factor=float(vae.get("scaling_factor", 1.0)),
             scheduler=effective,
             text_shape=cls.text_shape(transformer, tokens),
+            guiding=cls.guiding(transformer),
             text_tokens=tokens,
             upcast=True,
             word_widths=(),

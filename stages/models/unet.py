@@ -114,6 +114,7 @@ class StableDiffusion:
             loras=tuple(settings.loras or ()),
             usage=_usage(settings, f"{cls.index}Pipeline", effective, stock, cls.text_latent(text_shape)),
             sampler="model" if stock else "ddim",
+            guiding="classifier-free" if unet.get("time_cond_proj_dim") is None else "told",
         )
 
     @classmethod
@@ -212,7 +213,7 @@ class StableDiffusion:
     def predictor(self, guidance: float = 1.0) -> Predict:
         """The U-Net's output under classifier-free guidance, one call on 2B rows when guidance is above 1; where
         guidance is an input of the network, under that."""
-        if self.unet.config.time_cond_proj_dim is not None:
+        if self.geometry.guiding == "told":
             return partial(self.forward, guidance=guidance)
         return self.forward if guidance <= 1 else guided(self.forward, classifier_free(guidance))
 
@@ -384,8 +385,11 @@ def _usage(
     settings: LatentModelSettings, kind: str, scheduler: Mapping[str, Any], stock: bool,
     text_latent: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> Usage:  # fmt: skip
+    from diffusers import DiffusionPipeline
+
     sampler, changes = _swap(settings, scheduler, stock)
-    names, pipeline = lines(settings, kind)
+    index = DiffusionPipeline.load_config(here(configuration(settings)[0]), revision=configuration(settings)[1])
+    names, pipeline = lines(settings, kind, loader=None if index.get("_class_name") == kind else kind)
     if not changes:
         return Usage(tuple(names), pipeline, (), "", text_latent)
     options = ", ".join(f"{key}={value!r}" for key, value in changes.items())

@@ -76,6 +76,7 @@ class RareConcepts:
     def describe(settings: RareConceptsSettings) -> StageInfo:
         geometry = read_geometry(settings)
         check_method(settings.inversion, geometry, geometry.schedule(settings.steps))
+        geometry.check_guidance(settings.guidance, settings.negative)
         models = geometry.fingerprints()
         encoder = partial(
             identity, settings.clip, revision=settings.clip_revision, allow_pickle=settings.allow_pickle
