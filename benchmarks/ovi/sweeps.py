@@ -22,6 +22,7 @@ from pipeline.contract import Row
 from stages.engine.stopping import StoppingRule
 from stages.models.vision_tower import VisionTower
 from stages.ovi.constraints import ReferenceSearch
+from stages.ovi.methods import whitening_of
 from stages.ovi.problem import OviProblem, Parametrization
 from stages.ovi.settings import OVI, Constraint, Stop
 
@@ -66,7 +67,7 @@ def follow(setting: World, rows: list[Row], true_BE: torch.Tensor, steps: int, m
     reference = setting.context.reference
     assert reference is not None
     search = ReferenceSearch(reference, method.constraint.k) if method.constraint.neighbours else None
-    whitening = setting.context.whitening()
+    whitening = whitening_of(method, setting.context)
     problem = OviProblem(Parametrization.tokens(tower), method, whitening=whitening, search=search)
     problem.load(list(range(len(rows))), rows)
     evaluations = []

@@ -17,7 +17,6 @@ from torch import nn
 
 from pipeline.contract import Row
 from stages.engine.solver import Occupancy
-from stages.ovi.constraints import Whitening
 from stages.ovi.settings import PromptMethod
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ def require_captions(method: PromptMethod, path: str, facts: Mapping[str, Any]) 
     captioned, k = (facts.get("captions") or {}).get("captioned", 0), method.needed_captions
     if k and not captioned:
         raise ValueError(
-            f"method {method.label!r} needs captions, and the reference {path} has none: make one with `captions: true` "
-            "or a file of captions. From its finished embeddings that takes no image encoder: `job: reference`, "
-            "`given: embeddings`, its output as `input`"
+            f"method {method.label!r} needs captions, and the reference {path} has none: make one with "
+            "`captions: true` or a file of captions. From its finished embeddings that takes no image encoder: "
+            "`job: reference`, `given: embeddings`, its output as `input`"
         )
     if k > captioned:
         raise ValueError(f"method {method.label!r}: k is {k}, the reference {path} has {captioned} rows with captions")
@@ -86,8 +85,3 @@ class Context:
         captions = reference.captions
         assert captions is not None
         return reference, captions
-
-    def whitening(self) -> Whitening | None:
-        if self.reference is None:
-            return None
-        return Whitening.of(self.reference.mean, self.reference.cholesky, self.device)

@@ -14,9 +14,9 @@ from stages.engine.passthrough import in_batches
 from stages.engine.solver import Occupancy, solve
 from stages.models.vision_tower import VisionTower
 from stages.ovi.baselines import rescaled, retrieval, text_embedding
-from stages.ovi.constraints import open_search
+from stages.ovi.constraints import CaptionSearch, Search, Whitening, floored, open_search
 from stages.ovi.context import BATCH, Context, RowMap
-from stages.ovi.priors import by_caption, mapped, prior
+from stages.ovi.priors import by_caption, linear, mapped, prior
 from stages.ovi.problem import OviProblem, Parametrization
 from stages.ovi.settings import (
     OVI,
@@ -35,6 +35,8 @@ from stages.ovi.warm_starts import WarmStarts
 
 START_NEIGHBOURS = 8
 """Images whose mean `direct` starts from when the neighbour constraint is on."""
+OWN_FLOOR = 1e-3
+"""Of the variances that a prompt's own Gaussian has, over their mean: few captions leave some at nothing."""
 
 
 def build(method: PromptMethod, context: Context) -> RowMap:
@@ -78,18 +80,18 @@ def ovi(method: OVI, context: Context) -> RowMap:
 
 
 def direct(method: Direct, context: Context) -> RowMap:
-    """OVI's objective over the embedding itself (ours), in the reference's whitened coordinates.
+    """OVI's objective over the embedding itself (ours), in whitened coordinates.
 
-    A row starts from the mean image; with the neighbour constraint, which holds a row where it starts, from the mean of
-    the images nearest to the text.
+    A row starts from the mean image, or from its prompt's own; with the neighbour constraint, which holds a row where
+    it starts, from the mean of the images nearest to the text.
     """
-    reference = context.need_reference(method)
-    whitening = context.whitening()
+    constraint = method.constraint
+    whitening = whitening_of(method, context)
     assert whitening is not None
     solved = optimised(method, context, Parametrization.direct(whitening))
-    if not method.constraint.neighbours:
+    if not constraint.neighbours or constraint.around:
         return solved
-    nearest = retrieval(reference, min(START_NEIGHBOURS, reference.rows))
+    nearest = _build(Retrieval(k=min(START_NEIGHBOURS, _offered(method, context)), by=constraint.by), context)
     mean_E, inverse_EE = whitening.mean_E.cpu(), whitening.inverse_EE.cpu()
 
     def started(rows: list[Row]) -> Iterator[Row]:
@@ -103,11 +105,10 @@ def direct(method: Direct, context: Context) -> RowMap:
 
 def optimised(method: OVI | Direct, context: Context, parametrization: Parametrization) -> RowMap:
     """The rows' problems by the batched solver."""
-    constraint, reference = method.constraint, context.reference
-    if method.needs_reference:
-        reference = context.need_reference(method)
-    search = open_search(reference, constraint.k, context.device) if constraint.neighbours and reference else None
-    problem = OviProblem(parametrization, method, seed=context.seed, whitening=context.whitening(), search=search)
+    whitening = whitening_of(method, context)
+    problem = OviProblem(
+        parametrization, method, seed=context.seed, whitening=whitening, search=_search_of(method, context)
+    )  # fmt: skip
     # On a GPU, asking after every step whether a row is done makes the host wait for the device each time.
     poll = 4 if torch.device(context.device).type == "cuda" else 1
 
@@ -116,3 +117,36 @@ def optimised(method: OVI | Direct, context: Context, parametrization: Parametri
         return solve(problem, rows, occupancy=occupancy, poll=poll)
 
     return solved
+
+
+def _offered(method: Direct, context: Context) -> int:
+    """How many images there are to start from."""
+    if method.constraint.by:
+        return context.need_captions(method)[1].pairs.rows
+    return context.need_reference(method).rows
+
+
+def whitening_of(method: OVI | Direct, context: Context) -> Whitening | None:
+    """The Gaussian that holds a method's rows: of all images, or of each prompt's own; None without a reference."""
+    if method.needs_reference:
+        context.need_reference(method)
+    reference, constraint = context.reference, method.constraint
+    if reference is None:
+        return None
+    if constraint.around is None:
+        factor_EE = reference.cholesky
+        if constraint.floor is not None:
+            factor_EE = floored(reference.gaussian.covariance_EE, constraint.floor)
+        return Whitening.of(reference.mean, factor_EE, context.device)
+    conditional = linear(method, context)
+    factor_EE = floored(conditional.regression.left_EE, constraint.floor or OWN_FLOOR)
+    return Whitening.of(reference.mean, factor_EE, context.device, conditional.mean)
+
+
+def _search_of(method: OVI | Direct, context: Context) -> Search | None:
+    constraint = method.constraint
+    if not constraint.neighbours:
+        return None
+    if constraint.by:
+        return CaptionSearch(*context.need_captions(method), constraint.k)
+    return open_search(context.need_reference(method), constraint.k, context.device)

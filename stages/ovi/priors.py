@@ -8,6 +8,7 @@ K neighbours; unit vectors are called u.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,9 @@ from index.reference import Reference
 from pipeline.contract import Row, ok
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_normal
+from stages.ovi.constraints import nearest_pairs
 from stages.ovi.context import BATCH, Context, RowMap
-from stages.ovi.settings import Kernel, Linear, MeanShift, Procrustes
+from stages.ovi.settings import Kernel, Linear, MeanShift, Procrustes, PromptMethod
 
 SEED = 20_240_117  # of the choice of centres, and of the rows that are fitted
 FIT_ROWS = 100_000  # captioned rows that a kernel is fitted to, at most: 2,000 centres know no more of them
@@ -54,13 +56,28 @@ class Conditional:
         return self.mean(t_BT) + noise_BE @ root_EE
 
 
-def linear(captions: Captions, ridge: float | None = None) -> Conditional:
+def linear(method: PromptMethod, context: Context, ridge: float | None = None) -> Conditional:
     """The conditional Gaussian of the joint Gaussian of texts and images.
 
+    Args:
+        method: That asks for it.
+        ridge: See `index.joint.Fit.under`.
+
     Raises:
-        index.joint.TooFewRows: There are too few captioned rows for the ridge.
+        ValueError: The reference has no captions, or too few for the ridge.
     """
-    return Conditional(lambda t_BT: t_BT, captions.fit.under(ridge))
+    _, captions = context.need_captions(method)
+    with _told(method):
+        return Conditional(lambda t_BT: t_BT, captions.fit.under(ridge))
+
+
+@contextmanager
+def _told(method: PromptMethod) -> Iterator[None]:
+    """What there is too little of names the method."""
+    try:
+        yield
+    except joint.TooFewRows as error:
+        raise ValueError(f"method {method.label!r}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -150,15 +167,6 @@ def by_caption(reference: Reference, captions: Captions, k: int) -> Prior:
     return lambda t_BT: nearest_pairs(reference, captions, t_BT, k)[1].mean(1)
 
 
-def nearest_pairs(
-    reference: Reference, captions: Captions, t_BT: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k captions nearest to each text, raw, (B, K, T), and their pictures' embeddings (B, K, E); float64."""
-    found_BK = captions.index.search(t_BT.float().numpy(), k)[1]
-    texts_BKT = torch.from_numpy(captions.index.gather(found_BK)).double()
-    return texts_BKT, torch.from_numpy(reference.index.gather(captions.rows_M[found_BK])).double()
-
-
 def prior(method: MeanShift | Linear | Kernel | Procrustes, context: Context) -> RowMap:
     """One of the priors, for rows.
 
@@ -166,18 +174,16 @@ def prior(method: MeanShift | Linear | Kernel | Procrustes, context: Context) ->
         ValueError: The reference has no captions, too few, or of another width.
     """
     reference, captions = context.need_captions(method)
-    try:
-        match method:
-            case MeanShift():
-                return mapped(shifted(captions))
-            case Procrustes():
-                return mapped(procrustes(reference, captions, method.k))
-            case Linear():
-                conditional = linear(captions, method.ridge)
-            case Kernel():
+    match method:
+        case MeanShift():
+            return mapped(shifted(captions))
+        case Procrustes():
+            return mapped(procrustes(reference, captions, method.k))
+        case Linear():
+            conditional = linear(method, context, method.ridge)
+        case Kernel():
+            with _told(method):
                 conditional = kernel(reference, captions, method)
-    except joint.TooFewRows as error:
-        raise ValueError(f"method {method.label!r}: {error}") from None
     return drawn(conditional, context.seed) if method.sample else mapped(conditional.mean)
 
 

@@ -40,6 +40,7 @@ class Parametrization:
         width: E.
         device: Where the encoder lives.
         passes: Encoder passes (forward and backward) that one step costs a row: 1, or 0 without an encoder.
+        centred: The row's centre (`Whitening.centres`) is to be added.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class Parametrization:
     width: int
     device: torch.device
     passes: int
+    centred: bool = False
 
     @staticmethod
     def tokens(tower: VisionTower) -> Parametrization:
@@ -56,10 +58,10 @@ class Parametrization:
 
     @staticmethod
     def direct(whitening: Whitening) -> Parametrization:
-        """The embedding itself, in whitened coordinates u: z = mean + L u (ours). Starts near the mean image."""
-        mean_E, cholesky_EE = whitening.mean_E, whitening.cholesky_EE
-        width = len(mean_E)
-        return Parametrization((width,), lambda u_BE: mean_E + u_BE @ cholesky_EE.mT, width, mean_E.device, 0)
+        """The embedding itself, in whitened coordinates u: z = centre + L u (ours). Starts near the centre."""
+        cholesky_EE = whitening.cholesky_EE
+        width, device = len(cholesky_EE), cholesky_EE.device
+        return Parametrization((width,), lambda u_BE: u_BE @ cholesky_EE.mT, width, device, 0, centred=True)
 
 
 def stopping_rule(method: OVI | Direct) -> StoppingRule:
@@ -83,7 +85,7 @@ class OviProblem:
         parametrization: The variable and its encoder.
         method: AdamW, constraint, stopping.
         seed: The job's seed.
-        whitening: Needed by the Mahalanobis constraint and by `watch: mahalanobis`; else only reported.
+        whitening: Needed by `direct`, by the Mahalanobis constraint and by `watch: mahalanobis`; else only reported.
         search: Needed by the neighbour constraint.
 
     Raises:
@@ -95,7 +97,8 @@ class OviProblem:
         whitening: Whitening | None = None, search: Search | None = None,
     ) -> None:  # fmt: skip
         self.constraint, self.stopping = method.constraint, method.stopping
-        if whitening is None and (self.constraint.mahalanobis or self.stopping.watch == "mahalanobis"):
+        asked = self.constraint.mahalanobis or self.stopping.watch == "mahalanobis" or parametrization.centred
+        if whitening is None and asked:
             raise ValueError("the Mahalanobis distance needs a reference with statistics of image embeddings")
         if search is None and self.constraint.neighbours:
             raise ValueError("the neighbour constraint needs a reference with an index")
@@ -112,6 +115,8 @@ class OviProblem:
         self.t_BE = torch.zeros(slots, width, device=device)
         self.near_BKE = torch.zeros(slots, self.constraint.k if self.search else 0, width, device=device)
         self.z_BE = torch.zeros(slots, width, device=device)
+        self.centre_BE = torch.zeros(slots, width, device=device)
+        self.weight_B = torch.full((slots,), self.constraint.mahalanobis, device=device)
         self.report_B4 = torch.zeros(slots, 4, device=device)  # loss, cosine, mahalanobis, neighbour cosine
         self.active_B = torch.zeros(slots, dtype=torch.bool, device=device)
         self.gradient = RowGradient(slots, FLOAT16_SCALE if method.precision == "float16" else None, device)
@@ -140,6 +145,11 @@ class OviProblem:
                 start_b[i] = torch.tensor(row["start"], dtype=torch.float32).view(shape)
         self.x_B[index_b] = start_b.to(device)
         self.t_BE[index_b] = normalize(text_bE, dim=-1)
+        if self.whitening is not None:
+            self.centre_BE[index_b] = self.whitening.centres(text_bE)
+        if self.whitening is not None and self.constraint.units == "balanced":
+            scale_b = self.whitening.balance(self.t_BE[index_b], self.centre_BE[index_b])
+            self.weight_B[index_b] = self.constraint.mahalanobis * scale_b
         if self.search is not None and self.constraint.interval == 0:
             self.near_BKE[index_b] = self.search(text_bE)
         self.gradient.reset(which_B)
@@ -175,9 +185,11 @@ class OviProblem:
         """z_BE; zero in empty slots, which the encoder is not shown unless it was compiled or recorded for all."""
         which = held(self.rows, x_B.device) if self.method.accelerate == "none" else None
         if which is None:
-            return self._encode_all(x_B)
-        z_bE = self._encode_all(x_B[which])
-        return z_bE.new_zeros(self.slots, self.parametrization.width).index_copy(0, which, z_bE)
+            z_BE = self._encode_all(x_B)
+        else:
+            z_bE = self._encode_all(x_B[which])
+            z_BE = z_bE.new_zeros(self.slots, self.parametrization.width).index_copy(0, which, z_bE)
+        return z_BE + self.centre_BE if self.parametrization.centred else z_BE
 
     def _encode_all(self, x_B: torch.Tensor) -> torch.Tensor:
         precision = self.method.precision
@@ -193,9 +205,9 @@ class OviProblem:
         loss_B = 1 - cosine_B
         mahalanobis_B = near_B = torch.zeros_like(cosine_B)
         if self.whitening is not None:
-            mahalanobis_B = self.whitening.distance(z_BE)
+            mahalanobis_B = self.whitening.distance(z_BE, self.centre_BE)
         if self.constraint.mahalanobis:
-            loss_B = loss_B + self.constraint.mahalanobis * mahalanobis_B
+            loss_B = loss_B + self.weight_B * mahalanobis_B
         if self.search is not None:
             near_B = cosine_similarity(z_BE[:, None], self.near_BKE, dim=-1).mean(1)
             loss_B = loss_B + self.constraint.neighbours * (1 - near_B)

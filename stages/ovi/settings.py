@@ -69,6 +69,32 @@ class Constraint(Settings):
     interval: int = Field(0, ge=0)
     """Steps between two searches for the neighbours, each with the embedding as it is; 0 searches once, with the text
     embedding, and is clearly the better one on the miniature world (docs/ovi.md)."""
+    by: Literal["caption"] | None = added()
+    """``caption``: the neighbours are the pictures whose captions are nearest to the prompt. Left out: the pictures
+    that are so themselves."""
+    around: Literal["prompt"] | None = added()
+    """``prompt``: the distance is to the prompt's own Gaussian, the one that `linear` draws from. Left out: to that of
+    all images."""
+    units: Literal["balanced"] | None = added()
+    """``balanced``: of `mahalanobis`, such that with 1 the pull of the text carries an embedding as far as a typical
+    image lies from the mean, and with w to 1 / w^2 of that (squared) distance, whatever the encoder and its width."""
+    floor: float | None = added(gt=0, le=1)
+    """Axes along which images vary less than this share of the mean count as varying so much: of ill-conditioned
+    statistics the thinnest axes would rule all. Left out: as the reference is shrunk; for ``around: prompt`` 1e-3."""
+
+    @model_validator(mode="after")
+    def _of_what_is_on(self) -> Constraint:
+        of_distance = [name for name in ("around", "units", "floor") if getattr(self, name) is not None]
+        if of_distance and not self.mahalanobis:
+            raise ValueError(f"`{of_distance[0]}` belongs to `mahalanobis`, whose weight is 0: give it one")
+        if self.by and (not self.neighbours or self.interval):
+            raise ValueError("`by: caption` belongs to `neighbours`, searched once: give a weight, and no `interval`")
+        return self
+
+    @property
+    def needed_captions(self) -> int:
+        """How many captioned images it asks for; 0: it can do without captions."""
+        return self.k if self.by else 1 if self.around else 0
 
 
 EARLY = Stop(watch="cosine", relative=0.02, patience=3, minimum=5)
@@ -208,6 +234,10 @@ class Direct(PromptMethod):
         return self.constraint.k if self.constraint.neighbours else 1
 
     @property
+    def needed_captions(self) -> int:
+        return self.constraint.needed_captions
+
+    @property
     def stopping(self) -> Stop:
         return self.stop
 
@@ -260,6 +290,10 @@ class OVI(PromptMethod):
     @property
     def needed_rows(self) -> int:
         return self.constraint.k if self.constraint.neighbours else 1
+
+    @property
+    def needed_captions(self) -> int:
+        return self.constraint.needed_captions
 
     @property
     def stopping(self) -> Stop:
