@@ -215,10 +215,10 @@ class OviProblem:
 
     @torch.no_grad()
     def _search_again(self, z_BE: torch.Tensor) -> None:
-        """Where a row's interval is over. On the device all rows are searched, which keeps the shapes."""
+        """Where a row's interval is over, and for those rows alone; all of them in a graph, which keeps the shapes."""
         assert self.search is not None
         due_B = self.active_B & (self.stopper.steps_B % self.constraint.interval == 0)
-        if self.search.on_device:
+        if self.method.accelerate == "graph":
             self.near_BKE.copy_(torch.where(due_B[:, None, None], self.search(z_BE), self.near_BKE))
         elif (due_b := due_B.nonzero().flatten()).numel():
             self.near_BKE[due_b] = self.search(z_BE[due_b])

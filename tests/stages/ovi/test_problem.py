@@ -176,6 +176,16 @@ def test_a_row_does_not_depend_on_its_neighbours(model):
     assert (alone - refilled).abs().max() <= 1e-5 * max(1, scale)
 
 
+class Counted(ExactSearch):
+    """Counts the rows that it is asked for."""
+
+    rows = 0
+
+    def __call__(self, z_BE):
+        self.rows += len(z_BE)
+        return super().__call__(z_BE)
+
+
 @pytest.mark.parametrize("interval", [1, 5, 0])
 def test_constraints_equal_a_plain_loop_in_float64_formulas(model, interval):
     bank, mean, covariance = gaussian()
@@ -183,11 +193,13 @@ def test_constraints_equal_a_plain_loop_in_float64_formulas(model, interval):
     unit = nn.functional.normalize(bank, dim=-1)
     constraint = Constraint(mahalanobis=0.05, neighbours=0.5, k=3, interval=interval)
     settings = OVI(slots=4, steps=30, stop=Stop(), constraint=constraint)
+    search = Counted(bank, 3)
     problem = OviProblem(
         Parametrization.tokens(VisionTower(model, 4)), settings,
-        whitening=Whitening.of(mean, torch.linalg.cholesky(covariance)), search=ExactSearch(bank, 3),
+        whitening=Whitening.of(mean, torch.linalg.cholesky(covariance)), search=search,
     )  # fmt: skip
     out = inverted(problem)
+    assert search.rows == len(IDS) * (len(range(0, 31, interval)) if interval else 1)  # the start is evaluated too
     for row_id in IDS[:2]:
         state = {"step": 0, "near": unit[(unit @ text(row_id)).topk(3).indices]}
 

@@ -1,0 +1,95 @@
+"""Learned words in prompts: what diffusers makes of them, counted, fingerprinted, and refused where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stages.models.captions import token_counts
+from stages.models.families import open_latent_model, read_geometry
+from stages.models.settings import LatentModelSettings
+from stages.models.words import encode, tokenize
+from tests.support import tiny_stable_diffusion
+from tests.support.card_lines import check_card_lines
+
+PROMPT = "red <frozen-1> star"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {kind: tiny_stable_diffusion.build(tmp_path_factory.mktemp(kind) / kind, kind) for kind in ("sd", "sdxl")}
+
+
+def settings(folder: str, *words: Path) -> LatentModelSettings:
+    told = {"words": [str(word) for word in words]} if words else {}
+    return LatentModelSettings.model_validate({"model": folder, "device": "cpu", **told})
+
+
+def written(file: Path, width: int, token: str = "<frozen-1>", rows: int = 1) -> Path:
+    vector = torch.randn((rows, width), generator=torch.Generator().manual_seed(width))
+    save_file({token: vector}, file)
+    return file
+
+
+@pytest.mark.parametrize(("kind", "widths"), [("sd", [32]), ("sdxl", [32, 24])])
+def test_a_prompt_means_what_it_would_with_the_words_in_the_vocabulary(
+    folders: dict[str, str], tmp_path: Path, kind: str, widths: list[int]
+) -> None:
+    """Against the hook that learning itself uses, which leaves the vocabulary alone."""
+    files = [written(tmp_path / f"{number}.safetensors", width) for number, width in enumerate(widths)]
+    model, plain = open_latent_model(settings(folders[kind], *files)), open_latent_model(settings(folders[kind]))
+    vectors = [torch.randn((1, width), generator=torch.Generator().manual_seed(width)) for width in widths]
+    tokens = [tokenize(encoder, PROMPT, ["<frozen-1>"]) for encoder in plain.text_encoders]
+    ids, which = ([pair[part][None] for pair in tokens] for part in (0, 1))
+    wanted = plain.text_condition(*encode(plain.text_encoders, ids, which, torch.cat(vectors, dim=1)[None]))
+    found = model.condition([PROMPT])
+    for name in wanted.keys() & {"text_BLE", "pooled_BE"}:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found["text_BLE"], plain.condition([PROMPT])["text_BLE"], atol=1e-2)
+    assert token_counts([PROMPT], model.readers)[0]["prompt_tokens"] == 5  # start, red, the word, star, end
+    check_card_lines(model, PROMPT)
+
+
+def test_words_count_in_the_fingerprint_of_the_encoder_that_knows_them(folders: dict[str, str], tmp_path: Path) -> None:
+    def prints(*words: Path) -> dict[str, str]:
+        found = read_geometry(settings(folders["sdxl"], *words)).fingerprints()
+        return {part: known["fingerprint"] for part, known in found.items()}
+
+    first, second = written(tmp_path / "1.safetensors", 32), written(tmp_path / "2.safetensors", 24)
+    assert "words" not in settings(folders["sdxl"]).model_dump()
+    plain, told = prints(), prints(first, second)
+    assert {part for part in plain if plain[part] != told[part]} == {"text_encoder", "text_encoder_2"}
+    save_file({"<frozen-1>": torch.ones(1, 24)}, second)
+    changed = prints(first, second)
+    assert {part for part in plain if changed[part] != told[part]} == {"text_encoder_2"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        ("sd", [("a", 33, "<x>", 1)], "<x> in .* is 33 wide and of another model; in .* words are 32 wide"),
+        ("sd", [("a", 32, "<x>", 3)], "one word of one vector is what is read"),
+        ("sd", [("a", 32, "<x>", 1), ("b", 32, "<x>", 1)], "<x> stands in two files"),
+        ("sdxl", [("a", 32, "<x>", 1)], "<x> is there for 1 of the 2 text encoders.*learned_embeds_2"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(
+    folders: dict[str, str], tmp_path: Path, kind: str, files: list[Any], message: str
+) -> None:
+    words = [written(tmp_path / f"{name}.safetensors", *rest) for name, *rest in files]
+    with pytest.raises(ValueError, match=message):
+        read_geometry(settings(folders[kind], *words))
+
+
+def test_a_file_that_is_none_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "pickle.bin").write_bytes(b"pickle")
+    for name in ("pickle.bin", "gone.safetensors"):
+        with pytest.raises(ValueError, match="is no safetensors file that can be read"):
+            read_geometry(settings(folders["sd"], tmp_path / name))
+    open_latent_model(settings(folders["sd"], written(tmp_path / "own.safetensors", 32, "<mine>")))
+    with pytest.raises(ValueError, match=r"red</w> in .* cannot be taken in"):
+        open_latent_model(settings(folders["sd"], written(tmp_path / "known.safetensors", 32, "red</w>")))
