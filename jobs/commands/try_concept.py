@@ -75,7 +75,7 @@ def draw_sheet(
     text = concept_tokens(prompt, row["name"], words)
     plain = without or without_concept(text)
     learned_on = {name: config[name] for name in LatentModelSettings.model_fields if name in config}
-    others = ("revision", "scheduler", "vae", "config", "loras")  # given for the model that it was learned on
+    others = ("revision", "scheduler", "vae", "config", "loras", "words")  # given for the model that it was learned on
     own = {"model": model, **dict.fromkeys(others)} if model else {}
     opened = open_latent_model(LatentModelSettings(**learned_on | own | {"device": device}))
     table = np.asarray(row["embeddings"], dtype=np.float32)

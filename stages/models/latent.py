@@ -20,6 +20,7 @@ from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.fingerprint import describe_model, digest
 from stages.models.flow_schedule import FlowGrid, flow_schedule
+from stages.models.learned_words import LearnedWord
 from stages.models.loras import Lora
 from stages.models.multistep import Multistep
 from stages.models.schedule import Schedule, ddim_schedule
@@ -130,6 +131,7 @@ class Geometry:
         word_widths: Width of each text encoder's input embeddings: what a new word consists of.
         parts: The networks that results depend on, the denoiser first.
         loras: What is added to all of them but the autoencoder.
+        words: What prompts may hold beside the words of the tokenizers.
         usage: Lines for cards.
         sampler: Whose steps are inverted and run: DDIM's over the scheduler's noise levels, or the scheduler's own.
         grid: How the pipeline of a rectified flow sets its scheduler; None: a variance-preserving chain.
@@ -150,6 +152,7 @@ class Geometry:
     sampler: Literal["ddim", "model"] = "ddim"
     grid: FlowGrid | None = None
     guiding: Literal["classifier-free", "told", "none"] = "classifier-free"
+    words: tuple[LearnedWord, ...] = ()
     text_tokens: int | None = None
 
     def at(self, width: int, height: int) -> Geometry:
@@ -219,6 +222,9 @@ class Geometry:
             marks = [lora.mark() for lora in self.loras]
             for part in found.keys() - {"vae"}:
                 found[part]["fingerprint"] = digest([found[part]["fingerprint"], marks])
+        for number, part in enumerate(sorted(part for part in found if part.startswith("text_encoder"))):
+            if words := [word.mark() for word in self.words if word.encoder == number]:
+                found[part]["fingerprint"] = digest([found[part]["fingerprint"], words])
         return found
 
 

@@ -158,6 +158,8 @@ class FlowTransformer:
         parts = cls._parts(settings)
         transformer, vae, scheduler = cls._configurations(settings)
         cls.check(path, transformer, vae)
+        if settings.words:
+            raise ValueError(f"words: {path!r} takes no learned words; Stable Diffusion 1.x, 2.x and XL do")
         if settings.vae is not None and cls.vae_class != "AutoencoderKL":
             raise ValueError(f"vae: model {path!r} has an {cls.vae_class}, whose place no other takes; leave out `vae`")
         if settings.vae is not None:

@@ -26,6 +26,7 @@ from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Condition, Geometry, Predict, Sizes
+from stages.models.learned_words import LearnedWord, add_word, learned_words
 from stages.models.loras import add_lora
 from stages.models.memory import peak_bytes
 from stages.models.multistep import Multistep
@@ -100,6 +101,8 @@ class StableDiffusion:
         overflows = settings.dtype == "float16" and bool(chosen_vae(settings, vae).get("force_upcast", True))
         upcast = overflows or (settings.measures_pictures and settings.dtype != "float32")
         text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))
+        widths = tuple(int(text.hidden_size) for text in texts)
+        words = learned_words(settings.words or (), path, widths)
         return Geometry(
             width=size,
             height=size,
@@ -108,11 +111,12 @@ class StableDiffusion:
             scaling_factor=float(vae.get("scaling_factor", 0.18215)),
             scheduler=effective,
             text_shape=text_shape,
-            word_widths=tuple(int(text.hidden_size) for text in texts),
+            word_widths=widths,
             upcast=upcast,
             parts=networks(settings, cls.encoders, upcast),
             loras=tuple(settings.loras or ()),
-            usage=_usage(settings, f"{cls.index}Pipeline", effective, stock, cls.text_latent(text_shape)),
+            words=words,
+            usage=_usage(settings, f"{cls.index}Pipeline", effective, stock, cls.text_latent(text_shape), words),
             sampler="model" if stock else "ddim",
             guiding="classifier-free" if unet.get("time_cond_proj_dim") is None else "told",
         )
@@ -126,6 +130,8 @@ class StableDiffusion:
         pipeline = load_pipeline(settings, kind, geometry.parts, geometry.upcast, cls.left_out)
         for lora in geometry.loras:
             add_lora(pipeline, lora)
+        for word in geometry.words:
+            add_word(pipeline, word)
         if settings.scheduler is not None:
             sampler: Any = getattr(diffusers, geometry.scheduler["_class_name"])
             pipeline.scheduler = sampler.from_config(dict(geometry.scheduler))
@@ -383,13 +389,14 @@ def _swap(settings: LatentModelSettings, scheduler: Mapping[str, Any], stock: bo
 
 def _usage(
     settings: LatentModelSettings, kind: str, scheduler: Mapping[str, Any], stock: bool,
-    text_latent: Mapping[str, tuple[str, tuple[int, ...]]],
+    text_latent: Mapping[str, tuple[str, tuple[int, ...]]], words: Sequence[LearnedWord],
 ) -> Usage:  # fmt: skip
     from diffusers import DiffusionPipeline
 
     sampler, changes = _swap(settings, scheduler, stock)
     index = DiffusionPipeline.load_config(here(configuration(settings)[0]), revision=configuration(settings)[1])
     names, pipeline = lines(settings, kind, loader=None if index.get("_class_name") == kind else kind)
+    pipeline = "\n".join([pipeline, *(word.usage(f"word_{number}") for number, word in enumerate(words))])
     if not changes:
         return Usage(tuple(names), pipeline, (), "", text_latent)
     options = ", ".join(f"{key}={value!r}" for key, value in changes.items())
