@@ -7,6 +7,7 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipeline.colour import as_srgb
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+BYTES_A_PIXEL = 4
+"""Of a decoded picture: in what Pillow keeps red, green and blue."""
 _lifted = threading.Lock()
 """Held while Pillow's limit, which is the process's, is off."""
 
@@ -23,7 +26,7 @@ class PictureError(ValueError):
     """The bytes are no picture that can be used; the message is what the failed row says."""
 
 
-def decode_picture(data: bytes, max_pixels: int) -> Image:
+def decode_picture(data: bytes, max_pixels: int, take: Callable[[int], None] = lambda size: None) -> Image:
     """Encoded bytes to an upright 8-bit RGB picture.
 
     Colours are converted to sRGB by the embedded ICC profile (Adobe RGB, Display P3, printers' CMYK). Transparency
@@ -33,6 +36,7 @@ def decode_picture(data: bytes, max_pixels: int) -> Image:
     Args:
         data: The file's bytes.
         max_pixels: Limit of width x height, checked before anything is decoded.
+        take: Told of the bytes that the picture is going to take, before it is decoded; may wait until they are free.
 
     Raises:
         PictureError: Empty, truncated, not a picture, or too large.
@@ -48,6 +52,7 @@ def decode_picture(data: bytes, max_pixels: int) -> Image:
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise PictureError(f"picture of {width}x{height} pixels is above the limit of {max_pixels}")
+                take(width * height * BYTES_A_PIXEL)
                 picture.load()
                 return _flatten(as_srgb(ImageOps.exif_transpose(picture), picture.info.get("icc_profile")))
     except PictureError:

@@ -115,8 +115,9 @@ def _told(path: str) -> Iterator[None]:
 
 
 def prepare(
-    raw: Raw, source: Source, folder: str, reads: Mapping[str, Form] | None = None
-) -> tuple[dict[str, Any] | None, str | None]:
+    raw: Raw, source: Source, folder: str, reads: Mapping[str, Form] | None = None,
+    take: Callable[[int], None] = lambda size: None,
+) -> tuple[dict[str, Any] | None, str | None]:  # fmt: skip
     """A row as the stage gets it, its pictures decoded: (row, None), or (None, why not).
 
     Columns that the stage does not read, or that are only kept, are left out: a damaged picture in one is no reason to
@@ -125,6 +126,7 @@ def prepare(
     Args:
         folder: Of the row's file; relative picture paths start there.
         reads: Columns that the stage takes, and in which form; None: all, as they are found.
+        take: Told of the bytes that a picture is going to take, before it is decoded; may wait until they are free.
     """
     if raw.error is not None:
         return None, raw.error
@@ -133,7 +135,7 @@ def prepare(
         if name in OWN_COLUMNS or not _handed_on(name, source, reads):
             continue
         try:
-            row[name] = _formed(name, value, source, folder, (reads or {}).get(name, "value"))
+            row[name] = _formed(name, value, source, folder, (reads or {}).get(name, "value"), take)
         except (FormError, PictureError) as error:
             return None, f"{name}: {error}"
     return row, None
@@ -145,7 +147,9 @@ def _handed_on(name: str, source: Source, reads: Mapping[str, Form] | None) -> b
     return (not source.columns or name in source.columns) and (reads is None or name in reads)
 
 
-def _formed(name: str, value: Any, source: Source, folder: str, form: Form) -> Any:
+def _formed(
+    name: str, value: Any, source: Source, folder: str, form: Form, take: Callable[[int], None]
+) -> Any:  # fmt: skip
     """The value in the form that the stage takes it in."""
     if form in ("text", "text?"):
         try:
@@ -157,5 +161,5 @@ def _formed(name: str, value: Any, source: Source, folder: str, form: Form) -> A
     if name in source.images or (form == "picture" and not missing(value)):
         value = as_picture(value)
     if isinstance(value, Encoded):
-        return decode_picture(picture_bytes(value, source, folder), source.max_pixels)
+        return decode_picture(picture_bytes(value, source, folder), source.max_pixels, take)
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,24 @@ class Poisoned(RuntimeError):
 
 @dataclass
 class Waiting:
-    """A row inside the stage, and the kept columns that join it when it comes out."""
+    """A row on its way through the stage, and the kept columns that join it when it comes out.
+
+    Attributes:
+        row: As the stage gets it; None once it has it: a decoded picture is the stage's alone, to drop when it has seen
+            enough of it.
+        again: Makes it anew.
+    """
 
     position: int
-    row: Row
+    id: str
+    row: Row | None
     kept: dict[str, Any]
+    again: Callable[[], Row]
+
+    def taken(self) -> Row:
+        """The row, for the stage to keep."""
+        row, self.row = self.row, None
+        return self.again() if row is None else row
 
 
 class Feed:
@@ -61,13 +74,13 @@ class Feed:
                 raise
             self._ready = chunk[::-1]
         waiting = self._ready.pop()
-        own = waiting.row["id"]
+        own = waiting.id
         if own in self.inside:
             problem = f"two rows of one shard have the id {own!r}; the input changed during the run"
             self.error = ContractError(problem)
             raise self.error
         self.inside[own] = waiting
-        return waiting.row
+        return waiting.taken()
 
     def returned(self, out: Row) -> Waiting:
         """The row that the stage gives back.
@@ -113,7 +126,7 @@ class Guard:
             _raise_if_fatal(error)
             if not feed.inside:  # it raised before it took a row: give it one, so that the next call is another
                 next(feed, None)
-            rows = [waiting.row for waiting in feed.inside.values()]
+            rows = list(feed.inside.values())
             shrunk = _out_of_memory(error) and self._shrink()
             text = described(error)
         else:
@@ -125,7 +138,7 @@ class Guard:
         if rows:
             yield from self._isolate(rows, None if shrunk else text)
 
-    def _isolate(self, rows: list[Row], reason: str | None) -> Iterator[Row]:
+    def _isolate(self, rows: list[Waiting], reason: str | None) -> Iterator[Row]:
         """Rows that were inside when the stage raised, in halves until each has passed or is alone and to blame.
 
         Args:
@@ -136,20 +149,20 @@ class Guard:
             tried = self._attempt(group)
             yield from tried.rows
             if len(tried.left) == 1 and tried.reason is not None:
-                yield failed(tried.left[0], tried.reason)
+                yield failed({"id": tried.left[0].id}, tried.reason)
             elif tried.left:
                 yield from self._isolate(tried.left, tried.reason)
 
-    def _attempt(self, rows: list[Row]) -> _Tried:
+    def _attempt(self, rows: list[Waiting]) -> _Tried:
         """Give some rows to the stage by themselves."""
         out: list[Row] = []
         try:
-            for row in self._stage(iter(rows)):
+            for row in self._stage(waiting.taken() for waiting in rows):
                 out.append(row)
         except Exception as error:
             _raise_if_fatal(error)
             given = {row.get("id") for row in out}
-            left = [row for row in rows if row["id"] not in given]
+            left = [waiting for waiting in rows if waiting.id not in given]
             shrunk = _out_of_memory(error) and self._shrink()
             return _Tried(out, left, None if shrunk else described(error))
         return _Tried(out, [], None)
@@ -169,7 +182,7 @@ class _Tried:
     """What came out of the stage, what did not, and why (None: it may pass in a smaller batch)."""
 
     rows: list[Row]
-    left: list[Row]
+    left: list[Waiting]
     reason: str | None
 
 

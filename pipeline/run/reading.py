@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -29,6 +30,8 @@ CHUNK_ROWS = 256
 CHUNK_PICTURES = 4
 AHEAD = 4
 """Chunks read and decoded ahead of the stage, for each decoding thread."""
+AHEAD_BYTES = 256 << 20
+"""What is decoded ahead of the stage may take of memory, beside the chunk that it gets next."""
 
 
 @dataclass
@@ -53,6 +56,41 @@ class Found:
     twin: str | None = None
 
 
+class Room:
+    """Memory for what is decoded ahead; chunks are known by their numbers, in the order in which they are taken.
+
+    Args:
+        most: Bytes. The chunk that is waited for gets what it needs all the same.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held, self._next = most, dict[int, int](), 0
+        self._changed = threading.Condition()
+        self._open = True
+
+    def take(self, chunk: int, size: int) -> None:
+        """Wait until there is room for a picture of a chunk."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._open or chunk <= self._next or sum(self._held.values()) + size <= self._most
+            )
+            self._held[chunk] = self._held.get(chunk, 0) + size
+
+    def wants(self, chunk: int) -> None:
+        """The stage takes this chunk next, and has those before it."""
+        with self._changed:
+            self._next = chunk
+            for done in [number for number in self._held if number < chunk]:
+                del self._held[done]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody takes anything any more: whoever waits goes on."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+
 class Reader:
     """Reads the rows of one task after another.
 
@@ -75,9 +113,25 @@ class Reader:
         Args:
             only: Rows at these places of the shard; None: all.
         """
-        submitted = (self._decoders.submit(self._decoded, chunk) for chunk in self._chunks(task, only))
-        for chunk in ahead(submitted, AHEAD * self._threads):
-            yield chunk.result()
+        room = Room(AHEAD_BYTES)
+        submitted = (
+            self._decoders.submit(self._decoded, chunk, partial(room.take, number))
+            for number, chunk in enumerate(self._chunks(task, only))
+        )
+        try:
+            for number, chunk in enumerate(ahead(submitted, AHEAD * self._threads)):
+                decoded = chunk.result()
+                room.wants(number + 1)
+                yield decoded
+        finally:
+            room.close()
+
+    def again(self, found: Found) -> Row:
+        """A row that could be had once, as the stage gets it."""
+        row, problem = prepare(found.raw, self._job.source, found.folder, self._job.reads)
+        if row is None:
+            raise RuntimeError(f"{found.raw.id!r} could be read, and cannot be any more: {problem}")
+        return row
 
     def undecoded(self, task: Task) -> Iterator[Raw]:
         """A task's rows as they were found.
@@ -106,14 +160,15 @@ class Reader:
         if chunk:
             yield chunk
 
-    def _decoded(self, chunk: list[Found]) -> list[Found]:
+    def _decoded(self, chunk: list[Found], take: Callable[[int], None]) -> list[Found]:
+        """A chunk with its pictures decoded, each when there is room for it."""
         for found in chunk:
             self._note_pictures(found.raw)
             if found.twin is not None:
                 found.kept = self.kept(found.raw, found.folder, None)
                 continue
             try:
-                found.row, found.problem = prepare(found.raw, self._job.source, found.folder, self._job.reads)
+                found.row, found.problem = prepare(found.raw, self._job.source, found.folder, self._job.reads, take)
             except Away:
                 raise
             except Exception as error:  # whatever a decoder throws is this row's trouble alone

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -68,7 +69,9 @@ class Worker:
                     if found.row is None:
                         refused.append((found.position, _passed_by(found)))
                     else:
-                        accepted.append(Waiting(found.position, found.row, found.kept))
+                        again = partial(self._reader.again, found)
+                        accepted.append(Waiting(found.position, found.raw.id, found.row, found.kept, again))
+                        found.row = None  # who gets it is its only holder
                 yield accepted
 
         for waiting, out in self._guard.through(chunks()):

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch
 from index import joint
 from index.gaussian import Accumulator
 from pipeline.contract import Column, Form, Row, StageInfo, failed, ok
+from pipeline.pictures import BYTES_A_PIXEL
 from stages.embed import captions
 from stages.embed.captions import Captioner
 from stages.embed.preparation import Preparation
@@ -24,9 +26,14 @@ from stages.engine.device import chosen_device
 from stages.engine.passthrough import in_batches
 from stages.models.clip import ImageEncoder, embedding_width, identity
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 CPU_BATCH = 32
 MOST_BATCH = 512  # encoders of this family gain nothing beyond it
 MEMORY_SHARE = 0.6  # of the device's free memory
+UNPREPARED_BYTES = 256 << 20
+"""Of pictures as they came, which wait for their preparation."""
 
 
 class Statistics:
@@ -133,20 +140,27 @@ class Embed:
             yield from self._outputs(*running)
 
     def _prepared(self, rows: Iterable[Row]) -> Iterator[tuple[list[Row], list[torch.Tensor | str]]]:
-        """Batches of rows with their prepared pictures (or why there is none), two batches ahead of the device."""
+        """Batches of rows with their prepared pictures (or why there is none), two batches ahead of the device.
+
+        The rows are without the pictures as they came, which may be large.
+        """
         waiting: deque[tuple[Row, Future[torch.Tensor | str]]] = deque()
+        unprepared: deque[tuple[Future[torch.Tensor | str], int]] = deque()
         source = iter(rows)
         with ThreadPoolExecutor(self.threads) as pool:
             while True:
-                ahead = 3 * self.batch_size - len(waiting)
-                waiting.extend((row, pool.submit(self._prepare, row)) for row in islice(source, max(ahead, 0)))
+                for row in islice(source, max(3 * self.batch_size - len(waiting), 0)):
+                    size = _bytes(row)
+                    _make_room(unprepared, size)
+                    future = pool.submit(self._prepare, row.get("image"))
+                    waiting.append(({name: value for name, value in row.items() if name != "image"}, future))
+                    unprepared.append((future, size))
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
                 yield [row for row, _ in batch], [future.result() for _, future in batch]
 
-    def _prepare(self, row: Row) -> torch.Tensor | str:
-        picture = row.get("image")
+    def _prepare(self, picture: Image | None) -> torch.Tensor | str:
         if picture is None:
             return "there is no picture in the column 'image'; map one to it with input.columns"
         try:
@@ -206,6 +220,18 @@ class Embed:
         free, _ = torch.cuda.mem_get_info()
         fitting = int(MEMORY_SHARE * free / row_bytes)
         return 1 << max(0, min(fitting, MOST_BATCH).bit_length() - 1)
+
+
+def _bytes(row: Row) -> int:
+    """What a row's picture takes."""
+    width, height = getattr(row.get("image"), "size", (0, 0))
+    return width * height * BYTES_A_PIXEL
+
+
+def _make_room(unprepared: deque[tuple[Future[torch.Tensor | str], int]], size: int) -> None:
+    """Wait until what is not prepared yet leaves room for a further picture."""
+    while unprepared and (unprepared[0][0].done() or sum(s for _, s in unprepared) + size > UNPREPARED_BYTES):
+        unprepared.popleft()[0].result()
 
 
 class Adopt:

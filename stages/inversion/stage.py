@@ -200,7 +200,8 @@ class InvertImages:
     # --- the way of a row
 
     def _by_scheme(self, scheme: Scheme[Any], rows: Iterable[Row]) -> Iterator[Row]:
-        # A row's working values live beside it, under its id: what the pipeline handed in is handed back untouched.
+        # A row's working values live beside it, under its id: what the pipeline handed in is handed back untouched, but
+        # for the picture: it may be large, and is needed no longer once it is fitted to the model.
         given: dict[str, Row] = {}
         work = self.prepared(scheme, rows, given)
         if scheme.method.ilb is not None:
@@ -215,7 +216,7 @@ class InvertImages:
 
         def checked() -> Iterator[Row]:
             for row in rows:
-                given[row["id"]] = row
+                given[row["id"]] = {name: value for name, value in row.items() if name != "image"}
                 if row.get("image") is None:
                     yield failed({"id": row["id"]}, "no picture in column 'image'; map one to it with input.columns")
                 else:
