@@ -24,6 +24,9 @@ GENERATED = "micro-world://"
 OWN = "_latentmill"
 """Folder of a run's bookkeeping inside its output folder; `pipeline.output.dataset` fills it."""
 SAMPLED_NAMES = 1000
+COMPANIONS = {"text": "images", "parquet": "webdataset", "jsonl": "webdataset"}
+"""Formats of files that say something of another beside them: captions of pictures; img2dataset's lists and statistics
+(``00000.parquet`` and ``00000_stats.json`` of ``00000.tar``)."""
 MANY_FILES = ("datasets", "concepts")
 """Formats whose rows are made of more files than those that are listed."""
 
@@ -54,6 +57,11 @@ def format_of(name: str) -> str | None:
         if format in LINES and name.endswith(tuple(s + c for s in suffixes for c in COMPRESSED if c != ".tgz")):
             return format
     return None
+
+
+def _stem(path: str) -> str:
+    """What names of files have in common that belong together."""
+    return path.removesuffix("_stats.json") if path.endswith("_stats.json") else path.rpartition(".")[0]
 
 
 def _is_pattern(path: str) -> bool:
@@ -157,7 +165,7 @@ def resolve(source: Source) -> Source:
             raise SourceError(f"{GENERATED} cannot be mixed with other inputs or formats")
         return replace(source, format="micro-world")
     paths, formats, hidden = [], Counter[str](), Counter[str]()
-    stems = {"images": set[str](), "text": set[str]()}
+    stems: dict[str, set[str]] = {}
     ids = source.id
     for entry in source.path:
         place = _place(entry, source)
@@ -179,13 +187,13 @@ def resolve(source: Source) -> Source:
             found = format_of(unsigned(info["name"]))
             if found is not None:
                 (hidden if place.kind == "folder" and underscored(info["name"]) else formats)[found] += 1
-                if found in stems:
-                    stems[found].add(info["name"].rpartition(".")[0])
+                stems.setdefault(found, set()).add(_stem(info["name"]))
             elif place.kind == "file":
                 known = ", ".join(FORMATS)
                 raise SourceError(f"{entry}: the name does not tell the format; set format to one of {known}")
             if count >= SAMPLED_NAMES:
-                stems["text"].discard(info["name"].rpartition(".")[0])  # its picture may come next
+                for companion in COMPANIONS:  # what it belongs to may come next
+                    stems.get(companion, set()).discard(_stem(info["name"]))
                 break
         if count < 0:
             nothing = "matches no file" if place.kind == "pattern" else "holds no file"
@@ -195,8 +203,9 @@ def resolve(source: Source) -> Source:
         formats = formats or hidden
         if not formats:
             raise SourceError(f"{', '.join(source.path)}: no file of a known format; set format, or check the path")
-        if set(formats) == set(stems) and stems["text"] <= stems["images"]:
-            del formats["text"]  # captions, each beside its picture
+        for companion, owner in COMPANIONS.items():
+            if {companion, owner} <= set(formats) and stems[companion] <= stems[owner]:
+                del formats[companion]
         if len(formats) > 1:
             mixed = " and ".join(sorted(formats))
             raise SourceError(f"{', '.join(source.path)}: holds {mixed}; set format, or name the files with a glob")

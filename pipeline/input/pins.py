@@ -5,7 +5,7 @@ from __future__ import annotations
 import fsspec
 
 from pipeline.input.files import InputFile
-from pipeline.input.read import reader_of
+from pipeline.input.read import scanned_again
 from pipeline.input.rows import Pin, Span
 from pipeline.input.source import Source, SourceError
 from pipeline.storage import patiently, version_of
@@ -39,8 +39,8 @@ class Pins:
         key = (span.path, now.size, now.version)
         if (now.size, now.version) == (span.pin.size, span.pin.version) or key in self._same:
             return
-        scan = reader_of(self._source).scan(self._source, now, lambda row: False)
-        if (scan.digest, scan.rows) != (span.pin.digest, span.pin.rows):
+        scan, same = scanned_again(self._source, now, span.pin.digest, span.pin.rows)
+        if not same:
             raise SourceError(f"{span.path}: {changed(span.pin, now.size, scan.rows)}")
         self._same.add(key)
 

@@ -14,6 +14,7 @@ from pipeline.contract import Form
 from pipeline.failures import Away, described, passing
 from pipeline.input.damage import tolerant
 from pipeline.input.fetch import picture_bytes
+from pipeline.input.files import InputFile
 from pipeline.input.formats.arrays import NPY
 from pipeline.input.formats.columnar import DATASETS, PARQUET
 from pipeline.input.formats.concepts import CONCEPTS
@@ -23,7 +24,7 @@ from pipeline.input.formats.text import JSONL, TEXT
 from pipeline.input.formats.webdataset import WEBDATASET
 from pipeline.input.formats.world import MICRO_WORLD
 from pipeline.input.forms import FormError, as_picture, as_text, missing
-from pipeline.input.rows import Encoded, Format, Raw, Span, Wanted
+from pipeline.input.rows import Encoded, FileScan, Format, Raw, Span, Wanted
 from pipeline.input.source import Source, SourceError
 from pipeline.input.variants import repeated
 from pipeline.pictures import PictureError, decode_picture
@@ -51,6 +52,19 @@ def reader_of(source: Source) -> Format:
     for name, values in source.variants.items():
         format = repeated(format, name, values)
     return format
+
+
+def scanned_again(source: Source, file: InputFile, digest: str, rows: int) -> tuple[FileScan, bool]:
+    """A file that was planned, as it is now, and whether it holds what it held.
+
+    Args:
+        source: Resolved.
+        digest, rows: What the plan says of it.
+    """
+    scan = reader_of(source).scan(source, file, lambda row: False)
+    if not scan.is_of(digest, rows) and scan.keys is not None:  # it may have been read through when it was planned
+        scan = reader_of(source).scan(source, file, lambda row: False, lambda row, values: None)
+    return scan, scan.is_of(digest, rows)
 
 
 def wanted_columns(source: Source, keep: tuple[str, ...]) -> Wanted:

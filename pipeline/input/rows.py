@@ -93,6 +93,7 @@ class FileScan:
 
     ``keys``: the rows' natural keys where the format has them (ids derive from them and have to be checked).
     ``schema``: the columns with their types, where the file tells. ``notes``: what the user should know of it.
+    ``also``: another digest that a plan may know the same content by.
     """
 
     rows: int
@@ -101,6 +102,11 @@ class FileScan:
     keys: tuple[str, ...] | None = None
     schema: pa.Schema | None = None
     notes: tuple[str, ...] = ()
+    also: str = ""
+
+    def is_of(self, digest: str, rows: int) -> bool:
+        """Whether a plan that says this saw the same content."""
+        return rows == self.rows and digest in (self.digest, self.also)
 
 
 Wanted = Mapping[str, str] | None

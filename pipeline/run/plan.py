@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import machine
 from pipeline.input.contents import Contents
 from pipeline.input.files import list_files
-from pipeline.input.read import reader_of
+from pipeline.input.read import scanned_again
 from pipeline.input.source import Source
 from pipeline.output import planfile
 from pipeline.output.lock import LOST, LockLost
@@ -261,8 +261,8 @@ def check_input(source: Source, folder: Folder, limit: int | None) -> dict[str, 
             found["input.files"] = (name, file.name if file is not None else "(no further file)")
             return found
         if (file.size, file.version) != (size, version):
-            scan = reader_of(source).scan(source, file, lambda row: False)
-            if (scan.digest, scan.rows) != (content, rows):
+            scan, same = scanned_again(source, file, content, rows)
+            if not same:
                 found[f"input file {name}"] = (f"{rows} rows, {size} bytes", f"{scan.rows} rows, {file.size} bytes")
                 if len(found) >= 5:
                     return found

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.input.files import InputFile, printable
+from pipeline.input.formats.beside import Member, check_downloads, members
 from pipeline.input.rows import Begins, Encoded, FileScan, Format, Look, Raw, Span, Wanted, own_id, picked, untold
 from pipeline.input.source import SUFFIXES, Source, SourceError
 from pipeline.input.streams import decompressing, open_input
@@ -29,6 +30,8 @@ SCANNED_AHEAD = 2 << 20
 (at 30 ms a request and 100 MB/s)."""
 TEXTS = ("txt", "text", "caption")
 """Members whose content is the column ``text`` too."""
+LISTED = "listed:"
+"""How a digest begins that is of names and sizes alone, which is what an index tells."""
 BEHIND_THE_END = 1 << 16
 """Bytes behind the end mark that are looked at: writers pad to 10 kB, so another tar would begin within these."""
 
@@ -142,35 +145,93 @@ def _opened(source: Source, path: str, offset: int, ahead: int | None = None) ->
 
 
 def _scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
-    digest, offsets, keys, seen = hashlib.blake2b(digest_size=16), {}, list[str](), set[str]()
+    """A tar's samples; by the index beside it where nobody looks at their contents, else by reading it through."""
+    listed = None if look is not None else members(source, file)
+    scan = _listed(file, listed, begins) if listed is not None else _read_through(source, file, begins, look)
+    if scan.keys is not None:
+        check_downloads(source, file, [key[len(file.name) + 1 :] for key in scan.keys])
+    return scan
+
+
+class _Found:
+    """What a scan learns of a tar, sample by sample.
+
+    Args:
+        begins: Whether to note where a row begins.
+    """
+
+    def __init__(self, file: InputFile, begins: Begins) -> None:
+        self._file, self._begins = file, begins
+        self._seen, self.keys, self.offsets = set[str](), list[str](), dict[int, int]()
+        self._whole, self._names = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+
+    def sample(self, key: str, start: int) -> None:
+        """The next one begins.
+
+        Raises:
+            SourceError: Its key has been there before.
+        """
+        if key in self._seen:
+            raise SourceError(_apart(self._file.path, key))
+        self._seen.add(key)
+        if self._begins(len(self.keys)):
+            self.offsets[len(self.keys)] = start
+        self.keys.append(f"{self._file.name}/{key}")
+
+    def member(self, name: str, size: int, mtime: float | None = None) -> None:
+        """One of its members; an index tells no time."""
+        told = f"{name}\0{size}\0"
+        self._names.update(f"{told}\n".encode(errors="surrogateescape"))
+        if mtime is not None:
+            self._whole.update(f"{told}{mtime}\n".encode(errors="surrogateescape"))
+
+    def scan(self, notes: tuple[str, ...], listed: bool) -> FileScan:
+        names, whole = f"{LISTED}{self._names.hexdigest()}", self._whole.hexdigest()
+        digest, also = (names, "") if listed else (whole, names)
+        return FileScan(len(self.keys), digest, self.offsets, tuple(self.keys), notes=notes, also=also)
+
+
+def _listed(file: InputFile, listed: Sequence[Member], begins: Begins) -> FileScan:
+    """By an index that fits."""
+    found, last = _Found(file, begins), None
+    for member in listed:
+        key, extension = _split_key(member.name)
+        if not extension or _hidden(member.name):
+            continue
+        if key != last:
+            found.sample(key, member.offset - tarfile.BLOCKSIZE)
+        last = key
+        found.member(member.name, member.size)
+    cut = (_unmarked(file.path, len(found.keys)),) if file.size < listed[-1].end + tarfile.BLOCKSIZE else ()
+    return found.scan(cut, listed=True)
+
+
+def _read_through(source: Source, file: InputFile, begins: Begins, look: Look | None) -> FileScan:
+    found = _Found(file, begins)
 
     def reads(number: int, extension: str) -> bool:
         return look is not None and extension.rpartition(".")[2] in (*TEXTS, "cls", "json", "npy")
 
     with _opened(source, file.path, 0, SCANNED_AHEAD) as (tar, handle):
         try:
-            for sample in _samples(tar, reads):
-                if sample.key in seen:
-                    raise SourceError(_apart(file.path, sample.key))
-                seen.add(sample.key)
-                if begins(len(keys)):
-                    offsets[len(keys)] = sample.start
+            for row, sample in enumerate(_samples(tar, reads)):
+                found.sample(sample.key, sample.start)
                 if look is not None:
-                    look(len(keys), _values(sample, file.name)[0])
-                keys.append(f"{file.name}/{sample.key}")
+                    look(row, _values(sample, file.name)[0])
                 for member in sample.members:
-                    digest.update(f"{member.name}\0{member.size}\0{member.mtime}\n".encode(errors="surrogateescape"))
+                    found.member(member.name, member.size, member.mtime)
         except (tarfile.TarError, EOFError) as error:
-            last = f" after {keys[-1]}" if keys else ""
+            last = f" after {found.keys[-1]}" if found.keys else ""
             problem = f"{file.path}: the tar is damaged{last} ({error}); fetch it again or leave it out"
             raise SourceError(problem) from None
         if tar.marked and handle.read(BEHIND_THE_END).strip(b"\0"):
             raise SourceError(
-                f"{file.path}: holds more behind the end mark of its tar, after {keys[-1] if keys else 'no member'}; "
-                "were tars appended to each other? Give each a file of its own"
+                f"{file.path}: holds more behind the end mark of its tar, after "
+                f"{found.keys[-1] if found.keys else 'no member'}; were tars appended to each other? Give each a file "
+                "of its own"
             )
-        notes = _notes(file.path, tar, len(keys))
-    return FileScan(len(keys), digest.hexdigest(), offsets, tuple(keys), notes=notes)
+        notes = _notes(file.path, tar, len(found.keys))
+    return found.scan(notes, listed=False)
 
 
 def _apart(path: str, key: str) -> str:
@@ -180,10 +241,14 @@ def _apart(path: str, key: str) -> str:
     )
 
 
+def _unmarked(path: str, rows: int) -> str:
+    return f"{path}: the tar has no end mark and may be cut; {rows:,} samples are there"
+
+
 def _notes(path: str, tar: _Tar, rows: int) -> tuple[str, ...]:
     notes = []
     if not tar.marked:
-        notes.append(f"{path}: the tar has no end mark and may be cut; {rows:,} samples are there")
+        notes.append(_unmarked(path, rows))
     if tar.links:
         advice = "pack the files themselves (tar --dereference --hard-dereference)"
         notes.append(f"{path}: {tar.links:,} links are left out; {advice}")

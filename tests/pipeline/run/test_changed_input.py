@@ -66,13 +66,13 @@ def test_the_same_content_with_another_time_goes_on_and_is_read_once(
     worker, tasks = planned(spec)
     os.utime(spec.source.path[0], (1, 1))
     scans: list[str] = []
-    real = pins.reader_of
+    real = pins.scanned_again
 
-    def counted(source: Source) -> Any:
+    def counted(source: Source, *rest: Any) -> Any:
         scans.append(source.path[0])
-        return real(source)
+        return real(source, *rest)
 
-    monkeypatch.setattr(pins, "reader_of", counted)
+    monkeypatch.setattr(pins, "scanned_again", counted)
     for task in tasks:
         worker.process(task)
     assert (records(spec), len(scans)) == (4, 1)
