@@ -44,6 +44,7 @@ from stages.inversion.settings import (
     NewtonMethod,
     NullTextMethod,
     RenoiseMethod,
+    RfInversionMethod,
     RfSolverMethod,
     UniInvMethod,
 )
@@ -88,6 +89,8 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
 )
 EXTRA_STATE: tuple[InversionMethod, ...] = (
     LboMethod(name="lbo+replay", replay=True),
+    LboMethod(name="lbo-1+shown", replay="shown", passes=1, tolerance=0.0),
+    RfInversionMethod(),
     BelmMethod(),
     EdictMethod(),
     NullTextMethod(),
@@ -95,7 +98,7 @@ EXTRA_STATE: tuple[InversionMethod, ...] = (
 AUDIT = (
     "euler", "rf-solver", "fireflow", "uni-inv", "lbo-1", "lbo-1-half", "renoise", "lbo-2", "fixed-point-3",
     "averaged-3", "anderson-3", "lbo-4", "lbo", "lbo-30", "anderson-1e-3", "anderson-5", "lbo-6", "lbo+ilb", "belm",
-    "edict", "lbo+replay",
+    "edict", "lbo+replay", "lbo-1+shown", "rf-inversion",
 )  # fmt: skip
 """What is compared on a rectified flow, unless `--methods` says otherwise."""
 USUAL = {"FluxPipeline": 3.5, "StableDiffusion3Pipeline": 7.0, "QwenImagePipeline": 4.0, "ZImagePipeline": 6.0}

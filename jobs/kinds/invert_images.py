@@ -74,7 +74,8 @@ Any row of a method without extra state regenerates its picture in plain diffuse
 """
 _CARD_OF_MORE = """## From a row back to its picture
 
-The methods of this dataset store more than a seed (`latent_2`, `bias`, `null_text`), which plain diffusers cannot use:
+The methods of this dataset store more than a seed (`latent_2`, `bias`, `input_bias`, `null_text`, `picture_latent`),
+which plain diffusers cannot use:
 `reconstruction` is what their stored state regenerates.
 
 """

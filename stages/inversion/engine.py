@@ -330,13 +330,17 @@ class InversionProblem(Walk[State]):
     Args:
         schedule: The sampler's coefficients.
         keep_path: Rows also leave with `path` (S + 1, C, H, W): every z_t, z_0 first; needed to replay.
+        keep_shown: Rows also leave with `input_bias` (S, C, H, W): what was added to each z_t where the network was
+            evaluated last, the picture's step first.
         options: Of `Walk`.
     """
 
     def __init__(
-        self, predict: Predict, schedule: Schedule, rule: Rule[State], *, keep_path: bool = False, **options: Any
-    ) -> None:
+        self, predict: Predict, schedule: Schedule, rule: Rule[State], *, keep_path: bool = False,
+        keep_shown: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         self.schedule, self.keep_path = schedule.to(options.get("device", "cpu")), keep_path
+        self.keep_shown = keep_shown
         super().__init__(predict, self.schedule.t_S, rule, **options)
 
     def resize(self, slots: int) -> None:
@@ -344,6 +348,11 @@ class InversionProblem(Walk[State]):
         self.path_BSCHW = (
             torch.zeros((slots, len(self.schedule) + 1, *self.latent_shape), device=self.device)
             if self.keep_path
+            else None
+        )
+        self.shown_BSCHW = (
+            torch.zeros((slots, len(self.schedule), *self.latent_shape), device=self.device)
+            if self.keep_shown
             else None
         )
 
@@ -361,6 +370,10 @@ class InversionProblem(Walk[State]):
             rows = torch.arange(self.slots, device=self.device)
             kept = self.path_BSCHW[rows, self.k_B + 1]
             self.path_BSCHW[rows, self.k_B + 1] = torch.where(per_row(moved_B, kept), z_BCHW, kept)
+        if self.shown_BSCHW is not None:
+            rows = torch.arange(self.slots, device=self.device)
+            kept = self.shown_BSCHW[rows, self.k_B]
+            self.shown_BSCHW[rows, self.k_B] = torch.where(per_row(moved_B, kept), point.x_BCHW - z_BCHW, kept)
         last_B = self.k_B == len(self.schedule) - 1
         enter_B = moved_B & ~last_B
         self.k_B += enter_B
@@ -372,6 +385,8 @@ class InversionProblem(Walk[State]):
         outputs: Row = {"noise": (self.prev_BCHW[slot] * self.schedule.seed_scale).to("cpu", copy=True)}
         if self.path_BSCHW is not None:
             outputs["path"] = self.path_BSCHW[slot].to("cpu", copy=True)
+        if self.shown_BSCHW is not None:
+            outputs["input_bias"] = self.shown_BSCHW[slot].to("cpu", copy=True)
         return outputs
 
 

@@ -78,6 +78,8 @@ class LatentBias(Rule[Fit]):
         passes: Most network passes a step; a gradient counts as one more.
         tolerance: A row goes on to its next step once |r| / |z_prev| is at or below it.
         window: Past iterates that Anderson combines.
+        told: The network will be shown in generation what it was shown last: z_t is what that evaluation makes of
+            z_prev, and not the next point.
     """
 
     advice = "lower the guidance, take more steps, or use method ddim"
@@ -89,8 +91,10 @@ class LatentBias(Rule[Fit]):
         passes: int = 10,
         tolerance: float = 1e-4,
         window: int = 3,
+        *,
+        told: bool = False,
     ) -> None:
-        self.bias, self.warm_start, self.window = bias, warm_start, window
+        self.bias, self.warm_start, self.window, self.told = bias, warm_start, window, told
         self.limit, self.tolerance = passes, tolerance
         if passes < self.least:
             raise ValueError(f"passes is {passes}: an {bias} bias needs at least {self.least}")
@@ -173,6 +177,8 @@ class LatentBias(Rule[Fit]):
 
     def result(self, point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
         """z_t of a row that stops here: the next point, or the best one where this evaluation came out worse."""
+        if self.told:
+            return point.g_BCHW
         return torch.where(per_row(point.residual_B <= state.best_B, x_BCHW), x_BCHW, state.best_BCHW)
 
     def ended(self, point: Evaluation, state: Fit, done_B: torch.Tensor, z_BCHW: torch.Tensor) -> Fit:

@@ -16,12 +16,14 @@ import torch
 from pipeline.contract import Row, failed
 from stages.engine.gradients import loss_scale
 from stages.engine.passthrough import in_batches
+from stages.engine.randomness import row_normal
 from stages.engine.solver import Occupancy, solve
 from stages.inversion import pairs
 from stages.inversion.engine import InversionProblem, Walk
 from stages.inversion.lbo import replay_bias
 from stages.inversion.null_text import generate_null_text, learn_null_text
-from stages.inversion.settings import EdictMethod, InversionMethod, NullTextMethod
+from stages.inversion.rf_inversion import steered_down, steered_up
+from stages.inversion.settings import EdictMethod, InversionMethod, NullTextMethod, RfInversionMethod
 from stages.inversion.sweeps import SweepProblem
 from stages.models.latent import Condition, Geometry, LatentModel
 from stages.models.multistep import Multistep
@@ -37,9 +39,11 @@ class Scheme(Generic[Plan]):
     Attributes:
         guided: Conditions need their negative side.
         keep_path: Rows leave the solver with every z_t.
+        keep_shown: They leave it with what the network was shown beside them.
     """
 
     keep_path = False
+    keep_shown = False
 
     def __init__(self, method: InversionMethod, model: LatentModel, schedule: Plan, *, guidance: float) -> None:
         self.method, self.model, self.schedule, self.guidance = method, model, schedule, guidance
@@ -59,7 +63,8 @@ class Scheme(Generic[Plan]):
         }  # fmt: skip
         if isinstance(self.schedule, Multistep):
             return SweepProblem(self.predict, self.schedule, rule, **options)
-        return InversionProblem(self.predict, self.schedule, rule, keep_path=self.keep_path, noise=eps / 2, **options)
+        options |= {"keep_path": self.keep_path, "keep_shown": self.keep_shown}
+        return InversionProblem(self.predict, self.schedule, rule, noise=eps / 2, **options)
 
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
         """Rows with `z` and `condition` to rows with `noise` (z_T), `forwards`, `backwards`, the extra state, and
@@ -87,6 +92,16 @@ class Replay(Scheme[Schedule]):
 
     def generate(self, noise_BCHW: torch.Tensor, condition: Condition, extra_B: torch.Tensor | None) -> torch.Tensor:
         return sample(self.predict, self.schedule, noise_BCHW, condition, extra_B)
+
+
+class ReplayShown(Scheme[Schedule]):
+    """LBO whose network is shown in generation what it was shown last in inversion (as in DirectEdit, Yang et al.,
+    2026, for Euler's method): stored for no pass of its own, and exact however few passes were made."""
+
+    keep_shown = True
+
+    def generate(self, noise_BCHW: torch.Tensor, condition: Condition, extra_B: torch.Tensor | None) -> torch.Tensor:
+        return sample(self.predict, self.schedule, noise_BCHW, condition, input_bias_BSCHW=extra_B)
 
 
 class NullText(Scheme[Schedule]):
@@ -145,6 +160,30 @@ class ExactPair(Scheme[Schedule]):
         return pairs.belm_generate(self.predict, self.schedule, pair, condition)
 
 
+class Steered(Scheme[Schedule]):
+    """RF-Inversion: all rows in step, and the picture's latent."""
+
+    def __init__(self, method: RfInversionMethod, model: LatentModel, schedule: Schedule, *, guidance: float) -> None:
+        super().__init__(method, model, schedule, guidance=guidance)
+        self.settings = method
+
+    def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
+        return in_batches(rows, slots, self._up)
+
+    def _up(self, rows: Sequence[Row]) -> Iterator[Row]:
+        z_BCHW, condition = stacked(rows, "z", self.model.device), conditions(rows, self.model.device)
+        y_BCHW = row_normal(z_BCHW.shape[1:], 0, [row["id"] for row in rows], "rf-inversion").to(z_BCHW.device)
+        noise_BCHW = steered_up(self.predict, self.schedule, z_BCHW, condition, y_BCHW, self.settings.gamma)
+        for row, noise in zip(rows, noise_BCHW, strict=True):
+            spent = {"forwards": len(self.schedule), "backwards": 0}
+            yield {**row, "noise": noise.cpu(), "picture_latent": row["z"], **spent}
+
+    def generate(self, noise_BCHW: torch.Tensor, condition: Condition, extra_B: torch.Tensor | None) -> torch.Tensor:
+        assert extra_B is not None
+        steered = round(self.settings.steered * len(self.schedule))
+        return steered_down(self.predict, self.schedule, noise_BCHW, condition, extra_B, self.settings.eta, steered)
+
+
 def check_method(method: InversionMethod, geometry: Geometry, schedule: Schedule | Multistep) -> None:
     """Refuse a method that this model's equations are not made for.
 
@@ -182,7 +221,9 @@ def scheme_of(method: InversionMethod, model: LatentModel, *, steps: int, guidan
         return Scheme(method, model, schedule, guidance=guidance)
     if isinstance(method, NullTextMethod):
         return NullText(method, model, schedule)
-    kind = {None: Scheme[Schedule], "bias": Replay, "latent_2": ExactPair}[method.extra]
+    if isinstance(method, RfInversionMethod):
+        return Steered(method, model, schedule, guidance=guidance)
+    kind = {None: Scheme[Schedule], "bias": Replay, "input_bias": ReplayShown, "latent_2": ExactPair}[method.extra]
     return kind(method, model, schedule, guidance=guidance)
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from stages.inversion.engine import Rule
 
 
+Extra = Literal["latent_2", "bias", "input_bias", "null_text", "picture_latent"]
+"""Columns of what a picture needs beside its seed."""
+
+
 class Boost(Settings):
     """ILB (idea: Chen et al., 2026): move the image latent so that it decodes to the picture, then invert that.
     `decoder` is the decoder inversion of Hong et al. ("On Exact Inversion of DPM-Solvers", 2024), by default with half
@@ -49,7 +53,7 @@ class InversionMethod(Method):
     rectified (SD3, FLUX.1, ...)."""
 
     @property
-    def extra(self) -> Literal["latent_2", "bias", "null_text"] | None:
+    def extra(self) -> Extra | None:
         """The column that a picture needs to come back beside its `latent`; None: the noise alone brings it back."""
         return None
 
@@ -126,6 +130,24 @@ class UniInvMethod(InversionMethod):
         from stages.inversion.explicit import UniInv
 
         return UniInv()
+
+
+class RfInversionMethod(InversionMethod):
+    """RF-Inversion, for rectified flows: one network pass a step, steered towards fixed noise, and on the way back
+    towards the picture. Extra state: the picture's latent. The authors invert under the empty caption."""
+
+    method: Literal["rf-inversion"] = "rf-inversion"
+    inverts: ClassVar[frozenset[str]] = frozenset({"flow"})
+    gamma: float = Field(0.5, ge=0, le=1)
+    """Weight of the straight line to the noise, which is drawn from the row's id."""
+    eta: float = Field(0.9, ge=0, le=1)
+    """Weight of the straight line to the picture."""
+    steered: float = Field(0.25, ge=0, le=1)
+    """Share of the sampling steps under `eta`, the first ones, rounded; the authors take 7 of 28."""
+
+    @property
+    def extra(self) -> Literal["picture_latent"]:
+        return "picture_latent"
 
 
 class FixedPointMethod(InversionMethod):
@@ -226,9 +248,10 @@ class LboMethod(InversionMethod):
     """Always null: the step size of updates that are no longer offered."""
     window: int = Field(3, ge=1)
     """Past iterates of Anderson."""
-    replay: bool = False
+    replay: bool | Literal["shown"] = False
     """Store each step's remaining bias and add it in generation: nearly perfect by construction, but extra state
-    (``steps`` more latents a row), and plain diffusers cannot replay it."""
+    (``steps`` more latents a row), and plain diffusers cannot replay it. ``true``: what has to be added to each step's
+    result, for one more pass a step; ``shown``: what was added to the latent that the network was shown, for none."""
 
     def tolerance_at(self, guidance: float, eps: float = 0.0) -> float:
         """The tolerance under a guidance scale, for a network whose numbers are spaced `eps` apart at 1."""
@@ -261,7 +284,9 @@ class LboMethod(InversionMethod):
         return self
 
     @property
-    def extra(self) -> Literal["bias"] | None:
+    def extra(self) -> Literal["bias", "input_bias"] | None:
+        if self.replay == "shown":
+            return "input_bias"
         return "bias" if self.replay else None
 
     @property
@@ -271,7 +296,10 @@ class LboMethod(InversionMethod):
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.lbo import LatentBias
 
-        return LatentBias(self.bias, self.warm_start, self.passes, self.tolerance_at(guidance, eps), self.window)
+        return LatentBias(
+            self.bias, self.warm_start, self.passes, self.tolerance_at(guidance, eps), self.window,
+            told=self.replay == "shown",
+        )  # fmt: skip
 
 
 class BelmMethod(InversionMethod):
@@ -323,6 +351,7 @@ AnyInversionMethod = Annotated[
     | RfSolverMethod
     | FireFlowMethod
     | UniInvMethod
+    | RfInversionMethod
     | FixedPointMethod
     | RenoiseMethod
     | ExactMethod

@@ -85,6 +85,11 @@ class InvertImages:
                 "bias", shape=(settings.steps, *shape),
                 doc="added to each step's result, picture's first",
             ),
+            "input_bias": each_step(
+                "input_bias", shape=(settings.steps, *shape),
+                doc="added to what the network is shown at each step, picture's first",
+            ),
+            "picture_latent": latent("picture_latent", doc="z_0, which rf-inversion steers back to"),
             "null_text": each_step(
                 "null_text", shape=(settings.steps, *geometry.text_shape),
                 doc="negative embedding a step, picture's first",

@@ -24,6 +24,7 @@ def denoise(
     condition: Condition | Callable[[int], Condition],
     bias_BSCHW: torch.Tensor | None = None,
     *,
+    input_bias_BSCHW: torch.Tensor | None = None,
     recompute: bool = False,
 ) -> Iterator[torch.Tensor]:
     """The latents after each step, z_0 last: DDIM (Song et al., 2021, equation 12, eta = 0), Euler steps of a flow, or
@@ -35,6 +36,7 @@ def denoise(
         z_BCHW: The noise z_T, as the sampler's pipeline would be given it.
         condition: The same in every step, or made for step k.
         bias_BSCHW: What is added to each step's result (replay of latent bias optimisation); of a `Schedule` alone.
+        input_bias_BSCHW: What is added to what the network is shown at each step (replay without a pass of its own).
         recompute: Under gradients, compute each step again on the way back, so that memory holds one pass of the
             network instead of S.
     """
@@ -46,7 +48,8 @@ def denoise(
     def down(z_BCHW: torch.Tensor, k: int) -> torch.Tensor:
         step = schedule.at(torch.full((len(z_BCHW),), k, device=z_BCHW.device))
         told = condition(k) if callable(condition) else condition
-        return step.down(z_BCHW, predict(z_BCHW, step.t_B, told))
+        shown_BCHW = z_BCHW if input_bias_BSCHW is None else z_BCHW + input_bias_BSCHW[:, k]
+        return step.down(z_BCHW, predict(shown_BCHW, step.t_B, told))
 
     z_BCHW = z_BCHW / schedule.seed_scale
     for k in range(len(schedule) - 1, -1, -1):
@@ -84,7 +87,10 @@ def sample(
     z_BCHW: torch.Tensor,
     condition: Condition | Callable[[int], Condition],
     bias_BSCHW: torch.Tensor | None = None,
+    *,
+    input_bias_BSCHW: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """z_0 of the noise z_T; see `denoise`."""
-    (z_0_BCHW,) = deque(denoise(predict, schedule, z_BCHW, condition, bias_BSCHW), maxlen=1)
+    drawn = denoise(predict, schedule, z_BCHW, condition, bias_BSCHW, input_bias_BSCHW=input_bias_BSCHW)
+    (z_0_BCHW,) = deque(drawn, maxlen=1)
     return z_0_BCHW

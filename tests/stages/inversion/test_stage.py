@@ -22,6 +22,7 @@ METHODS = [
     {"method": "lbo", "name": "boosted", "ilb": {"steps": 8, "warmup": 1}},
     {"method": "lbo", "name": "joint", "ilb": {"form": "joint", "steps": 4, "every": 2}},
     {"method": "lbo", "name": "replay", "replay": True, "passes": 1},
+    {"method": "lbo", "name": "shown", "replay": "shown", "passes": 1},
     {"method": "belm"},
     {"method": "edict"},
     {"method": "null-text", "iterations": 2},
@@ -78,6 +79,9 @@ def test_every_method_gives_every_row_once_with_declared_columns(folder) -> None
     }
     assert mean["lbo"] > mean["ddim"]
     assert mean["replay"] > 60
+    assert mean["shown"] > 60
+    passes = {label: {row["forwards"] for row in done.values() if row["method"] == label} for label in LABELS}
+    assert (passes["replay"], passes["shown"]) == ({6}, {3})
     assert mean["edict"] > 40
     boosted = [row for row in done.values() if row["method"] == "boosted"]
     assert all(row["psnr"] > row["floor_psnr"] for row in boosted)
