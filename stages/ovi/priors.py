@@ -20,7 +20,7 @@ from index.captions import Captions
 from index.reference import Reference
 from pipeline.contract import Row, ok
 from stages.engine.passthrough import in_batches
-from stages.engine.randomness import row_normal
+from stages.engine.randomness import row_generator, row_normal
 from stages.ovi.constraints import nearest_pairs
 from stages.ovi.context import BATCH, Context, RowMap
 from stages.ovi.settings import Kernel, Linear, MeanShift, Procrustes, PromptMethod
@@ -184,7 +184,30 @@ def prior(method: MeanShift | Linear | Kernel | Procrustes, context: Context) ->
         case Kernel():
             with _told(method):
                 conditional = kernel(reference, captions, method)
+    if method.residual:
+        return typical(conditional, reference, captions, method, context.seed)
     return drawn(conditional, context.seed) if method.sample else mapped(conditional.mean)
+
+
+def typical(
+    conditional: Conditional, reference: Reference, captions: Captions, method: Linear | Kernel, seed: int
+) -> RowMap:
+    """The conditional mean, and a share of what a picture with a near caption differs from its own: for the caption of
+    a picture of the reference, with the whole share, that picture itself."""
+    assert method.residual is not None
+    share, k = method.residual, method.k if method.sample else 1
+
+    def done(rows: list[Row]) -> Iterator[Row]:
+        t_BT = _texts(rows)
+        texts_BKT, images_BKE = nearest_pairs(reference, captions, t_BT, k)
+        chosen_B = torch.cat(
+            [torch.randint(k, (1,), generator=row_generator(seed, row["id"], "prior")) for row in rows]
+        )
+        each_B = torch.arange(len(rows))
+        left_BE = images_BKE[each_B, chosen_B] - conditional.mean(texts_BKT[each_B, chosen_B])
+        return _outputs(rows, conditional.mean(t_BT) + share * left_BE)
+
+    return lambda rows: in_batches(rows, BATCH, done)
 
 
 def mapped(prior: Prior) -> RowMap:

@@ -157,6 +157,16 @@ class Regressed(Captioned):
     sample: bool = False
     """Draw from the prompt's own Gaussian, by seed and id, instead of taking its mean, which is no picture where the
     prompt leaves something open, but an average of several."""
+    residual: float | None = Field(None, gt=0, le=1)
+    """Add so much of what the picture with the nearest caption differs from its own caption's mean, as regression
+    kriging does: one typical picture instead of an average. With `sample`, of one of the k nearest, drawn by seed and
+    id."""
+    k: int = Field(8, ge=1)
+    """Captions that such a draw chooses from."""
+
+    @property
+    def needed_captions(self) -> int:
+        return self.k if self.residual and self.sample else 1
 
 
 class Linear(Regressed):

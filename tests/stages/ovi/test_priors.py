@@ -125,6 +125,30 @@ def test_samples_have_the_conditional_gaussian_and_are_the_rows_own(captioned, r
     assert np.abs(other[0] - found[17]).max() > 1e-2
 
 
+def test_a_residual_is_a_near_pictures_own_and_its_caption_gives_the_picture(captioned, rows, pairs):
+    t, z = pairs
+    mean = priors.linear(Linear(), captioned).mean
+    order = np.argsort(-(_unit(_texts(rows)) @ _unit(t).T), axis=1)
+    near = order[:, 0]
+    wanted = mean(torch.from_numpy(_texts(rows))).numpy() + 0.4 * (z[near] - mean(torch.from_numpy(t[near])).numpy())
+    np.testing.assert_allclose(_embeddings(Linear(residual=0.4), captioned, rows), wanted, rtol=1e-5, atol=1e-5)
+    own = [{"id": f"p{n}", "prompt": "", "text": t[n].astype(np.float32)} for n in range(20)]
+    for method in (Linear(residual=1.0), Kernel(residual=1.0)):
+        np.testing.assert_allclose(_embeddings(method, captioned, own), z[:20], atol=1e-4)
+    many = [{**rows[0], "id": f"p{n}"} for n in range(60)]
+    drawn = _embeddings(Linear(residual=1.0, sample=True, k=5), captioned, many)
+    lefts = (
+        z[order[0, :5]]
+        - mean(torch.from_numpy(t[order[0, :5]])).numpy()
+        + mean(torch.from_numpy(_texts(rows)[:1])).numpy()
+    )
+    apart = np.abs(drawn[:, None] - lefts).max(-1)
+    assert apart.min(1).max() < 1e-4
+    assert set(apart.argmin(1)) == set(range(5))  # each of the five was drawn
+    alone = _embeddings(Linear(residual=1.0, sample=True, k=5), captioned, many[7:8])
+    np.testing.assert_allclose(alone[0], drawn[7], rtol=1e-6)
+
+
 def test_retrieval_by_caption_is_the_mean_of_the_pictures_with_the_nearest_captions(captioned, rows, pairs):
     t, z = pairs
     order = np.argsort(-(_unit(_texts(rows)) @ _unit(t).T), axis=1)
