@@ -41,9 +41,6 @@ from stages.ovi.settings import (
 )
 from stages.ovi.stage import InvertPrompts
 
-SETS = 300
-"""Prompts of a category; fewer are taken at equal distances."""
-
 
 def table_methods() -> dict[str, PromptMethod]:
     """The methods of the table, the most telling first."""
@@ -51,10 +48,10 @@ def table_methods() -> dict[str, PromptMethod]:
     own = {"mahalanobis": 1.0, "units": "balanced", "around": "prompt"}
     made = [
         TrainedPrior(),
-        Kernel(rescale=True),
         Kernel(name="kernel-typical", residual=0.5),
-        Linear(rescale=True),
+        Kernel(rescale=True),
         Linear(name="linear-typical", residual=0.5),
+        Linear(rescale=True),
         Retrieval(name="retrieval-8", k=8),
         OVI(name="ovi-compact-both", compact=True, constraint=Constraint(**both)),
         OVI(name="ovi-compact-captions", compact=True, constraint=Constraint(**own, neighbours=1.0, by="caption")),
@@ -70,8 +67,8 @@ def table_methods() -> dict[str, PromptMethod]:
 
 
 def asked(count: int, categories: Sequence[str]) -> list[Row]:
-    chosen = np.linspace(0, SETS - 1, min(count, SETS)).round().astype(int)
-    return [asdict(prompts.load(category)[i]) for category in categories for i in chosen]
+    """The first prompts of each category, as `latentmill compbench --limit` takes them."""
+    return [asdict(prompt) for category in categories for prompt in prompts.load(category)[:count]]
 
 
 def stage_of(method: PromptMethod, reference: str) -> InvertPrompts:

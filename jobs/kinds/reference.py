@@ -132,12 +132,16 @@ class Reference(ComputedEmbeddings, RowJob):
         folder = local_copy(output.path) / "building" if remote else target
         moments = (gaussian.Moments.from_arrays(arrays) for arrays in finished.summaries())
         origin = self._origin(output)
-        texts = None if origin.text_encoder is None else partial(self._texts, finished, origin.text_encoder)
+        texts: neighbours.Texts | None = None
+        if origin.text_encoder is not None:
+            texts = partial(self._texts, finished, origin.text_encoder)
         captioned = None
         if self.captions is not None:
             pairs = joint.merge(joint.Pairs.from_arrays(_below("pairs.", each)) for each in finished.summaries())
             if pairs.rows:
                 captioned = reference.Captioned(lambda: texts_of(finished), pairs)
+            if pairs.rows and pairs.texts == pairs.images:
+                texts = partial(_sampled_texts, finished, pairs.rows)
         reference.build(
             folder, origin, plan, lambda: shards_of(finished), lambda: moments, texts=texts, captioned=captioned
         )  # fmt: skip
@@ -241,6 +245,13 @@ def texts_of(finished: pipeline.run.driver.Finished) -> Iterator[Texts]:
         flat = np.asarray(column.flatten())
         yield Texts(held_N + start, flat.reshape(len(held_N), column.type.list_size))
         start += len(good)
+
+
+def _sampled_texts(finished: pipeline.run.driver.Finished, captioned: int) -> np.ndarray:
+    """Embedded captions to tune the index on."""
+    from stages.embed.queries import sample_rows
+
+    return sample_rows((shard.vectors_NT for shard in texts_of(finished)), captioned)
 
 
 def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -36,7 +36,7 @@ class Captioner:
     def __init__(self, settings: CaptionSettings, stored: StoredEmbeddings, device: str) -> None:
         self.dtype = stored.dtype
         self.encoder = clip.TextEncoder(settings.encoder, settings.revision, device, allow_pickle=stored.allow_pickle)
-        self.width = self.encoder(["a picture"]).shape[1]
+        self.width = clip.text_width(settings.encoder, settings.revision)
         self.given = None if settings.path is None else read_captions(settings.path, settings.id, settings.prompt)
 
     def __call__(self, rows: list[Row]) -> list[Row]:

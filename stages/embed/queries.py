@@ -40,6 +40,16 @@ def vocabulary_prompts(tokenizer: Any) -> list[str]:
     return [f"a photo of a {words[i]}" for i in chosen]
 
 
+def sample_rows(parts: Iterable[np.ndarray], rows: int) -> np.ndarray:
+    """Random rows (B, E) of so many that come in pieces (N, E), the same ones each time."""
+    chosen_B, start = np.sort(np.random.default_rng(SEED).permutation(rows)[:COUNT]), 0
+    found = []
+    for part_NE in parts:
+        found.append(part_NE[chosen_B[(chosen_B >= start) & (chosen_B < start + len(part_NE))] - start])
+        start += len(part_NE)
+    return np.concatenate(found)
+
+
 def sample_captions(columns: Iterable[Sequence[Any]], rows: int) -> list[str]:
     """Texts of random rows, the same ones each time.
 

@@ -94,6 +94,21 @@ def test_captions_are_embedded_counted_and_kept_beside_their_pictures(
     assert query.tolist() == [[4]]
 
 
+def test_the_index_is_tuned_on_the_captions(pictures: Path, prior: str, tmp_path: Path) -> None:
+    job = _job(pictures, prior, captions=True, index={"factory": "IVF4,Flat"})
+    run_job(job, output=str(tmp_path / "out"))
+    opened = _opened(tmp_path / "out")
+    made = opened.facts["index"]
+    assert made["text_queries"] == ROWS - len(SILENT)
+    both = opened.captions.index.vectors_NE, opened.index.vectors_NE
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in both]
+    exact = np.argsort(-(unit[0] @ unit[1].T), axis=1)[:, :10]
+    found = opened.index.search(unit[0], 10)[1]
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact.tolist(), found.tolist(), strict=True)])
+    assert made["text_recall"]["10"] == pytest.approx(recall, abs=1e-5)
+    assert recall >= 0.95
+
+
 def test_captions_of_a_second_file_for_embeddings_made_before(pictures: Path, prior: str, tmp_path: Path) -> None:
     run_job(_job(pictures, prior), output=str(tmp_path / "plain"))
     ids = pq.read_table(tmp_path / "plain" / "data")["id"].to_pylist()
