@@ -27,6 +27,7 @@ from stages.ovi.settings import Kernel, Linear, MeanShift, Procrustes, PromptMet
 
 SEED = 20_240_117  # of the choice of centres, and of the rows that are fitted
 FIT_ROWS = 100_000  # captioned rows that a kernel is fitted to, at most: 2,000 centres know no more of them
+PAIRS_AT_ONCE = 4096  # captions with their pictures, for maps of their own: 84 MB at a width of 1280
 NEGLIGIBLE = 1e-10  # of the centres' largest eigenvalue
 
 Prior = Callable[[torch.Tensor], torch.Tensor]
@@ -178,7 +179,7 @@ def prior(method: MeanShift | Linear | Kernel | Procrustes, context: Context) ->
         case MeanShift():
             return mapped(shifted(captions))
         case Procrustes():
-            return mapped(procrustes(reference, captions, method.k))
+            return mapped(procrustes(reference, captions, method.k), PAIRS_AT_ONCE // method.k + 1)
         case Linear():
             conditional = linear(method, context, method.ridge)
         case Kernel():
@@ -210,13 +211,13 @@ def typical(
     return lambda rows: in_batches(rows, BATCH, done)
 
 
-def mapped(prior: Prior) -> RowMap:
-    """A prior that needs nothing of a row but its text."""
+def mapped(prior: Prior, batch: int = BATCH) -> RowMap:
+    """A prior that needs nothing of a row but its text, for so many rows at once."""
 
     def done(rows: list[Row]) -> Iterator[Row]:
         return _outputs(rows, prior(_texts(rows)))
 
-    return lambda rows: in_batches(rows, BATCH, done)
+    return lambda rows: in_batches(rows, batch, done)
 
 
 def drawn(conditional: Conditional, seed: int) -> RowMap:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.linear_model import Ridge
 
 from index import joint
 from index.reference import Reference
@@ -126,6 +127,36 @@ def test_captions_of_a_second_file_for_embeddings_made_before(pictures: Path, pr
     rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
     assert rows[0]["prompt"] == _caption(0)
     assert rows[SILENT[0]]["prompt"] is None
+
+
+def test_prompts_are_inverted_by_what_the_dataset_says(pictures: Path, prior: str, tmp_path: Path) -> None:
+    """`linear` through both jobs is scikit-learn's ridge on the two columns of the reference's dataset."""
+    run_job(_job(pictures, prior, captions=True), output=str(tmp_path / "reference"))
+    rows = pq.read_table(tmp_path / "reference" / "data").to_pylist()
+    both = [(row["text_embedding"], row["embedding"]) for row in rows if row["text_embedding"] is not None]
+    t, z = (np.array(column, np.float64) for column in zip(*both, strict=True))
+    prompts = ["a red star number 7", "a blue circle", "photo of a heart"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    methods = [{"method": "linear", "ridge": 0.3}, {"method": "retrieval", "by": "caption", "name": "said"},
+               {"method": "linear", "name": "typical", "residual": 0.5}, "kernel", "mean-shift"]  # fmt: skip
+    job = {"job": "invert-prompts", "input": str(tmp_path / "prompts.txt"), "model": prior, "methods": methods,
+           "reference": str(tmp_path / "reference")}  # fmt: skip
+    ended = run_job(job, output=str(tmp_path / "out"))
+    assert (ended.state, ended.ok, ended.failed) == ("complete", 15, 0)
+    made = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    found = np.array([row["embedding"] for row in made if row["method"] == "linear"], np.float64)
+    alpha = (len(t) - 1) * 0.3 * np.trace(np.cov(t.T)) / t.shape[1]
+    wanted = Ridge(alpha=alpha).fit(t, z).predict(clip.TextEncoder(prior)(prompts).double().numpy())
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    said = [row["embedding"] for row in made if row["method"] == "said"]
+    assert all(any(np.allclose(one, z_E, atol=1e-6) for z_E in z) for one in said)
+    plain = {
+        **_job(pictures, prior),
+        "input": {"path": str(pictures), "format": "images", "columns": {"image": "image"}},
+    }
+    run_job(plain, output=str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match=r"method 'linear' needs captions, and the reference .*plain has none"):
+        run_job({**job, "reference": str(tmp_path / "plain")}, output=str(tmp_path / "none"))
 
 
 def test_a_lost_file_of_the_captions_is_made_again_and_a_store_serves_them(
