@@ -126,8 +126,9 @@ class Reference:
 
     @cached_property
     def captions(self) -> captions.Captions | None:
-        """Its texts; None where it was made without captions."""
-        return captions.Captions.open(self.path) if self.facts.get("captions") else None
+        """Its texts; None where it was made without captions, or no row had one."""
+        told = self.facts.get("captions") or {"captioned": 0}
+        return captions.Captions.open(self.path) if told["captioned"] else None
 
     @cached_property
     def table(self) -> pa.Table:
@@ -362,8 +363,10 @@ def build(
     built = neighbours.build(vectors_NE, origin.shard_rows, folder, plan, made_from, step, texts)
     told: dict[str, Any] = {}
     if captioned is not None:
-        described = captions.build(folder, facts, plan, captioned.texts, captioned.pairs, step)
-        told["captions"] = {name: described[name] for name in CAPTIONS_TOLD}
+        made: dict[str, Any] = {"captioned": 0}
+        if captioned.pairs.rows:
+            made = captions.build(folder, facts, plan, captioned.texts, captioned.pairs, step)
+        told["captions"] = {name: made.get(name) for name in CAPTIONS_TOLD}
     described = {
         **facts,
         **told,

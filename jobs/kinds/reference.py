@@ -138,8 +138,7 @@ class Reference(ComputedEmbeddings, RowJob):
         captioned = None
         if self.captions is not None:
             pairs = joint.merge(joint.Pairs.from_arrays(_below("pairs.", each)) for each in finished.summaries())
-            if pairs.rows:
-                captioned = reference.Captioned(lambda: texts_of(finished), pairs)
+            captioned = reference.Captioned(lambda: texts_of(finished), pairs)
             if pairs.rows and pairs.texts == pairs.images:
                 texts = partial(_sampled_texts, finished, pairs.rows)
         reference.build(
@@ -311,6 +310,8 @@ def _captions_told(facts: Mapping[str, Any]) -> str:
     told = facts.get("captions")
     if not told:
         return "none"
+    if not told["captioned"]:
+        return "asked for, but no row has one: are the ids of the captions' file those of the rows?"
     without = facts["rows"] - told["captioned"]
     counted = f"{told['captioned']:,} rows, {without:,} have none"
     if told["modality_gap"] is None:

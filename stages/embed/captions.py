@@ -108,13 +108,16 @@ def read_captions(path: str, id_column: str, prompt_column: str) -> dict[str, st
         CaptionError: It cannot be read, lacks a column, or has two captions for one id.
     """
     import pyarrow as pa
+    import pyarrow.csv as pacsv
     import pyarrow.dataset as ds
 
     form = next((form for suffix, form in SUFFIXES.items() if path.lower().endswith(suffix)), None)
     if form is None:
         raise CaptionError(f"captions: {path} ends in none of {', '.join(SUFFIXES)}")
     try:
-        data = ds.dataset(here(path), format=form)
+        as_texts = pacsv.ConvertOptions(column_types={id_column: pa.string(), prompt_column: pa.string()})
+        read = ds.CsvFileFormat(convert_options=as_texts) if form == "csv" else form  # an id of 007 is no number
+        data = ds.dataset(here(path), format=read)
         missing = [name for name in (id_column, prompt_column) if name not in data.schema.names]
         if missing:
             names = ", ".join(data.schema.names)

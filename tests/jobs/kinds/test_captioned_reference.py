@@ -184,6 +184,8 @@ def test_a_file_of_captions_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1, 1], "prompt": ["one", "two"]}), file)
     with pytest.raises(CaptionError, match="two captions for the id '1'"):
         read_captions(str(file), "id", "prompt")
+    (tmp_path / "said.csv").write_text("id,prompt\n007,12\n8,\n")
+    assert read_captions(str(tmp_path / "said.csv"), "id", "prompt") == {"007": "12"}
     with pytest.raises(CaptionError, match="ends in none of"):
         read_captions("captions.xlsx", "id", "prompt")
     with pytest.raises(CaptionError, match="cannot be read"):
@@ -201,6 +203,14 @@ def test_a_job_that_finds_no_captions_says_so_before_it_embeds(prior: str, tmp_p
     given = {"job": "reference", "input": "x.npy", "given": "embeddings", "dim": 4, "captions": True}
     with pytest.raises(ValueError, match="no encoder is named; name one with `text_encoder`"):
         run_job(given, output=str(tmp_path / "out"))
+
+
+def test_captions_of_other_rows_are_told(pictures: Path, prior: str, tmp_path: Path) -> None:
+    (tmp_path / "said.csv").write_text("id,prompt\nnobody,a red star\n")
+    run_job(_job(pictures, prior, captions=str(tmp_path / "said.csv")), output=str(tmp_path / "out"))
+    opened = Reference.open(tmp_path / "out")
+    assert (opened.captions, opened.facts["captions"]["captioned"]) == (None, 0)
+    assert "asked for, but no row has one" in (tmp_path / "out/report.html").read_text()
 
 
 def test_texts_of_another_encoder_have_their_own_width(pictures: Path, prior: str, tmp_path: Path) -> None:
