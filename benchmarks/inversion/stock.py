@@ -25,9 +25,10 @@ class Stock:
     def __init__(self, model: LatentModel, dtype: str) -> None:
         usage, names = model.geometry.usage, {}
         imported, load = usage.regenerating()
+        load = load.replace("dtype=torch.float32", f"dtype=torch.{dtype}")
         exec(f"import torch\nfrom diffusers import {', '.join(imported)}\n{load}", names)  # the card's own lines
         self.pipe: Any = names["pipe"]
-        self.pipe.to(model.device, getattr(torch, dtype))
+        self.pipe.to(model.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.geometry, self.dtype = model.geometry, getattr(torch, dtype)
 

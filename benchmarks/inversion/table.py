@@ -125,7 +125,8 @@ def measure(
     started = time.perf_counter()
     done = list(stage([{**row, "method": method.label} for row in rows]))
     seconds = (time.perf_counter() - started) / len(rows)
-    good = [row for row in done if row["status"] == "ok"]
+    images = {row["id"]: row["image"] for row in rows}  # which the stage lets go of
+    good = [{**row, "image": images[row["id"]]} for row in done if row["status"] == "ok"]
     for row in good:
         row["passes"] = row["forwards"] + row["backwards"]
     if stock is not None and method.extra is None:

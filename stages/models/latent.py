@@ -56,13 +56,14 @@ class Place:
     variant: str | None = None
     allow_pickle: bool = False
 
-    def load(self, kind: Any, dtype: torch.dtype) -> Any:
-        """The network, of a class of diffusers or transformers."""
+    def load(self, kind: Any, dtype: torch.dtype, **options: Any) -> Any:
+        """The network, of a class of diffusers or transformers; `options` of its `from_pretrained`."""
         weights = weights_of(
             self.path, self.revision, self.folder, variant=self.variant, allow_pickle=self.allow_pickle
         )
         return kind.from_pretrained(
-            here(self.path), subfolder=self.folder, revision=self.revision, dtype=dtype, **weights.options
+            here(self.path), subfolder=self.folder, revision=self.revision, dtype=dtype, **weights.options,
+            **options,
         )
 
     def identity(self) -> dict[str, str]:
@@ -75,8 +76,8 @@ class Place:
 class Network(Protocol):
     """Where a network is read from: a `Place`, or a part of a checkpoint of one file."""
 
-    def load(self, kind: Any, dtype: torch.dtype) -> Any:
-        """The network, of a class of diffusers or transformers."""
+    def load(self, kind: Any, dtype: torch.dtype, **options: Any) -> Any:
+        """The network, of a class of diffusers or transformers; `options` of its `from_pretrained`."""
 
     def identity(self) -> dict[str, str]:
         """Path, revision and fingerprint of the weights that `load` reads."""

@@ -106,9 +106,11 @@ class FilePart:
     config: str
     part: str
 
-    def load(self, kind: Any, dtype: torch.dtype) -> Any:
-        """The network, of a class of diffusers."""
-        return kind.from_single_file(here(self.file), config=here(self.config), subfolder=self.part, dtype=dtype)
+    def load(self, kind: Any, dtype: torch.dtype, **options: Any) -> Any:
+        """The network, of a class of diffusers; `options` of its `from_single_file`."""
+        return kind.from_single_file(
+            here(self.file), config=here(self.config), subfolder=self.part, dtype=dtype, **options
+        )
 
     def identity(self) -> dict[str, str]:
         """Path, revision and fingerprint: of the whole file, and of this network's configuration."""

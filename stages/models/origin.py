@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stages.models import quantized
 from stages.models.copies import brought, here
 from stages.models.latent import Network, Place
 from stages.models.one_file import FilePart, check_parts, configuration_of, is_one_file
@@ -105,7 +106,10 @@ def load_pipeline(
     one_file = is_one_file(settings.model)
     # Text encoders are no classes of diffusers: out of a file, they come with the pipeline.
     loaded = {
-        part: network.load(classes[part], torch.float32 if part == "vae" and upcast else dtype)
+        part: network.load(
+            classes[part], torch.float32 if part == "vae" and upcast else dtype,
+            **quantized.loading(settings.quantization_config, part, by_transformers=part.startswith("text")),
+        )
         for part, network in parts.items()
         if not one_file or part in ("unet", "vae")
     }
@@ -117,7 +121,7 @@ def load_pipeline(
 
 def lines(
     settings: LatentModelSettings, kind: str, denoiser: str = "unet", without: Sequence[str] = (),
-    loader: str | None = None,
+    loader: str | None = None, encoders: Sequence[str] = (),
 ) -> tuple[list[str], str]:
     """What is imported from diffusers, and the lines of Python that make `pipe` of the model.
 
@@ -125,6 +129,7 @@ def lines(
         kind: Class of its pipeline, for a checkpoint of one file.
         denoiser: The part whose weight files tell of variants.
         without: Parts that the pipeline has to be told are not there.
+        encoders: Parts that are networks of transformers.
         loader: Class that reads a folder; None: the one that its index names.
     """
     names, code, given = [], [], ""
@@ -145,7 +150,9 @@ def lines(
         names.append(loader or "DiffusionPipeline")
         if settings.revision is not None:
             given += f', revision="{settings.revision}"'
-        given += _variant(settings, denoiser) + "".join(f", {part}=None" for part in without)
+        before, quantised = quantized.lines(settings.quantization_config, encoders)
+        code += before
+        given += quantised + _variant(settings, denoiser) + "".join(f", {part}=None" for part in without)
         code.append(f'pipe = {names[-1]}.from_pretrained("{model}"{given}, dtype=torch.float32)')
     code += [lora.usage(f"lora_{number}") for number, lora in enumerate(settings.loras or ())]
     return names, "\n".join(code)

@@ -54,6 +54,11 @@ class LatentModelSettings(Settings):
     """Another autoencoder of the same latent space: a folder or hub id, for instance
     ``madebyollin/sdxl-vae-fp16-fix``. Left out: the model's own."""
 
+    quantization_config: dict[str, dict[str, Any]] | None = added()
+    """Networks whose weights are quantised while they are read, by diffusers' own quantisers: a part of the model and
+    its configuration, as it stands in a network that was saved so: ``{transformer: {load_in_4bit: true,
+    bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}}`` (bitsandbytes), or with ``quant_method: torchao``.
+    Latents stay float32, and so does the autoencoder."""
     max_sequence_length: int | None = added(ge=1)
     """Tokens of a caption that the language model of a rectified flow reads (T5, Qwen), as the pipeline's argument of
     that name. Left out: the pipeline's own, 512 (SD3: 256), or fewer where its tokenizer says so. FLUX.1-schnell was

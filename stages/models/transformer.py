@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from stages.engine.device import chosen_device
-from stages.models import autoencoder
+from stages.models import autoencoder, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.flow_schedule import FlowGrid, check_flow
@@ -158,6 +158,7 @@ class FlowTransformer:
         parts = cls._parts(settings)
         transformer, vae, scheduler = cls._configurations(settings)
         cls.check(path, transformer, vae)
+        quantized.check_quantization(settings.quantization_config, path, parts, one_file=False)
         if settings.words:
             raise ValueError(f"words: {path!r} takes no learned words; Stable Diffusion 1.x, 2.x and XL do")
         if settings.vae is not None and cls.vae_class != "AutoencoderKL":
@@ -262,8 +263,9 @@ class FlowTransformer:
         for part, network in geometry.parts.items():
             library: Any = transformers if part in cls.encoders else diffusers
             loaded[part] = network.load(
-                getattr(library, _class_of(index, part)), torch.float32 if part == "vae" else dtype
-            )
+                getattr(library, _class_of(index, part)), torch.float32 if part == "vae" else dtype,
+                **quantized.loading(settings.quantization_config, part, by_transformers=part in cls.encoders),
+            )  # fmt: skip
         for part in cls.encoders.keys() - geometry.parts.keys():
             loaded |= {part: None, cls.encoders[part]: None}
         kind: Any = getattr(diffusers, cls.index)
@@ -275,13 +277,13 @@ class FlowTransformer:
         pipeline.set_progress_bar_config(disable=True)
         stay = cls.encoders if isinstance(settings, SamplingSettings) and settings.offload else ()
         for part in geometry.parts.keys() - set(stay):
-            getattr(pipeline, part).to(chosen_device(settings.device))
+            quantized.place(getattr(pipeline, part), chosen_device(settings.device))
         return cls(pipeline, geometry)
 
     @classmethod
     def _usage(cls, settings: LatentModelSettings, parts: Mapping[str, Network], tokens: int) -> Usage:
         without = [name for pair in cls.encoders.items() if pair[0] not in parts for name in pair]
-        names, pipeline = lines(settings, cls.index, "transformer", without)
+        names, pipeline = lines(settings, cls.index, "transformer", without, encoders=list(cls.encoders))
         changes = {key: value for key, value in (settings.scheduler or {}).items() if key != "class"}
         sampler: tuple[str, ...] = ()
         swap = ""

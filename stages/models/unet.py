@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import torch
 
 from stages.engine.device import chosen_device
-from stages.models import autoencoder
+from stages.models import autoencoder, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.guidance import classifier_free, guided
@@ -30,6 +30,7 @@ from stages.models.learned_words import LearnedWord, add_word, learned_words
 from stages.models.loras import add_lora
 from stages.models.memory import peak_bytes
 from stages.models.multistep import Multistep
+from stages.models.one_file import is_one_file
 from stages.models.origin import check_vae, chosen_vae, configuration, lines, load_pipeline, networks
 from stages.models.schedule import Schedule, changed_config
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
@@ -80,6 +81,9 @@ class StableDiffusion:
             raise ValueError(
                 f"model {path!r} takes {unet['in_channels']} channels (an inpainting model): not supported"
             )
+        quantized.check_quantization(
+            settings.quantization_config, path, ("unet", *cls.encoders), one_file=is_one_file(path)
+        )
         if settings.vae is not None:
             check_vae(settings.vae, vae, path)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -137,7 +141,7 @@ class StableDiffusion:
             pipeline.scheduler = sampler.from_config(dict(geometry.scheduler))
         pipeline.set_progress_bar_config(disable=True)
         for part in geometry.parts:
-            getattr(pipeline, part).to(chosen_device(settings.device))
+            quantized.place(getattr(pipeline, part), chosen_device(settings.device))
         return cls(pipeline, geometry)
 
     @staticmethod
@@ -395,7 +399,10 @@ def _usage(
 
     sampler, changes = _swap(settings, scheduler, stock)
     index = DiffusionPipeline.load_config(here(configuration(settings)[0]), revision=configuration(settings)[1])
-    names, pipeline = lines(settings, kind, loader=None if index.get("_class_name") == kind else kind)
+    names, pipeline = lines(
+        settings, kind, loader=None if index.get("_class_name") == kind else kind,
+        encoders=("text_encoder", "text_encoder_2"),
+    )  # fmt: skip
     pipeline = "\n".join([pipeline, *(word.usage(f"word_{number}") for number, word in enumerate(words))])
     if not changes:
         return Usage(tuple(names), pipeline, (), "", text_latent)
