@@ -45,7 +45,7 @@ gpu:
 
 bench: $(READY)
 	$(BIN)/latentmill run-job benchmarks/index/reference.yaml --output out/bench-reference
-	@for module in $$(grep -l __main__ benchmarks/*/*.py | grep -v benchmarks/gpu/); do \
+	@for module in $$(grep -l __main__ benchmarks/*/*.py | grep -v benchmarks/gpu/__main__); do \
 		name=$$(echo $${module%.py} | tr / .); \
 		echo "== $$name"; $(BIN)/python -m $$name || exit 1; \
 	done

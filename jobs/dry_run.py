@@ -16,6 +16,7 @@ from jobs.schema.base import Job, Resources, RowJob
 from jobs.schema.reading import JobFileError
 from pipeline.storage import Folder
 from stages.models import hub
+from stages.models.settings import LatentModelSettings
 
 if TYPE_CHECKING:
     from pipeline.run.driver import Calibration, Plan
@@ -33,6 +34,8 @@ class DryRun:
     calibration: Calibration | None = None
     lacking: str = ""
     """What a worker asks for and this machine does not have; empty where a cluster is named."""
+    memory: str = ""
+    """What a row of a latent model takes on a GPU, and how many of them fit; empty for other jobs, and without GPUs."""
 
     @property
     def workers(self) -> int | None:
@@ -61,6 +64,7 @@ class DryRun:
             "plan": self.plan and asdict(self.plan),
             "why": self.why,
             "lacking": self.lacking,
+            "memory": self.memory,
             "resources": self.job.resources.model_dump(mode="json"),
             "calibration": self.calibration and asdict(self.calibration),
             "workers": self.workers,
@@ -108,13 +112,42 @@ def plan_job(
             timing = None
             if calibrate_rows:
                 timing = calibrate(spec, rows=calibrate_rows, resources=step.resources.pool(), address=address)
-            yield DryRun(name, step, target, plan, "", timing, lacking)
+            yield DryRun(name, step, target, plan, "", timing, lacking, memory_of(step))
 
 
 def pending(job: RowJob, earlier: Sequence[str]) -> str | None:
     """The first of the earlier steps' outputs that a step reads and that is not finished."""
     missing = (path for path in earlier if not Folder.at(path).exists("_SUCCESS"))
     return next((path for path in missing if _mentions(job, path)), None)
+
+
+CARDS = (24, 40, 80)
+"""Gigabytes of the cards that slots are told for."""
+
+
+def memory_of(job: RowJob) -> str:
+    """What the job's latent model takes on a GPU: told of its configuration, without its weights. The text encoders,
+    which are not counted, take 0.2 to 16 GB beside it."""
+    if not job.resources.gpus or not isinstance(job, LatentModelSettings):
+        return ""
+    from stages.models.families import open_without_weights
+    from stages.models.memory import power_of_two, rows_in, weight_bytes
+
+    model = open_without_weights(job)
+    weights, guided = weight_bytes(model), getattr(job, "guidance", 1) > 1
+    row = {
+        (call, gradient): model.activation_bytes(call, gradient=gradient)
+        for call, gradient in (("predict", False), ("predict", True), ("decode", False), ("decode", True))
+    }
+    each = row["predict", False] * (2 if guided else 1)
+    slots = [str(power_of_two(rows_in(10**9 * card - weights, each))) for card in CARDS]
+    told = {key: size(value) for key, value in row.items()}
+    return (
+        f"weights {size(weights)} without text encoders; a row {told['predict', False]} in a pass "
+        f"({told['predict', True]} with its gradient), {told['decode', False]} in decoding "
+        f"({told['decode', True]}); slots where `slots` is left out: {', '.join(slots)} of {CARDS[0]}, {CARDS[1]}, "
+        f"{CARDS[2]} GB"
+    )
 
 
 def lacking_here(resources: Resources) -> str:

@@ -38,6 +38,8 @@ def facts(dry: DryRun) -> Iterator[tuple[str, str]]:
         shards, workers = count(dry.plan.shards, "shard"), count(dry.plan.shards, "worker")
         gives = f"{shards} give{'s' * (dry.plan.shards == 1)} work to {workers} only"
         yield "note", f"{gives}; a smaller `shard_rows` gives it to more"
+    if dry.memory:
+        yield "GPU memory", dry.memory
     if dry.lacking:
         yield "does not fit", f"a worker asks for {dry.lacking}: lower `resources`, or name a cluster with --address"
     if dry.calibration is None or dry.seconds is None or dry.workers is None or dry.worker_hours is None:

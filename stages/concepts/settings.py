@@ -91,8 +91,9 @@ class ConceptLearning(LatentModelSettings):
 
     samples: Samples | None = None
     """Left out: no sample pictures."""
-    slots: int = speed(8, ge=1)
-    """Concepts in one batch; each brings `learning.pictures` pictures a step."""
+    slots: int | None = speed(None, ge=1)
+    """Concepts in one batch; each brings `learning.pictures` pictures a step. Left out: as many as the GPU's free
+    memory takes, 64 at most; 8 on a CPU."""
     max_words: int = Field(4, ge=1)
     """Most new words a concept has, subjects included: the height of the column ``embeddings``."""
     checkpoint_seconds: float = speed(120.0, ge=0)

@@ -21,9 +21,13 @@ from stages.engine.solver import Occupancy, solve
 from stages.inverter.model import TextInverter
 from stages.inverter.warm_start import warm_start
 from stages.models.families import open_latent_model, read_geometry
+from stages.models.memory import fitting_slots
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+CPU_SLOTS = 8
 
 
 class LearnConcepts:
@@ -38,8 +42,11 @@ class LearnConcepts:
     def __init__(self, settings: LearnConceptsSettings) -> None:
         self.settings = settings
         self.model = open_latent_model(settings)
+        slots = settings.slots or fitting_slots(
+            self.model, "gradient", otherwise=CPU_SLOTS, rows=settings.settings.pictures
+        )  # fmt: skip
         self.problem = LegoProblem(
-            self.model, settings.settings, slots=settings.slots, max_words=settings.max_words,
+            self.model, settings.settings, slots=slots, max_words=settings.max_words,
             seed=settings.seed, checkpoints=settings.checkpoints, checkpoint_seconds=settings.checkpoint_seconds,
         )  # fmt: skip
         self.inverter = None if settings.inverter is None else TextInverter.load(settings.inverter, self.model.device)

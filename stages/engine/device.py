@@ -10,6 +10,14 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that nobody holds, or that this process holds and does not use; None of another device."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def chosen_device(device: str | None) -> str:
     """The device by its name; ``auto`` or None takes the GPU where there is one."""
     if device in (None, "auto"):

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from pipeline.contract import Row
+from stages.engine.room import Room, release
 
 
 class Problem(Protocol):
@@ -59,7 +60,14 @@ class Occupancy:
         return self.busy_slot_steps / self.slot_steps if self.slot_steps else 0.0
 
 
-def solve(problem: Problem, rows: Iterable[Row], *, occupancy: Occupancy | None = None, poll: int = 1) -> Iterator[Row]:
+def solve(
+    problem: Problem,
+    rows: Iterable[Row],
+    *,
+    occupancy: Occupancy | None = None,
+    poll: int = 1,
+    room: Room | None = None,
+) -> Iterator[Row]:
     """Solve every row's problem by continuous batching; rows come out as they finish.
 
     Rows that arrive with status "failed" pass through untouched and take no slot. When the device runs out of memory
@@ -71,6 +79,7 @@ def solve(problem: Problem, rows: Iterable[Row], *, occupancy: Occupancy | None 
         rows: Read lazily, one for each freed slot.
         occupancy: Counts of slot steps, added to in place.
         poll: Steps between two looks at done_B. A look waits for the device; finished rows idle until the next one.
+        room: Told how many slots were left when the device ran out of memory, for whoever makes the next problem.
 
     Raises:
         torch.OutOfMemoryError: One slot alone does not fit, or the problem cannot `resize`.
@@ -90,6 +99,7 @@ def solve(problem: Problem, rows: Iterable[Row], *, occupancy: Occupancy | None 
                     yield row
                 else:
                     waiting.append(row)
+        full = False
         try:
             if free and waiting:
                 batch = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
@@ -104,13 +114,17 @@ def solve(problem: Problem, rows: Iterable[Row], *, occupancy: Occupancy | None 
                 occupancy.slot_steps += problem.slots
                 occupancy.busy_slot_steps += len(held)
         except torch.OutOfMemoryError:
-            resize = getattr(problem, "resize", None)
-            if resize is None or problem.slots == 1:
+            if not hasattr(problem, "resize") or problem.slots == 1:
                 raise
+            full = True
+        if full:  # not before here: the error holds on to what the failed step had allocated
             waiting.extendleft(reversed(list(held.values())))
             held.clear()
-            resize(problem.slots // 2)
+            release()
+            problem.resize(problem.slots // 2)  # type: ignore[attr-defined]
             occupancy.restarts += 1
+            if room is not None:
+                room.rows = min(room.rows, problem.slots)
             continue
         finished = [slot for slot in done_B.nonzero().flatten().tolist() if slot in held]
         if finished:

@@ -22,6 +22,7 @@ import torch
 
 from pipeline.contract import Row, failed
 from stages.engine.gradients import scaled_gradient
+from stages.engine.room import Room
 from stages.engine.slots import held, per_row, slot_mask
 from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
@@ -140,6 +141,7 @@ class Walk(Generic[State]):
         half: The network computes in float16: gradients are taken of losses that are scaled to its range.
         noise: Relative residual below which rounding in the network may be all there is. A row below it whose residual
             has not fallen by 30 % in two evaluations is stagnant: a rule that seeks less ends the step there.
+        room: Rows whose gradient is taken at once; kept by who makes the next walk.
     """
 
     def __init__(
@@ -153,7 +155,9 @@ class Walk(Generic[State]):
         device: torch.device | str = "cpu",
         half: bool = False,
         noise: float = 0.0,
+        room: Room | None = None,
     ) -> None:
+        self.room = room or Room()
         self.predict, self.t_S, self.rule, self.half, self.noise = predict, t_S, rule, half, noise
         self.device = torch.device(device)
         self.latent_shape = latent_shape
@@ -243,7 +247,7 @@ class Walk(Generic[State]):
         for count_B in (self.made_B, self.backwards_B):
             count_B += wants_B
         if bool(wants_B.all()):
-            return self._differentiate(slice(None), step)
+            return self._differentiate(torch.arange(self.slots, device=self.device), step)
         # Some rows only: they go by themselves, so that the others don't pay for a backward pass.
         m_BCHW, gradient_BCHW = torch.zeros_like(self.x_BCHW), torch.zeros_like(self.x_BCHW)
         with_it, without = wants_B.nonzero().flatten(), (self.active_B & ~wants_B).nonzero().flatten()
@@ -262,7 +266,13 @@ class Walk(Generic[State]):
         m_bCHW = self.predict(self.x_BCHW[which], t_B[which], take(self.condition, which))
         return torch.zeros_like(self.x_BCHW).index_copy(0, which, m_bCHW)
 
-    def _differentiate(self, which: torch.Tensor | slice, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def _differentiate(self, which: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """m at x and the gradient of the rule's loss, of some slots (their numbers), in parts that fit."""
+        parts = self.room.parts(len(which), lambda part: self._differentiate_part(which[part], step))
+        m_BCHW, gradient_BCHW = zip(*parts, strict=True)
+        return torch.cat(m_BCHW), torch.cat(gradient_BCHW)
+
+    def _differentiate_part(self, which: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         part = step.take(which)
         with torch.enable_grad():
             x_BCHW = self.x_BCHW[which].detach().clone().requires_grad_(True)

@@ -23,6 +23,7 @@ import torch
 from pipeline.contract import Row, failed
 from stages.engine.adamw import RowAdamW
 from stages.engine.gradients import RowGradient
+from stages.engine.room import Room
 from stages.engine.slots import held, per_row
 from stages.engine.solver import solve
 from stages.engine.stopping import DIVERGED, StoppingRule
@@ -137,9 +138,11 @@ class BoostProblem:
         return rows
 
 
-def boost_decoder(make: Callable[[int | None], BoostProblem], rows: Iterable[Row]) -> Iterator[Row]:
+def boost_decoder(
+    make: Callable[[int | None], BoostProblem], rows: Iterable[Row], room: Room | None = None
+) -> Iterator[Row]:
     """`ilb: decoder`: all updates in one visit."""
-    return solve(make(None), rows)
+    return solve(make(None), rows, room=room)
 
 
 def boost_joint(
@@ -149,6 +152,7 @@ def boost_joint(
     *,
     steps: int,
     every: int,
+    room: Room | None = None,
 ) -> Iterator[Row]:
     """`ilb: joint`: a round trip, then `every` updates around its error, until `steps` are made.
 
@@ -157,7 +161,7 @@ def boost_joint(
         round_trip: Rows with `z` to rows with `regenerated` = Gen(Inv(z)); counts its own passes.
     """
     for _ in range(math.ceil(steps / every)):
-        rows = solve(make(every), _offsets(round_trip(rows)))
+        rows = solve(make(every), _offsets(round_trip(rows)), room=room)
     yield from rows
 
 

@@ -59,7 +59,7 @@ class Scheme(Generic[Plan]):
         rule = self.method.rule(magnified, eps)
         options: dict[str, Any] = {
             "slots": slots, "device": self.model.device, "latent_shape": self.model.geometry.latent_shape,
-            "half": self.model.dtypes[denoiser] == torch.float16,
+            "half": self.model.dtypes[denoiser] == torch.float16, "room": self.model.rooms["gradient"],
         }  # fmt: skip
         if isinstance(self.schedule, Multistep):
             return SweepProblem(self.predict, self.schedule, rule, **options)
@@ -69,7 +69,8 @@ class Scheme(Generic[Plan]):
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
         """Rows with `z` and `condition` to rows with `noise` (z_T), `forwards`, `backwards`, the extra state, and
         `residual` where there is one. Failed rows pass."""
-        return solve(self.problem(slots), rows, occupancy=occupancy)
+        room = self.model.rooms["slots"]
+        return solve(self.problem(min(slots, room.rows)), rows, occupancy=occupancy, room=room)
 
     def generate(self, noise_BCHW: torch.Tensor, condition: Condition, extra_B: torch.Tensor | None) -> torch.Tensor:
         """z_0 from the noise and, where the method has it, the extra state (B, ...)."""
@@ -117,6 +118,11 @@ class NullText(Scheme[Schedule]):
         return in_batches(super().invert(rows, slots, occupancy), slots, self._with_text)
 
     def _with_text(self, rows: Sequence[Row]) -> Iterator[Row]:
+        for part in self.model.rooms["null-text"].parts(len(rows), lambda part: self._learned(rows[part])):
+            yield from part
+
+    def _learned(self, rows: Sequence[Row]) -> list[Row]:
+        made = []
         learned = learn_null_text(
             self.predict, self.schedule, stacked(rows, "path", self.model.device),
             conditions(rows, self.model.device), guidance=self.settings.guidance, iterations=self.settings.iterations,
@@ -124,7 +130,9 @@ class NullText(Scheme[Schedule]):
         )  # fmt: skip
         for i, row in enumerate(rows):
             forwards, backwards = row["forwards"] + int(learned.forwards_B[i]), int(learned.backwards_B[i])
-            yield {**row, "null_text": learned.null_BSLE[i].cpu(), "forwards": forwards, "backwards": backwards}
+            text_SLE = learned.null_BSLE[i].cpu()
+            made.append({**row, "null_text": text_SLE, "forwards": forwards, "backwards": backwards})
+        return made
 
     def generate(self, noise_BCHW: torch.Tensor, condition: Condition, extra_B: torch.Tensor | None) -> torch.Tensor:
         assert extra_B is not None

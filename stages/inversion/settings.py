@@ -399,8 +399,8 @@ class InvertImagesSettings(SamplingSettings):
     """Measure LPIPS too; needs ``latentmill[metrics]``, and is null without: the plan says so."""
     store: Literal["float32", "float16"] = "float32"
     """dtype of stored latents. What is measured is regenerated from the stored numbers."""
-    slots: int = speed(16, ge=1)
-    """Rows at once."""
+    slots: int | None = speed(None, ge=1)
+    """Rows at once. Left out: as many as the GPU's free memory takes, 64 at most; 16 on a CPU."""
 
     @model_validator(mode="after")
     def _one_source_of_text(self) -> InvertImagesSettings:

@@ -29,6 +29,7 @@ from stages.models.buckets import Size, bucket_for, buckets_of
 from stages.models.captions import CUT_COLUMN, TOKEN_COLUMNS, cuts, token_counts
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import Geometry, LatentModel
+from stages.models.memory import fitting_slots
 from stages.models.pictures import fit_picture, to_picture
 from stages.models.sampler import sample
 
@@ -36,6 +37,7 @@ SIZE_COLUMNS = (
     Column("width", "int64", doc="of the picture as it was fitted to the model, in pixels"),
     Column("height", "int64"),
 )
+CPU_SLOTS = 16
 GROUP = 4
 """Pictures a slot that are held to be sorted by method and size."""
 NOISE_STATISTICS = ("seed_mean", "seed_std", "seed_kurtosis", "seed_autocorrelation")
@@ -55,8 +57,11 @@ class InvertImages:
     Settings = InvertImagesSettings
 
     def __init__(self, settings: InvertImagesSettings, model: LatentModel | None = None) -> None:
-        self.settings, self.slots = settings, settings.slots
+        self.settings = settings
         self.model = open_latent_model(settings) if model is None else model
+        self.slots = settings.slots or fitting_slots(
+            self.model, "predict", otherwise=CPU_SLOTS, rows=2 if settings.guidance > 1 else 1
+        )
         self.geometry, self.device = self.model.geometry, self.model.device
         self.methods = {method.label: method for method in settings.methods}
         self.buckets = _buckets(settings, self.geometry)
@@ -192,6 +197,13 @@ class InvertImages:
     def _made(self, label: str, model: LatentModel) -> Scheme[Any]:
         return scheme_of(self.methods[label], model, steps=self.settings.steps, guidance=self.settings.guidance)
 
+    def shrink(self) -> bool:
+        """Half as many rows at once, where memory ran out beside what the model itself takes in parts."""
+        if self.slots == 1:
+            return False
+        self.slots //= 2
+        return True
+
     def take_summary(self) -> dict[str, np.ndarray]:
         """How full each method's slots were since the last call: slot steps, and those that worked on a row."""
         summary = {
@@ -286,9 +298,11 @@ class InvertImages:
         )
 
     def _boosted(self, scheme: Scheme[Any], boost: Boost, rows: Iterable[Row]) -> Iterator[Row]:
+        room = self.model.rooms["boost"]
+
         def make(visit: int | None) -> BoostProblem:
             return BoostProblem(
-                self.model.decode, slots=self.slots, latent_shape=scheme.model.geometry.latent_shape,
+                self.model.decode, slots=min(self.slots, room.rows), latent_shape=scheme.model.geometry.latent_shape,
                 size=scheme.model.geometry.picture_size, steps=boost.steps, visit=visit, rate=boost.rate,
                 warmup=boost.warmup, device=self.device, scale=loss_scale([self.model.dtypes["vae"]]),
             )  # fmt: skip
@@ -299,10 +313,10 @@ class InvertImages:
                 yield {**row, "regenerated": z.cpu()} | {f"{name}_before": value for name, value in spent.items()}
 
         if boost.form == "decoder":
-            return boost_decoder(make, rows)
+            return boost_decoder(make, rows, room)
         return boost_joint(
             make, lambda some: in_batches(self._inverted(scheme, some), self.slots, back), rows,
-            steps=boost.steps, every=boost.every,
+            steps=boost.steps, every=boost.every, room=room,
         )  # fmt: skip
 
     def _stored(self, value: torch.Tensor) -> np.ndarray:

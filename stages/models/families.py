@@ -67,6 +67,16 @@ def read_geometry(settings: LatentModelSettings) -> Geometry:
     return family_of(settings).read_geometry(settings)
 
 
+def open_without_weights(settings: LatentModelSettings) -> LatentModel:
+    """A model on the meta device, which says what a row takes (`stages.models.memory`) and can do nothing else.
+
+    Raises:
+        ValueError: No model of a known family, or settings that do not fit it.
+    """
+    family = family_of(settings)
+    return family.without_weights(settings, family.read_geometry(settings))
+
+
 def open_latent_model(settings: LatentModelSettings) -> LatentModel:
     """Load a model, frozen, onto its device.
 

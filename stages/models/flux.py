@@ -64,7 +64,7 @@ class Flux(FlowTransformer):
 
     def predictor(self, guidance: float = 1.0) -> Predict:
         self.geometry.check_guidance(guidance, None)
-        return partial(self.forward, guidance=guidance)
+        return partial(self.rooms["predict"], partial(self.forward, guidance=guidance))
 
 
 def image_ids(height: int, width: int, **like: Any) -> torch.Tensor:

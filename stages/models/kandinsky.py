@@ -14,6 +14,7 @@ import torch
 from pipeline.contract import Row, failed
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator
+from stages.engine.room import Room
 from stages.models.copies import here
 from stages.models.decoding import Decode
 from stages.models.latent import Place
@@ -110,6 +111,7 @@ class Decoder:
             raise DecoderError(f"{path}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
         self.pipe: Any = pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
+        self.room = Room()
         for part in PARTS:
             getattr(self.pipe, part).requires_grad_(False)
         self.negative_E, self.decode, self.seed, self.device = negative_E, decode, seed, device
@@ -141,15 +143,8 @@ class Decoder:
     def _decoded(self, rows: list[Row], key: str) -> Iterator[Row]:
         if not rows:
             return
-        try:
-            z_BE = torch.from_numpy(np.stack([row["embedding"] for row in rows])).float()
-            pictures = self.pictures(z_BE, [row[key] for row in rows])
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-            torch.cuda.empty_cache()
-            half = len(rows) // 2
-            yield from self._decoded(rows[:half], key)
-            yield from self._decoded(rows[half:], key)
-            return
+        z_BE = torch.from_numpy(np.stack([row["embedding"] for row in rows])).float()
+        keys = [row[key] for row in rows]
+        parts = self.room.parts(len(rows), lambda part: self.pictures(z_BE[part], keys[part]))
+        pictures = [picture for part in parts for picture in part]
         yield from ({**row, "image": picture} for row, picture in zip(rows, pictures, strict=True))

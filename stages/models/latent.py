@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from stages.engine.room import Rooms
 from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.fingerprint import describe_model, digest
@@ -246,6 +247,11 @@ class LatentModel(Protocol):
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:
         """Part -> type of its weights."""
+
+    @property
+    def rooms(self) -> Rooms:
+        """Rows that the device takes at once, by kind of work: ``predict``, ``encode``, ``decode`` and ``draw``, which
+        the model's own calls keep to, and what its users remember beside the model."""
 
     @property
     def text_encoders(self) -> tuple[Encoder, ...]:

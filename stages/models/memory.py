@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn import functional
@@ -19,16 +19,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stages.engine.device import free_bytes
+from stages.engine.room import ANY
 
-class _Live(TorchDispatchMode):
-    """Adds up the storages that operations make, while they live."""
+if TYPE_CHECKING:
+    from stages.models.latent import LatentModel
 
-    def __init__(self, given: Sequence[torch.Tensor]) -> None:
+Call = Literal["predict", "encode", "decode"]
+
+
+class Live(TorchDispatchMode):
+    """Adds up the storages that operations make, while they live.
+
+    Attributes:
+        now, peak: Bytes.
+    """
+
+    def __init__(self, given: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):  # there before: what views of it come out is nothing new
+                self.known.add(tensor.untyped_storage()._cdata)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -73,6 +88,14 @@ class _Fused(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def on_meta(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A frozen network of a class of diffusers, with shapes and no numbers."""
+    with torch.device("meta"):
+        network = kind.from_config(config).eval().requires_grad_(False)
+    torch.nn.Module.to(network, dtype)  # diffusers' own `to` warns of parts to be kept in float32: there are none
+    return network
+
+
 def peak_bytes(like: Any, call: Callable[[Any], torch.Tensor], x: torch.Tensor, *, gradient: bool) -> int:
     """The most that activations take at once during a call of a frozen network, in bytes.
 
@@ -81,13 +104,68 @@ def peak_bytes(like: Any, call: Callable[[Any], torch.Tensor], x: torch.Tensor, 
         call: Runs a network on `x`.
         x: The input on the meta device; with `gradient` the call is followed by a backward pass to it.
     """
-    with torch.device("meta"):
-        network = type(like).from_config(like.config).eval().requires_grad_(False)
-    torch.nn.Module.to(network, like.dtype)  # diffusers' own `to` warns of parts to be kept in float32: there are none
+    network = on_meta(type(like), like.config, like.dtype)
     x.requires_grad_(gradient)
     given = [x, *network.parameters(), *network.buffers()]
-    with torch.set_grad_enabled(gradient), _Live(given) as live, _Fused():
+    with torch.set_grad_enabled(gradient), Live(given) as live, _Fused():
         result = call(network)
         if gradient:
             torch.autograd.grad(result.sum(), x)
     return live.peak
+
+
+SHARE = 0.8
+"""Of the free memory that activations may take: convolutions have workspaces, and an allocator has gaps."""
+MOST_SLOTS = 64
+"""Beyond it a network of these sizes gains nothing."""
+WORK: dict[str, tuple[tuple[Call, bool], ...]] = {
+    "predict": (("predict", False),),
+    "gradient": (("predict", True),),
+    "null-text": (("predict", True),),
+    "encode": (("encode", False),),
+    "decode": (("decode", False),),
+    "boost": (("decode", True),),
+    "draw": (("predict", False), ("predict", False)),
+    "select": (("predict", True), ("decode", True)),
+}
+"""Kind of work -> the calls, with or without their backward pass, whose activations a row of it may hold at once."""
+
+
+def row_bytes(model: LatentModel, work: str) -> int:
+    """What a row of a kind of `WORK` adds to a device's memory at its peak."""
+    return sum(model.activation_bytes(call, gradient=gradient) for call, gradient in WORK[work])
+
+
+def fitting(model: LatentModel, work: str) -> int:
+    """Rows of a kind of work that the free memory of the model's device takes, 1 at least; `ANY` where there is no
+    telling."""
+    free = free_bytes(model.device)
+    return ANY if free is None or work not in WORK else rows_in(free, row_bytes(model, work))
+
+
+def rows_in(free: int, each: int) -> int:
+    """How many rows of so many bytes the free memory takes, 1 at least."""
+    return max(1, int(SHARE * free) // each)
+
+
+def weight_bytes(model: Any) -> int:
+    """Of the networks that a model holds, text encoders among them where it has any."""
+    networks = [getattr(model.pipeline, part) for part in model.geometry.parts]
+    return sum(weight.numel() * weight.element_size() for network in networks for weight in network.parameters())
+
+
+def fitting_slots(model: LatentModel, work: str, *, otherwise: int, rows: int = 1) -> int:
+    """Slots where the job names no number: a power of two, `MOST_SLOTS` at most.
+
+    Args:
+        work: That a slot's row does.
+        otherwise: Where memory does not tell.
+        rows: That a slot puts into one call.
+    """
+    fit = model.rooms[work].rows
+    return otherwise if fit >= ANY else power_of_two(fit // rows)
+
+
+def power_of_two(fit: int) -> int:
+    """The largest one that fits, from 1 to `MOST_SLOTS`."""
+    return 1 << (min(max(fit, 1), MOST_SLOTS).bit_length() - 1)

@@ -89,7 +89,7 @@ class QwenImage(FlowTransformer):
         return unpack(tokens_BNC.float(), H, W)
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        return self.forward if guidance <= 1 else guided(self.forward, rescaled(guidance))
+        return self.in_parts if guidance <= 1 else guided(self.in_parts, rescaled(guidance))
 
 
 def rescaled(guidance: float) -> Combine:

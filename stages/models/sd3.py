@@ -61,4 +61,4 @@ class StableDiffusion3(FlowTransformer):
         return v_BCHW.float()
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        return self.forward if guidance <= 1 else guided(self.forward, classifier_free(guidance))
+        return self.in_parts if guidance <= 1 else guided(self.in_parts, classifier_free(guidance))

@@ -13,19 +13,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from stages.engine.device import chosen_device
+from stages.engine.room import Rooms
 from stages.models import autoencoder, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.flow_schedule import FlowGrid, check_flow
 from stages.models.latent import Condition, Geometry, Network, Place, Predict, Sizes
 from stages.models.loras import add_lora
-from stages.models.memory import peak_bytes
+from stages.models.memory import fitting, on_meta, peak_bytes
 from stages.models.multistep import Multistep
 from stages.models.origin import check_vae, config_of_vae, lines
 from stages.models.sampler import sample
@@ -75,6 +79,7 @@ class FlowTransformer:
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
         self.device: torch.device = self.transformer.device
         self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
+        self.rooms = Rooms(partial(fitting, self))
 
     # --- from a folder
 
@@ -281,6 +286,19 @@ class FlowTransformer:
         return cls(pipeline, geometry)
 
     @classmethod
+    def without_weights(cls, settings: LatentModelSettings, geometry: Geometry) -> Self:
+        """Transformer and autoencoder on the meta device, for `activation_bytes` alone."""
+        import diffusers
+
+        transformer, vae, _ = cls._configurations(settings)
+        own = vae if settings.vae is None else config_of_vae(settings.vae)[0]
+        pipeline = SimpleNamespace(
+            transformer=on_meta(getattr(diffusers, cls.transformer_class), transformer, getattr(torch, settings.dtype)),
+            vae=on_meta(getattr(diffusers, cls.vae_class), own, torch.float32),
+        )
+        return cls(pipeline, replace(geometry, parts={part: geometry.parts[part] for part in ("transformer", "vae")}))
+
+    @classmethod
     def _usage(cls, settings: LatentModelSettings, parts: Mapping[str, Network], tokens: int) -> Usage:
         without = [name for pair in cls.encoders.items() if pair[0] not in parts for name in pair]
         names, pipeline = lines(settings, cls.index, "transformer", without, encoders=list(cls.encoders))
@@ -304,13 +322,13 @@ class FlowTransformer:
     # --- pictures
 
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return autoencoder.encode(self.vae, x_BCHW)
+        return self.rooms["encode"](partial(autoencoder.encode, self.vae), x_BCHW)
 
     def posterior(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return autoencoder.posterior(self.vae, x_BCHW)
 
     def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
-        return autoencoder.decode(self.vae, z_BCHW)
+        return self.rooms["decode"](partial(autoencoder.decode, self.vae), z_BCHW)
 
     # --- prompts
 
@@ -360,6 +378,11 @@ class FlowTransformer:
     def predictor(self, guidance: float = 1.0) -> Predict:
         raise NotImplementedError
 
+    @property
+    def in_parts(self) -> Predict:
+        """`forward`, in parts that fit into the device's memory."""
+        return partial(self.rooms["predict"], self.forward)
+
     def schedule(self, steps: int) -> Schedule | Multistep:
         return self.geometry.schedule(steps).to(self.device)
 
@@ -373,13 +396,22 @@ class FlowTransformer:
 
     # --- memory
 
+    def blank_condition(self) -> Condition:
+        """One row's condition on the meta device."""
+        length, width = self.geometry.text_shape
+        text_BLE = torch.empty(1, length, width, device="meta")
+        pooled = self.transformer.config.get("pooled_projection_dim")
+        if pooled is None:
+            return {"text_BLE": text_BLE, "mask_BL": torch.empty(1, length, dtype=torch.bool, device="meta")}
+        return {"text_BLE": text_BLE, "pooled_BE": torch.empty(1, pooled, device="meta")}
+
     def activation_bytes(self, call: Literal["predict", "encode", "decode"], *, gradient: bool = False) -> int:
         """See `stages.models.latent.LatentModel`. Counted on the meta device by `stages.models.memory.peak_bytes`."""
         shape = self.geometry.latent_shape
         if call == "predict":
             z = torch.empty(1, *shape, device="meta")
             t = torch.ones(1, device="meta")
-            told = {key: value.to("meta") for key, value in self.condition([""]).items()}
+            told = self.blank_condition()
             return peak_bytes(self.transformer, lambda net: self.forward(z, t, told, net), z, gradient=gradient)
         pixels = (3, self.geometry.height, self.geometry.width)
         x = torch.empty(1, *(pixels if call == "encode" else shape), device="meta")

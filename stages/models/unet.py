@@ -14,13 +14,16 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, Self
 
 import torch
 
 from stages.engine.device import chosen_device
+from stages.engine.room import Rooms
 from stages.models import autoencoder, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
@@ -28,7 +31,7 @@ from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Condition, Geometry, Predict, Sizes
 from stages.models.learned_words import LearnedWord, add_word, learned_words
 from stages.models.loras import add_lora
-from stages.models.memory import peak_bytes
+from stages.models.memory import fitting, on_meta, peak_bytes
 from stages.models.multistep import Multistep
 from stages.models.one_file import is_one_file
 from stages.models.origin import check_vae, chosen_vae, configuration, lines, load_pipeline, networks
@@ -65,6 +68,7 @@ class StableDiffusion:
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.device: torch.device = self.unet.device
         self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
+        self.rooms = Rooms(partial(fitting, self))
 
     # --- from a folder
 
@@ -144,6 +148,19 @@ class StableDiffusion:
             quantized.place(getattr(pipeline, part), chosen_device(settings.device))
         return cls(pipeline, geometry)
 
+    @classmethod
+    def without_weights(cls, settings: LatentModelSettings, geometry: Geometry) -> Self:
+        """Denoiser and autoencoder on the meta device, for `activation_bytes` alone."""
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        unet, vae, *_ = _configurations(*configuration(settings), cls.encoders)
+        dtype = getattr(torch, settings.dtype)
+        pipeline = SimpleNamespace(
+            unet=on_meta(UNet2DConditionModel, unet, dtype),
+            vae=on_meta(AutoencoderKL, chosen_vae(settings, vae), torch.float32 if geometry.upcast else dtype),
+        )
+        return cls(pipeline, replace(geometry, parts={part: geometry.parts[part] for part in ("unet", "vae")}))
+
     @staticmethod
     def text_latent(shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """See `Usage`."""
@@ -152,13 +169,13 @@ class StableDiffusion:
     # --- pictures
 
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return autoencoder.encode(self.vae, x_BCHW)
+        return self.rooms["encode"](partial(autoencoder.encode, self.vae), x_BCHW)
 
     def posterior(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return autoencoder.posterior(self.vae, x_BCHW)
 
     def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
-        return autoencoder.decode(self.vae, z_BCHW)
+        return self.rooms["decode"](partial(autoencoder.decode, self.vae), z_BCHW)
 
     def at(self, width: int, height: int) -> Self:
         model = copy.copy(self)
@@ -224,8 +241,9 @@ class StableDiffusion:
         """The U-Net's output under classifier-free guidance, one call on 2B rows when guidance is above 1; where
         guidance is an input of the network, under that."""
         if self.geometry.guiding == "told":
-            return partial(self.forward, guidance=guidance)
-        return self.forward if guidance <= 1 else guided(self.forward, classifier_free(guidance))
+            return partial(self.rooms["predict"], partial(self.forward, guidance=guidance))
+        forward = partial(self.rooms["predict"], self.forward)
+        return forward if guidance <= 1 else guided(forward, classifier_free(guidance))
 
     def schedule(self, steps: int) -> Schedule | Multistep:
         return self.geometry.schedule(steps).to(self.device)
@@ -237,13 +255,22 @@ class StableDiffusion:
         names = {"text_BLE": "prompt_embeds", "pooled_BE": "pooled_prompt_embeds"}
         names |= {f"null_{key}": f"negative_{name}" for key, name in names.items()}
         given = {names[key]: value for key, value in condition.items() if key in names}
-        latents: torch.Tensor = self.pipeline(
-            **given, num_inference_steps=steps, guidance_scale=guidance, height=self.geometry.height,
-            width=self.geometry.width, generator=list(generators), output_type="latent",
-        ).images  # fmt: skip
-        return latents
+
+        def drawn(part: slice) -> torch.Tensor:
+            latents: torch.Tensor = self.pipeline(
+                **{name: value[part] for name, value in given.items()}, num_inference_steps=steps,
+                guidance_scale=guidance, height=self.geometry.height, width=self.geometry.width,
+                generator=[one.clone_state() for one in generators[part]], output_type="latent",
+            ).images  # fmt: skip
+            return latents
+
+        return torch.cat(list(self.rooms["draw"].parts(len(generators), drawn)))
 
     # --- memory
+
+    def blank_condition(self) -> Condition:
+        """One row's condition on the meta device."""
+        return {"text_BLE": torch.empty(1, *self.geometry.text_shape, dtype=self.dtypes["unet"], device="meta")}
 
     def activation_bytes(self, call: Literal["predict", "encode", "decode"], *, gradient: bool = False) -> int:
         """See `stages.models.latent.LatentModel`. Counted on the meta device by `stages.models.memory.peak_bytes`."""
@@ -251,8 +278,8 @@ class StableDiffusion:
         if call == "predict":
             z = torch.empty(1, C, H, W, dtype=self.dtypes["unet"], device="meta")
             t = torch.ones(1, dtype=torch.int64, device="meta")
-            told = {key: value.to("meta") for key, value in self.condition([""]).items()}
-            text, added = told["text_BLE"].to(z.dtype), self._added(told)
+            told = self.blank_condition()
+            text, added = told["text_BLE"], self._added(told)
             return peak_bytes(
                 self.unet, lambda net: net(z, t, text, added_cond_kwargs=added).sample, z, gradient=gradient
             )
@@ -297,6 +324,12 @@ class StableDiffusionXL(StableDiffusion):
         # height and width of the original, left and top of the crop, height and width that are asked for
         sizes = torch.tensor([*size, 0, 0, *size], dtype=self.dtypes["unet"], device=text_BLE.device)
         return {"text_BLE": text_BLE, "pooled_BE": pooled_BE, "time_ids_B6": sizes.repeat(len(text_BLE), 1)}
+
+    def blank_condition(self) -> Condition:
+        config, like = self.unet.config, {"dtype": self.dtypes["unet"], "device": "meta"}
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        told = {"pooled_BE": torch.empty(1, pooled, **like), "time_ids_B6": torch.empty(1, 6, **like)}
+        return {**super().blank_condition(), **told}
 
     def _added(self, condition: Condition) -> dict[str, torch.Tensor]:
         return {"text_embeds": condition["pooled_BE"], "time_ids": condition["time_ids_B6"]}

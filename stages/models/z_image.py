@@ -80,4 +80,4 @@ class ZImage(FlowTransformer):
         return -torch.stack(list(made))[:, :, 0].float()
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        return self.forward if guidance <= 1 else guided(self.forward, classifier_free(guidance))
+        return self.in_parts if guidance <= 1 else guided(self.in_parts, classifier_free(guidance))

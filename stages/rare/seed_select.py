@@ -1,8 +1,8 @@
 """Noise optimised through the sampler, so that what comes out looks like a concept's pictures.
 
 "Generating images of rare concepts using pre-trained diffusion models" (SeedSelect; Samuel et al., AAAI 2024), with the
-loss, weights and rates of the authors' code. Gradients run through every denoising step; each step is computed again on
-the way back, so that memory holds one U-Net pass and not all of them.
+loss, weights and rates of the authors' code. Gradients run through every denoising step; each step, and each picture
+made on the way, is computed again on the way back, so that memory holds one pass and not all of them.
 
 Legend: B rows; `z_BCHW` latents, the noise z_T where nothing else is said; `x_BCHW` pictures in [-1, 1]; E embedding
 width; S sampling steps.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from stages.engine.adamw import RowAdamW
 from stages.engine.gradients import RowGradient
@@ -96,7 +97,9 @@ def select_loss(
     """
     distance_B = torch.zeros(len(latents[0]), device=latents[0].device)
     for weight, z_BCHW in zip(TAIL, latents, strict=True):
-        cosine_B = nn.functional.cosine_similarity(embed(z_BCHW), target.centroid_BE, dim=1)
+        # Computed again on the way back: memory holds one picture's activations instead of three.
+        z_BE = checkpoint(embed, z_BCHW, use_reentrant=False)
+        cosine_B = nn.functional.cosine_similarity(z_BE, target.centroid_BE, dim=1)
         distance_B = distance_B + weight * (1 - cosine_B)
     return SEMANTIC * distance_B + (latents[0] - target.latent_BCHW).square().flatten(1).mean(1)
 

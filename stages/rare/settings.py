@@ -131,8 +131,8 @@ class RareDrawing(SamplingSettings):
     """Pictures of another shape: the middle square, white borders, or both sides resized."""
     store: Literal["float32", "float16"] = "float32"
     """dtype of stored latents. Pictures are drawn from the stored numbers."""
-    slots: int = speed(16, ge=1)
-    """Pictures at once."""
+    slots: int | None = speed(None, ge=1)
+    """Pictures at once. Left out: as many as the GPU's free memory takes, 64 at most; 16 on a CPU."""
 
     @field_validator("inversion", mode="before")
     @classmethod

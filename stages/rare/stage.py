@@ -23,12 +23,13 @@ from stages.engine.gradients import loss_scale
 from stages.engine.randomness import row_generator
 from stages.inversion.schemes import check_method
 from stages.inversion.settings import InvertImagesSettings
-from stages.inversion.stage import InvertImages
+from stages.inversion.stage import CPU_SLOTS, InvertImages
 from stages.models.captions import token_counts
 from stages.models.clip import identity
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.fingerprint import describe_model
 from stages.models.latent import Condition
+from stages.models.memory import fitting_slots
 from stages.models.pictures import fit_picture, to_picture
 from stages.models.sampler import sample
 from stages.models.settings import SamplingSettings
@@ -57,13 +58,16 @@ class RareConcepts:
     Settings = RareConceptsSettings
 
     def __init__(self, settings: RareConceptsSettings) -> None:
-        self.settings, self.slots = settings, settings.slots
+        self.settings = settings
         self.model = open_latent_model(settings)
+        self.slots = settings.slots or fitting_slots(
+            self.model, "predict", otherwise=CPU_SLOTS, rows=2 if settings.guidance > 1 else 1
+        )
         self.methods: dict[str, NoiseMethod] = {method.label: method for method in settings.methods}
         self.judge = Judge(settings, self.model.device)
         inversion = InvertImagesSettings(
             **settings.part(SamplingSettings).model_dump(), methods=(settings.inversion,), steps=settings.steps,
-            pictures=False, slots=settings.slots,
+            pictures=False, slots=self.slots,
         )  # fmt: skip
         self.inversion = InvertImages(inversion, self.model)
         self.dataset = None
@@ -203,17 +207,23 @@ class RareConcepts:
         with torch.no_grad():
             latent_CHW = model.encode(x_KCHW.to(model.device)).mean(0)
         iterations, rate = method.budget
-        for part_BCHW in z_BCHW.split(self.slots):
+
+        def selected(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            part_BCHW = z_BCHW[part].to(model.device)
             count = len(part_BCHW)
             target = Target(centre_E.to(model.device).expand(count, -1), latent_CHW.expand(count, *latent_CHW.shape))
             done = optimise_noise(
-                part_BCHW.to(model.device), self._condition([concept.prompt] * count), target,
+                part_BCHW, self._condition([concept.prompt] * count), target,
                 predict=model.predictor(self.settings.guidance),
                 schedule=model.schedule(method.steps or self.settings.steps),
                 embed=embedder(model.decode, self.judge.images), iterations=iterations, rate=rate,
                 scale=loss_scale(model.dtypes.values()),
             )  # fmt: skip
-            yield done.z_BCHW.cpu(), torch.stack([done.start_B, done.loss_B], 1)
+            return done.z_BCHW.cpu(), torch.stack([done.start_B, done.loss_B], 1)
+
+        room = model.rooms["select"]
+        room.rows = min(room.rows, self.slots)
+        yield from room.parts(len(z_BCHW), selected)
 
     # --- pictures
 

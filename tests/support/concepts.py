@@ -46,4 +46,4 @@ def learn(model, rows, settings, slots, **options):
 
 
 def stage_of(folder, **options):
-    return LearnConcepts(LearnConceptsSettings(model=folder, device="cpu", **options))
+    return LearnConcepts(LearnConceptsSettings(model=folder, **{"device": "cpu", **options}))

@@ -60,7 +60,7 @@ def stage(folder: str, clip: str, methods=METHODS, **changes) -> RareConcepts:
 
 
 def settings(folder: str, clip: str, methods=METHODS, **changes) -> RareConceptsSettings:
-    return RareConceptsSettings(model=folder, methods=methods, clip=clip, device="cpu", **{**OPTIONS, **changes})
+    return RareConceptsSettings(model=folder, methods=methods, clip=clip, **{"device": "cpu", **OPTIONS, **changes})
 
 
 def method(name: str, **options) -> NoiseMethod:

@@ -72,16 +72,18 @@ def test_no_measure_begins_without_time_for_it(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("does", "error"),
-    [("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended with code -9"),
-     ("import time; time.sleep(600)", "stopped: it took longer than its limit of 0.5 s")],
+    ("does", "limit", "error"),
+    [("os.kill(os.getpid(), signal.SIGKILL)", 600, "ended with code -9"),
+     ("time.sleep(600)", 0.5, "stopped: it took longer than its limit of 0.5 s")],
 )  # fmt: skip
-def test_a_child_that_dies_or_hangs_is_followed_by_another(tmp_path: Path, does: str, error: str) -> None:
+def test_a_child_that_dies_or_hangs_is_followed_by_another(
+    tmp_path: Path, does: str, limit: float, error: str
+) -> None:
     """A stand-in for the child: it begins `first`, comes to grief, and does `second` when it is started again."""
     record = Record(tmp_path / "card.json")
     record.describe(card="none")
     program = f"""
-import json, sys, time
+import json, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from benchmarks.gpu.record import Record
@@ -89,7 +91,7 @@ record = Record(Path({str(record.path)!r}))
 if record.entry("first"):
     record.write("second", state="done", found={{}})
 else:
-    record.write("first", state="running", began=time.time(), limit=0.5)
+    record.write("first", state="running", began=time.time(), limit={limit})
     {does}
 """
     assert gpu.supervise([sys.executable, "-c", program], record, tick=0.05) == 0

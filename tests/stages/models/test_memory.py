@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from stages.models.families import open_latent_model
+from stages.models.families import open_latent_model, open_without_weights
+from stages.models.latent import LatentModel
+from stages.models.memory import Live, fitting, power_of_two, rows_in
 from stages.models.settings import LatentModelSettings
-from tests.support import tiny_stable_diffusion
+from tests.support import tiny_flows, tiny_stable_diffusion
 
 FACTOR = 1.1
 """The estimate adds what the backward pass itself makes to what the forward pass keeps."""
@@ -59,3 +61,49 @@ def test_it_grows_with_the_picture_and_halves_with_the_type(tmp_path: Any) -> No
 
     assert 3 < said(size=32) / said() < 5
     assert said(dtype="bfloat16") < 0.7 * said()
+
+
+CALLS = [("predict", False), ("predict", True), ("encode", False), ("decode", False), ("decode", True)]
+
+
+def live(model: LatentModel, call: str, gradient: bool, rows: int) -> int:
+    """The most that was alive at once in a call on this machine."""
+    geometry = model.geometry
+    shape = (3, geometry.height, geometry.width) if call == "encode" else geometry.latent_shape
+    x_BCHW = torch.randn(rows, *shape, requires_grad=gradient)
+    condition = model.condition(["a star"] * rows)
+    run = {
+        "predict": lambda: model.predictor()(x_BCHW, torch.full((rows,), 500.0), condition),
+        "encode": lambda: model.encode(x_BCHW), "decode": lambda: model.decode(x_BCHW),
+    }[call]  # fmt: skip
+    with torch.set_grad_enabled(gradient), Live() as told:
+        result = run()
+        if gradient:
+            torch.autograd.grad(result.sum(), x_BCHW)
+    return told.peak
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux-dev"])
+def test_what_is_told_without_weights_is_what_a_row_takes(tmp_path: Any, kind: str) -> None:
+    build = tiny_flows.build if kind == "flux-dev" else tiny_stable_diffusion.build
+    settings = LatentModelSettings(model=build(tmp_path, kind), device="cpu")
+    model, blank = open_latent_model(settings), open_without_weights(settings)
+    for call, gradient in CALLS:
+        said = blank.activation_bytes(call, gradient=gradient)  # type: ignore[arg-type]
+        one, three = (live(model, call, gradient, rows) for rows in (1, 3))
+        assert said / FACTOR <= (three - one) / 2 <= said * FACTOR, (call, gradient)
+        assert said == model.activation_bytes(call, gradient=gradient)  # type: ignore[arg-type]
+
+
+def test_rows_are_counted_in_the_free_memory(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = LatentModelSettings(model=tiny_stable_diffusion.build(tmp_path), device="cpu")
+    model = open_without_weights(settings)
+    each = model.activation_bytes("predict")
+    monkeypatch.setattr("stages.models.memory.free_bytes", lambda device: 100 * each)
+    assert fitting(model, "predict") == 80
+    assert fitting(model, "select") == 80 * each // (
+        model.activation_bytes("predict", gradient=True) + model.activation_bytes("decode", gradient=True)
+    )
+    assert model.rooms["predict"].rows == 80
+    assert rows_in(each - 1, each) == 1  # it is tried, whatever was told
+    assert [power_of_two(rows) for rows in (0, 1, 3, 63, 64, 1000)] == [1, 1, 2, 32, 64, 64]

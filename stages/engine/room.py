@@ -1,0 +1,104 @@
+"""How many rows the device takes at once: told beforehand by its free memory, and learned where it ran out.
+
+A network that runs out of memory on a batch is given it in halves, and from then on no larger part than goes through.
+Whoever owns the `Room` keeps that: a model for its whole life, so that no later shard runs out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+ANY = 1 << 30
+"""More rows than there are: nothing is known."""
+
+
+@dataclass
+class Room:
+    """Of one kind of work.
+
+    Attributes:
+        rows: Most at once; it falls, and never rises.
+    """
+
+    rows: int = ANY
+
+    def parts(self, rows: int, work: Callable[[slice], T]) -> Iterator[T]:
+        """What `work` makes of rows 0 to `rows`, in parts that fit.
+
+        Raises:
+            torch.OutOfMemoryError: One row alone does not fit.
+        """
+        start = 0
+        while start < rows:
+            part = slice(start, min(rows, start + self.rows))
+            result = self._tried(part, work)
+            if result is not None:
+                start = part.stop
+                yield result
+
+    def _tried(self, part: slice, work: Callable[[slice], T]) -> T | None:
+        """None: the part does not fit."""
+        count = part.stop - part.start
+        try:
+            return work(part)
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+        # Not before here: the error holds on to what the failed call had allocated.
+        self.rows = count // 2
+        release()
+        return None
+
+    def __call__(self, network: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
+        """What a network gives for a batch, whose tensors, plain or in mappings, have B first.
+
+        Under gradients that lead back into the batch it is run as a whole: its parts would all be kept for the way
+        back, and whoever takes the gradient has to divide the rows.
+        """
+        tensors = list(_tensors(given))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return network(*given)
+        rows = len(tensors[0])
+        made = list(self.parts(rows, lambda part: network(*(_cut(one, part, rows) for one in given))))
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+
+class Rooms(dict[str, Room]):
+    """Rooms by kind of work, made when they are first asked for.
+
+    Args:
+        told: How many rows of a kind of work fit, as far as can be told beforehand; None: nothing can.
+    """
+
+    def __init__(self, told: Callable[[str], int] | None = None) -> None:
+        super().__init__()
+        self.told = told
+
+    def __missing__(self, work: str) -> Room:
+        room = self[work] = Room() if self.told is None else Room(self.told(work))
+        return room
+
+
+def release() -> None:
+    """Give back what the allocator holds and nobody uses."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _tensors(given: Any) -> Iterator[torch.Tensor]:
+    for one in given:
+        if isinstance(one, torch.Tensor):
+            yield one
+        elif isinstance(one, Mapping):
+            yield from _tensors(one.values())
+
+
+def _cut(one: Any, part: slice, rows: int) -> Any:
+    if part == slice(0, rows):
+        return one
+    return one[part] if isinstance(one, torch.Tensor) else {name: value[part] for name, value in one.items()}

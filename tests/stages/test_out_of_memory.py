@@ -1,0 +1,150 @@
+"""The device runs out of memory in every phase once: no row is lost or changed, and the next shard runs through."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.inversion.settings import InvertImagesSettings
+from stages.inversion.stage import InvertImages
+from tests.support import tiny_kandinsky, tiny_stable_diffusion
+from tests.support.capped import Cap
+from tests.support.concepts import concept_row, stage_of
+from tests.support.rare import picture
+
+SHARE = 0.6
+"""Of what a phase takes at its peak, that it is given."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_stable_diffusion.build(tmp_path_factory.mktemp("model"))
+
+
+def capped(monkeypatch: pytest.MonkeyPatch, where: str) -> Cap:
+    """Put a cap on a function or method, named as ``module:name`` or ``module:Class.name``."""
+    module, _, name = where.partition(":")
+    owner: Any = importlib.import_module(module)
+    *outer, last = name.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    cap = Cap(getattr(owner, last))
+    monkeypatch.setattr(owner, last, cap)
+    return cap
+
+
+def check(cap: Cap, make: Callable[[], Any], shard: Callable[[int], list[Any]], name: str, close: float) -> None:
+    """Run one shard without a limit; then two on a device that is too small for their batches."""
+    wanted = {row["id"]: row for row in make()(shard(0))}
+    assert all(row["status"] == "ok" for row in wanted.values())
+    stage, cap.limit = make(), SHARE * cap.peak
+    first = {row["id"]: row for row in stage(shard(0))}
+    assert cap.refused >= 1
+    assert first.keys() == wanted.keys()
+    for row in first.values():
+        assert row["status"] == "ok", row["error"]
+        np.testing.assert_allclose(row[name], wanted[row["id"]][name], atol=close, rtol=0)
+    refused = cap.refused
+    assert all(row["status"] == "ok" for row in stage(shard(1)))
+    assert cap.refused == refused
+
+
+HARD = {"method": "lbo", "tolerance": 1e-9, "passes": 12}
+PHASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "encode": ("stages.models.autoencoder:encode", {"method": "ddim"}),
+    "decode": ("stages.models.autoencoder:decode", {"method": "ddim"}),
+    "predict": ("stages.models.unet:StableDiffusion.forward", {"method": "ddim"}),
+    "beside the network": ("stages.inversion.engine:InversionProblem.advance", {"method": "ddim"}),
+    "gradient": ("stages.inversion.engine:InversionProblem._differentiate_part", HARD),
+    "boost": ("stages.inversion.ilb:BoostProblem.step", {"method": "ddim", "ilb": {"steps": 3, "warmup": 1}}),
+    "joint": (
+        "stages.inversion.ilb:BoostProblem.step",
+        {"method": "ddim", "ilb": {"form": "joint", "steps": 2, "every": 1}},
+    ),
+    "null-text": ("stages.inversion.schemes:learn_null_text", {"method": "null-text", "iterations": 2}),
+}
+
+
+@pytest.mark.parametrize("phase", list(PHASES))
+def test_every_phase_of_an_inversion_runs_out_once(folder: str, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    where, method = PHASES[phase]
+    cap = capped(monkeypatch, where)
+    settings = InvertImagesSettings(
+        model=folder, methods=(method,), device="cpu", steps=3, slots=4,
+        edit_guidance=2.0 if phase == "decode" else None,
+    )  # fmt: skip
+
+    def shard(number: int) -> list[Any]:
+        return [
+            {"id": f"{number}/{i}", "image": picture(i), "prompt": "red star", "edit_prompt": "blue star"}
+            | {"method": settings.methods[0].label}
+            for i in range(6)
+        ]
+
+    check(cap, lambda: InvertImages(settings), shard, "latent", close=2e-3)
+
+
+def test_learning_words_runs_out_once(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cap = capped(monkeypatch, "stages.concepts.problem:LegoProblem.step")
+
+    def make() -> Any:
+        return stage_of(folder, settings={"steps": 4, "window": 2}, slots=4)
+
+    check(cap, make, lambda number: [concept_row(4 * number + i) for i in range(4)], "embeddings", close=1e-4)
+
+
+def test_selecting_seeds_runs_out_once(folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tests.support.rare import rows, stage
+
+    cap = capped(monkeypatch, "stages.rare.stage:optimise_noise")
+    method = {"method": "seed-select", "iterations": 2, "steps": 3}
+    encoder = tiny_kandinsky.build_prior(tmp_path)
+
+    def make() -> Any:
+        return stage(folder, encoder, [method], slots=4)
+
+    check(cap, make, lambda number: rows(["seed-select"], count=4), "latent", close=1e-3)
+
+
+def test_what_a_draw_starts_from_does_not_change_when_it_is_done_in_parts(folder: str) -> None:
+    from stages.models.families import open_latent_model
+
+    model = open_latent_model(InvertImagesSettings(model=folder, device="cpu"))
+    cap = Cap(type(model.pipeline).__call__)  # type: ignore[attr-defined]
+    condition = model.condition(["a star"] * 5)
+
+    def drawn() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
+        return model.draw(condition, steps=2, guidance=1.0, generators=generators)
+
+    wanted = drawn()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(model.pipeline), "__call__", cap)  # type: ignore[attr-defined]
+        drawn()
+        cap.limit = SHARE * cap.peak
+        for _ in "ab":
+            torch.testing.assert_close(drawn(), wanted, atol=1e-4, rtol=0)
+    assert 1 <= cap.refused <= 3
+
+
+def test_what_the_free_memory_tells_fits(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots, and rows a part of each kind of work, on a device with three megabytes: nothing is refused."""
+    capacity = 3_000_000
+    monkeypatch.setattr("stages.models.memory.free_bytes", lambda device: capacity)
+    boosted = {**HARD, "ilb": {"steps": 2, "warmup": 1}}
+    settings = InvertImagesSettings(model=folder, methods=(boosted,), device="cpu", steps=2)
+    caps = [capped(monkeypatch, PHASES[phase][0]) for phase in ("encode", "decode", "predict", "gradient", "boost")]
+    for cap in caps:
+        cap.limit = capacity
+    stage = InvertImages(settings)
+    given = [{"id": str(i), "image": picture(i), "prompt": "red star", "method": "lbo"} for i in range(40)]
+    assert {row["status"] for row in stage(given)} == {"ok"}
+    assert stage.slots == 32
+    assert [cap.refused for cap in caps] == [0] * len(caps)
+    assert all(cap.peak > capacity / 4 for cap in caps), [cap.peak for cap in caps]  # nor is much left over
