@@ -11,9 +11,8 @@ Both forms of the bias solve D_t(z_t) = z_prev, with g(x) = (z_prev - weight m(x
   a warm start already the first one stands next to the solution, which is why this is the default.
 
 Warm start: a bias is a network output in disguise. The output that the last step ended with, m* = (z_prev - scale z_t)
-/ weight, is the next step's guess (`last`), or the last two are extended by a line (`linear`), or half as far (`half`:
-each step hands its error on with the weights 3/2 and -1/2 instead of 2 and -1), under the next step's own coefficients.
-For the output bias the same is done with m* - m(z_prev, t).
+/ weight, is the next step's guess (`last`), or the last two are extended by a line (`linear`), under the next step's
+own coefficients. For the output bias the same is done with m* - m(z_prev, t).
 
 Legend as in `stages.inversion.engine`.
 """
@@ -30,7 +29,7 @@ from stages.inversion.fixed_point import History
 from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
 
-WarmStart = Literal["none", "last", "half", "linear"]
+WarmStart = Literal["none", "last", "linear"]
 
 ITERATE, DIFFERENTIATE, SEARCH = range(3)
 """What a row's next evaluation is for: an iterate, the gradient at the best point, a trial along that gradient."""
@@ -130,9 +129,7 @@ class LatentBias(Rule[Fit]):
             return torch.zeros_like(last_BCHW)
         if self.warm_start == "last":
             return last_BCHW
-        far = 0.5 if self.warm_start == "half" else 1.0
-        ahead_BCHW = last_BCHW + far * (last_BCHW - before_BCHW)
-        return torch.where(per_row(state.steps_B > 1, last_BCHW), ahead_BCHW, last_BCHW)
+        return torch.where(per_row(state.steps_B > 1, last_BCHW), 2 * last_BCHW - before_BCHW, last_BCHW)
 
     def is_base(self, point: Evaluation) -> torch.Tensor:
         """Rows whose evaluation is the output bias's base, at z_prev: no point of the fit."""

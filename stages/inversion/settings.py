@@ -235,9 +235,8 @@ class LboMethod(InversionMethod):
     update: Literal["safeguarded"] = "safeguarded"
     """How the bias is fitted: Anderson acceleration, and a gradient step where a row stalls. What else was tried is
     measured in ``benchmarks/inversion``."""
-    warm_start: Literal["none", "last", "half", "linear"] = "linear"
-    """Start a step's bias from the last step's, or from the line through the last two; ``half``: half as far along it,
-    which is best for a single pass a step on rectified flows."""
+    warm_start: Literal["none", "last", "linear"] = "linear"
+    """Start a step's bias from the last step's, or from the line through the last two."""
     passes: int = Field(10, ge=1)
     """Most network passes a step; a gradient counts as one more."""
     tolerance: float | None = Field(None, ge=0)
