@@ -15,9 +15,14 @@ from typer.testing import CliRunner
 
 from jobs import __main__ as entry
 from jobs.commands.cli import app
+from jobs.commands.plan_table import facts
+from jobs.dry_run import DryRun, memory_of
+from jobs.kinds.invert_images import InvertImages
+from jobs.page.amounts import size
 from jobs.schema.base import RowJob
 from pipeline.run.cluster import Pool
 from pipeline.run.driver import Resources, RunError, _check_room
+from stages.models.families import open_without_weights
 from tests.support import ROOT
 
 
@@ -53,6 +58,18 @@ def test_a_dry_run_says_what_this_machine_lacks(tmp_path: Path, toy_job: type[Ro
     path.write_text(f"job: toy\ninput: {tmp_path / 'rows.txt'}\n")
     (plan,) = json.loads(CliRunner().invoke(app, ["run-job", str(path), "--dry-run", "--json"]).stdout)
     assert plan["lacking"] == ""
+
+
+def test_a_dry_run_says_what_a_row_takes_on_a_gpu() -> None:
+    job = InvertImages(input="pictures", guidance=2.0, resources={"gpus": 1})  # type: ignore[arg-type]
+    told = memory_of(job)
+    model = open_without_weights(job)
+    for gradient in (False, True):
+        assert size(model.activation_bytes("predict", gradient=gradient)) in told
+    assert "64, 64, 64 of 24, 40, 80 GB" in told
+    dry = DryRun("invert-images", job, "out", None, "not planned", memory=told)
+    assert dict(facts(dry))["GPU memory"] == dry.to_json()["memory"] == told
+    assert memory_of(InvertImages(input="pictures")) == ""
 
 
 @pytest.mark.parametrize(
