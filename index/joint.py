@@ -105,9 +105,11 @@ class Accumulator:
         """
         if len(t_NT) != len(z_NE):
             raise ValueError(f"{len(t_NT)} text embeddings and {len(z_NE)} image embeddings are no pairs")
-        if not len(t_NT):
-            return
-        t_NT, z_NE = t_NT.astype(np.float64), z_NE.astype(np.float64)
+        for start in range(0, len(t_NT), gaussian.BLOCK_ROWS):
+            stop = start + gaussian.BLOCK_ROWS
+            self._add_block(t_NT[start:stop].astype(np.float64), z_NE[start:stop].astype(np.float64))
+
+    def _add_block(self, t_NT: np.ndarray, z_NE: np.ndarray) -> None:
         self._sums.add(np.concatenate([t_NT, z_NE], axis=1))
         unit_NT, unit_NE = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300) for x in (t_NT, z_NE))
         self._unit_J += np.concatenate([unit_NT.sum(0), unit_NE.sum(0)])

@@ -5,6 +5,9 @@ and a second call goes on. The reference is a captioned one of pictures of the m
 
     latentmill run-job benchmarks/ovi/captioned.yaml --output out/captioned
     python -m benchmarks.ovi.priors out/captioned --name 20000 [--prompts 40] [--methods linear,kernel] [--draws 16]
+    python -m benchmarks.ovi.priors out/captioned --name 20000 --fidelity [--prompts 128]
+
+With `--fidelity` no picture is drawn: what is measured is the cosine to the embedding of the prompt's true picture.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ import numpy as np
 import torch
 
 import micro
-from benchmarks.ovi.setting import RESULTS, machine
+from benchmarks.ovi.setting import RESULTS, Asked, World, cosine, interval, machine, rows_of, run
+from benchmarks.ovi.setting import asked as scenes
+from index.reference import Reference
 from jobs.commands.compbench import Scores, compare, tabulate
 from micro import prompts
 from pipeline.contract import Row
-from stages.models.clip import ImageEncoder
+from stages.models import clip
 from stages.models.decoding import Decode
+from stages.ovi.context import Context
 from stages.ovi.settings import (
     OVI,
     Constraint,
@@ -106,16 +112,46 @@ def spread(method: PromptMethod, reference: str, rows: list[Row], draws: int) ->
     """Of the pictures of one prompt: one minus the mean cosine of two of them in CLIP space; how far a pixel varies, in
     shares of its range."""
     stage, label = stage_of(method, reference), method.label
-    encoder: ImageEncoder = stage.image_encoder
+    encoder: clip.ImageEncoder = stage.image_encoder
     given = [{**row, "id": f"{row['id']}/{draw}/{label}", "method": label} for row in rows for draw in range(draws)]
     out = {row["id"]: row["image"] for row in stage(given)}
-    clip, pixels = [], []
+    apart, pixels = [], []
     for row in rows:
         pictures = [out[f"{row['id']}/{draw}/{label}"] for draw in range(draws)]
         u_DE = torch.nn.functional.normalize(encoder(pictures).double(), dim=-1)
-        clip.append(1 - float((u_DE @ u_DE.mT).sum() - draws) / (draws * (draws - 1)))
+        apart.append(1 - float((u_DE @ u_DE.mT).sum() - draws) / (draws * (draws - 1)))
         pixels.append(float(np.stack([np.asarray(picture) / 255 for picture in pictures]).std(0).mean()))
-    return {"clip": float(np.mean(clip)), "pixels": float(np.mean(pixels)), "prompts": len(rows), "draws": draws}
+    return {"clip": float(np.mean(apart)), "pixels": float(np.mean(pixels)), "prompts": len(rows), "draws": draws}
+
+
+FIDELITY = ("heldout", "never", "rare")
+"""Held-out scenes, and single objects that training pictures show never or five times (`benchmarks.ovi.setting`)."""
+
+
+def opened(reference: str) -> World:
+    """The encoders, and a reference in the bank's place."""
+    model = str(micro.MODELS / "prior")
+    text, images = clip.TextEncoder(model), clip.ImageEncoder(model)
+    context = Context(
+        model=model, revision=None, device="cpu", seed=0, vision=lambda: images.model, text=text,
+        reference=Reference.open(reference),
+    )  # fmt: skip
+    return World(context, images, np.empty((0, 0)))
+
+
+def fidelity(method: PromptMethod, setting: World, given: dict[str, Asked]) -> dict[str, tuple[float, float]]:
+    """Mean cosine to the true picture's embedding on each set, and half of its 95 % interval over the prompts."""
+    return {
+        name: interval(cosine(run(method, setting, rows_of(setting, of.prompts)).z_BE, of.true_BE))
+        for name, of in given.items()
+    }
+
+
+def fidelity_table(found: dict[str, dict[str, tuple[float, float]]]) -> str:
+    lines = [f"| method | {' | '.join(FIDELITY)} |", "|---" * (len(FIDELITY) + 1) + "|"]
+    for label, sets in found.items():
+        lines.append(f"| {label} | {' | '.join('{:.3f} ± {:.3f}'.format(*sets[name]) for name in FIDELITY)} |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(result: dict[str, Any], rows: list[Row]) -> str:
@@ -141,22 +177,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reference", help="a captioned reference")
     parser.add_argument("--name", required=True, help="of the files in results/")
-    parser.add_argument("--prompts", type=int, default=40, help="a category")
+    parser.add_argument("--prompts", type=int, default=40, help="a category, or a set of `--fidelity`")
+    parser.add_argument("--fidelity", action="store_true")
     parser.add_argument("--categories", default=",".join(prompts.COMPBENCH))
     parser.add_argument("--methods", help="only these, with commas")
     parser.add_argument("--draws", type=int, help="pictures of each of twelve prompts, for their spread, instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    file = RESULTS / f"priors_{options.name}.json"
-    blank: dict[str, Any] = {"prompts": options.prompts, "methods": {}, "spread": {}}
+    file = RESULTS / f"priors_{options.name}{'_fidelity' * options.fidelity}.json"
+    blank: dict[str, Any] = {"prompts": options.prompts, "methods": {}, "spread": {}, "fidelity": {}}
     result = json.loads(file.read_text()) if file.exists() else blank
     rows = asked(options.prompts, options.categories.split(","))
     methods = table_methods()
+    setting = opened(options.reference) if options.fidelity else None
+    given = {name: scenes(setting, name, options.prompts) for name in FIDELITY} if setting else {}
     for label in options.methods.split(",") if options.methods else methods:
-        kind = "spread" if options.draws else "methods"
+        kind = "fidelity" if setting else "spread" if options.draws else "methods"
         if label in result[kind]:
             continue
-        if options.draws:
+        if setting:
+            result["fidelity"][label] = fidelity(methods[label], setting, given)
+        elif options.draws:
             result["spread"][label] = spread(
                 methods[label], options.reference, asked(2, prompts.COMPBENCH), options.draws
             )
@@ -164,7 +205,7 @@ def main() -> None:
             result["methods"][label] = measured(methods[label], options.reference, rows)
         result["machine"] = machine()
         file.write_text(json.dumps(result) + "\n")
-        file.with_suffix(".md").write_text(markdown(result, rows))
+        file.with_suffix(".md").write_text(fidelity_table(result["fidelity"]) if setting else markdown(result, rows))
         print(label, "done", flush=True)
 
 
