@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, TypeVar
@@ -38,15 +38,18 @@ def of_a_client(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in CLIENTS
 
 
-@contextmanager
-def _as_os_error() -> Iterator[None]:
+class _AsOSError:
     """A store's refusal is an OSError, whichever client tells of it."""
-    try:
-        yield
-    except Exception as error:
-        if not of_a_client(error) or isinstance(error, OSError):
-            raise
-        raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, OSError) and of_a_client(error):
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+_as_os_error = _AsOSError()
+"""Entered for each block that is written."""
 
 
 def patiently(action: Callable[[], T]) -> T:
@@ -56,7 +59,7 @@ def patiently(action: Callable[[], T]) -> T:
     """
     for attempt in range(ATTEMPTS):
         try:
-            with _as_os_error():
+            with _as_os_error:
                 return action()
         except FINAL as error:
             if not passing(error) or attempt == ATTEMPTS - 1:
@@ -108,7 +111,7 @@ class Upload:
         view = memoryview(data)
         if self._abandoned:  # Parquet's writer ends its file once more when it is collected
             return view.nbytes
-        with _as_os_error():
+        with _as_os_error:
             self._handle.write(view)
         self._digest.update(view)
         self.size += view.nbytes
@@ -143,7 +146,7 @@ class Upload:
                 self._handle.flush()
                 os.fsync(self._handle.fileno())
         finally:
-            with _as_os_error():
+            with _as_os_error:
                 self._handle.close()
 
     def abandon(self) -> None:

@@ -75,6 +75,11 @@ def encode(rows: Iterable[tuple[int, int, Record | None]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def _table(content: bytes, columns: tuple[str, ...] = tuple(_SCHEMA.names)) -> pa.Table:
+    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True, pre_buffer=False)
+    return file.read(list(columns), use_threads=False)  # `pyarrow.parquet.read_table` takes milliseconds to begin
+
+
 @dataclass(frozen=True)
 class _File:
     """A file of the log, kept as it came; its rows are unpacked when they are asked for.
@@ -93,7 +98,7 @@ class _File:
     @staticmethod
     def of(url: str, order: tuple[int, int], content: bytes) -> _File:
         """Raises pyarrow.ArrowException, OSError, ValueError or KeyError if it is none, or damaged."""
-        table = pq.read_table(pa.BufferReader(content), use_threads=False, page_checksum_verification=True)
+        table = _table(content)
         shards, generations = table["shard"].to_numpy(), table["generation"].to_numpy().astype(np.int64)
         keys = shards << _GENERATION_BITS | _LAST - generations
         if not len(keys) or np.any(keys[1:] <= keys[:-1]):
@@ -102,7 +107,7 @@ class _File:
 
     def rows(self) -> Iterator[Row]:
         """Its rows, in order."""
-        records = pq.read_table(pa.BufferReader(self.content), columns=["record"], use_threads=False)["record"]
+        records = _table(self.content, ("record",))["record"]
         return (
             Row(own, self.order, said, self.url)
             for own, said in zip(self.keys.tolist(), records.to_pylist(), strict=True)

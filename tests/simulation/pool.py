@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.contract import Row
 from pipeline.failures import Fault
 from pipeline.output import commit
 from pipeline.output.schema import decode_schema, measures, merge_measures, table
@@ -28,8 +29,17 @@ from pipeline.storage import Folder, checksum
 from tests.simulation.world import Crash, Event, Host, Process, World, current
 
 
+def _row(name: str, line: int, factor: float, moody: bool) -> dict[str, Any]:
+    """A row as it has to come out; of moody ones every third fails."""
+    row: dict[str, Any] = {"id": f"{name}#{line}", "status": "ok", "error": None, "text": f"line {line}"}
+    failed = moody and line % 3 == 0
+    return {**row, **({"status": "failed", "error": "not now"} if failed else {"length": factor * line})}
+
+
 @lru_cache(8192)
-def made(columns: str, factor: float, lines: tuple[tuple[str, int, int], ...]) -> tuple[bytes, pa.Table]:
+def made(
+    columns: str, factor: float, lines: tuple[tuple[str, int, int], ...], moody: bool = False
+) -> tuple[bytes, pa.Table]:
     """Rows as they have to come out: as a file, and as a table.
 
     Args:
@@ -37,8 +47,7 @@ def made(columns: str, factor: float, lines: tuple[tuple[str, int, int], ...]) -
         lines: File, first line and line after the last, of each span.
     """
     schema = decode_schema(columns)
-    rows = [{"id": f"{name}#{line}", "status": "ok", "error": None, "length": factor * line, "text": f"line {line}"}
-            for name, start, stop in lines for line in range(start, stop)]  # fmt: skip
+    rows = [_row(name, line, factor, moody) for name, start, stop in lines for line in range(start, stop)]
     full = table(rows, schema, frozenset({"text"}))
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
@@ -63,25 +72,34 @@ class _Inline:
 
 
 class _Writer(Writer):
-    """Writes what `made` made; shards that come in pieces are put together by the real one."""
+    """Writes what `made` made; the real one puts pieces together, and new rows into a shard that has them."""
 
-    def __init__(self, job: WorkerJob, folder: Folder, schema: pa.Schema) -> None:
+    group_rows = 4096
+
+    def __init__(self, job: WorkerJob, folder: Folder, schema: pa.Schema, fleet: Fleet) -> None:
         self._folder, self._schema, self._kept, self._measured = folder, schema, frozenset(job.kept), job.measured
-        self._thread, self._job = _Inline(), job  # type: ignore[assignment]
+        self._thread, self._job, self._fleet = _Inline(), job, fleet  # type: ignore[assignment]
 
     def write(self, task: Task, name: str, tables: Iterator[Any]) -> Piece:
-        if task.pieces:
+        if task.pieces or (task.again and task.again.file):
             return super().write(task, name, tables)
         lines = _lines(task)
-        content, full = made(self._job.schema, self._job.stage.params["factor"], lines)
+        content, full = made(self._job.schema, self._job.stage.params["factor"], lines, self._fleet.fails())
         upload = self._folder.begin(f"{commit.ATTEMPTS}/{name}")
         upload.write(content)
         upload.close()
         commit.check_attempt(self._folder, name, len(content), task.stop - task.start)
-        measured: dict[str, dict[str, float]] = {}
-        merge_measures(measured, measures(full, self._measured))
-        digest = checksum(io.BytesIO(content))
-        return Piece(task.start, task.stop, name, len(content), digest, full.num_rows, 0, measured)
+        digest, measured, failed = _told(content, self._measured)
+        ok, errors = full.num_rows - failed, {"not now": failed} if failed else {}
+        return Piece(task.start, task.stop, name, len(content), digest, ok, failed, measured, errors)
+
+
+@lru_cache(8192)
+def _told(content: bytes, measured: tuple[str, ...]) -> tuple[str, dict[str, dict[str, float]], int]:
+    """Checksum, measures and failed rows of a file."""
+    full, merged = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False), dict[str, dict[str, float]]()
+    merge_measures(merged, measures(full, measured))
+    return checksum(io.BytesIO(content)), merged, full["status"].to_pylist().count("failed")
 
 
 def _lines(task: Task) -> tuple[tuple[str, int, int], ...]:
@@ -93,16 +111,22 @@ def _lines(task: Task) -> tuple[tuple[str, int, int], ...]:
 class _Worker(Worker):
     """The real commit; rows that are made up in no time, after some of the world's."""
 
-    def __init__(self, job: WorkerJob, summaries: bool) -> None:
+    def __init__(self, job: WorkerJob, fleet: Fleet) -> None:
         self.job, self.schema = job, decode_schema(job.schema)
         self._folder = Folder.at(job.output, job.storage_options)
-        self._writer, self._summaries, self.done = _Writer(job, self._folder, self.schema), summaries, 0
+        self._writer, self._fleet, self.done = _Writer(job, self._folder, self.schema, fleet), fleet, 0
 
     def _tables(self, task: Task) -> Iterator[Any]:
         yield from ()
 
+    def _rows(self, task: Task, only: Container[int] | None = None) -> Iterator[tuple[int, Row]]:
+        factor, moody = self.job.stage.params["factor"], self._fleet.fails()
+        for position, (name, line, _) in enumerate(_lines(task), task.start):
+            if only is None or position in only:
+                yield position, _row(name, line, factor, moody)
+
     def _take_summary(self) -> dict[str, Any] | None:
-        return {"count": np.array([1])} if self._summaries else None
+        return {"count": np.array([1])} if self._fleet.summaries else None
 
 
 class _Heart:
@@ -152,7 +176,7 @@ class SimPool:
         actor = cluster._Actor.__new__(cluster._Actor)
         actor.heart = _Heart()  # type: ignore[assignment]
         world.pause(world.now + self._fleet.start_s * chance())
-        actor.worker = _Worker(self._job, self._fleet.summaries)
+        actor.worker = _Worker(self._job, self._fleet)
         member.ready = True
         self._ring()
         while not member.dropped:
@@ -239,7 +263,11 @@ class SimPool:
 
 
 class Fleet:
-    """The workers that a schedule's drivers get."""
+    """The workers that a schedule's drivers get.
+
+    Attributes:
+        moody: Rows fail until all is calm, and are to be done again.
+    """
 
     def __init__(self, world: World, host: Host) -> None:
         chance = world.random
@@ -247,4 +275,9 @@ class Fleet:
         self.start_s, self.task_s = 5.0, chance.choice((0.1, 2.0, 20.0))
         self.died, self.cut_off = chance.choice((0.0, 0.0, 0.1)), chance.choice((0.0, 0.0, 0.1))
         self.cut_off_s, self.orphans = chance.choice((5.0, 300.0)), chance.choice((0.0, 0.5))
-        self.summaries = chance.random() < 0.1
+        self.summaries, self.moody = chance.random() < 0.1, chance.random() < 0.15
+        self.calm = False
+
+    def fails(self) -> bool:
+        """Whether some rows fail at present."""
+        return self.moody and not self.calm

@@ -133,6 +133,9 @@ class _Writing(io.BytesIO):
     def discard(self) -> None:
         super().close()
 
+    def __del__(self) -> None:
+        self.discard()  # what a dead process never ended is no object, and must not be one whenever it is collected
+
 
 class SimStore(AbstractFileSystem):
     """The fsspec filesystem ``sim://``."""
