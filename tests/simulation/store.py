@@ -51,7 +51,8 @@ class Bucket:
         objects: Path -> content.
         weather: What goes wrong at present.
         away: Requests before this time are all refused.
-        watch: Called with (process, verb, path, content) whenever something changes, before it does.
+        watch: Called with (process, verb, path, content) whenever something changes, before it does. The verb is
+            ``remove too`` for all but the first of what a request removes.
         requests: Number of requests.
     """
 
@@ -208,8 +209,8 @@ class SimStore(AbstractFileSystem):
 
     def rm(self, path: list[str], **rest: Any) -> None:
         def gone() -> None:
-            for name in path:
-                self.bucket.watch(self.bucket._caller(), "remove", name, b"")
+            for number, name in enumerate(path):
+                self.bucket.watch(self.bucket._caller(), "remove too" if number else "remove", name, b"")
                 self.bucket.objects.pop(name, None)
 
         self.bucket.request(gone)
