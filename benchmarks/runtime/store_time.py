@@ -87,7 +87,7 @@ def waited(shards: int) -> dict[str, tuple[float, int]]:
 
 
 def asked(shards: int) -> dict[str, float]:
-    """What ``status`` of so many committed shards takes, the last 999 of which are not folded: virtual and CPU seconds."""
+    """What ``status`` of so many committed shards takes, of which those beyond the last thousand are not folded."""
     world = World(0)
     bucket, spec = Bucket(world), _spec(1.0, 1, 1, None)
     options, found = {"bucket": bucket}, dict[str, float]()
@@ -119,9 +119,10 @@ def asked(shards: int) -> dict[str, float]:
 def _record(run: str, shard: int) -> Record:
     """As a worker of a job with one measure writes it."""
     token = f"{shard * 2654435761 % (1 << 48):012x}"
+    loss = {"n": 1, "sum": shard / 7, "min": shard / 7, "max": shard / 7}
     return Record(shard, token, f"{run}-e1-{shard:06d}.{token}.parquet", 10**7 + shard, token * 2 + token[:8], 1, 0,
-                  1.8e9 + shard / 3, 60 + shard % 7 / 3, "node:1234", {"loss": {"n": 1, "sum": shard / 7, "min": shard / 7,
-                  "max": shard / 7}}, run=run, epoch=1, made_with="latentmill 0.1, torch 2.13.0, diffusers 0.42")  # fmt: skip
+                  1.8e9 + shard / 3, 60 + shard % 7 / 3, "node:1234", {"loss": loss}, run=run, epoch=1,
+                  made_with="latentmill 0.1, torch 2.13.0, diffusers 0.42")  # fmt: skip
 
 
 def _digest(content: bytes) -> str:

@@ -113,6 +113,7 @@ class Output:
     plan: Mapping[str, Any]
     lock: lock.Lock | lock.Proxy | None = None
     log: Log = field(default_factory=Log, repr=False, compare=False)
+    _known: dict[tuple[str, int], Record] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def open(path: str, storage_options: Mapping[str, Any] | None = None) -> Output:
@@ -174,6 +175,8 @@ class Output:
         loose, broken = self._look()
         for name, error in broken.items():
             told(name, error)
+        for gone in self._known.keys() - loose.values():
+            del self._known[gone]
         keys = sorted(loose)
         single = zip(keys, self.several(self._record, [loose[own] for own in keys]), strict=True)
         last = -1
@@ -185,13 +188,13 @@ class Output:
             if isinstance(record, Record):
                 yield record
             elif record is not None:
-                told(loose[own], record)
+                told(loose[own][0], record)
 
-    def _look(self) -> tuple[dict[int, str], dict[str, OutputError]]:
-        """Names of the records that are not in the log, by key, and what is wrong with files of the log."""
+    def _look(self) -> tuple[dict[int, tuple[str, int]], dict[str, OutputError]]:
+        """Names and sizes of the records that are not in the log, by key; and what is wrong with files of the log."""
         listed = self.folder.listing(RECORDS)  # first, so that what is folded meanwhile is seen in the log
         broken = self.log.look(self.folder, self.run, self.several)
-        found = ((recorded(name, self.run), f"{RECORDS}/{name}") for name in listed)
+        found = ((recorded(name, self.run), (f"{RECORDS}/{name}", size)) for name, size in listed.items())
         named = {key(*of): name for of, name in found if of is not None}
         return {own: name for own, name in named.items() if not self.log.holds(own)}, broken
 
@@ -211,12 +214,17 @@ class Output:
         """Results in the order of the items; from a store, which answers late, some are fetched at a time."""
         return map(function, items) if self.folder.local else machine.several(function, items, READERS)
 
-    def _record(self, name: str) -> Record | OutputError | None:
-        """The record in a file; None if that is gone."""
+    def _record(self, named: tuple[str, int]) -> Record | OutputError | None:
+        """The record in a file of a name and size, read once: what it says is final. None if it is gone."""
+        if (known := self._known.get(named)) is not None:
+            return known
+        name, _ = named
         try:
             record = Record.from_json(self.folder.read(name))
             if (record.run, record.name) != (self.run, name):
                 raise ValueError(f"it says shard {record.shard} of run {record.run!r}")
+            if not self.folder.local:
+                self._known[named] = record
             return record
         except FileNotFoundError:
             return None

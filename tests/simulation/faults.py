@@ -48,11 +48,12 @@ def _removed_first(self: Folding) -> None:
     self._write([(record.shard, record.generation, record) for record in records])
 
 
-def _beside_the_log(self: Output) -> tuple[dict[int, str], dict[str, Any]]:
+def _beside_the_log(self: Output) -> tuple[dict[int, tuple[str, int]], dict[str, Any]]:
     self.log.look(self.folder, self.run, self.several)
     listed = self.folder.listing(commit.RECORDS)
     named = {name: commit.recorded(name, self.run) for name in listed}
-    return {log.key(*of): f"{commit.RECORDS}/{name}" for name, of in named.items() if of is not None}, {}
+    mine = {name: of for name, of in named.items() if of is not None}
+    return {log.key(*of): (f"{commit.RECORDS}/{name}", listed[name]) for name, of in mine.items()}, {}
 
 
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
