@@ -341,6 +341,8 @@ class Schedule:
             count, found = self.shards * self.rows, objects.get("out/sums/total", b"")
             if found != b"%d %d" % (count, self.factor * count * (count - 1) // 2):
                 raise Wrong(f"what finish made says {found!r} of {count} rows after a run that said complete")
+        if self.last and [record.shard for record in output.records()] != list(range(self.shards)):
+            raise Wrong("the records are not one for each shard after a run that said complete")
         if self.last and self.seed % 3 == 0:
             report = verify(OUT, options)
             if not report.ok:
