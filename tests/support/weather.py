@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import logging
 import sys
 import threading
@@ -12,6 +13,8 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pyarrow as pa
 import pytest
@@ -88,6 +91,20 @@ class Weather(BaseHTTPRequestHandler):
         """Quiet."""
 
 
+class Google(Weather):
+    """The emulator takes no preconditions; the real service answers 412 to `ifGenerationMatch=0` for what exists."""
+
+    def refusal(self, body: bytes) -> int | None:
+        parts = urlsplit(self.path)
+        if parse_qs(parts.query).get("ifGenerationMatch") != ["0"]:
+            return None
+        bucket = parts.path.split("/b/")[1].split("/")[0]
+        name = json.loads(body[body.index(b"{") : body.index(b"}") + 1])["name"]  # the metadata before the content
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
+        upstream.request("GET", f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
+        return 412 if upstream.getresponse().status == 200 else None
+
+
 class Proxy(ThreadingHTTPServer):
     request_queue_size = 128  # else of sixteen that connect at once some wait a second
 
@@ -115,6 +132,25 @@ def s3_server() -> Iterator[int]:
     finally:
         server.stop()
         moto_api_backend.reset()  # its content is the process's, not the server's
+
+
+@contextmanager
+def gcs_server() -> Iterator[int]:
+    """The port of a Google Cloud Storage server on this machine with an empty bucket ``bucket``; wants `Google`."""
+    from gcp_storage_emulator import server as emulator
+
+    quick = (
+        patch.object(emulator.RequestHandler, "disable_nagle_algorithm", True),  # else 40 ms an answer
+        patch.object(emulator.server.HTTPServer, "request_queue_size", 128),  # else a second for some of sixteen
+        patch.object(emulator.Storage, "_write_config_to_file", lambda self: None),  # else all names at every write
+    )
+    with quick[0], quick[1], quick[2]:
+        real = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+        real.start()
+        try:
+            yield real._api._httpd.server_port
+        finally:
+            real.stop()
 
 
 @contextmanager

@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
 from pipeline.storage import Folder
-from tests.support.weather import SHARDS, Weather, check_lock, check_run, check_shards, weather_before
+from tests.support.weather import SHARDS, Google, check_lock, check_run, check_shards, gcs_server, weather_before
 
 gcsfs = pytest.importorskip("gcsfs")
-emulator = pytest.importorskip("gcp_storage_emulator.server")
-
-
-class Google(Weather):
-    """The emulator takes no preconditions; the real service answers 412 to `ifGenerationMatch=0` for what exists."""
-
-    def refusal(self, body: bytes) -> int | None:
-        parts = urlsplit(self.path)
-        if parse_qs(parts.query).get("ifGenerationMatch") != ["0"]:
-            return None
-        bucket = parts.path.split("/b/")[1].split("/")[0]
-        name = json.loads(body[body.index(b"{") : body.index(b"}") + 1])["name"]  # the metadata before the content
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
-        upstream.request("GET", f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
-        return 412 if upstream.getresponse().status == 200 else None
+pytest.importorskip("gcp_storage_emulator.server")
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], Any]]:
+def store() -> Iterator[tuple[dict[str, Any], Any]]:
     """fsspec options for a bucket behind the weather, and the proxy."""
-    monkeypatch.setattr(emulator.RequestHandler, "disable_nagle_algorithm", True)  # else 40 ms an answer
-    monkeypatch.setattr(emulator.server.HTTPServer, "request_queue_size", 128)  # else a second for some of sixteen
-    monkeypatch.setattr(emulator.Storage, "_write_config_to_file", lambda self: None)  # else all names at every write
-    real = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
-    real.start()
-    with weather_before(real._api._httpd.server_port, Google) as proxy:
+    with gcs_server() as port, weather_before(port, Google) as proxy:
         yield {"token": "anon", "project": "test", "endpoint_url": f"http://127.0.0.1:{proxy.server_port}"}, proxy
-    real.stop()
     gcsfs.GCSFileSystem.clear_instance_cache()
 
 

@@ -1,0 +1,1 @@
+"""Jobs of every kind under faults: ``python -m benchmarks.runtime.chaos --help``."""

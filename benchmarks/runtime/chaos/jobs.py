@@ -1,0 +1,135 @@
+"""The smallest job of each kind that still has several shards: miniature models, a few rows, a few steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EXAMPLES = Path(__file__).parents[3] / "jobs/examples"
+CONCEPTS = 4
+WIDTH = 16
+"""Of embeddings that were made elsewhere."""
+
+
+def adopted(folder: Path) -> dict[str, Any]:
+    """A reference of embeddings that lie in a file: the only kind whose workers need no network."""
+    rng = np.random.default_rng(0)
+    np.save(folder / "made-elsewhere.npy", rng.standard_normal((96, WIDTH)).astype(np.float32))
+    return {
+        "job": "reference", "input": str(folder / "made-elsewhere.npy"), "given": "embeddings", "dim": WIDTH,
+        "shard_rows": 8,
+    }  # fmt: skip
+
+
+def reference(folder: Path) -> dict[str, Any]:
+    return {
+        "job": "reference", "input": "micro-world://train?rows=48&seed=0", "encoder": "micro:prior",
+        "keep": ["caption"], "shard_rows": 6,
+    }  # fmt: skip
+
+
+def invert_prompts(folder: Path) -> dict[str, Any]:
+    """Needs a finished `reference`."""
+    lines = (EXAMPLES / "quickstart/prompts.jsonl").read_text().splitlines()[:10]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    methods = ["text-embedding", {"method": "ovi", "compact": True, "steps": 8}, {"method": "retrieval", "k": 2}]
+    return {
+        "job": "invert-prompts", "input": str(folder / "prompts.jsonl"), "model": "micro:prior", "methods": methods,
+        "reference": str(folder / "expected/reference"), "shard_rows": 5,
+        "decode": {"model": "micro:decoder", "steps": 2}, "score": ["clip"],
+    }  # fmt: skip
+
+
+def invert_images(folder: Path) -> dict[str, Any]:
+    return {
+        "job": "invert-images", "model": "micro:stable-diffusion", "steps": 3, "shard_rows": 4,
+        "input": {"path": str(EXAMPLES / "quickstart/pictures.jsonl"), "images": ["image"]},
+        "methods": ["ddim", "fixed-point", "lbo"],
+    }  # fmt: skip
+
+
+def learn_concepts(folder: Path) -> dict[str, Any]:
+    for number in range(CONCEPTS):
+        shutil.copytree(
+            EXAMPLES / "quickstart/concepts/stippled", folder / f"concepts/stippled-{number}", dirs_exist_ok=True
+        )
+    return {
+        "job": "learn-concepts", "input": str(folder / "concepts"), "model": "micro:stable-diffusion",
+        "learning": {"steps": 12, "window": 4, "lr": 0.02, "context": "none"}, "checkpoint_seconds": 0.2,
+        "samples": {"subjects": ["blue star"], "prompt": "a {concept} {subject}", "count": 1, "steps": 2},
+        "shard_rows": 2,
+    }  # fmt: skip
+
+
+def rare_concepts(folder: Path) -> dict[str, Any]:
+    return {
+        "job": "rare-concepts", "input": str(EXAMPLES / "rare-concepts"), "model": "micro:stable-diffusion",
+        "clip": "micro:prior", "methods": ["random", "slerp"], "count": 2, "candidates": 1, "score": ["text"],
+        "steps": 2, "shard_rows": 4,
+    }  # fmt: skip
+
+
+def train_inverter(folder: Path) -> dict[str, Any]:
+    lines = (EXAMPLES / "quickstart/prompts.jsonl").read_text().splitlines()[10:34]
+    (folder / "drawn.jsonl").write_text("\n".join(lines))
+    return {
+        "job": "train-inverter", "input": str(folder / "drawn.jsonl"), "model": "micro:stable-diffusion", "steps": 2,
+        "network": {"width": 32, "layers": 1, "heads": 2}, "training": {"steps": 12, "batch": 4, "noise_rows": 2},
+        "checkpoint_seconds": 0.2, "shard_rows": 4,
+    }  # fmt: skip
+
+
+def invert_text(folder: Path) -> dict[str, Any]:
+    """Needs a finished `train_inverter`."""
+    return {
+        "job": "invert-text", "input": {"path": str(EXAMPLES / "quickstart/pictures.jsonl"), "images": ["image"]},
+        "model": "micro:stable-diffusion", "inverter": str(folder / "expected/train-inverter"), "shard_rows": 2,
+    }  # fmt: skip
+
+
+def chain(folder: Path) -> dict[str, Any]:
+    """A reference, and prompts against it."""
+    first, second = reference(folder), invert_prompts(folder)
+    return {
+        "job": "chain",
+        "steps": [
+            {**first, "name": "reference", "input": "micro-world://train?rows=24&seed=0"},
+            {**second, "name": "prompts", "reference": "${reference}"},
+        ],
+    }
+
+
+KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "adopted": adopted,
+    "reference": reference,
+    "invert-prompts": invert_prompts,
+    "invert-images": invert_images,
+    "learn-concepts": learn_concepts,
+    "rare-concepts": rare_concepts,
+    "train-inverter": train_inverter,
+    "invert-text": invert_text,
+    "chain": chain,
+}
+NEEDS = {"invert-prompts": ("reference",), "invert-text": ("train-inverter",)}
+"""Kinds whose undisturbed output another kind reads."""
+
+
+def write(kind: str, folder: Path, workers: int, options: dict[str, Any]) -> Path:
+    """The job file of a kind, with what is its own below the folder.
+
+    Args:
+        workers: As many at most.
+        options: Of the store that its output goes to; empty for a disk.
+    """
+    job = KINDS[kind](folder)
+    job["resources"] = {"workers": {"min": 1, "max": workers}, "cpus": 1, "decode_threads": 1, "encode_threads": 1}
+    if options:
+        job["storage_options"] = options
+    path = folder / f"{kind}.json"
+    path.write_text(json.dumps(job, indent=1))
+    return path

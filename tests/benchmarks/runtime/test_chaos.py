@@ -1,0 +1,39 @@
+"""What `benchmarks.runtime.chaos` draws, and what it takes for the same rows."""
+
+from __future__ import annotations
+
+import random
+
+import pyarrow as pa
+import pytest
+
+from benchmarks.runtime.chaos import values
+from benchmarks.runtime.chaos.faults import FAULTS, ON_A_CLUSTER, ON_A_STORE, drawn
+
+
+def _rows(**columns: list[object]) -> pa.Table:
+    return pa.table({"id": ["a", "b", "c"], "x": pa.array([1.0, 2.0, None], pa.float32()), **columns})
+
+
+def test_what_counts_as_the_same_rows() -> None:
+    assert values.compare(_rows(), _rows()) == ([], {})
+    lost = values.compare(_rows(), _rows().slice(0, 2))[0]
+    assert lost == ["1 ids lost (['c']), 0 doubled, 2 rows"]
+    twice = pa.concat_tables([_rows(), _rows().slice(1, 1)])
+    assert values.compare(_rows(), twice)[0] == ["0 ids lost ([]), 1 doubled, 4 rows"]
+    assert values.compare(_rows(), _rows().take([1, 0, 2]))[0][0] == "the rows are not in the planned order"
+    near, far = ([1.0 + off, 2.0, None] for off in (1e-4, 0.1))
+    wrong, rounded = values.compare(_rows(), _rows().set_column(1, "x", pa.array(near, pa.float32())))
+    assert not wrong
+    assert rounded["x"] == pytest.approx(5e-5, rel=0.01)
+    wrong, _ = values.compare(_rows(), _rows().set_column(1, "x", pa.array(far, pa.float32())))
+    assert wrong == ["x of 'a' is another: 1.0 then, 1.100000023841858 now"]
+    words = [_rows(said=pa.array(said)) for said in (["u", "v", None], ["u", "w", None])]
+    assert values.compare(*words)[0] == ["said of 'b' is another: v then, w now"]
+
+
+def test_a_seed_draws_faults_that_its_world_can_do() -> None:
+    everything = drawn(random.Random("0"), 400, store=True, cluster=True)
+    assert everything == drawn(random.Random("0"), 400, store=True, cluster=True)
+    assert set(everything) == set(FAULTS)
+    assert not {*ON_A_STORE, *ON_A_CLUSTER} & set(drawn(random.Random("0"), 400, store=False, cluster=False))
