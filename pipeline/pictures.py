@@ -26,7 +26,9 @@ class PictureError(ValueError):
     """The bytes are no picture that can be used; the message is what the failed row says."""
 
 
-def decode_picture(data: bytes, max_pixels: int, take: Callable[[int], None] = lambda size: None) -> Image:
+def decode_picture(
+    data: bytes, max_pixels: int, take: Callable[[int], None] = lambda size: None, draft: int | None = None
+) -> Image:
     """Encoded bytes to an upright 8-bit RGB picture.
 
     Colours are converted to sRGB by the embedded ICC profile (Adobe RGB, Display P3, printers' CMYK). Transparency
@@ -37,6 +39,7 @@ def decode_picture(data: bytes, max_pixels: int, take: Callable[[int], None] = l
         data: The file's bytes.
         max_pixels: Limit of width x height, checked before anything is decoded.
         take: Told of the bytes that the picture is going to take, before it is decoded; may wait until they are free.
+        draft: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as far as both sides keep so many pixels.
 
     Raises:
         PictureError: Empty, truncated, not a picture, or too large.
@@ -52,7 +55,9 @@ def decode_picture(data: bytes, max_pixels: int, take: Callable[[int], None] = l
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise PictureError(f"picture of {width}x{height} pixels is above the limit of {max_pixels}")
-                take(width * height * BYTES_A_PIXEL)
+                if draft is not None:
+                    picture.draft(None, (draft, draft))  # does nothing to other formats
+                take(picture.width * picture.height * BYTES_A_PIXEL)
                 picture.load()
                 return _flatten(as_srgb(ImageOps.exif_transpose(picture), picture.info.get("icc_profile")))
     except PictureError:

@@ -1,6 +1,6 @@
 """Memory of a worker that embeds large pictures: its peak, and what it makes of them.
 
-    python -m benchmarks.runtime.picture_memory [--rows 150] [--megapixels 6] [--threads 2] [--batch 32]
+    python -m benchmarks.runtime.picture_memory [--rows 150] [--megapixels 6] [--threads 2] [--batch 32] [--draft 128]
 
 JPEGs go through `reference`'s stage on the miniature encoder in this process, as a worker on Ray would take them. The
 pictures are a gradient with noise, so that they decode as slowly as photographs.
@@ -80,14 +80,15 @@ def main() -> None:
     parser.add_argument("--megapixels", type=float, default=6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--draft", type=int, help="the input's option of that name")
     parser.add_argument("--name", default="now", help="under which the figures are kept")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         pictures(Path(scratch), chosen.rows, chosen.megapixels)
-        found = measure(Path(scratch), chosen.rows, chosen.threads, chosen.batch, {})
+        found = measure(Path(scratch), chosen.rows, chosen.threads, chosen.batch, {"draft": chosen.draft})
     path = RESULTS / "picture_memory.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[chosen.name] = {"megapixels": chosen.megapixels, **found}
+    kept[chosen.name] = {"megapixels": chosen.megapixels, "draft": chosen.draft, **found}
     path.write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps(kept[chosen.name]))
 

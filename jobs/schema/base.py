@@ -47,6 +47,10 @@ class Input(Settings):
     """Where rows may point, beside the folder of their own file: absolute folders and beginnings of addresses, for
     instance ``[/data/pictures, "https://images.example.org/", "s3://bucket/"]``. ``https://`` stands for every public
     host; one of an inner network has to be named."""
+    draft: int | None = added(ge=1)
+    """JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, as far as both sides keep so many pixels: in a fraction of
+    time and memory where pictures are far larger than the model's. Values change a little (docs/jobs.md says how much);
+    twice the model's side is a good choice. Left out: all pixels are decoded. Kept pictures are copied as they are."""
     dedupe: Literal["content"] | None = added()
     """``content``: rows that hold the same (the bytes of their pictures, their texts) are processed once, whatever
     files and shards they lie in. The first in the input's order is; the others get the status ``duplicate`` and its id

@@ -175,5 +175,5 @@ def _formed(
     if name in source.images or (form == "picture" and not missing(value)):
         value = as_picture(value)
     if isinstance(value, Encoded):
-        return decode_picture(picture_bytes(value, source, folder), source.max_pixels, take)
+        return decode_picture(picture_bytes(value, source, folder), source.max_pixels, take, source.draft)
     return value

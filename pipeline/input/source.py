@@ -72,6 +72,7 @@ class Source:
             ends in (``<id>/<value>``). Rows of the input stay together; a run's ``limit`` counts the rows made so.
         allow: Folders and beginnings of addresses that rows may point to, beside the folder of their own file
             (`pipeline.addresses.placed`).
+        draft: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as far as both sides keep so many pixels; null: whole.
         dedupe: ``content``: of the rows that hold the same, the first is processed, the others name it.
         signed: Web address without its query -> the whole, as ``path`` was given. Kept apart like the storage options.
     """
@@ -87,6 +88,7 @@ class Source:
     allow: tuple[str, ...] = ()
     signed: Mapping[str, str] = field(default_factory=dict)
     dedupe: Literal["content"] | None = None
+    draft: int | None = None
 
     def __post_init__(self) -> None:
         """Sets queries aside: nothing that names a file, in ids, plans or messages, ever sees a signature."""
@@ -119,8 +121,9 @@ class Source:
         del plain["storage_options"], plain["signed"]
         if not self.allow:  # newer than some plans
             del plain["allow"]
-        if self.dedupe is None:
-            del plain["dedupe"]
+        for name in ("dedupe", "draft"):
+            if plain[name] is None:
+                del plain[name]
         return plain
 
     @staticmethod

@@ -47,6 +47,50 @@ def test_an_embedded_profile_says_what_the_numbers_mean(form: str, options: dict
     assert np.allclose(_pixel(_saved(red, form, **options)), [220, 40, 90], atol=4)
 
 
+def _photograph(side: int) -> Image.Image:
+    """Something smooth with edges and a little noise."""
+    y, x = np.mgrid[0:side, 0:side] / side
+    waves = np.stack([np.sin(9 * x + 4 * y), np.cos(7 * y * x), np.sign(np.sin(13 * x) * np.sin(11 * y))], axis=-1)
+    noise = np.random.default_rng(0).normal(0, 3, (side, side, 3))
+    return Image.fromarray((120 + 80 * waves + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("draft", "side"), [(None, 1000), (1000, 1000), (501, 1000), (500, 500), (251, 500), (60, 125)]
+)
+def test_a_jpeg_is_decoded_no_smaller_than_asked_for(draft: int | None, side: int) -> None:
+    data, taken = _saved(_photograph(1000), "JPEG", quality=90), list[int]()
+    picture = decode_picture(data, LIMIT, taken.append, draft)
+    assert picture.size == (side, side)
+    assert taken == [side * side * 4]
+    if draft is None:
+        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(data))))
+    with pytest.raises(PictureError, match="1000x1000 pixels is above the limit"):
+        decode_picture(data, LIMIT - 1, draft=draft)
+
+
+def test_a_draft_of_twice_the_size_is_the_picture_all_the_same() -> None:
+    """Resized to a model's 224, against all pixels; other formats, profiles and orientations are as without it."""
+    data = _saved(_photograph(1000), "JPEG", quality=90)
+    whole, draft = (
+        np.asarray(decode_picture(data, LIMIT, draft=side).resize((224, 224), Image.Resampling.BICUBIC), dtype=float)
+        for side in (None, 448)
+    )
+    assert 0 < np.abs(whole - draft).mean() < 1.0
+    assert np.abs(whole - draft).max() < 24
+    assert decode_picture(_saved(_photograph(1000), "PNG"), LIMIT, draft=100).size == (1000, 1000)
+    wide = Image.new("RGB", (800, 400), (220, 40, 90))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode_picture(_saved(wide, "JPEG", exif=exif, icc_profile=_turned()), LIMIT, draft=100)
+    assert turned.size == (100, 200)
+    assert np.allclose(np.asarray(turned)[50, 50], [40, 220, 90], atol=6)
+    grey = decode_picture(_saved(wide.convert("L"), "JPEG"), LIMIT, draft=100)
+    assert (grey.size, grey.mode) == ((200, 100), "RGB")
+    inks = decode_picture(_saved(wide.convert("CMYK"), "JPEG"), LIMIT, draft=100)
+    assert (inks.size, inks.mode) == ((200, 100), "RGB")
+
+
 def test_pictures_in_srgb_stay_as_they_are() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     for profile in (_srgb(), _srgb().replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))):
