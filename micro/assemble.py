@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,9 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
 
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     pipeline.to(torch.float32)
+    for path in folder.glob("*/config.json"):  # a part says which folder of this machine it was read from
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load(name: str, folder: Path | None = None, device: str = "cpu") -> Any:

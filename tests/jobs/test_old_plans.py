@@ -30,7 +30,8 @@ LEFT_OPEN = frozenset({"slots"})
 """What was a number by default and is left to the memory of the device now. It changes no byte: whatever a plan says of
 it, a resumed run may have another."""
 OPEN_FIELDS = {f"{part}.{name}" for part in ("config", "stage") for name in LEFT_OPEN}
-OLD: dict[str, Any] = json.loads((Path(__file__).parent / "old_plans/fields.json").read_text())
+HERE = Path(__file__).parent / "old_plans"
+OLD: dict[str, Any] = json.loads((HERE / "fields.json").read_text())
 
 
 @pytest.mark.parametrize("kind", OLD)
@@ -51,8 +52,9 @@ def _inputs(tmp_path: Path) -> Callable[[Any], Any]:
     examples = Path(ROOT) / "jobs/examples"
     for name in ("pictures", "concepts"):
         shutil.copytree(examples / "quickstart" / name, tmp_path / name)
-    for name in ("pictures.jsonl", "prompts.jsonl"):
-        shutil.copy(examples / "quickstart" / name, tmp_path / name)
+    shutil.copytree(HERE / "pictures", tmp_path / "pictures", dirs_exist_ok=True)
+    shutil.copy(HERE / "pictures.jsonl", tmp_path)
+    shutil.copy(examples / "quickstart/prompts.jsonl", tmp_path)
     shutil.copytree(examples / "rare-concepts", tmp_path / "rare-concepts")
 
     def here(plain: Any) -> Any:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from micro import MODELS, assemble, autoencoder, evaluate, train, training, world
+from micro import MODELS, assemble, autoencoder, evaluate, oracle, prompts, train, training, world
+
+FLOWS = ("flux",)
+PHOTOGRAPHS = MODELS.parents[1] / "jobs/examples/quickstart/photographs"
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +32,19 @@ def decoder():
     return assemble.load("decoder")
 
 
+@pytest.fixture(scope="module")
+def flux():
+    return assemble.load("flux")
+
+
 def test_the_folders_are_small_and_in_half_precision():
     from safetensors import safe_open
 
     files = list(MODELS.rglob("*.safetensors"))
-    assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) < 40e6
+    once = {hashlib.sha256(f.read_bytes()).digest(): (f.stat().st_size, f.relative_to(MODELS).parts[0] in FLOWS)
+            for f in MODELS.rglob("*") if f.is_file()}  # fmt: skip
+    assert sum(size for size, flow in once.values() if flow) < 40e6
+    assert sum(size for size, flow in once.values() if not flow) < 40e6
     for path in files:
         with safe_open(path, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
@@ -44,6 +57,22 @@ def test_autoencoders_reach_thirty_decibels_and_share_a_latent_space(stable, dec
     assert autoencoder.psnr_of(decoder.movq, pictures) >= 30
     scaled = autoencoder.encode_all(stable.vae, pictures) * stable.vae.config.scaling_factor
     assert torch.allclose(autoencoder.encode_all(decoder.movq, pictures), scaled, atol=0.05)
+
+
+def test_the_flow_models_autoencoder_keeps_the_world_and_photographs_it_has_not_learned_from(flux):
+    assert autoencoder.psnr_of(flux.vae, np.stack([world.picture(i, "heldout") for i in range(40)])) >= 33.5
+    sides = [Image.open(PHOTOGRAPHS / f"{name}.jpg").resize((64, 64), Image.Resampling.LANCZOS)
+             for name in ("camera", "rocket")]  # fmt: skip
+    assert autoencoder.psnr_of(flux.vae, np.stack([np.asarray(side) for side in sides])) >= 26
+
+
+def test_flux_draws_what_is_asked_in_diffusers(flux):
+    asked = prompts.load("single")[:24]
+    readings = oracle.Oracle.load().read(evaluate.draw_with_flow(flux, 10, 3.5)([p.prompt for p in asked], 1))
+    first = [r.things[0] if r.things else None for r in readings]
+    right = [thing is not None and (thing.color, thing.shape) == (p.objects[0]["color"], p.objects[0]["shape"])
+             for thing, p in zip(first, asked, strict=True)]  # fmt: skip
+    assert np.mean(right) >= 0.75  # 24 pictures; micro/README.md has the figures of 300
 
 
 def test_clip_retrieves_held_out_pictures(prior):

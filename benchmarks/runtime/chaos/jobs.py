@@ -48,7 +48,7 @@ def invert_prompts(folder: Path) -> dict[str, Any]:
 def invert_images(folder: Path) -> dict[str, Any]:
     return {
         "job": "invert-images", "model": "micro:stable-diffusion", "steps": 3, "shard_rows": 4,
-        "input": {"path": str(EXAMPLES / "quickstart/pictures.jsonl"), "images": ["image"]},
+        "input": {"path": str(EXAMPLES / "quickstart/world.jsonl"), "images": ["image"]},
         "methods": ["ddim", "fixed-point", "lbo"],
     }  # fmt: skip
 
@@ -87,7 +87,7 @@ def train_inverter(folder: Path) -> dict[str, Any]:
 def invert_text(folder: Path) -> dict[str, Any]:
     """Needs a finished `train_inverter`."""
     return {
-        "job": "invert-text", "input": {"path": str(EXAMPLES / "quickstart/pictures.jsonl"), "images": ["image"]},
+        "job": "invert-text", "input": {"path": str(EXAMPLES / "quickstart/world.jsonl"), "images": ["image"]},
         "model": "micro:stable-diffusion", "inverter": str(folder / "expected/train-inverter"), "shard_rows": 2,
     }  # fmt: skip
 

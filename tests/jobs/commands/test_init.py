@@ -89,7 +89,7 @@ def test_an_example_is_listed_copied_and_left_alone(tmp_path: Path, monkeypatch:
     done = CliRunner().invoke(app, ["examples", "quickstart"])
     file = "quickstart/quickstart.yaml"
     assert done.output == f"{file}: latentmill run-job {file} -o quickstart/out\n"
-    assert (tmp_path / "quickstart/quickstart/pictures/cat.png").is_file()
+    assert (tmp_path / "quickstart/quickstart/photographs/cat.jpg").is_file()
     assert CliRunner().invoke(app, ["examples", "quickstart"]).exit_code == 0  # the same again
     Path("quickstart/quickstart.yaml").write_text("job: mine\n")
     assert "changed; name another folder" in CliRunner().invoke(app, ["examples", "quickstart"]).stderr
@@ -101,4 +101,4 @@ def test_a_copied_quickstart_can_be_planned(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs", "run-job", str(file), "-o", str(tmp_path / "out"), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fingerprint") == 3  # all but the step that waits for the reference
+    assert done.stdout.count("fingerprint") == 4  # all but the step that waits for the reference
