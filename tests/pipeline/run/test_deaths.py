@@ -98,7 +98,7 @@ def _run(nodes: list[str], rows: int, fate: Fate, shards: int = 1, told: list[st
     todo = iter([Shard(number, (span,)) for number in range(shards)])
     quiet: Any = _Quiet()
     quiet.running = lambda *args: told.append(args[4]) if told is not None and len(args) > 4 else None
-    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, shards, 1).run()  # type: ignore[arg-type]
+    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, shards, 1, quiet).run()  # type: ignore[arg-type]
     return workers
 
 
@@ -137,7 +137,7 @@ def test_rows_that_die_together_are_not_to_blame() -> None:
     workers = Shared(["a"] * 4, lambda task, node, times: "died" if workers.rounds <= 3 else "done")
     todo = iter([Shard(number, (Span("in.txt", "in.txt", 0, 1),)) for number in range(4)])
     quiet: Any = _Quiet()
-    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 4, 1).run()  # type: ignore[arg-type]
+    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 4, 1, quiet).run()  # type: ignore[arg-type]
     assert workers.condemned == {}
 
 
@@ -150,7 +150,7 @@ def test_several_rows_that_kill_are_all_found_on_one_node() -> None:
     shared = Shared(["a"] * 4, fate)
     todo = iter([Shard(0, (Span("in.txt", "in.txt", 0, 1000),))])
     quiet: Any = _Quiet()
-    Dispatcher(shared, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1).run()  # type: ignore[arg-type]
+    Dispatcher(shared, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1, quiet).run()  # type: ignore[arg-type]
     assert set(shared.condemned) == poison
     assert len(shared.given) < 150
 
@@ -178,7 +178,7 @@ def test_a_strike_on_a_node_that_is_gone_since_does_not_count() -> None:
     workers = Workers(nodes, fate)
     todo = iter([Shard(0, (Span("in.txt", "in.txt", 0, 1),))])
     quiet: Any = _Quiet()
-    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1).run()  # type: ignore[arg-type]
+    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1, quiet).run()  # type: ignore[arg-type]
     assert workers.condemned == {}
 
 
