@@ -50,4 +50,5 @@ def main(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background hands on that it is ignored
     main(json.loads(Path(sys.argv[1]).read_text()))
