@@ -131,7 +131,7 @@ def memory_of(job: RowJob) -> str:
     if not job.resources.gpus or not isinstance(job, LatentModelSettings):
         return ""
     from stages.models.families import open_without_weights
-    from stages.models.memory import power_of_two, rows_in, weight_bytes
+    from stages.models.memory import power_of_two, rows_on, weight_bytes
 
     model = open_without_weights(job)
     weights, guided = weight_bytes(model), getattr(job, "guidance", 1) > 1
@@ -140,7 +140,8 @@ def memory_of(job: RowJob) -> str:
         for call, gradient in (("predict", False), ("predict", True), ("decode", False), ("decode", True))
     }
     each = row["predict", False] * (2 if guided else 1)
-    slots = [str(power_of_two(rows_in(10**9 * card - weights, each))) for card in CARDS]
+    fits = [rows_on(10**9 * card, weights, each) for card in CARDS]
+    slots = [str(power_of_two(rows)) if rows else "none" for rows in fits]
     told = {key: size(value) for key, value in row.items()}
     return (
         f"weights {size(weights)} without text encoders; a row {told['predict', False]} in a pass "

@@ -13,6 +13,7 @@ import pytest
 
 from jobs.schema import registry
 from jobs.schema.steps import step_model
+from tests.support.in_process import without_ray
 from tests.support.toy_job import Toy
 
 pytest.register_assert_rewrite("tests.support.weather", "tests.support.card_lines")  # asserted in several files
@@ -25,6 +26,12 @@ def toy_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Toy]]:
     step_model.cache_clear()
     yield Toy
     step_model.cache_clear()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run in the test's own process, without Ray."""
+    without_ray(monkeypatch)
 
 
 @pytest.fixture(scope="session")

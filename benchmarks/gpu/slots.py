@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.slots
 
-Prints the table of docs/performance.md. Weights are in bf16, the autoencoder in fp32; beside them 1 GB is left for the
-CUDA context, and of the rest four fifths for activations (`stages.models.memory.SHARE`).
+Prints the table of docs/performance.md. Weights are in bf16, the autoencoder in fp32; what is left beside
+them is shared out by `stages.models.memory.rows_on`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stages.inversion.settings import InvertImagesSettings
 from stages.models.families import open_without_weights
-from stages.models.memory import power_of_two, row_bytes, rows_in, weight_bytes
+from stages.models.memory import power_of_two, row_bytes, rows_on, weight_bytes
 from tests.support import full_size
 from tests.support.tiny_stable_diffusion import tokenizer
 
@@ -58,8 +58,7 @@ def line(name: str) -> str:
         each = told.setdefault(work, row_bytes(model, work)) * (LEGO_PICTURES if column == "Lego" else 1)
         fits = []
         for card in CARDS:
-            free = (card - 1) * GIGA - weights
-            rows = rows_in(free, each) if free > each else 0
+            rows = rows_on(card * GIGA, weights, each)
             fits.append(str(power_of_two(rows) if column in ("inversion", "Lego") and rows else min(rows, 999)))
         cells.append(f"{each / GIGA:.2g} GB: {', '.join(fits)}")
     return f"| {name} | {weights / GIGA:.1f} | {' | '.join(cells)} |"

@@ -116,6 +116,8 @@ def peak_bytes(like: Any, call: Callable[[Any], torch.Tensor], x: torch.Tensor, 
 
 SHARE = 0.8
 """Of the free memory that activations may take: convolutions have workspaces, and an allocator has gaps."""
+CONTEXT = 10**9
+"""Bytes that CUDA takes of a card before anything else does."""
 MOST_SLOTS = 64
 """Beyond it a network of these sizes gains nothing."""
 WORK: dict[str, tuple[tuple[Call, bool], ...]] = {
@@ -146,6 +148,12 @@ def fitting(model: LatentModel, work: str) -> int:
 def rows_in(free: int, each: int) -> int:
     """How many rows of so many bytes the free memory takes, 1 at least."""
     return max(1, int(SHARE * free) // each)
+
+
+def rows_on(card: int, weights: int, each: int) -> int:
+    """How many rows of so many bytes a card of so many takes beside the weights and what CUDA itself needs; 0: none."""
+    free = card - CONTEXT - weights
+    return rows_in(free, each) if free > each else 0
 
 
 def weight_bytes(model: Any) -> int:

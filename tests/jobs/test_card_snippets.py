@@ -14,14 +14,10 @@ from PIL import Image
 
 from jobs.run import run_job
 from tests.support import tiny_kandinsky, tiny_stable_diffusion
-from tests.support.in_process import without_ray
 from tests.support.rare import picture
 from tests.support.snippets import blocks, needs_us, run
 
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from jobs.commands.cli import app
 from jobs.run import run_job, run_spec
 from pipeline.output.verify import verify
 from pipeline.run.plan import make_plan
-from tests.support.in_process import without_ray
 
 MOST_PIXELS = 100_000_000
 EMOJI = "emoji-datasource-google/img/google/64"
@@ -37,7 +36,7 @@ PLACES = {
 PICTURES = (120, 6)
 """That are embedded, and inverted: the whole of a collection would take a quarter of an hour on two cores."""
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]
 
 
 @pytest.fixture(params=list(PLACES))
@@ -46,11 +45,6 @@ def collection(request: pytest.FixtureRequest) -> Path:
     if not there:
         pytest.skip(f"{request.param} is not installed")
     return there[0]
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
 
 
 def _files(folder: Path) -> Iterator[Path]:

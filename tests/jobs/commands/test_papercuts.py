@@ -70,6 +70,9 @@ def test_a_dry_run_says_what_a_row_takes_on_a_gpu() -> None:
     dry = DryRun("invert-images", job, "out", None, "not planned", memory=told)
     assert dict(facts(dry))["GPU memory"] == dry.to_json()["memory"] == told
     assert memory_of(InvertImages(input="pictures")) == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.models.memory.weight_bytes", lambda model: 39 * 10**9)
+        assert "none, none, 64 of 24, 40, 80 GB" in memory_of(job)
 
 
 @pytest.mark.parametrize(

@@ -21,22 +21,13 @@ from pipeline.input.source import SourceError
 from pipeline.output.verify import verify
 from stages.embed.captions import CaptionError, read_captions
 from stages.models import clip
-from tests.support.in_process import without_ray
 from tests.support.rare import picture
-from tests.support.tiny_kandinsky import build_prior
 
 ROWS, SILENT = 26, (3, 11)
 """Pictures, and those of them that have no caption."""
 
 
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_prior(tmp_path_factory.mktemp("models") / "prior")
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")

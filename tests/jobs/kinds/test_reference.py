@@ -26,20 +26,12 @@ from pipeline.output.verify import verify
 from pipeline.storage import checksum
 from stages.models import clip
 from tests.support import ROOT
-from tests.support.in_process import without_ray
 from tests.support.tiny_kandinsky import build_prior
 
 ROWS = 23
 
 
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_prior(tmp_path_factory.mktemp("models") / "prior")
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")
