@@ -6,7 +6,7 @@ yet; results of other weights are dropped.
 
     python -m benchmarks.inversion.table --pictures 500 --settings 50:1 20:1 10:1 --methods ddim renoise lbo
     python -m benchmarks.inversion.table --pictures 64 --settings 20:1     # every method, fewer pictures
-    python -m benchmarks.inversion.table --model PATH --pictures 256 --photographs 64 --folder UNPACKED
+    python -m benchmarks.inversion.table --model PATH --pictures 256 --uncaptioned 64 --photographs 64 --folder UNPACKED
 
 Of a rectified flow: 28, 20, 8 and 4 steps, guidance 1 and the pipeline's own, with captions and without, by the methods
 of `AUDIT`; photographs are crops of held-out ones (`benchmarks.inversion.pictures`), or scikit-image's.
@@ -267,9 +267,9 @@ def sets_of(model: LatentModel, options: argparse.Namespace) -> dict[str, list[d
     """The sets of pictures."""
     flow = model.geometry.grid is not None
     sets = {"world": world_rows(options.pictures)} if options.pictures else {}
-    if flow and sets:
-        sets["world, no caption"] = without_captions(sets["world"])
-    if options.folder is not None:
+    if flow and options.uncaptioned:
+        sets["world, no caption"] = without_captions(world_rows(options.uncaptioned))
+    if options.folder is not None and options.photographs:
         sets["photographs"] = crop_rows(options.folder, options.photographs)
     elif options.photographs:
         sets["photographs"] = photograph_rows(4, LEARNT_FROM if flow else ())[: options.photographs]
@@ -280,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
     parser.add_argument("--pictures", type=int, default=500, help="of the world; 0: none")
+    parser.add_argument("--uncaptioned", type=int, default=500, help="of a flow: without captions; 0: none")
     parser.add_argument("--photographs", type=int, default=70, help="0: none")
     parser.add_argument("--folder", type=Path, help="where the packages that micro.photographs names are unpacked")
     parser.add_argument("--settings", nargs="+", help="steps:guidance")
