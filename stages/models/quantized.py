@@ -15,15 +15,20 @@ Configs = Mapping[str, Mapping[str, Any]]
 """Part -> its `quantization_config`, as it stands in the configuration of a network that was saved quantised."""
 
 
-def check_quantization(configs: Configs | None, model: str, parts: Collection[str], one_file: bool) -> None:
+def check_quantization(
+    configs: Configs | None, model: str, parts: Collection[str], encoders: Collection[str], device: str, one_file: bool
+) -> None:
     """Refuse what cannot be quantised so, or not here.
 
     Args:
         parts: The model's networks.
+        encoders: Those that are networks of transformers.
+        device: Where they are to run.
         one_file: It is a checkpoint of one file.
 
     Raises:
-        ValueError: A part that is not there or stays as it is, a method that is not known, a library that is missing.
+        ValueError: A part that is not there or stays as it is, a method that is not known, a library that is missing,
+            a device that the method does not run on, a configuration that diffusers does not read.
     """
     if configs and one_file:
         raise ValueError(
@@ -46,6 +51,16 @@ def check_quantization(configs: Configs | None, model: str, parts: Collection[st
             raise ValueError(
                 f"quantization_config: {part} asks for {method}, which is not installed: pip install {METHODS[method]}"
             )
+        if method == "bitsandbytes" and torch.device(device if device != "auto" else "cuda").type == "cpu":
+            raise ValueError(
+                f"quantization_config: {part} asks for bitsandbytes, which diffusers runs on GPUs alone; "
+                "leave out `device: cpu`, or take quant_method: torchao"
+            )
+        try:
+            loading(configs, part, by_transformers=part in encoders)
+        except Exception as why:  # whatever a configuration's class does with what it did not expect
+            said = " ".join(str(why).split()) or type(why).__name__
+            raise ValueError(f"quantization_config: {part}: {method} does not take this configuration: {said}") from why
 
 
 def method_of(config: Mapping[str, Any]) -> str:

@@ -163,7 +163,9 @@ class FlowTransformer:
         parts = cls._parts(settings)
         transformer, vae, scheduler = cls._configurations(settings)
         cls.check(path, transformer, vae)
-        quantized.check_quantization(settings.quantization_config, path, parts, one_file=False)
+        quantized.check_quantization(
+            settings.quantization_config, path, parts, cls.encoders, settings.device, one_file=False
+        )
         if settings.words:
             raise ValueError(f"words: {path!r} takes no learned words; Stable Diffusion 1.x, 2.x and XL do")
         if settings.vae is not None and cls.vae_class != "AutoencoderKL":

@@ -86,8 +86,9 @@ class StableDiffusion:
                 f"model {path!r} takes {unet['in_channels']} channels (an inpainting model): not supported"
             )
         quantized.check_quantization(
-            settings.quantization_config, path, ("unet", *cls.encoders), one_file=is_one_file(path)
-        )
+            settings.quantization_config, path, ("unet", *cls.encoders), cls.encoders, settings.device,
+            one_file=is_one_file(path),
+        )  # fmt: skip
         if settings.vae is not None:
             check_vae(settings.vae, vae, path)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)

@@ -47,7 +47,7 @@ def test_each_part_is_read_with_its_configuration(
         monkeypatch.setattr(owner, "from_pretrained", read)
     monkeypatch.setattr(quantized, "installed", lambda library: True)
     asked = {denoiser: EIGHT, encoder: EIGHT}
-    open_latent_model(LatentModelSettings(model=folders[kind], device="cpu", quantization_config=asked))
+    open_latent_model(LatentModelSettings(model=folders[kind], quantization_config=asked))
     assert isinstance(seen[denoiser], diffusers.BitsAndBytesConfig)
     assert isinstance(seen[encoder], transformers.BitsAndBytesConfig)
     for part in (denoiser, encoder):
@@ -88,7 +88,20 @@ def test_what_cannot_be_quantised_is_said_in_a_sentence(folders, tmp_path: Path)
     refused("transformer names no method that is known", transformer={"bits": 4})
     refused("transformer names no method that is known", transformer={"quant_method": "gguf"})
     with pytest.raises(ValueError, match="is one file"):
-        quantized.check_quantization({"unet": EIGHT}, "a.safetensors", ["unet"], one_file=True)
+        quantized.check_quantization({"unet": EIGHT}, "a.safetensors", ["unet"], (), "auto", one_file=True)
+
+
+def test_a_configuration_that_the_library_does_not_take_is_said_when_it_is_planned(
+    folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized, "installed", lambda library: True)
+    asked = {"transformer": {**EIGHT, "llm_int8_threshold": "high"}}
+    with pytest.raises(ValueError, match="transformer: bitsandbytes does not take this configuration: llm_int8"):
+        read_geometry(LatentModelSettings(model=folders["flux"], quantization_config=asked))
+    with pytest.raises(ValueError, match="runs on GPUs alone; leave out `device: cpu`, or take quant_method: torchao"):
+        read_geometry(
+            LatentModelSettings(model=folders["flux"], device="cpu", quantization_config={"transformer": EIGHT})
+        )
 
 
 def test_a_library_that_is_missing_is_named(folders, monkeypatch: pytest.MonkeyPatch) -> None:
