@@ -13,7 +13,7 @@ from jobs.schema.concept_input import allowed, concept_source, folder_of
 from jobs.schema.panel import Panel
 from pipeline.contract import StageSpec
 from stages.models.names import FolderName
-from stages.rare.settings import RareConceptsSettings, RareDrawing, Score
+from stages.rare.settings import PlainGuide, RareConceptsSettings, RareDrawing, Score
 
 if TYPE_CHECKING:
     import pipeline.run.driver
@@ -37,7 +37,7 @@ class RareConcepts(RowJob, RareDrawing):
 
     job: Literal["rare-concepts"] = "rare-concepts"
     count: int = Field(10, ge=1)
-    """Pictures that are kept of each concept and method."""
+    """Pictures that are kept of each concept, method and guide."""
     score: tuple[Score, ...] = Field(("text", "image"), min_length=1)
     """What is measured: CLIP similarity to the prompt, to the concept's own pictures, or what the miniature world's
     judge finds (needs the column ``objects``). The first decides between candidates, the next ones between equals."""
@@ -45,14 +45,15 @@ class RareConcepts(RowJob, RareDrawing):
     """Folder that relative picture addresses start from. Left out: the folder of the input's first file."""
     shard_rows: int = Field(500, ge=1)
     """Rows a shard. A shard inverts the pictures of its concepts, so it should hold whole concepts: a multiple of
-    `count` times the number of methods."""
+    `count` times the number of methods and of guides."""
 
     def source(self) -> Source:
         from dataclasses import replace
 
         labels = tuple(method.label for method in self.methods)
         numbers = tuple(str(number) for number in range(self.count))
-        return replace(concept_source(self.input), variants={"method": labels, "number": numbers})
+        guides = {"guide": tuple(guide.label for guide in self.guides)} if self.guides else {}
+        return replace(concept_source(self.input), variants={"method": labels, **guides, "number": numbers})
 
     def stage(self) -> StageSpec:
         root = folder_of(self.input.path[0]) if self.pictures_root is None else self.pictures_root
@@ -63,9 +64,13 @@ class RareConcepts(RowJob, RareDrawing):
         from jobs.kinds.regeneration import lines
         from stages.models.families import read_geometry
 
-        shown = lines(
-            read_geometry(self), finished.output.path, steps=self.steps, guidance=self.guidance, negative=self.negative
-        )
+        plain = next((guide.label for guide in self.drawn if isinstance(guide, PlainGuide)), None)
+        shown = "No picture was drawn by its prompt alone, so no seed draws its picture in plain diffusers."
+        if plain is not None:
+            shown = lines(
+                read_geometry(self), finished.output.path, steps=self.steps, guidance=self.guidance,
+                negative=self.negative, guide=plain if self.guides else None,
+            )  # fmt: skip
         return _CARD.format(lines=shown, score=self.score[0])
 
     def panels(self) -> list[Panel]:

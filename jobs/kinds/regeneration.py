@@ -25,7 +25,7 @@ picture.save("again.png")
 def lines(
     geometry: Geometry, output: str, *, steps: int, guidance: float, negative: str | None,
     method: str | None = None, said: str = 'row["prompt"]', buckets: bool = False,
-    dtype: str = "float32",
+    dtype: str = "float32", guide: str | None = None,
 ) -> str:  # fmt: skip
     """A block of Python that regenerates the picture of the first processed row.
 
@@ -34,6 +34,7 @@ def lines(
         method: Of the row; None: whichever comes first.
         said: How the pipeline is told what the picture shows.
         buckets: The size is the row's own.
+        guide: Of the row; None: there is no such column.
         dtype: Of the networks that found the latents.
     """
     from pipeline.output.publish import loading
@@ -47,7 +48,8 @@ def lines(
         shape = f"{geometry.latent_shape[0]}, {height} // {factor}, {width} // {factor}"
     return _LINES.format(
         names=", ".join(names), load=load, rows=loading(output), shape=shape,
-        which="" if method is None else f' and row["method"] == "{method}"', steps=steps,
+        which="".join(f' and row["{name}"] == "{one}"' for name, one in (("method", method), ("guide", guide)) if one),
+        steps=steps,
         guidance=geometry.usage.guidance(guidance, negative), said=said, latents=geometry.usage.latents,
         more=geometry.usage.more,
         found="" if dtype == "float32" else f"  # found with networks in {dtype}",

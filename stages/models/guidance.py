@@ -5,14 +5,9 @@ Legend: B rows; `z_BCHW` latents; `m_BCHW` a network's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from stages.models.latent import Condition, Predict
-
-Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""m_BCHW of null_BCHW, under the negative prompt, and text_BCHW, under the prompt."""
+from stages.models.latent import Combine, Condition, Predict
 
 
 def guided(forward: Predict, combine: Combine) -> Predict:

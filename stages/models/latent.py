@@ -38,6 +38,9 @@ Shapes are the same in every row: texts of unequal length are padded, with `mask
 Predict = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 """m_BCHW = predict(z_BCHW, t_B, condition): rows may stand at different times."""
 
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""m_BCHW of null_BCHW, under the negative prompt, and text_BCHW, under the prompt."""
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -63,7 +66,11 @@ class Place:
             self.path, self.revision, self.folder, variant=self.variant, allow_pickle=self.allow_pickle
         )
         return kind.from_pretrained(
-            here(self.path), subfolder=self.folder, revision=self.revision, dtype=dtype, **weights.options,
+            here(self.path),
+            subfolder=self.folder,
+            revision=self.revision,
+            dtype=dtype,
+            **weights.options,
             **options,
         )
 
@@ -295,6 +302,10 @@ class LatentModel(Protocol):
 
     def predictor(self, guidance: float = 1.0) -> Predict:
         """The denoiser under guidance, as the family has it: classifier-free, or told to the network; at 1 without."""
+
+    def combination(self, guidance: float) -> Combine:
+        """What `predictor` makes of the outputs under the negative prompt and under the prompt, where the model is
+        guided by two (`Geometry.guiding`)."""
 
     def schedule(self, steps: int) -> Schedule | Multistep:
         """The deterministic sampler's coefficients, on the model's device."""

@@ -12,8 +12,8 @@ import torch
 
 from stages.models.captions import Reader
 from stages.models.flow_schedule import FlowGrid
-from stages.models.guidance import Combine, classifier_free, guided
-from stages.models.latent import Condition, Predict
+from stages.models.guidance import classifier_free
+from stages.models.latent import Combine, Condition
 from stages.models.transformer import FlowTransformer, pack, padded, unpack
 
 
@@ -88,8 +88,8 @@ class QwenImage(FlowTransformer):
         )[0]  # fmt: skip
         return unpack(tokens_BNC.float(), H, W)
 
-    def predictor(self, guidance: float = 1.0) -> Predict:
-        return self.in_parts if guidance <= 1 else guided(self.in_parts, rescaled(guidance))
+    def combination(self, guidance: float) -> Combine:
+        return rescaled(guidance)
 
 
 def rescaled(guidance: float) -> Combine:

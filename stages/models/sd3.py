@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from stages.models.flow_schedule import FlowGrid
-from stages.models.guidance import classifier_free, guided
-from stages.models.latent import Condition, Predict, Sizes
+from stages.models.latent import Condition, Sizes
 from stages.models.transformer import FlowTransformer
 
 
@@ -59,6 +58,3 @@ class StableDiffusion3(FlowTransformer):
             pooled_projections=condition["pooled_BE"].to(dtype), return_dict=False,
         )[0]  # fmt: skip
         return v_BCHW.float()
-
-    def predictor(self, guidance: float = 1.0) -> Predict:
-        return self.in_parts if guidance <= 1 else guided(self.in_parts, classifier_free(guidance))

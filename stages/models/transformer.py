@@ -27,7 +27,8 @@ from stages.models import autoencoder, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.flow_schedule import FlowGrid, check_flow
-from stages.models.latent import Condition, Geometry, Network, Place, Predict, Sizes
+from stages.models.guidance import classifier_free, guided
+from stages.models.latent import Combine, Condition, Geometry, Network, Place, Predict, Sizes
 from stages.models.loras import add_lora
 from stages.models.memory import fitting, on_meta, peak_bytes
 from stages.models.multistep import Multistep
@@ -378,7 +379,10 @@ class FlowTransformer:
         raise NotImplementedError
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        raise NotImplementedError
+        return self.in_parts if guidance <= 1 else guided(self.in_parts, self.combination(guidance))
+
+    def combination(self, guidance: float) -> Combine:
+        return classifier_free(guidance)
 
     @property
     def in_parts(self) -> Predict:

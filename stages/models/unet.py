@@ -28,7 +28,7 @@ from stages.models import autoencoder, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.guidance import classifier_free, guided
-from stages.models.latent import Condition, Geometry, Predict, Sizes
+from stages.models.latent import Combine, Condition, Geometry, Predict, Sizes
 from stages.models.learned_words import LearnedWord, add_word, learned_words
 from stages.models.loras import add_lora
 from stages.models.memory import fitting, on_meta, peak_bytes
@@ -244,7 +244,10 @@ class StableDiffusion:
         if self.geometry.guiding == "told":
             return partial(self.rooms["predict"], partial(self.forward, guidance=guidance))
         forward = partial(self.rooms["predict"], self.forward)
-        return forward if guidance <= 1 else guided(forward, classifier_free(guidance))
+        return forward if guidance <= 1 else guided(forward, self.combination(guidance))
+
+    def combination(self, guidance: float) -> Combine:
+        return classifier_free(guidance)
 
     def schedule(self, steps: int) -> Schedule | Multistep:
         return self.geometry.schedule(steps).to(self.device)

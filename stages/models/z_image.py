@@ -12,8 +12,7 @@ import torch
 
 from stages.models.captions import Reader
 from stages.models.flow_schedule import FlowGrid
-from stages.models.guidance import classifier_free, guided
-from stages.models.latent import Condition, Predict, Sizes
+from stages.models.latent import Condition, Sizes
 from stages.models.transformer import FlowTransformer, padded
 
 
@@ -78,6 +77,3 @@ class ZImage(FlowTransformer):
             list(z_BCHW.to(dtype)[:, :, None]), (1000 - t_B) / 1000, own, return_dict=False
         )[0]
         return -torch.stack(list(made))[:, :, 0].float()
-
-    def predictor(self, guidance: float = 1.0) -> Predict:
-        return self.in_parts if guidance <= 1 else guided(self.in_parts, classifier_free(guidance))

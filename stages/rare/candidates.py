@@ -14,8 +14,9 @@ import torch
 
 from pipeline.contract import Row
 from stages.rare import noise
+from stages.rare.guides import Texts
 from stages.rare.references import References
-from stages.rare.settings import LinearMethod, NaoMethod, NoiseMethod, RandomMethod, SlerpMethod
+from stages.rare.settings import Guide, LinearMethod, NaoMethod, NoiseMethod, RandomMethod, SlerpMethod
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Candidates:
     Attributes:
         centre_E: Mean direction of the concept's pictures in CLIP space, where it is needed.
         method: That made them.
-        number: Of the row among those of its concept and method.
+        guide: By which its picture is drawn, of `texts`.
+        number: Of the row among those of its concept, method and guide.
         z_MCHW: Float32, as they will be stored.
         weight_MK: What each of the concept's pictures counted for in each candidate.
         losses_M2: Of `seed-select`: loss at the start and at the end of each candidate; NaN otherwise.
@@ -35,6 +37,8 @@ class Candidates:
     concept: References
     centre_E: torch.Tensor | None
     method: NoiseMethod
+    guide: Guide
+    texts: Texts
     number: str
     z_MCHW: torch.Tensor
     weight_MK: torch.Tensor

@@ -14,6 +14,7 @@ from stages.inversion.metrics import noise_statistics
 from stages.inversion.stage import NOISE_STATISTICS
 from stages.models.captions import TOKEN_COLUMNS
 from stages.rare.candidates import Candidates
+from stages.rare.guides import uses_anchor
 from stages.rare.references import References
 from stages.rare.scores import SCORE_COLUMNS, value
 from stages.rare.settings import NaoMethod, NoiseMethod, RareConceptsSettings, SeedSelectMethod
@@ -28,12 +29,17 @@ def columns(settings: RareConceptsSettings, latent_shape: tuple[int, int, int]) 
         Column("select_start", "float32", doc="loss of the seed before it was optimised"),
         Column("select_loss", "float32", doc="the same before the last update"),
     ]
+    guided = [
+        Column("guide", "string", doc="by which the picture was drawn; plain: by the prompt alone"),
+        Column("anchor", "string", doc="the text that r2f and aapb drew it by, beside the prompt"),
+    ]
     return (
         Column("concept", "string"),
         Column("prompt", "string"),
         *TOKEN_COLUMNS,
         Column("method", "string"),
-        Column("number", "int64", doc="of the row among those of its concept and method"),
+        *(guided if settings.guides else []),
+        Column("number", "int64", doc="of the row among those of its concept, method and guide"),
         Column("image", "image"),
         Column("latent", "tensor", latent_shape, settings.store, doc="z_T: the seed that draws the picture"),
         Column("parents", "json", doc="the concept's own seeds: id, weight in this one, dB regenerated"),
@@ -69,10 +75,13 @@ def filled(one: Candidates, measured: Sequence[Row], best: int, settings: RareCo
         **{name: values[0] for name, values in noise_statistics(z_CHW[None]).items()},
         **{column.name: kept[column.name] for name in settings.scores for column in SCORE_COLUMNS[name]},
     }
+    if settings.guides:
+        made |= {"guide": one.guide.label, "anchor": one.texts.anchor if uses_anchor(one.guide) else None}
     if isinstance(one.method, SeedSelectMethod):
         start, end = one.losses_M2[best].tolist()
         made |= {"select_start": start, "select_loss": end}
-    if one.number == "0" and one.concept.pictures:
+    first_guide = settings.guides is None or one.guide.label == settings.guides[0].label
+    if one.number == "0" and first_guide and one.concept.pictures:
         made["references"] = sheet([
             picture.resize((THUMBNAIL, THUMBNAIL)) if picture.width > THUMBNAIL else picture
             for picture in one.concept.pictures

@@ -100,11 +100,56 @@ AnyNoiseMethod = Annotated[
 ]
 
 
+class Guide(Method):
+    """Base of all rules by which a picture is drawn of a seed; they go with every method of new seeds."""
+
+
+class PlainGuide(Guide):
+    """The prompt alone."""
+
+    method: Literal["plain"] = "plain"
+
+
+class R2fGuide(Guide):
+    """The prompt and the row's ``anchor`` in turn, then the prompt alone (R2F); takes no more passes."""
+
+    method: Literal["r2f"] = "r2f"
+    until: float = Field(0.5, gt=0, le=1)
+    """Share of the steps, from the noise on, in which prompts alternate."""
+    every: int = Field(2, ge=1)
+    """The anchor is shown in one of so many steps; 1: in all of them until then."""
+
+
+class AapbGuide(Guide):
+    """Scores of the prompt and of the row's ``anchor``, blended (AAPB); half as many passes again."""
+
+    method: Literal["aapb"] = "aapb"
+    g: float | None = Field(None, ge=0, le=1)
+    """Weight of the anchor. Left out: the closed form, anew at each step, for models guided by a negative prompt."""
+
+
+class ComposeGuide(Guide):
+    """The scores of the row's ``parts`` added to the prompt's (composable diffusion): texts of one attribute each, or
+    pairs [with it, without it], of which the difference is added; one more pass a text."""
+
+    method: Literal["compose"] = "compose"
+    whole: float = Field(1.0, ge=0)
+    """Weight of the whole prompt."""
+    weight: float = Field(1.0, gt=0)
+    """Weight of each part."""
+
+
+AnyGuide = Annotated[PlainGuide | R2fGuide | AapbGuide | ComposeGuide, Field(discriminator="method")]
+
+
 class RareDrawing(SamplingSettings):
     """What a job file calls by the same names as the stage."""
 
     methods: Methods[AnyNoiseMethod]
     """How new seeds are made; a plain string stands for ``{method: ...}``. Each makes `count` rows a concept."""
+    guides: Methods[AnyGuide] | None = added()
+    """By what each seed is drawn: ``plain``, ``r2f``, ``aapb``, ``compose``; each makes `count` rows a concept and
+    method. Left out: by the prompt alone."""
     candidates: int = Field(1, ge=1)
     """Pictures that are drawn for each one kept; the best by `score` stays."""
     clip: ModelName = str(micro.MODELS / "prior")
@@ -144,6 +189,11 @@ class RareDrawing(SamplingSettings):
         if self.inversion.extra is not None:
             raise ValueError(f"inversion: {self.inversion.label} needs more than a seed; take lbo or a fixed point")
         return self
+
+    @property
+    def drawn(self) -> tuple[Guide, ...]:
+        """The guides, the prompt alone where none is named."""
+        return self.guides or (PlainGuide(),)
 
 
 class RareConceptsSettings(RareDrawing):

@@ -9,9 +9,10 @@ Legend: B pictures at once, K pictures of a concept, M candidates, E embedding w
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,11 +37,12 @@ from stages.models.settings import SamplingSettings
 from stages.ovi.scoring import asked_of
 from stages.rare.candidates import Candidates, new_noise
 from stages.rare.columns import columns, filled
+from stages.rare.guides import Texts, check_guide, drawn_by, lacks, read_texts
 from stages.rare.inverted import InvertedDataset, fingerprint
 from stages.rare.references import ConceptRow, References, invert, read_concept_row
 from stages.rare.scores import Judge
 from stages.rare.seed_select import Target, centroid, embedder, optimise_noise
-from stages.rare.settings import NoiseMethod, RandomMethod, RareConceptsSettings, SeedSelectMethod
+from stages.rare.settings import Guide, NoiseMethod, RandomMethod, RareConceptsSettings, SeedSelectMethod
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,6 +66,7 @@ class RareConcepts:
             self.model, "predict", otherwise=CPU_SLOTS, rows=2 if settings.guidance > 1 else 1
         )
         self.methods: dict[str, NoiseMethod] = {method.label: method for method in settings.methods}
+        self.guides: dict[str, Guide] = {guide.label: guide for guide in settings.drawn}
         self.judge = Judge(settings, self.model.device)
         inversion = InvertImagesSettings(
             **settings.part(SamplingSettings).model_dump(), methods=(settings.inversion,), steps=settings.steps,
@@ -81,6 +84,8 @@ class RareConcepts:
         geometry = read_geometry(settings)
         check_method(settings.inversion, geometry, geometry.schedule(settings.steps))
         geometry.check_guidance(settings.guidance, settings.negative)
+        for guide in settings.drawn:
+            check_guide(guide, geometry, settings.guidance)
         models = geometry.fingerprints()
         encoder = partial(
             identity, settings.clip, revision=settings.clip_revision, allow_pickle=settings.allow_pickle
@@ -131,15 +136,23 @@ class RareConcepts:
     # --- concepts
 
     def _read(self, row: Row) -> ConceptRow:
-        label, number = row.get("method"), row.get("number")
+        label, guide, number = row.get("method"), self._guide(row), row.get("number")
         if label not in self.methods:
             raise ConceptError(f"no method {label!r}: the job has {', '.join(self.methods)}")
+        if guide not in self.guides:
+            raise ConceptError(f"no guide {guide!r}: the job has {', '.join(self.guides)}")
         concept = read_concept_row(_key(row), row, self.settings.most)
+        if problem := lacks(self.guides[guide], read_texts(concept.name, row)):
+            raise ConceptError(f"concept {concept.name}: {problem}")
         if "oracle" in self.settings.scores and asked_of(row) is None:
             raise ConceptError(f"concept {concept.name}: the oracle needs the column 'objects' (a list of attributes)")
         if number is None:
             raise ConceptError(f"concept {concept.name}: the row has no number")
         return concept
+
+    def _guide(self, row: Row) -> str:
+        """The label of the guide that a row is drawn by."""
+        return str(row["guide"]) if self.settings.guides else self.settings.drawn[0].label
 
     def _gather(self, concepts: Sequence[ConceptRow]) -> dict[str, References | str]:
         """Key -> the concept's latents: from the dataset where the row brings no pictures, else by inverting them."""
@@ -181,9 +194,10 @@ class RareConcepts:
     ) -> Iterator[Candidates]:
         """Candidates of a concept's rows by one method; those of `seed-select` are made as they are asked for."""
         M, store = self.settings.candidates, self.settings.store
+        numbers = Counter(str(row["number"]) for row in rows)  # each is drawn by all guides
         generators = [
-            row_generator(self.settings.seed, f"{key}/{row['number']}", str(candidate))
-            for row in rows
+            row_generator(self.settings.seed, f"{key}/{number}", str(candidate))
+            for number in numbers
             for candidate in range(M)
         ]
         z_BCHW, weight_BK = new_noise(method.start_method, concept.z_KCHW.to(self.model.device), generators)
@@ -193,10 +207,19 @@ class RareConcepts:
         else:
             parts = [(z_BCHW, torch.full((len(z_BCHW), 2), math.nan))]
         pairs = (pair for z_PCHW, losses_P2 in parts for pair in zip(z_PCHW, losses_P2, strict=True))
-        for row, weight_MK in zip(rows, weight_BK.split(M), strict=True):
-            z_MCHW, losses_M2 = (torch.stack(values) for values in zip(*islice(pairs, M), strict=True))
-            stored_MCHW = torch.from_numpy(z_MCHW.numpy().astype(store).astype(np.float32))
-            yield Candidates(row, concept, centre_E, method, str(row["number"]), stored_MCHW, weight_MK, losses_M2)
+        fresh = zip(numbers, weight_BK.split(M), strict=True)
+        seeds: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        for row in sorted(rows, key=lambda row: list(self.guides).index(self._guide(row))):
+            number = str(row["number"])
+            if number not in seeds:
+                made, weight_MK = next(fresh)
+                z_MCHW, losses_M2 = (torch.stack(values) for values in zip(*islice(pairs, M), strict=True))
+                seeds[made] = torch.from_numpy(z_MCHW.numpy().astype(store).astype(np.float32)), weight_MK, losses_M2
+            guide, texts = self.guides[self._guide(row)], read_texts(concept.name, row)
+            yield Candidates(row, concept, centre_E, method, guide, texts, number, *seeds[number])
+            numbers[number] -= 1
+            if not numbers[number]:
+                del seeds[number]
 
     def _selected(
         self, method: SeedSelectMethod, concept: References, centre_E: torch.Tensor, z_BCHW: torch.Tensor
@@ -232,14 +255,17 @@ class RareConcepts:
         return self.model.condition(prompts, guided=self.settings.guidance > 1, negative=self.settings.negative)
 
     @torch.no_grad()
-    def _pictures(self, z_BCHW: torch.Tensor, prompts: list[str]) -> list[Image]:
-        """A picture a latent, as the model's pipeline draws it with the job's sampler."""
-        predict, schedule = self.model.predictor(self.settings.guidance), self.model.schedule(self.settings.steps)
+    def _pictures(self, guide: Guide, z_BCHW: torch.Tensor, texts: Sequence[Texts]) -> list[Image]:
+        """A picture a latent, drawn by a guide with the job's sampler; by `plain` as the model's pipeline draws it."""
+        settings, schedule = self.settings, self.model.schedule(self.settings.steps)
         made: list[Image] = []
-        for start in range(0, len(prompts), self.slots):
+        for start in range(0, len(texts), self.slots):
             part_BCHW = z_BCHW[start : start + self.slots].to(self.model.device)
-            condition = self._condition(prompts[start : start + self.slots])
-            x_BCHW = self.model.decode(sample(predict, schedule, part_BCHW, condition))
+            predict, told = drawn_by(
+                guide, self.model, texts[start : start + self.slots],
+                guidance=settings.guidance, steps=len(schedule), negative=settings.negative,
+            )  # fmt: skip
+            x_BCHW = self.model.decode(sample(predict, schedule, part_BCHW, told))
             made += [to_picture(x_CHW) for x_CHW in x_BCHW.cpu()]
         return made
 
@@ -248,12 +274,21 @@ class RareConcepts:
         for one in batch:
             if not one.finite:
                 yield failed(one.row, f"{one.method.label}: a seed is not finite; lower its rate, or use dtype float32")
-        batch = [one for one in batch if one.finite]
-        if not batch:
-            return
+
+        def drawn_alike(one: Candidates) -> tuple[str, tuple[bool, ...]]:
+            return one.guide.label, one.texts.contrasts
+
+        finite = sorted((one for one in batch if one.finite), key=drawn_alike)
+        for _, alike in groupby(finite, drawn_alike):
+            yield from self._drawn_alike(list(alike))
+
+    def _drawn_alike(self, batch: Sequence[Candidates]) -> Iterator[Row]:
+        """The same of rows that are drawn by one guide, by as many texts each."""
         M = self.settings.candidates
         owners = [one for one in batch for _ in range(M)]
-        pictures = self._pictures(torch.cat([one.z_MCHW for one in batch]), [one.concept.prompt for one in owners])
+        pictures = self._pictures(
+            batch[0].guide, torch.cat([one.z_MCHW for one in batch]), [one.texts for one in owners]
+        )
         measured = self.judge.measure(pictures, owners)
         for number, one in enumerate(batch):
             own = measured[number * M : (number + 1) * M]
@@ -263,4 +298,7 @@ class RareConcepts:
 
 def _key(row: Row) -> str:
     """The id of the concept that a row is one of."""
-    return str(row["id"]).removesuffix(f"/{row.get('number')}").removesuffix(f"/{row.get('method')}")
+    key = str(row["id"])
+    for column in ("number", "guide", "method"):
+        key = key.removesuffix(f"/{row.get(column)}")
+    return key

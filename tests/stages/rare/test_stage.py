@@ -165,3 +165,48 @@ def test_a_prompt_that_is_cut_says_so(folder: str, clip: str) -> None:
         tokens = len(count(row["prompt"])["input_ids"])
         assert (made["prompt_tokens"], made["prompt_truncated"]) == (tokens, tokens > 16)
     assert [row["prompt_truncated"] for row in done.values()] == [False, True]
+
+
+def test_guides_draw_the_same_seeds_in_other_ways(folder: str, clip: str) -> None:
+    guides = ["plain", {"method": "r2f", "until": 1.0}, "aapb", "compose"]
+    given = [
+        {
+            **row,
+            "id": f"{row['name']}/{row['method']}/{guide}/{row['number']}",
+            "guide": guide,
+            "prompt": "a blue heart",
+        }
+        for row in rows(["random", "slerp"], ["star", "ring"])
+        for guide in ("plain", "r2f", "aapb", "compose")
+    ]
+    for row in given:
+        row |= {"anchor": "a blue circle", "parts": [["a blue circle", "a circle"]]} if row["name"] == "star" else {}
+    asked = {"guides": guides, "candidates": 2, "scores": ["text"]}
+    done = by_id(stage(folder, clip, METHODS[:2], **asked)(given))
+    columns = {c.name for c in RareConcepts.describe(settings(folder, clip, METHODS[:2], **asked)).columns}
+    for name, row in done.items():
+        concept, method, guide, number = name.split("/")
+        if concept == "ring" and guide != "plain":
+            needed = "parts" if guide == "compose" else "anchor"
+            assert row["error"].startswith(f"concept ring: {guide} needs the column '{needed}'")
+            continue
+        assert row["status"] == "ok", row["error"]
+        assert set(row) - {"id", "name", "pictures", "parts", "status", "error"} <= columns
+        assert (row["concept"], row["method"], row["guide"], row["number"]) == (concept, method, guide, int(number))
+        assert row["anchor"] == ("a blue circle" if guide in ("r2f", "aapb") else None)
+        assert ("references" in row) == ((number, guide) == ("0", "plain"))
+    own = {guide: done[f"star/slerp/{guide}/1"] for guide in ("plain", "r2f", "aapb", "compose")}
+    assert len({row["image"].tobytes() for row in own.values()}) == 4
+    plain = by_id(stage(folder, clip, METHODS[:2], candidates=2, scores=["text"])(
+        [{**row, "prompt": "a blue heart"} for row in rows(["slerp"], ["star"])]
+    ))["star/slerp/1"]  # fmt: skip
+    np.testing.assert_allclose(plain["candidate_scores"], own["plain"]["candidate_scores"], atol=1e-2)
+    one = [row for row in given if row["id"] == "star/slerp/aapb/1"]
+    (alone,) = stage(folder, clip, METHODS[:2], guides=guides, candidates=2, scores=["text"])(one)
+    np.testing.assert_allclose(alone["candidate_scores"], own["aapb"]["candidate_scores"], atol=1e-2)
+
+
+def test_a_row_of_a_guide_that_the_job_has_not_says_which_there_are(folder: str, clip: str) -> None:
+    (row,) = rows(["random"], ["star"], 1)
+    (made,) = stage(folder, clip, METHODS[:1], guides=["plain"])([row | {"guide": "r2f"}])
+    assert made["error"] == "no guide 'r2f': the job has plain"
