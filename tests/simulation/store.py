@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import fsspec
@@ -44,6 +45,40 @@ PAGE = 1000
 """Names that an answer lists."""
 
 
+class _Objects(dict[str, bytes]):
+    """Path -> content; the paths of a folder are found without looking at all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: dict[str, set[str]] = {}
+
+    def __setitem__(self, path: str, content: bytes) -> None:
+        super().__setitem__(path, content)
+        self._folders.setdefault(path.rpartition("/")[0], set()).add(path)
+
+    def __delitem__(self, path: str) -> None:
+        super().__delitem__(path)
+        place = path.rpartition("/")[0]
+        self._folders[place].remove(path)
+        if not self._folders[place]:
+            del self._folders[place]
+
+    def remove(self, path: str) -> None:
+        if path in self:
+            del self[path]
+
+    def within(self, folder: str) -> list[dict[str, Any]]:
+        """What fsspec says of the files and folders in a folder, in the order of their names."""
+        below = f"{folder}/"
+        folders = {below + place[len(below) :].partition("/")[0] for place in self._folders if place.startswith(below)}
+        found = [{"name": name, "size": 0, "type": "directory"} for name in folders]
+        found += [{"name": name, "size": len(self[name]), "type": "file"} for name in self._folders.get(folder, ())]
+        return sorted(found, key=_name)
+
+
+_name = itemgetter("name")
+
+
 class Bucket:
     """The objects of a store, and who did what to them.
 
@@ -57,7 +92,7 @@ class Bucket:
     """
 
     def __init__(self, world: World) -> None:
-        self.world, self.objects, self.weather, self.away = world, dict[str, bytes](), CALM, 0.0
+        self.world, self.objects, self.weather, self.away = world, _Objects(), CALM, 0.0
         self.versions: dict[str, int] = {}
         self.watch: Callable[[Process | None, str, str, bytes], None] = lambda process, verb, path, content: None
         self.requests = 0
@@ -180,16 +215,10 @@ class SimStore(AbstractFileSystem):
 
     def ls(self, path: str, detail: bool = True, **rest: Any) -> list[Any]:
         def listed() -> list[dict[str, Any]]:
-            below, found = f"{path}/", dict[str, dict[str, Any]]()
-            for name, content in self.bucket.objects.items():
-                if name.startswith(below):
-                    first, _, more = name[len(below) :].partition("/")
-                    full = below + first
-                    found[full] = {"name": full, "size": 0 if more else len(content),
-                                   "type": "directory" if more else "file"}  # fmt: skip
+            found = self.bucket.objects.within(path)
             if not found:
                 raise FileNotFoundError(path)
-            return [found[name] for name in sorted(found)]
+            return found
 
         infos = self.bucket.request(listed)
         for _ in range((len(infos) - 1) // PAGE):
@@ -205,13 +234,13 @@ class SimStore(AbstractFileSystem):
         self.bucket.change("copy", path2, lambda: self.bucket.put(path2, self._object(path1)))
 
     def rm_file(self, path: str) -> None:
-        self.bucket.change("remove", path, lambda: self.bucket.objects.pop(path, None))
+        self.bucket.change("remove", path, lambda: self.bucket.objects.remove(path))
 
     def rm(self, path: list[str], **rest: Any) -> None:
         def gone() -> None:
             for number, name in enumerate(path):
                 self.bucket.watch(self.bucket._caller(), "remove too" if number else "remove", name, b"")
-                self.bucket.objects.pop(name, None)
+                self.bucket.objects.remove(name)
 
         self.bucket.request(gone)
 

@@ -16,7 +16,7 @@ from tests.simulation.schedule import Schedule, outcome, simulated
 from tests.simulation.store import Bucket
 from tests.simulation.world import World
 
-SCHEDULES = 3000
+SCHEDULES = 10_000
 FOUND_S = 60.0
 """Of processor time, until a fault that is put back is found."""
 

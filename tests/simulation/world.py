@@ -137,8 +137,7 @@ class Event:
             self._waiting.remove(thread)
 
 
-def current() -> Thread:
-    return greenlet.getcurrent()  # type: ignore[return-value]
+current: Callable[[], Thread] = greenlet.getcurrent  # type: ignore[assignment]
 
 
 class World:
@@ -153,7 +152,7 @@ class World:
     def __init__(self, seed: int) -> None:
         self.random, self.now, self.main = Random(seed), 0.0, greenlet.getcurrent()
         self._turns: list[tuple[float, int, Thread, int]] = []
-        self._counted = 0
+        self._counted, self._end = 0, 0.0
         self.broken: Exception | None = None
         self.processes: list[Process] = []
 
@@ -180,14 +179,25 @@ class World:
         process = thread.process
         if process.alive:
             thread.turn += 1
-            if until is not None:
-                self._at(until, thread)
-            self.main.switch()
+            if until is not None and self._is_next(until) and process.stalled <= until:
+                self.count()
+                self.now = max(self.now, until)
+            else:
+                if until is not None:
+                    self._at(until, thread)
+                self.main.switch()
         if not process.alive:
             raise Crash
         if process.interrupted and process.threads[0] is thread:
             process.interrupted = False
             raise KeyboardInterrupt
+
+    def _is_next(self, when: float) -> bool:
+        """Whether nobody moves up to a time and at it: who waits for it may go on without a change of greenlets."""
+        turns = self._turns
+        while turns and (turns[0][2].over or turns[0][3] != turns[0][2].turn):
+            heapq.heappop(turns)
+        return when <= self._end and (not turns or turns[0][0] > when)
 
     def call(self, when: float, action: Callable[[], None]) -> None:
         """Do something at a time; it must not wait."""
@@ -203,6 +213,7 @@ class World:
         Raises:
             Endless: Things still happen at a time.
         """
+        self._end = end
         while self._turns:
             when, _, thread, turn = heapq.heappop(self._turns)
             if thread.over or turn != thread.turn:
