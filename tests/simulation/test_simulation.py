@@ -11,7 +11,9 @@ from random import Random
 import pytest
 
 from pipeline.storage import Folder
+from tests.simulation.crowd import crowd
 from tests.simulation.faults import FAULTS
+from tests.simulation.pool import SimPool
 from tests.simulation.schedule import Schedule, outcome, simulated
 from tests.simulation.store import Bucket
 from tests.simulation.world import World
@@ -40,6 +42,16 @@ def test_a_fault_that_is_put_back_is_found(fault: str) -> None:
             if outcome(seed)[1] is not None:
                 return
             assert time.process_time() - begun < FOUND_S, f"not in {seed + 1} schedules"
+
+
+def test_a_thousand_workers_are_kept_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds a shard, a tenth of a second a turn of the driver: of their time 95 % is work at least."""
+    used = crowd(1000, 5000, 10.0)
+    assert used.shards == 5000
+    assert 44_000 < used.busy_s < used.had_s < 1000 * used.seconds
+    assert used.share > 0.95
+    monkeypatch.setattr(SimPool, "idle", property(lambda pool: int(any(m.ready and not m.task for m in pool._members))))
+    assert crowd(1000, 1500, 10.0).share < 0.2, "with one shard a turn there is work for a hundred"
 
 
 def test_a_seed_is_a_whole_history() -> None:

@@ -28,7 +28,7 @@ from benchmarks.runtime.chaos.life import Expected, Life
 from benchmarks.runtime.chaos.world import STORES, World, whole
 from pipeline.output.dataset import Output
 
-RESULTS = Path(__file__).parents[1] / "results"
+RECORD = Path(__file__).parents[1] / "results/chaos.json"
 A_LIFE = 6
 """Faults that one output suffers."""
 CHAIN = ("reference", "prompts")
@@ -69,11 +69,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=None, help="begin no output after so many")
     parser.add_argument("--store", nargs="+", choices=STORES, default=["disk"])
     parser.add_argument("--kind", nargs="+", choices=list(jobs.KINDS), default=list(jobs.KINDS))
+    parser.add_argument("--further", action="store_true", help="add to what earlier calls have recorded")
     parser.add_argument("--keep", type=Path, help="folder for the outputs and what the drivers said")
     chosen = parser.parse_args(arguments)
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks by gRPC, which no emulator knows
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     begun, lives = time.monotonic(), list[dict[str, Any]]()
+    before = json.loads(RECORD.read_text()) if chosen.further else None
     scratch = chosen.keep or Path(tempfile.mkdtemp(prefix="latentmill-chaos-"))
     for kind_of_store in chosen.store:
         folder = scratch / kind_of_store
@@ -91,7 +93,7 @@ def main(arguments: list[str]) -> int:
                 life = endure(world, folder, kind, expected[kind], A_LIFE, seed)
                 lives.append({"store": kind_of_store, "seed": seed, **life.result()})
                 _say(lives[-1])
-                _write(chosen, lives, time.monotonic() - begun)
+                _write(chosen, before, lives, time.monotonic() - begun)
                 number += 1
     wrong = [f"{one['seed']}: {problem}" for one in lives for problem in one["wrong"]]
     print(f"{sum(sum(one['faults'].values()) for one in lives)} faults, {len(lives)} jobs, {len(wrong)} things wrong")
@@ -108,12 +110,18 @@ def _say(one: dict[str, Any]) -> None:
     print(f"{one['store']:5} {one['kind']:15} == {verdict}", flush=True)
 
 
-def _write(chosen: argparse.Namespace, lives: list[dict[str, Any]], seconds: float) -> None:
+def _write(
+    chosen: argparse.Namespace, before: dict[str, Any] | None, lives: list[dict[str, Any]], seconds: float
+) -> None:
+    commands = [f"python -m benchmarks.runtime.chaos --seed {chosen.seed} --store {' '.join(chosen.store)}"]
+    if before is not None:
+        commands = [*dict.fromkeys((*before["commands"], *commands))]
+        lives, seconds = before["lives"] + lives, before["seconds"] + seconds
     faults: dict[str, Counter[str]] = {}
     for one in lives:
         faults.setdefault(one["kind"], Counter()).update(one["faults"])
     summary = {
-        "command": f"python -m benchmarks.runtime.chaos --seed {chosen.seed}", "seconds": round(seconds),
+        "commands": commands, "seconds": round(seconds),
         "jobs": len(lives), "faults": sum(total.total() for total in faults.values()),
         "by_kind": {kind: dict(sorted(total.items())) for kind, total in faults.items()},
         "by_store": dict(Counter(one["store"] for one in lives)),
@@ -121,7 +129,7 @@ def _write(chosen: argparse.Namespace, lives: list[dict[str, Any]], seconds: flo
         "wrong": [f"{one['store']} {one['seed']}: {problem}" for one in lives for problem in one["wrong"]],
         "lives": lives,
     }  # fmt: skip
-    (RESULTS / "chaos.json").write_text(json.dumps(summary, indent=1) + "\n")
+    RECORD.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":
