@@ -16,7 +16,7 @@ from pipeline.contract import Row
 from stages.rare import noise
 from stages.rare.guides import Texts
 from stages.rare.references import References
-from stages.rare.settings import Guide, LinearMethod, NaoMethod, NoiseMethod, RandomMethod, SlerpMethod
+from stages.rare.settings import GrownMethod, Guide, LinearMethod, NaoMethod, NoiseMethod, RandomMethod, SlerpMethod
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ def new_noise(
     """
     draws = Draws.of(generators, len(z_KCHW), z_KCHW.shape[1:])
     z_BN, weight_BK = _GROW[type(method)](method, z_KCHW.flatten(1), draws)
-    return z_BN.view_as(draws.z_BCHW).cpu(), weight_BK
+    z_BCHW = z_BN.view_as(draws.z_BCHW).cpu()
+    if isinstance(method, GrownMethod) and method.blend is not None:
+        z_BCHW = noise.low_frequencies(z_BCHW, draws.z_BCHW, method.blend.low)
+    return z_BCHW, weight_BK
 
 
 def _random(method: RandomMethod, z_KN: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:

@@ -169,3 +169,29 @@ def along(path_KPN: torch.Tensor, which_B: torch.Tensor, t_B: torch.Tensor) -> t
     left_B = place_B.long().clamp(0, path_KPN.shape[1] - 2)
     share_B = (place_B - left_B)[:, None]
     return (1 - share_B) * path_KPN[which_B, left_B] + share_B * path_KPN[which_B, left_B + 1]
+
+
+def low_frequencies(z_BCHW: torch.Tensor, fresh_BCHW: torch.Tensor, low: float) -> torch.Tensor:
+    """The low frequencies of latents and the others of fresh noise (ours): what lies where is kept, detail is new.
+
+    The low band is given the energy that Gaussian noise has there on the mean, a number of 1 each, so that the variance
+    stays 1 where seeds that agree are mixed too long or too short.
+
+    Args:
+        z_BCHW: What the low frequencies are of.
+        fresh_BCHW: Standard Gaussian, independent of it.
+        low: Share of the highest frequency (half a cycle a number) up to which frequencies are low, along both axes.
+    """
+    H, W = z_BCHW.shape[-2:]
+    in_rows_H = torch.fft.fftfreq(H, device=z_BCHW.device).abs() <= low / 2
+    in_columns_F = torch.fft.rfftfreq(W, device=z_BCHW.device) <= low / 2
+    band_HF = in_rows_H[:, None] & in_columns_F[None]
+
+    def split(x_BCHW: torch.Tensor, kept_HF: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(x_BCHW.double()) * kept_HF, s=(H, W))
+
+    low_BCHW = split(z_BCHW, band_HF)
+    waves = int((in_rows_H[:, None] & (torch.fft.fftfreq(W, device=z_BCHW.device).abs() <= low / 2)[None]).sum())
+    length_B = low_BCHW.flatten(1).norm(dim=1)
+    size_B = math.sqrt(z_BCHW.shape[1] * waves) / length_B.clamp_min(torch.finfo(torch.float64).tiny)
+    return (low_BCHW * size_B[:, None, None, None] + split(fresh_BCHW, ~band_HF)).to(z_BCHW.dtype)

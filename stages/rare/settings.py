@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 import micro
-from pipeline.contract import added, speed
+from pipeline.contract import Settings, added, speed
 from stages.engine.methods import Method, Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
 from stages.models.names import FolderName, ModelName
@@ -35,7 +35,22 @@ class RandomMethod(NoiseMethod):
     method: Literal["random"] = "random"
 
 
-class SlerpMethod(NoiseMethod):
+class Blend(Settings):
+    """What of a grown seed is kept."""
+
+    low: float = Field(0.25, gt=0, lt=1)
+    """Frequencies up to this share of the highest, along both axes; the others are fresh noise."""
+
+
+class GrownMethod(NoiseMethod):
+    """Base of the methods that mix the concept's seeds."""
+
+    blend: Blend | None = added()
+    """``{low: 0.25}``: new seeds share the low frequencies alone with the concept's, so that variety is not lost. Left
+    out: all of them."""
+
+
+class SlerpMethod(GrownMethod):
     """Spherical interpolation between two of the concept's seeds, drawn at random."""
 
     method: Literal["slerp"] = "slerp"
@@ -43,14 +58,14 @@ class SlerpMethod(NoiseMethod):
     """Positions are drawn from (margin, 1 - margin): at an end the picture is one of the concept's own again."""
 
 
-class LinearMethod(NoiseMethod):
+class LinearMethod(GrownMethod):
     """Linear combinations of all the concept's seeds, weights uniform on the simplex, made Gaussian again in closed
     form (COG)."""
 
     method: Literal["linear"] = "linear"
 
 
-class NaoMethod(NoiseMethod):
+class NaoMethod(GrownMethod):
     """Points on norm-aware paths from the concept's norm-aware centroid to its seeds (NAO)."""
 
     method: Literal["nao"] = "nao"

@@ -39,3 +39,17 @@ def test_new_seeds_are_the_formulas_at_their_weights() -> None:
     assert float(weights.max()) <= 0.6
     nearest = torch.nn.functional.cosine_similarity(made.flatten(1)[:, None], z.flatten(1)[None], dim=2).argmax(1)
     assert float((nearest == weights.argmax(1)).float().mean()) > 0.8  # a path leads towards its own reference
+
+
+def test_blended_seeds_of_a_concept_share_their_low_frequencies_alone() -> None:
+    z = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    whole, _ = new_noise(method("linear"), z, generators(6))
+    made, weights = new_noise(method("linear", blend={"low": 0.25}), z, generators(6))
+    assert weights.shape == (6, 2)
+    waves = torch.fft.fft2(made.double())
+    for number, other in ((0, 1), (2, 5)):
+        torch.testing.assert_close(waves[number, :, :3, :3], waves[other, :, :3, :3], atol=1e-4, rtol=0)
+        assert float((waves[number, :, 3:8] - waves[other, :, 3:8]).abs().mean()) > 5
+    fresh, _ = new_noise(method("random"), z, generators(6))
+    torch.testing.assert_close(waves[:, :, 5], torch.fft.fft2(fresh.double())[:, :, 5], atol=1e-4, rtol=0)
+    assert float((whole - made).abs().mean()) > 0.1

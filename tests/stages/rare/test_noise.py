@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from stages.rare.noise import along, combine, log_chi, norm_aware_centroid, path_cost, slerp
+from stages.rare.noise import along, combine, log_chi, low_frequencies, norm_aware_centroid, path_cost, slerp
 
 
 def seeds(count: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -188,3 +188,32 @@ def test_points_along_paths() -> None:
     found = along(path_KPN, torch.tensor([0, 1, 1, 0]), torch.tensor([0.0, 1.0, 0.5, 1 / 3]))
     wanted = [path_KPN[0, 0], path_KPN[1, 3], (path_KPN[1, 1] + path_KPN[1, 2]) / 2, path_KPN[0, 1]]
     torch.testing.assert_close(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize(("low", "shape"), [(0.25, (4, 16, 16)), (0.5, (3, 8, 12)), (0.25, (2, 9, 7))])
+def test_a_blend_has_the_low_frequencies_of_the_one_and_the_others_of_the_other(low: float, shape) -> None:
+    """By numpy's full transform, wave by wave."""
+    generator = torch.Generator().manual_seed(0)
+    z, fresh = 1.3 * torch.randn((5, *shape), generator=generator), torch.randn((5, *shape), generator=generator)
+    made, own, other = (np.fft.fft2(x.double().numpy()) for x in (low_frequencies(z, fresh, low), z, fresh))
+    waves, scale = 0, made[:, 0, 0, 0] / own[:, 0, 0, 0]
+    for y, v in enumerate(np.fft.fftfreq(shape[1])):
+        for x, u in enumerate(np.fft.fftfreq(shape[2])):
+            if max(abs(v), abs(u)) <= low * 0.5:
+                waves += 1
+                ratio = made[..., y, x] / own[..., y, x]
+                np.testing.assert_allclose(ratio, scale[:, None] * np.ones(shape[0]), rtol=1e-4)
+            else:
+                np.testing.assert_allclose(made[..., y, x], other[..., y, x], atol=1e-4)
+    kept = low_frequencies(z, torch.zeros_like(z), low).double()
+    np.testing.assert_allclose(kept.square().sum((1, 2, 3)), shape[0] * waves, rtol=1e-5)
+
+
+def test_the_variance_of_a_blend_stays_one_whatever_the_seeds_were() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size in (0.5, 1.0, 1.5):
+        z = size * torch.randn((400, 4, 8, 8), generator=generator)
+        made = low_frequencies(z, torch.randn(z.shape, generator=generator), 0.5)
+        assert float(made.mean()) == pytest.approx(0, abs=0.02)
+        assert float(made.var()) == pytest.approx(1, abs=0.02)
+        assert float(made.var(0).max()) < 1.4
