@@ -94,10 +94,10 @@ concept. `parents` names the pictures a seed was grown from and what each counte
 def _draw_methods(view: View) -> Html:
 
     columns = [name for name in MEASURES if name in view.columns]
-    rows = view.rows(["method", *columns], 20_000)
+    rows = view.rows([*_told_apart(view), *columns], 20_000)
     lines = []
     for label in _labels(view):
-        own = [row for row in rows if row["method"] == label]
+        own = [row for row in rows if _label(row) == label]
         means: list[Any] = [label, len(own)]
         for name in columns:
             values = [float(row[name]) for row in own if row[name] is not None]
@@ -110,10 +110,10 @@ def _draw_concepts(view: View) -> Html:
     """A table a concept: its own pictures, and a line a method with its best ones."""
 
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    columns = ["concept", "prompt", "method", "image", "references", "score"]
+    columns = ["concept", "prompt", *_told_apart(view), "image", "references", "score"]
     most = GALLERY_CONCEPTS * len(_labels(view)) * int(view.config.get("count", 1))
     for row in view.rows(columns, min(most, 4000), spread=False):
-        found.setdefault(row["concept"], {}).setdefault(row["method"], []).append(row)
+        found.setdefault(row["concept"], {}).setdefault(_label(row), []).append(row)
     blocks = []
     for name, methods in list(found.items())[:GALLERY_CONCEPTS]:
         shown = next((row["references"] for own in methods.values() for row in own if row["references"]), None)
@@ -131,4 +131,16 @@ def _draw_concepts(view: View) -> Html:
 
 
 def _labels(view: View) -> list[str]:
-    return [method.get("name") or method["method"] for method in view.config.get("methods", ())]
+    """What rows are told apart by: methods, with each guide where there are any."""
+    methods, guides = (
+        [one.get("name") or one["method"] for one in view.config.get(name) or ()] for name in ("methods", "guides")
+    )
+    return [f"{method}, {guide}" for method in methods for guide in guides] or methods
+
+
+def _label(row: dict[str, Any]) -> str:
+    return ", ".join(row[name] for name in ("method", "guide") if name in row)
+
+
+def _told_apart(view: View) -> list[str]:
+    return [name for name in ("method", "guide") if name in view.columns]

@@ -123,3 +123,37 @@ def test_a_chain_from_pictures_to_a_corpus_regenerates_by_the_documented_lines(
     assert "Methods of new seeds" in report
     assert "its pictures" in report
     assert "a panel" not in report
+
+
+@pytest.mark.parametrize("name", ["benchmarks/prompts/rare.jsonl", "jobs/examples/rare-guides-micro.jsonl"])
+def test_shipped_prompts_hold_what_every_guide_needs(name: str) -> None:
+    from micro import world
+    from stages.rare.guides import lacks, read_texts
+    from stages.rare.settings import AapbGuide, ComposeGuide, R2fGuide
+
+    rows = [json.loads(line) for line in Path(name).read_text().splitlines()]
+    assert len({row["name"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
+    for row in rows:
+        texts = read_texts(row["name"], row)
+        assert [lacks(guide, texts) for guide in (R2fGuide(), AapbGuide(), ComposeGuide())] == [None] * 3
+        for text in [row["anchor"], *(t for part in texts.parts for t in part if "objects" in row)]:
+            words = text.split()[1:]
+            if "objects" in row:  # of the miniature world: an anchor is what its pictures hold often
+                texture = words[0] if words[0] in world.TEXTURES else "plain"
+                assert world.rarity(words[-1], words[-2], texture) == "frequent", text
+                assert world.rarity(*row["objects"][0].values()) != "frequent"
+
+
+def test_a_guide_makes_rows_of_its_own_and_none_leaves_ids_as_they_were() -> None:
+    job = Job.model_validate({"input": "x.jsonl", "methods": ["random"], "guides": ["plain", "aapb"], "count": 2})
+    assert job.source().variants == {"method": ("random",), "guide": ("plain", "aapb"), "number": ("0", "1")}
+    assert "guide" not in Job.model_validate({"input": "x.jsonl", "methods": ["random"]}).source().variants
+    for wrong, said in (
+        ({"guides": ["plain", "plain"]}, "two are called 'plain'"),
+        ({"guides": [{"method": "aapb", "g": 2}]}, "g"),
+        ({"guides": []}, "guides"),
+        ({"methods": [{"method": "random", "blend": {"low": 0.2}}]}, "blend"),
+        ({"methods": [{"method": "nao", "blend": {"low": 1}}]}, "low"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            Job.model_validate({"input": "x", "methods": ["nao"], **wrong})
