@@ -148,7 +148,10 @@ class StageSpec:
     It may offer ``take_summary() -> dict[str, numpy.ndarray]``, called after each shard: it returns, and resets, what
     the stage wants kept beside the shard's commit record. It may offer ``shrink() -> bool``, called after an
     out-of-memory error: it halves its slots (its batch) and returns True, or False when it cannot get smaller; the
-    rows that were inside are then given to it again. After any exception the stage is called anew, so a call must not
+    rows that were inside are then given to it again. It may say in ``holds`` how many rows it works on or keeps at a
+    time: then rows of one shard after another come in one call, for as long as there are any, and at least so many at a
+    time, so that no place in it stays empty. Its summary is then taken while it works, in another thread, and may only
+    count work, whosever it was. After any exception the stage is called anew, so a call must not
     depend on how the last one ended.
     """
 

@@ -39,6 +39,8 @@ PACKAGES = ("index", "micro", "pipeline", "stages")
 
 RAY_CLIENT_PORT = 10001
 KNOCK_S = 10.0
+MOST_TASKS = 16
+"""Shards that one worker may have in hand, where its stage holds the rows of more than one."""
 DEAF_S, QUIET_S = 900.0, 1800.0
 """How long a worker's process may leave the driver without an answer (it was stopped, or its machine hangs), and may
 answer without a sign of life (`pipeline.run.pulse`), before another takes its place."""
@@ -65,11 +67,12 @@ class _Actor:
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"
 
-    def ready(self) -> tuple[str | None, str]:
-        """Why there is no worker (None: there is one), and the node that it is on."""
+    def ready(self) -> tuple[str | None, str, int]:
+        """Why there is no worker (None: there is one), the node that it is on, and how many rows its stage holds."""
         import ray
 
-        return self.problem, ray.get_runtime_context().get_node_id()
+        holds = 0 if self.problem else self.worker.holds
+        return self.problem, ray.get_runtime_context().get_node_id(), holds
 
     def process(self, task: Task) -> Outcome:
         self.heart.begin()
@@ -295,13 +298,22 @@ class _Member:
     def __init__(self, actor: Any, created: float) -> None:
         self.actor, self.created = actor, created
         self.starting: Any = actor.ready.remote()
-        self.task: Task | None = None
-        self.running: Any = None
+        self.tasks: dict[Any, Task] = {}
+        """What it is at work on, by the answer that is awaited; the oldest first."""
         self.asked: Any = None
         self.deaf = 0.0
         self.waits = ""
         self.active = 0
         self.node = ""
+        self.holds = 0
+
+    @property
+    def hungry(self) -> bool:
+        """Whether another task beside those that it has would keep its stage full: the oldest may be near its end."""
+        tasks = list(self.tasks.values())
+        if not tasks or len(tasks) >= MOST_TASKS or any(task.alone for task in tasks):
+            return False
+        return sum(task.stop - task.start for task in tasks[1:]) < self.holds
 
 
 class Pool:
@@ -318,7 +330,7 @@ class Pool:
         options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_restarts": 0}
         if resources.memory is not None:
             options["memory"] = resources.memory
-        groups = {"watch": 1}
+        groups = {"watch": 1, "work": MOST_TASKS}
         self._ray = ray
         remote: Any = ray.remote
         self._make = remote(concurrency_groups=groups, **options)(_Actor).remote
@@ -368,16 +380,21 @@ class Pool:
 
     @property
     def busy(self) -> int:
-        return sum(member.task is not None for member in self._members)
+        return sum(bool(member.tasks) for member in self._members)
 
     @property
     def idle(self) -> int:
         return self.ready - self.busy
 
     @property
+    def hungry(self) -> bool:
+        """Whether a worker would take another task beside those that it has."""
+        return any(member.hungry for member in self._members)
+
+    @property
     def active_rows(self) -> int:
         """Rows through the stage in tasks that are not finished, as last heard."""
-        return sum(member.active for member in self._members if member.task is not None)
+        return sum(member.active for member in self._members if member.tasks)
 
     def available(self) -> str:
         """What the cluster has, for a message."""
@@ -385,18 +402,20 @@ class Pool:
         return ", ".join(f"{total.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
     def give(self, task: Task) -> None:
-        """Hand a task to an idle worker, of a node that it does not avoid if there is one."""
-        idle = [member for member in self._members if member.starting is None and member.task is None]
-        member = min(idle, key=lambda member: member.node in task.avoid)
-        member.task, member.active = task, 0
-        member.running = member.actor.process.remote(task)
+        """Hand a task to an idle worker, of a node that it does not avoid if there is one; else to a hungry one."""
+        idle = [member for member in self._members if member.starting is None and not member.tasks]
+        taking = idle or [member for member in self._members if member.hungry]
+        member = min(taking, key=lambda member: (member.node in task.avoid, len(member.tasks)))
+        running = member.actor.process.options(concurrency_group="work").remote(task)
+        member.tasks[running] = task
 
     def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
         """Tasks that have ended, one way or another; returns at once when there is one, else after ``seconds``."""
         if self._stuck:
             stuck, self._stuck = self._stuck, []
             return stuck
-        waiting = [ref for m in self._members for ref in (m.starting, m.running) if ref is not None]
+        starting = [member.starting for member in self._members if member.starting is not None]
+        waiting = [*starting, *(running for member in self._members for running in member.tasks)]
         if not waiting:
             machine.here.sleep(seconds)
             return []
@@ -406,8 +425,12 @@ class Pool:
         for member in list(self._members):
             if member.starting in ready and member.starting is not None:
                 self._started(member)
-            elif member.running in ready and member.running is not None:
-                ended.append(self._ended(member))
+            found = [self._ended(member, running) for running in list(member.tasks) if running in ready]
+            ended += found
+            for _, outcome in found:
+                if outcome.kind in (Fault.POISON, Fault.PREEMPTED):
+                    self._lose(member, outcome)
+                    break
         return ended
 
     def ask(self) -> None:
@@ -415,7 +438,7 @@ class Pool:
         now = machine.here.clock()
         passed, self._heard = min(now - self._heard, LONGEST_TURN_S), now
         for member in list(self._members):
-            if member.task is None or member.starting is not None:
+            if not member.tasks or member.starting is not None:
                 continue
             quiet = 0.0
             if member.asked is None:
@@ -436,14 +459,18 @@ class Pool:
                 self._give_up(member, f"it has read no row, done none and computed nothing for {quiet:.0f} s")
 
     def _give_up(self, member: _Member, reason: str) -> None:
-        """End a worker that is stuck; its task ends as if it had died."""
-        assert member.task is not None
-        self._stuck.append((member.task, Outcome(Fault.POISON, None, reason, node=member.node, nodes=self._nodes())))
+        """End a worker that is stuck; its tasks end as if it had died."""
+        self._lose(member, Outcome(Fault.POISON, None, reason, node=member.node, nodes=self._nodes()))
+
+    def _lose(self, member: _Member, outcome: Outcome) -> None:
+        """A worker is no more, and what it had in hand ends with it."""
+        self._stuck += [(task, outcome) for task in member.tasks.values()]
+        member.tasks.clear()
         self._drop(member)
 
     def _started(self, member: _Member) -> None:
         try:
-            problem, member.node = self._ray.get(member.starting)
+            problem, member.node, member.holds = self._ray.get(member.starting)
         except Exception as error:
             fault, _, reason = self._end(error, member.node)
             if fault is Fault.PREEMPTED:
@@ -459,16 +486,14 @@ class Pool:
         self.lost.append(f"a worker could not build the stage: {problem}")
         self._drop(member)
 
-    def _ended(self, member: _Member) -> tuple[Task, Outcome]:
-        task, running = member.task, member.running
-        assert task is not None
-        member.task, member.running, member.asked, member.active = None, None, None, 0
+    def _ended(self, member: _Member, running: Any) -> tuple[Task, Outcome]:
+        task = member.tasks.pop(running)
+        member.asked, member.active = None, max(0, member.active - (task.stop - task.start))
         try:
             outcome: Outcome = self._ray.get(running)
         except Exception as error:
             outcome = Outcome(*self._end(error, member.node))
         if outcome.kind in (Fault.POISON, Fault.PREEMPTED):
-            self._drop(member)
             outcome = replace(outcome, node=member.node, nodes=self._nodes())
         return task, outcome
 
@@ -524,7 +549,7 @@ class Pool:
         self.grow(1)
         member = self._members[0]
         try:
-            problem, _ = self._ray.get(member.starting)
+            problem, _, _ = self._ray.get(member.starting)
             if problem is None:
                 measured: tuple[float, int, float, int, int] = self._ray.get(member.actor.calibrate.remote(task))
                 return measured

@@ -59,7 +59,13 @@ class Deaths:
         if self._suspect(task):
             self._tried.add(_key(task))
         case = self._cases.get(_key(task))
-        return task if case is None else replace(task, avoid=tuple(sorted({node for node, _ in case.strikes})))
+        avoid = () if case is None else tuple(sorted({node for node, _ in case.strikes}))
+        return replace(task, avoid=avoid, alone=self.alone(task))
+
+    def alone(self, task: Task) -> bool:
+        """Whether its worker must have no other task: one has died on these rows, or on the shard that they are of."""
+        case = self._cases.get(_key(task))
+        return not task.whole or (case is not None and case.died > 0)
 
     def returned(self, task: Task) -> None:
         """It has ended, one way or another, and is settled."""

@@ -64,6 +64,8 @@ class Dispatcher:
         self._deaths = Deaths()
         self._tries: Counter[tuple[int, int, int]] = Counter()
         self._splits: dict[int, _Split] = {}
+        self._given = 0
+        """Tasks that workers have."""
 
     def run(self) -> None:
         """Until every shard is committed."""
@@ -115,7 +117,19 @@ class Dispatcher:
             task = self._next()
             if task is None:
                 return
-            self._pool.give(self._deaths.given(task))
+            self._give(task)
+        # More than one to a worker, for a stage that joins them, while there is one left for every worker.
+        while self._pool.hungry and self._left - self._given >= self._pool.size:
+            if any(self._deaths.alone(task) for task in self._waiting):
+                return  # it needs a worker that has nothing else
+            task = self._next()
+            if task is None:
+                return
+            self._give(task)
+
+    def _give(self, task: Task) -> None:
+        self._given += 1
+        self._pool.give(self._deaths.given(task))
 
     def _next(self) -> Task | None:
         """What a worker may have now: first what waits, then a new shard."""
@@ -128,6 +142,7 @@ class Dispatcher:
         return None if shard is None else Task.of(shard, self._again.get(shard.index))
 
     def _settle(self, task: Task, outcome: Outcome) -> None:
+        self._given -= 1
         key = (task.shard, task.start, task.stop)
         if outcome.kind == "done":
             self._deaths.done(task)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, takewhile
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -56,7 +57,26 @@ class Found:
     twin: str | None = None
 
 
-class Room:
+@dataclass(eq=False)
+class Reading:
+    """A task whose rows are to be read.
+
+    Attributes:
+        only: Rows at these places of the shard; None: all.
+        closed: Nobody waits for them any more.
+    """
+
+    task: Task
+    only: Container[int] | None = None
+    closed: bool = False
+
+
+Wish = TypeVar("Wish", bound=Reading)
+Item = tuple[Wish, list[Found] | Exception | None]
+"""Some rows of a task, decoded; why it cannot be read; or None: that was all of it, whatever was wrong."""
+
+
+class Budget:
     """Memory for what is decoded ahead; chunks are known by their numbers, in the order in which they are taken.
 
     Args:
@@ -107,24 +127,50 @@ class Reader:
         pictured = bool(job.source.images) or "picture" in (job.reads or {}).values()
         self._slow_rows = pictured or job.source.format in ("images", "webdataset", "micro-world")
 
-    def rows(self, task: Task, only: Container[int] | None = None) -> Iterator[list[Found]]:
-        """A task's rows in order, decoded, in chunks.
+    def rows(self, wishes: Iterable[Wish | None]) -> Generator[Item[Wish] | None, None, None]:
+        """The rows of one task after another, each task's in order, decoded, in chunks. What is decoded ahead is
+        bounded over all of them.
 
         Args:
-            only: Rows at these places of the shard; None: all.
+            wishes: Asked in a thread of its own, as soon as the last one's rows are read. None is handed on in turn.
         """
-        room = Room(AHEAD_BYTES)
-        submitted = (
-            self._decoders.submit(self._decoded, chunk, partial(room.take, number))
-            for number, chunk in enumerate(self._chunks(task, only))
-        )
+        budget, begun = Budget(AHEAD_BYTES), 0
         try:
-            for number, chunk in enumerate(ahead(submitted, AHEAD * self._threads)):
-                decoded = chunk.result()
-                room.wants(number + 1)
-                yield decoded
+            for item in ahead(self._submitted(wishes, budget), AHEAD * self._threads):
+                if item is None:
+                    yield None
+                    continue
+                wish, chunk = item
+                if not isinstance(chunk, Future):
+                    yield wish, chunk
+                    continue
+                begun += 1
+                try:
+                    decoded = chunk.result()
+                except Exception as error:
+                    yield wish, error
+                    continue
+                budget.wants(begun)
+                yield wish, decoded
         finally:
-            room.close()
+            budget.close()
+
+    def _submitted(
+        self, wishes: Iterable[Wish | None], budget: Budget
+    ) -> Iterator[tuple[Wish, Future[list[Found]] | Exception | None] | None]:
+        """As of `rows`, with chunks that are on their way."""
+        numbers = count()
+        for wish in wishes:
+            if wish is None:
+                yield None
+                continue
+            try:
+                for chunk in takewhile(lambda chunk: not wish.closed, self._chunks(wish.task, wish.only)):  # noqa: B023
+                    take = partial(budget.take, next(numbers))
+                    yield wish, self._decoders.submit(self._decoded, chunk, take)
+            except Exception as error:
+                yield wish, error
+            yield wish, None
 
     def again(self, found: Found) -> Row:
         """A row that could be had once, as the stage gets it."""

@@ -117,6 +117,7 @@ class Task:
         twins: The shard's rows that are duplicates: place -> id of the row that holds the same.
         avoid: Nodes whose workers died on these rows: one of another node takes them if there is any.
         again: The shard was committed before.
+        alone: A worker that has it gets no other beside it: should it die, one knows of what.
     """
 
     shard: int
@@ -129,6 +130,7 @@ class Task:
     twins: Mapping[int, str] = field(default_factory=dict)
     avoid: tuple[str, ...] = ()
     again: Again | None = None
+    alone: bool = False
 
     @staticmethod
     def of(shard: Shard, again: Again | None = None) -> Task:

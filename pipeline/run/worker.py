@@ -6,10 +6,10 @@ the device waits for none of them. Rows come back from the stage in any order an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from pipeline.output.commit import Record
 from pipeline.output.schema import decode_schema
 from pipeline.run.guard import Guard, Waiting
 from pipeline.run.reading import Found, Reader
+from pipeline.run.stream import Stream
 from pipeline.run.tasks import Again, Piece, Task, WorkerJob
 from pipeline.run.versions import told, versions
 from pipeline.run.writing import Writer, in_order
@@ -38,7 +39,7 @@ def _passed_by(found: Found) -> Row:
 
 
 class Worker:
-    """Builds the stage; `process` may then be called any number of times, from one thread."""
+    """Builds the stage; `process` may then be called any number of times, by several threads at once."""
 
     def __init__(self, job: WorkerJob) -> None:
         begun = machine.here.clock()
@@ -48,10 +49,21 @@ class Worker:
         pa.array([None])  # imports pandas, if there is one: a third of a second that no shard has to pay
         self.stage = job.stage.build()
         self.build_seconds = machine.here.clock() - begun
-        self._reader, self._guard = Reader(job, self.schema), Guard(self.stage)
+        self._reader = Reader(job, self.schema)
+        self._stream = Stream(self._reader, Guard(self.stage), joins=self.holds > 0)
         self._writer = Writer(job, self._folder, self.schema)
-        self.done = 0
-        """Rows of the current task that are through the stage; read by another thread, as `read` is."""
+        self._through = Counter[int]()  # shard in hand -> its rows that are through the stage
+        self._ended = 0.0
+
+    @property
+    def holds(self) -> int:
+        """Rows that the stage holds at a time, of however many tasks; 0: it takes one task after the other."""
+        return int(getattr(self.stage, "holds", 0))
+
+    @property
+    def done(self) -> int:
+        """Rows of the tasks in hand that are through the stage."""
+        return sum(list(self._through.values()))
 
     @property
     def read(self) -> int:
@@ -60,28 +72,9 @@ class Worker:
 
     def _rows(self, task: Task, only: Container[int] | None = None) -> Iterator[tuple[int, Row]]:
         """(position, finished row) in any order, exactly one for each planned row (of those at the places `only`)."""
-        refused: list[tuple[int, Row]] = []
-
-        def chunks() -> Iterator[list[Waiting]]:
-            for chunk in self._reader.rows(task, only):
-                accepted = []
-                for found in chunk:
-                    if found.row is None:
-                        refused.append((found.position, _passed_by(found)))
-                    else:
-                        again = partial(self._reader.again, found)
-                        accepted.append(Waiting(found.position, found.raw.id, found.row, found.kept, again))
-                        found.row = None  # who gets it is its only holder
-                yield accepted
-
-        for waiting, out in self._guard.through(chunks()):
-            self.done += 1
-            yield waiting.position, self._finished(waiting, out)
-            while refused:
-                self.done += 1
-                yield refused.pop(0)
-        self.done += len(refused)
-        yield from refused
+        for row, out in self._stream.rows(task, only):
+            self._through[task.shard] += 1
+            yield row.position, _passed_by(row) if isinstance(row, Found) else self._finished(row, out or {})
 
     def _finished(self, waiting: Waiting, out: Row) -> Row:
         """What of a row is written."""
@@ -147,8 +140,16 @@ class Worker:
             ContractError, SourceError: No attempt will.
             Superseded: The folder belongs to another run or driver by now.
         """
-        self.done, begun, started = 0, machine.here.clock(), machine.here.wall()
-        self._take_summary()  # what an attempt that failed left behind
+        self._through[task.shard] = 0
+        try:
+            return self._processed(task)
+        finally:
+            del self._through[task.shard]
+
+    def _processed(self, task: Task) -> Record | Piece:
+        begun, started = machine.here.clock(), machine.here.wall()
+        if len(self._through) == 1:
+            self._take_summary()  # what an attempt that failed left behind
         token = machine.here.token()[:12]
         part = "" if task.whole else f".{task.start}-{task.stop}"
         piece = self._writer.write(task, self._name(task, f"{part}.{token}.parquet"), self._made(task))
@@ -165,6 +166,8 @@ class Worker:
         if not task.whole:
             return piece
         again = task.again or Again("", 0, 0, (), ())
+        now = machine.here.clock()
+        begun, early, self._ended = max(begun, self._ended), max(0.0, self._ended - begun), now
         record = Record(
             shard=task.shard,
             attempt=token,
@@ -174,8 +177,8 @@ class Worker:
             rows_ok=piece.ok,
             rows_failed=piece.failed,
             rows_duplicate=piece.duplicates,
-            started=started,
-            seconds=machine.here.clock() - begun,
+            started=started + early,  # shards in hand overlap; each is told to begin where the last one ended
+            seconds=now - begun,
             worker="{host}:{pid}".format_map(machine.here.process()),
             measures=piece.measures,
             errors=piece.errors,

@@ -73,6 +73,11 @@ class LearnConcepts:
             samples = self.settings.samples
             yield row if samples is None or row["status"] == "failed" else {**row, "samples": self._draw(row, samples)}
 
+    @property
+    def holds(self) -> int:
+        """Most concepts at a time: in the slots, and waiting for them."""
+        return 2 * self.problem.slots
+
     def shrink(self) -> bool:
         """Half the slots, after the device ran out of memory."""
         if self.problem.slots == 1:

@@ -71,7 +71,8 @@ class InvertImages:
         self.inverter = None if settings.inverter is None else TextInverter.load(settings.inverter, self.device)
         measured = settings.lpips and lpips.lacking(_shortest(self.buckets)) is None
         self.lpips = Lpips(lpips.weights_file(), self.device) if measured else None
-        self._summary: dict[str, Occupancy] = {}
+        self._occupancy = {label: Occupancy() for label in self.methods}
+        self._told = dict.fromkeys(self.methods, (0, 0))
 
     @staticmethod
     def describe(settings: InvertImagesSettings) -> StageInfo:
@@ -206,13 +207,20 @@ class InvertImages:
 
     def take_summary(self) -> dict[str, np.ndarray]:
         """How full each method's slots were since the last call: slot steps, and those that worked on a row."""
-        summary = {
-            f"occupancy.{label}": np.array([o.slot_steps, o.busy_slot_steps], dtype=np.int64)
-            for label, o in self._summary.items()
-            if o.slot_steps  # exact pairs have no slots
+        now = {label: (o.slot_steps, o.busy_slot_steps) for label, o in self._occupancy.items()}
+        before, self._told = self._told, now
+        return {
+            f"occupancy.{label}": np.array(counts, dtype=np.int64) - before[label]
+            for label, counts in now.items()
+            if counts[0] > before[label][0]  # exact pairs have no slots
         }
-        self._summary = {}
-        return summary
+
+    @property
+    def holds(self) -> int:
+        """Most rows at a time: in the slots, and as many again encoded before and unfinished behind; or in a group."""
+        if len(self.methods) == len(self.buckets) == 1:
+            return 3 * self.slots
+        return (GROUP + 1) * self.slots * len(self.methods)
 
     # --- the way of a row
 
@@ -284,7 +292,7 @@ class InvertImages:
             }  # fmt: skip
 
     def _inverted(self, scheme: Scheme[Any], rows: Iterable[Row]) -> Iterator[Row]:
-        return scheme.invert(rows, self.slots, self._summary.setdefault(scheme.method.label, Occupancy()))
+        return scheme.invert(rows, self.slots, self._occupancy[scheme.method.label])
 
     def _converged(self, row: Row) -> Row:
         """The row, failed where its residual is larger than asked for."""

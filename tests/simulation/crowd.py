@@ -26,7 +26,7 @@ from pipeline.run.tasks import Outcome, Resources, Task, WorkerJob
 from tests.simulation.pool import Fleet, SimPool, _Member
 from tests.simulation.schedule import _Meters, simulated
 from tests.simulation.store import Bucket
-from tests.simulation.world import Event, Host, Thread, World, current
+from tests.simulation.world import Host, Thread, World, current
 
 
 @dataclass
@@ -82,16 +82,17 @@ class _Crowd(SimPool):
         member.ready = True
         self._since.append(world.now)
         self._ring()
-        while not member.dropped:
-            member.inbox.wait()
-            member.inbox, task = Event(world), member.task
-            assert task is not None
-            begun = world.now
-            world.pause(world.now + self._fleet.task_s * (0.5 + chance()))
-            member.task = None
-            self.used.busy_s += max(0.0, min(world.now, self._out) - begun)
-            self._ended.append((task, Outcome("done", _record(task))))
-            self._ring()
+
+    def _takes_more(self, member: _Member) -> bool:
+        return False
+
+    def _works(self, member: _Member, task: Task) -> None:
+        world, begun = self._world, self._world.now
+        world.pause(begun + self._fleet.task_s * (0.5 + world.random.random()))
+        member.tasks.remove(task)
+        self.used.busy_s += max(0.0, min(world.now, self._out) - begun)
+        self._ended.append((task, Outcome("done", _record(task))))
+        self._ring()
 
     def handed_out(self) -> None:
         """There is no shard left."""

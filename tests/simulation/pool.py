@@ -114,7 +114,8 @@ class _Worker(Worker):
     def __init__(self, job: WorkerJob, fleet: Fleet) -> None:
         self.job, self.schema = job, decode_schema(job.schema)
         self._folder = Folder.at(job.output, job.storage_options)
-        self._writer, self._fleet, self.done = _Writer(job, self._folder, self.schema, fleet), fleet, 0
+        self._writer, self._fleet = _Writer(job, self._folder, self.schema, fleet), fleet
+        self._through, self._ended = Counter(), 0.0
 
     def _tables(self, task: Task) -> Iterator[Any]:
         yield from ()
@@ -139,8 +140,9 @@ class _Member:
     """A worker as its pool sees it."""
 
     def __init__(self, process: Process) -> None:
-        self.process, self.ready, self.task, self.inbox = process, False, None, Event(process.world)
+        self.process, self.ready, self.tasks = process, False, list[Task]()
         self.dropped, self.fault = False, Fault.PREEMPTED
+        self.actor: Any = None
         self.node = process.world.random.choice(NODES)
 
 
@@ -178,24 +180,25 @@ class SimPool:
         world.pause(world.now + self._fleet.start_s * chance())
         actor.worker = _Worker(self._job, self._fleet)
         member.ready = True
+        member.actor = actor
         self._ring()
-        while not member.dropped:
-            member.inbox.wait()
-            member.inbox, task = Event(world), member.task
-            assert task is not None
-            world.pause(world.now + self._fleet.task_s * (0.5 + chance()))
-            if chance() < self._fleet.died and self._may_die(task):
-                member.fault = Fault.POISON
-                member.process.die()
-                raise Crash
-            if chance() < self._fleet.cut_off and self._may_die(task):
-                self._loses(member)
-                world.pause(world.now + chance() * self._fleet.cut_off_s)
-            outcome = actor.process(task)
-            if not member.dropped:
-                member.task = None
-                self._ended.append((task, outcome))
-                self._ring()
+
+    def _works(self, member: _Member, task: Task) -> None:
+        """A thread of a worker, which may have several tasks in hand."""
+        world, chance = self._world, self._world.random.random
+        world.pause(world.now + self._fleet.task_s * (0.5 + chance()))
+        if chance() < self._fleet.died and self._may_die(task):
+            member.fault = Fault.POISON
+            member.process.die()
+            raise Crash
+        if chance() < self._fleet.cut_off and self._may_die(task):
+            self._loses(member)
+            world.pause(world.now + chance() * self._fleet.cut_off_s)
+        outcome = member.actor.process(task)
+        if not member.dropped:
+            member.tasks.remove(task)
+            self._ended.append((task, outcome))
+            self._ring()
 
     def _may_die(self, task: Task) -> bool:
         """Whether the dispatcher would not yet hold the rows for the cause."""
@@ -211,9 +214,8 @@ class SimPool:
         if not member.dropped:
             member.dropped = True
             self._members.remove(member)
-            if member.task is not None:
-                lost = Outcome(member.fault, reason="it is gone", node=member.node, nodes=frozenset(NODES))
-                self._ended.append((member.task, lost))
+            lost = Outcome(member.fault, reason="it is gone", node=member.node, nodes=frozenset(NODES))
+            self._ended += [(task, lost) for task in member.tasks]
             self._ring()
 
     def _ring(self) -> None:
@@ -230,7 +232,14 @@ class SimPool:
 
     @property
     def idle(self) -> int:
-        return sum(member.ready and member.task is None for member in self._members)
+        return sum(member.ready and not member.tasks for member in self._members)
+
+    @property
+    def hungry(self) -> bool:
+        return any(self._takes_more(member) for member in self._members)
+
+    def _takes_more(self, member: _Member) -> bool:
+        return 0 < len(member.tasks) < self._fleet.in_hand and not any(task.alone for task in member.tasks)
 
     @property
     def active_rows(self) -> int:
@@ -240,9 +249,10 @@ class SimPool:
         return f"{self._fleet.workers} simulated workers"
 
     def give(self, task: Task) -> None:
-        member = next(m for m in self._members if m.ready and m.task is None)
-        member.task = task
-        member.inbox.set()
+        idle = (member for member in self._members if member.ready and not member.tasks)
+        member = next(idle, None) or next(member for member in self._members if self._takes_more(member))
+        member.tasks.append(task)
+        member.process.start(self._works, member, task)
 
     def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
         if not self._ended:
@@ -266,6 +276,7 @@ class Fleet:
     """The workers that a schedule's drivers get.
 
     Attributes:
+        in_hand: Most tasks that a worker has at once.
         moody: Rows fail until all is calm, and are to be done again.
     """
 
@@ -276,6 +287,7 @@ class Fleet:
         self.died, self.cut_off = chance.choice((0.0, 0.0, 0.1)), chance.choice((0.0, 0.0, 0.1))
         self.cut_off_s, self.orphans = chance.choice((5.0, 300.0)), chance.choice((0.0, 0.5))
         self.summaries, self.moody = chance.random() < 0.1, chance.random() < 0.15
+        self.in_hand = chance.choice((1, 1, 3))
         self.calm = False
 
     def fails(self) -> bool:

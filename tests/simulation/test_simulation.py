@@ -50,7 +50,9 @@ def test_a_thousand_workers_are_kept_busy(monkeypatch: pytest.MonkeyPatch) -> No
     assert used.shards == 5000
     assert 44_000 < used.busy_s < used.had_s < 1000 * used.seconds
     assert used.share > 0.95
-    monkeypatch.setattr(SimPool, "idle", property(lambda pool: int(any(m.ready and not m.task for m in pool._members))))
+    monkeypatch.setattr(
+        SimPool, "idle", property(lambda pool: int(any(m.ready and not m.tasks for m in pool._members)))
+    )
     assert crowd(1000, 1500, 10.0).share < 0.2, "with one shard a turn there is work for a hundred"
 
 

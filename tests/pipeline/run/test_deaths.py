@@ -29,7 +29,7 @@ Fate = Callable[[Task, str, int], str]
 class Workers:
     """A pool with a worker on each node, one after the other at work. Lists what each task was given to."""
 
-    build_failures, build_problem, active_rows, lost = 0, "", 0, ()
+    build_failures, build_problem, active_rows, lost, hungry = 0, "", 0, (), False
 
     def __init__(self, nodes: list[str], fate: Fate) -> None:
         self.nodes, self.fate = nodes, fate
@@ -86,6 +86,29 @@ class Shared(Workers):
         self._now.append((task, self.nodes[0]))
 
 
+class Joining(Workers):
+    """A worker that takes several tasks: when one kills it, all end so."""
+
+    @property
+    def idle(self) -> int:
+        return int(not self._now)
+
+    @property
+    def hungry(self) -> bool:  # type: ignore[override]
+        return 0 < len(self._now) < 4 and not any(task.alone for task, _ in self._now)
+
+    def give(self, task: Task) -> None:
+        self._now.append((task, self.nodes[0]))
+
+    def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
+        self.together.append([task.shard for task, _ in self._now])
+        ended = super().wait(seconds)
+        death = next((outcome for _, outcome in ended if outcome.kind is Fault.POISON), None)
+        return [(task, death or outcome) for task, outcome in ended]
+
+    together: list[list[int]]
+
+
 class _Quiet:
     lost = False
 
@@ -100,6 +123,19 @@ def _run(nodes: list[str], rows: int, fate: Fate, shards: int = 1, told: list[st
     quiet.running = lambda *args: told.append(args[4]) if told is not None and len(args) > 4 else None
     Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, shards, 1, quiet).run()  # type: ignore[arg-type]
     return workers
+
+
+def test_shards_that_were_in_hand_together_are_tried_alone() -> None:
+    """A shard of one row kills every worker: it alone is blamed, and no other is halved or tried beside it again."""
+    workers = Joining(["a"], lambda task, node, times: "died" if task.shard == 2 else "done")
+    workers.together, span = [], Span("in.txt", "in.txt", 0, 1)
+    todo = iter([Shard(number, (span,)) for number in range(9)])
+    quiet: Any = _Quiet()
+    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 9, 1, quiet).run()  # type: ignore[arg-type]
+    assert workers.together[0] == [0, 1, 2, 3]
+    assert [len(hand) for hand in workers.together if set(hand) & {0, 1, 2, 3}][1:] == [1] * 6
+    assert sum(2 in hand for hand in workers.together) == 4  # together, twice alone, and to be written down
+    assert "killed 2 workers" in workers.condemned[0]
 
 
 def test_a_row_whose_nodes_are_taken_away_is_never_condemned() -> None:

@@ -23,7 +23,7 @@ from pipeline.run import reading
 from pipeline.run.draft import RunSpec, draft
 from pipeline.run.driver import Resources, _worker_job
 from pipeline.run.plan import write_plan
-from pipeline.run.reading import CHUNK_PICTURES, Reader, Room
+from pipeline.run.reading import CHUNK_PICTURES, Budget, Reader, Reading
 from pipeline.run.tasks import Task
 from pipeline.storage import Folder
 from tests.support.faulty import data, run_plain
@@ -66,7 +66,7 @@ def _spec(folder: Path, raises: bool = False, count: int = COUNT) -> RunSpec:
 
 
 def test_a_chunk_waits_for_room_but_never_the_one_that_is_wanted() -> None:
-    room, passed = Room(100), list[int]()
+    room, passed = Budget(100), list[int]()
 
     def take(chunk: int) -> None:
         room.take(chunk, 60)
@@ -108,7 +108,11 @@ def test_pictures_are_decoded_ahead_as_far_as_there_is_room(tmp_path: Path, monk
     monkeypatch.setattr(reading, "prepare", counted)
     job = _worker_job(spec, output, Resources(decode_threads=4))
     handed, chunks = 0, list[int]()
-    for chunk in Reader(job, draft(spec).schema).rows(Task.of(shard)):
+    for item in Reader(job, draft(spec).schema).rows([Reading(Task.of(shard))]):
+        chunk = item and item[1]
+        if chunk is None:
+            continue
+        assert isinstance(chunk, list)
         handed += len(chunk)
         chunks.append(len(chunk))
         time.sleep(0.05)  # whoever decodes without asking for room is far ahead by now
