@@ -82,7 +82,7 @@ def main() -> None:
             names: dict[str, Any] = {"row": row}
             if row["status"] == "ok":
                 exec("\n".join(kept), names)
-            with Image.open(pictures / row["id"]) as source:
+            with Image.open(pictures / row["id"].partition("/")[0]) as source:
                 width, height = source.size
             scale = max(row["width"] / width, row["height"] / height)
             found.append({

@@ -74,6 +74,7 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     ComparedLbo(name="lbo-4-no-warm-start", fitted_by="anderson", passes=4, tolerance=0.0, warm_start="none"),
     ComparedLbo(name="lbo-4-output", fitted_by="anderson", bias="output", passes=4, tolerance=0.0, warm_start="last"),
     LboMethod(name="lbo"),
+    LboMethod(name="lbo+retries", retries=2),
     LboMethod(name="lbo-30", passes=30),
     LboMethod(name="lbo-1e-3", tolerance=1e-3),
     LboMethod(name="lbo-1e-4", tolerance=1e-4),
@@ -96,7 +97,8 @@ EXTRA_STATE: tuple[InversionMethod, ...] = (
 )
 AUDIT = (
     "euler", "rf-solver", "fireflow", "uni-inv", "lbo-1", "renoise", "lbo-2", "fixed-point-3",
-    "averaged-3", "anderson-3", "lbo-4", "lbo", "lbo-30", "anderson-1e-3", "anderson-5", "lbo-6", "lbo+ilb", "belm",
+    "averaged-3", "anderson-3", "lbo-4", "lbo", "lbo+retries", "lbo-30", "anderson-1e-3", "anderson-5", "lbo-6",
+    "lbo+ilb", "belm",
     "edict", "lbo+replay", "lbo-1+shown", "rf-inversion",
 )  # fmt: skip
 """What is compared on a rectified flow, unless `--methods` says otherwise."""

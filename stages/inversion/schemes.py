@@ -23,7 +23,7 @@ from stages.inversion.engine import InversionProblem, Walk
 from stages.inversion.lbo import replay_bias
 from stages.inversion.null_text import generate_null_text, learn_null_text
 from stages.inversion.rf_inversion import steered_down, steered_up
-from stages.inversion.settings import EdictMethod, InversionMethod, NullTextMethod, RfInversionMethod
+from stages.inversion.settings import EdictMethod, InversionMethod, LboMethod, NullTextMethod, RfInversionMethod
 from stages.inversion.sweeps import SweepProblem
 from stages.models.latent import Condition, Geometry, LatentModel
 from stages.models.multistep import Multistep
@@ -50,16 +50,25 @@ class Scheme(Generic[Plan]):
         self.guided = guidance > 1
         self.predict = model.predictor(guidance)
 
-    def problem(self, slots: int) -> Walk[Any]:
-        """The walk of `slots` rows up the schedule."""
-        denoiser = next(iter(self.model.geometry.parts))
-        eps = torch.finfo(self.model.dtypes[denoiser]).eps
+    @property
+    def precision(self) -> tuple[float, float]:
+        """The guidance that magnifies what a step leaves over, and the spacing of the network's numbers at 1."""
         # Told to the network, guidance magnifies nothing: what comes out is one output, as good as the network is.
         magnified = self.guidance if self.model.geometry.guiding == "classifier-free" else 1.0
-        rule = self.method.rule(magnified, eps)
+        return magnified, torch.finfo(self.dtype).eps
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The denoiser's."""
+        return self.model.dtypes[next(iter(self.model.geometry.parts))]
+
+    def problem(self, slots: int) -> Walk[Any]:
+        """The walk of `slots` rows up the schedule."""
+        guidance, eps = self.precision
+        rule = self.method.rule(guidance, eps)
         options: dict[str, Any] = {
             "slots": slots, "device": self.model.device, "latent_shape": self.model.geometry.latent_shape,
-            "half": self.model.dtypes[denoiser] == torch.float16, "room": self.model.rooms["gradient"],
+            "half": self.dtype == torch.float16, "room": self.model.rooms["gradient"],
         }  # fmt: skip
         if isinstance(self.schedule, Multistep):
             return SweepProblem(self.predict, self.schedule, rule, **options)
@@ -75,6 +84,13 @@ class Scheme(Generic[Plan]):
     def generate(self, noise_BCHW: torch.Tensor, condition: Condition, extra_B: torch.Tensor | None) -> torch.Tensor:
         """z_0 from the noise and, where the method has it, the extra state (B, ...)."""
         return sample(self.predict, self.schedule, noise_BCHW, condition)
+
+    def retries(self) -> Iterator[Scheme[Plan]]:
+        """Stricter ones, for rows that do not come back; none unless the method asks for them."""
+        if isinstance(self.method, LboMethod):
+            for times in range(1, 1 + (self.method.retries or 0)):
+                stricter = self.method.tightened(times, *self.precision)
+                yield Scheme(stricter, self.model, self.schedule, guidance=self.guidance)
 
 
 class Replay(Scheme[Schedule]):

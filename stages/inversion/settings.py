@@ -251,6 +251,14 @@ class LboMethod(InversionMethod):
     """Store each step's remaining bias and add it in generation: nearly perfect by construction, but extra state
     (``steps`` more latents a row), and plain diffusers cannot replay it. ``true``: what has to be added to each step's
     result, for one more pass a step; ``shown``: what was added to the latent that the network was shown, for none."""
+    retries: int | None = added(ge=1, le=5)
+    """Times that a row which does not come back (its regenerated latent is off by more than 1 %) is solved again, each
+    time with a tenth of the tolerance and twice the passes; the better seed is kept. Needs ``reconstruct``."""
+
+    def tightened(self, times: int, guidance: float, eps: float) -> LboMethod:
+        """The method of a row's so-many-th retry."""
+        stricter = self.tolerance_at(guidance, eps) / 10**times
+        return self.model_copy(update={"tolerance": stricter, "passes": 2**times * self.passes, "retries": None})
 
     def tolerance_at(self, guidance: float, eps: float = 0.0) -> float:
         """The tolerance under a guidance scale, for a network whose numbers are spaced `eps` apart at 1."""
@@ -280,6 +288,10 @@ class LboMethod(InversionMethod):
         least = 2 if self.bias == "output" else 1
         if self.passes < least:
             raise ValueError(f"update {self.update} with an {self.bias} bias needs `passes` of at least {least}")
+        if self.retries and self.replay:
+            raise ValueError("retries: rows of `replay` come back as they are; leave one of the two out")
+        if self.retries and self.tolerance == 0:
+            raise ValueError("retries: a tolerance of 0 cannot be lowered; raise `passes`, or give a tolerance")
         return self
 
     @property
@@ -402,9 +414,12 @@ class InvertImagesSettings(SamplingSettings):
     """Rows at once. Left out: as many as the GPU's free memory takes, 64 at most; 16 on a CPU."""
 
     @model_validator(mode="after")
-    def _one_source_of_text(self) -> InvertImagesSettings:
+    def _fits_together(self) -> InvertImagesSettings:
         if self.inverter is not None and self.prompt is not None:
             raise ValueError("inverter: it takes the place of captions; leave out `prompt`")
         if self.inverter is not None and self.fit == "bucket":
             raise ValueError("inverter: it reads squares; take another `fit` than bucket")
+        retried = [m.label for m in self.methods if isinstance(m, LboMethod) and m.retries]
+        if retried and not self.reconstruct:
+            raise ValueError(f"method {retried[0]}: retries need `reconstruct`, which tells what does not come back")
         return self

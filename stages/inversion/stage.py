@@ -38,6 +38,8 @@ SIZE_COLUMNS = (
     Column("height", "int64"),
 )
 CPU_SLOTS = 16
+FAR = 0.01
+"""A latent that is off by 1 % (40 dB) costs a picture at the autoencoder's floor of 34 dB less than .1 dB."""
 GROUP = 4
 """Pictures a slot that are held to be sorted by method and size."""
 NOISE_STATISTICS = ("seed_mean", "seed_std", "seed_kurtosis", "seed_autocorrelation")
@@ -344,6 +346,8 @@ class InvertImages:
     def _finished(self, scheme: Scheme[Any], rows: Sequence[Row], given: Mapping[str, Row]) -> list[Row]:
         """The ids and output columns of finished rows."""
         method, outputs = scheme.method, []
+        if self.settings.reconstruct:
+            rows, again_BCHW = self._come_back(scheme, rows)
         statistics = noise_statistics(self._as_stored(rows, "noise"))
         for i, row in enumerate(rows):
             made: Row = {
@@ -373,13 +377,33 @@ class InvertImages:
                 made["picture"] = to_picture(row["x"])
             outputs.append(made)
         if self.settings.reconstruct:
-            self._add_reconstruction(scheme, rows, outputs)
+            self._add_reconstruction(again_BCHW, rows, outputs)
         if self.settings.edit_guidance is not None:
             self._add_edits(scheme, self.settings.edit_guidance, rows, given, outputs)
         return outputs
 
-    def _add_reconstruction(self, scheme: Scheme[Any], rows: Sequence[Row], outputs: Sequence[Row]) -> None:
-        again_BCHW = self.regenerated(scheme, rows)
+    def _come_back(self, scheme: Scheme[Any], rows: Sequence[Row]) -> tuple[list[Row], torch.Tensor]:
+        """The rows and their z_0 as it is generated from what is stored; those that are off by more than `FAR` are
+        solved again, as often as the method says, and the better seed is kept."""
+        best = list(rows)
+        again_BCHW = self.regenerated(scheme, best)
+        for stricter in scheme.retries():
+            off_B = _off(again_BCHW, best)
+            far = {best[i]["id"]: i for i in (~(off_B <= FAR)).nonzero().flatten().tolist()}
+            if not far:
+                break
+            solved = [row for row in self._inverted(stricter, [best[i] for i in far.values()]) if "noise" in row]
+            for part in batches(solved, self.slots):
+                made_BCHW = self.regenerated(stricter, part)
+                for row, made, off in zip(part, made_BCHW, _off(made_BCHW, part), strict=True):
+                    i = far[row["id"]]
+                    spent = {name: best[i][name] + row[name] for name in ("forwards", "backwards")}
+                    if row.get("status") != "failed" and bool(off < off_B[i]):
+                        best[i], again_BCHW[i] = row, made
+                    best[i] = {**best[i], **spent}
+        return best, again_BCHW
+
+    def _add_reconstruction(self, again_BCHW: torch.Tensor, rows: Sequence[Row], outputs: Sequence[Row]) -> None:
         z_BCHW, x_BCHW = (stacked(rows, name, self.device) for name in ("z", "x"))
         made_BCHW = self.model.decode(again_BCHW)
         against_x = measure_pictures(made_BCHW, x_BCHW)
@@ -412,6 +436,12 @@ class InvertImages:
         edited_BCHW = sample(scheme.model.predictor(guidance), scheme.schedule, noise_BCHW, condition)
         for i, picture in zip(which, self.model.decode(edited_BCHW), strict=True):
             outputs[i]["edited"] = to_picture(picture.cpu())
+
+
+def _off(again_BCHW: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """(B,) how far each z_0 that was generated is from the row's own, relative to that; NaN where it overflowed."""
+    z_BCHW = stacked(rows, "z", again_BCHW.device)
+    return (again_BCHW - z_BCHW).flatten(1).norm(dim=1) / z_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
 
 
 def _buckets(settings: InvertImagesSettings, geometry: Geometry) -> tuple[Size, ...]:
