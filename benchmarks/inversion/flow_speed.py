@@ -10,6 +10,7 @@ The seeds of both ways must agree. Writes results/flow_speed.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -110,7 +111,7 @@ def main() -> None:
     ready = list(stage.prepared(stage.schemes[METHODS[0].label], world_rows(options.pictures), {}))
     transformer = FluxTransformer2DModel.from_pretrained(micro.MODELS / "flux/transformer").eval()
     sigmas = [0.0, *stage.schemes["euler"].schedule.sigma_S.tolist()]
-    steps = list(zip(sigmas, sigmas[1:], strict=False))
+    steps = list(itertools.pairwise(sigmas))
     found: dict[str, Any] = {}
     for method in METHODS:
         scheme = stage.schemes[method.label]
