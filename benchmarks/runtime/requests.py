@@ -106,7 +106,7 @@ def counted(shards: int, options: dict[str, Any]) -> dict[str, Counter[str]]:
         for task in tasks:  # as if a second run had been lost
             with suppress(FileNotFoundError):
                 worker.process(task)
-        count.step("sweep", lambda: Leftovers(output).remove())
+        count.step("sweep", lambda: Leftovers(output, output.listings()).remove())
         lock.release()
     return count.steps
 

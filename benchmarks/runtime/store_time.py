@@ -77,7 +77,7 @@ def waited(shards: int) -> dict[str, tuple[float, int]]:
         step("publish", lambda: publish(output, tally, "", ""))
         step("status", lambda: Output.open(OUT, options).status())
         assert step("verify", lambda: verify(OUT, options)).ok
-        step("sweep", lambda: Leftovers(replace(output)).remove())
+        step("sweep", lambda: Leftovers(replace(output), output.listings()).remove())
 
     thread = world.process(Host("node", "boot", "pid"), "driver").start(work)
     world.run(1e9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, epoch_of, recorded
 from pipeline.output.dataset import Output
@@ -16,11 +16,14 @@ class Leftovers:
 
     What a later driver's workers have made is not touched: a driver that has lost the folder may not know yet. What
     lies there is listed first; each record then spares its own, and `remove` deletes the rest.
+
+    Args:
+        listed: `Output.listings`, from before any record was read: a million files are not listed twice.
     """
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, listed: Mapping[str, Mapping[str, int]]) -> None:
         self._output = output
-        self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in output.folder.listing(place)
+        self._names = {f"{place}/{name}" for place in (ATTEMPTS, SUMMARIES) for name in listed[place]
                        if epoch_of(name) <= output.epoch}  # fmt: skip
         records = {f"{RECORDS}/{name}": recorded(name, output.run) for name in output.folder.listing(RECORDS)}
         self._records = {name: key(*of) for name, of in records.items() if of is not None}

@@ -181,7 +181,12 @@ class Log:
         """A file that this process has just written."""
         order = logged(name.rpartition("/")[2], run)
         assert order is not None
-        self._set({**self._files, name: _File.of(f"{folder.url}/{name}", order, content)})
+        file = _File.of(f"{folder.url}/{name}", order, content)
+        places = np.searchsorted(self._keys, file.keys)
+        known = np.append(self._keys, -1)[places] == file.keys
+        self._files = {**self._files, name: file}
+        self._keys = np.insert(self._keys, places[~known], file.keys[~known])  # a million are not sorted anew each time
+        self._withdrawn |= file.withdrawn
 
     def _set(self, files: dict[str, _File]) -> None:
         self._files = files

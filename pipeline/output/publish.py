@@ -39,8 +39,8 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
         OutputError: A committed file is gone.
         LockLost: Another run has the folder.
     """
-    listed, leftovers, shards, attempts = output.listings(), Leftovers(output), 0, list[str]()
-    present = listed[ATTEMPTS]
+    listed, shards, attempts = output.listings(), 0, list[str]()
+    leftovers, present = Leftovers(output, listed), listed[ATTEMPTS]
     content = hashlib.blake2b(digest_size=8)
     for record in output.several(partial(_publish_part, output, listed), output.records()):
         content.update(record.checksum.encode())

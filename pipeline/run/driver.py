@@ -352,7 +352,8 @@ def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> t
     for name in set_aside(output):
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
     tally, done, again = Tally(), set[int](), dict[int, Again]()
-    listed, leftovers, folding = output.listings(), Leftovers(output), Folding(output)
+    listed, folding = output.listings(), Folding(output)
+    leftovers = Leftovers(output, listed)
 
     def withdraw(shard: int, generation: int, why: str) -> None:
         folding.withdraw(shard, generation)

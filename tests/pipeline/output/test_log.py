@@ -272,6 +272,26 @@ def test_files_of_the_log_are_unpacked_as_their_shards_come(tmp_path: Path, monk
     assert seen == list(range(3000))
 
 
+def test_what_a_driver_folds_it_knows_as_one_who_reads_it(tmp_path: Path) -> None:
+    """Each file is laid into what is known, without sorting a million keys anew; a plain set says what is."""
+    folder, run, random = Folder.at(str(tmp_path)), "0123456789ab", Random(0)
+    mine, named, withdrawn = Log(), set[int](), set[int]()
+    for number in range(40):
+        chosen = random.sample([(shard, generation) for shard in range(30) for generation in range(3)], 5)
+        content = encode((shard, generation, None) for shard, generation in chosen)
+        name = log_name(run, 1, number)
+        assert folder.create(name, content)
+        mine.take(folder, run, name, content)
+        named |= {key(*of) for of in chosen}
+        withdrawn |= {key(*of) for of in chosen}
+        assert (mine._keys.tolist(), mine._withdrawn) == (sorted(named), withdrawn)
+        assert all(mine.holds(own) == (own in named) for own in (key(s, g) for s in range(31) for g in range(3)))
+    other = Log()
+    assert not other.look(folder, run, map)
+    assert other._keys.tolist() == mine._keys.tolist()
+    assert other.generations(()) == mine.generations(())
+
+
 def test_keys_sort_by_shard_and_then_the_latest_generation_first() -> None:
     pairs = [(shard, generation) for shard in (0, 1, 10**9) for generation in (7, 1, 0)]
     assert sorted(pairs, key=lambda pair: key(*pair)) == pairs

@@ -72,10 +72,10 @@ def test_attempts_of_a_later_driver_are_not_swept(
     commit(spec, replace(old, lock=later))
     assert all("-e2-" in path.name for path in (Path(old.path) / ATTEMPTS).iterdir())
     before = files(old)
-    blind = Leftovers(old)  # listed before any record was there
+    blind = Leftovers(old, old.listings())  # listed before any record was there
     blind.remove()
     assert files(old) == before
-    Leftovers(replace(old, lock=later)).remove()
+    Leftovers(replace(old, lock=later), old.listings()).remove()
     assert not list((Path(old.path) / ATTEMPTS).iterdir())
 
 
