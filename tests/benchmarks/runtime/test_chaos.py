@@ -1,14 +1,33 @@
-"""What `benchmarks.runtime.chaos` draws, and what it takes for the same rows."""
+"""What `benchmarks.runtime.chaos` draws, what it takes for the same rows, and a short piece of it."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from benchmarks.runtime.chaos import values
+from benchmarks.runtime.chaos.__main__ import endure, undisturbed
 from benchmarks.runtime.chaos.faults import FAULTS, ON_A_CLUSTER, ON_A_STORE, drawn
+from benchmarks.runtime.chaos.world import World
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(1800)  # nothing in it waits for a time; a machine may be busy
+def test_a_job_that_is_hurt_again_and_again_ends_whole(tmp_path: Path, local_ray: str) -> None:
+    """The seed draws a worker and a driver that are killed and a file that is lost; when is as the machine runs.
+
+    Of a traceback that Ray's own processes may leave where one is killed the benchmark tells.
+    """
+    world = World(local_ray, str(tmp_path / "out"))
+    expected = undisturbed(world, tmp_path, "adopted")
+    assert (expected.shards, expected.rows[""].num_rows) == (12, 96)
+    life = endure(world, tmp_path, "adopted", expected, faults=3, seed="24")
+    assert not [problem for problem in life.wrong if not problem.startswith("a traceback")], (life.wrong, life.told)
+    assert life.faults, life.told
+    assert not life.rounded
 
 
 def _rows(**columns: list[object]) -> pa.Table:
