@@ -4,12 +4,17 @@ diffusers' script write them, in files that a model's tokenizers and text encode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.access import filesystem as filesystem_of
 from stages.models.copies import brought, here
 from stages.models.files import sha256
+
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""How a word's file may be called, of which the first is read; what is called otherwise is an output."""
 
 
 class LearnedWord(NamedTuple):
@@ -48,15 +53,15 @@ def learned_words(paths: Sequence[str], model: str, widths: Sequence[int]) -> tu
     """The words in files, each for the text encoder whose width its vector has.
 
     Args:
-        paths: Of files.
+        paths: Of files, and of outputs of `learn-concepts`, which stand for all the words in them.
         model: Whose words they are to be, for errors.
         widths: Of a word in each of its text encoders.
 
     Raises:
-        ValueError: A file is not there, holds no single word of one vector, is of another model or names a word twice;
-            or a word is not there for each of the text encoders.
+        ValueError: A file or output is not there, holds no single word of one vector, is of another model or names a
+            word twice; or a word is not there for each of the text encoders.
     """
-    words = [_read(path, model, widths) for path in paths]
+    words = [_read(file, model, widths) for path in paths for file in _files(path)]
     for word in words:
         known = [other.encoder for other in words if other.token == word.token]
         if len(known) > len(set(known)):
@@ -67,6 +72,53 @@ def learned_words(paths: Sequence[str], model: str, widths: Sequence[int]) -> tu
                 "name its other file too (learned_embeds.safetensors and learned_embeds_2.safetensors)"
             )
     return tuple(words)
+
+
+def check_learned_with(paths: Sequence[str], model: str, encoders: Mapping[str, str]) -> None:
+    """Refuse outputs of `learn-concepts` whose words were learnt with other text encoders: their vectors mean nothing
+    in this one, though they may be as wide.
+
+    Args:
+        paths: As `learned_words` takes them; a file says nothing of its model.
+        model: Whose words they are to be, for errors.
+        encoders: Its text encoders -> fingerprint, without words.
+
+    Raises:
+        ValueError: There is one.
+    """
+    import pyarrow.dataset as ds
+
+    for path in paths:
+        if not _is_output(path):
+            continue
+        filesystem, root = filesystem_of(path)
+        data = ds.dataset(f"{root.rstrip('/')}/data", format="parquet", filesystem=filesystem)
+        note = json.loads((data.schema.metadata or {}).get(b"latentmill", b"{}"))
+        learnt = {part: found.get("fingerprint") for part, found in note.get("models", {}).items() if part in encoders}
+        if learnt != dict(encoders):
+            name = note.get("config", {}).get("model", "another model")
+            raise ValueError(
+                f"words: those of {path} were learnt with {name!r}, whose text encoder is not that of {model!r}: "
+                "learn them with this model"
+            )
+
+
+def _is_output(path: str) -> bool:
+    return not path.endswith(FILES)
+
+
+def _files(path: str) -> list[str]:
+    """The file, or those of a finished output's words in the order of their names."""
+    if not _is_output(path):
+        return [path]
+    filesystem, root = filesystem_of(path)
+    root = root.rstrip("/")
+    if not filesystem.exists(f"{root}/_SUCCESS"):
+        raise ValueError(f"words: {path} is no finished output of a learn-concepts run (no _SUCCESS in it)")
+    found = sorted(filesystem.glob(f"{root}/concepts/*/*/learned_embeds*.safetensors"))
+    if not found:
+        raise ValueError(f"words: there are no words in {path}: no concept of that run was learnt")
+    return [f"{path.rstrip('/')}/concepts/{'/'.join(file.split('/')[-3:])}" for file in found]
 
 
 def _read(path: str, model: str, widths: Sequence[int]) -> LearnedWord:

@@ -70,8 +70,9 @@ class LatentModelSettings(Settings):
     loras: tuple[Lora, ...] | None = added()
     """Adapters that are added to the weights: a list of ``{path: ..., weight: 1.0}``; needs ``latentmill[lora]``."""
     words: tuple[ModelName, ...] | None = added()
-    """Learned words (textual inversions) that prompts may hold: ``.safetensors`` files as ``learn-concepts`` writes
-    them, one word of one vector each; of SDXL both files of a word. Stable Diffusion 1.x, 2.x and XL."""
+    """Learned words (textual inversions) that prompts may hold: outputs of ``learn-concepts`` with all their words, or
+    single ``.safetensors`` files as it writes them, one word of one vector each; of SDXL both files of a word. Stable
+    Diffusion 1.x, 2.x and XL."""
 
     @model_validator(mode="after")
     def _config_of_one_file(self) -> LatentModelSettings:

@@ -29,7 +29,7 @@ from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Combine, Condition, Geometry, Predict, Sizes
-from stages.models.learned_words import LearnedWord, add_word, learned_words
+from stages.models.learned_words import LearnedWord, add_word, check_learned_with, learned_words
 from stages.models.loras import add_lora
 from stages.models.memory import fitting, on_meta, peak_bytes
 from stages.models.multistep import Multistep
@@ -112,7 +112,7 @@ class StableDiffusion:
         text_shape = (int(texts[0].max_position_embeddings), int(unet["cross_attention_dim"]))
         widths = tuple(int(text.hidden_size) for text in texts)
         words = learned_words(settings.words or (), path, widths)
-        return Geometry(
+        geometry = Geometry(
             width=size,
             height=size,
             sizes=sizes,
@@ -129,6 +129,13 @@ class StableDiffusion:
             sampler="model" if stock else "ddim",
             guiding="classifier-free" if unet.get("time_cond_proj_dim") is None else "told",
         )
+        if settings.words:
+            prints = replace(geometry, words=()).fingerprints()
+            encoders = {
+                part: print_["fingerprint"] for part, print_ in prints.items() if part.startswith("text_encoder")
+            }
+            check_learned_with(settings.words, path, encoders)
+        return geometry
 
     @classmethod
     def load(cls, settings: LatentModelSettings, geometry: Geometry) -> StableDiffusion:

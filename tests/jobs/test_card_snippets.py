@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 
 from jobs.run import run_job
+from stages.models.families import read_geometry
+from stages.models.settings import LatentModelSettings
 from tests.support import tiny_kandinsky, tiny_stable_diffusion
 from tests.support.rare import picture
 from tests.support.snippets import blocks, needs_us, run
@@ -115,6 +117,12 @@ def test_learned_words(models: dict[str, str], inputs: Path, made: Made) -> None
         text = (out / "README.md").read_text()
         assert f"{out}/concepts/dotted/dotted-1/learned_embeds.safetensors" in text
         assert "frozen-in-ice" not in text
+    for kind, out in zip(chosen, outs, strict=True):
+        words = read_geometry(LatentModelSettings(model=chosen[kind], words=(str(out),))).words
+        assert {word.token for word in words} == {"<dotted-1>", "<dotted-subject-1>"}
+        assert len(words) == (4 if kind == "sdxl" else 2)
+    with pytest.raises(ValueError, match="of another model"):
+        read_geometry(LatentModelSettings(model=chosen["shipped"], words=(str(outs[0]),)))
     run([snippet for out in outs for snippet in snippets(out)])
     assert [Image.open(out.parent / "concept.png").size for out in outs] == [(16, 16), (16, 16), (64, 64)]
 

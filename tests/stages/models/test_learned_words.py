@@ -93,3 +93,46 @@ def test_a_file_that_is_none_is_refused(folders: dict[str, str], tmp_path: Path)
     open_latent_model(settings(folders["sd"], written(tmp_path / "own.safetensors", 32, "<mine>")))
     with pytest.raises(ValueError, match=r"red</w> in .* cannot be taken in"):
         open_latent_model(settings(folders["sd"], written(tmp_path / "known.safetensors", 32, "red</w>")))
+
+
+def learnt(folder: Path, model: str, tokens: tuple[str, ...] = ("frozen-1", "frozen-2"), width: int = 32) -> Path:
+    """What a finished `learn-concepts` run leaves, as far as words go."""
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "data").mkdir(parents=True)
+    (folder / "_SUCCESS").write_text("{}")
+    note = {"config": {"model": model}, "models": read_geometry(settings(model)).fingerprints()}
+    table = pa.table({"id": ["frozen"]}).replace_schema_metadata({"latentmill": json.dumps(note)})
+    pq.write_table(table, folder / "data/part-00000-of-00001.parquet")
+    for number, token in enumerate(tokens):
+        own = folder / "concepts/frozen" / token
+        own.mkdir(parents=True)
+        vector = torch.randn((1, width), generator=torch.Generator().manual_seed(number))
+        save_file({f"<{token}>": vector}, own / "learned_embeds.safetensors")
+    return folder
+
+
+def test_an_output_stands_for_all_words_in_it(folders: dict[str, str], tmp_path: Path) -> None:
+    out = learnt(tmp_path / "out", folders["sd"])
+    files = sorted(out.glob("concepts/*/*/*.safetensors"))
+    assert len(files) == 2
+    whole, single = (open_latent_model(settings(folders["sd"], *words)) for words in ([out], files))
+    prompt = ["<frozen-2> star in <frozen-1>"]
+    torch.testing.assert_close(whole.condition(prompt)["text_BLE"], single.condition(prompt)["text_BLE"])
+    assert whole.geometry.fingerprints() == single.geometry.fingerprints()
+
+
+def test_words_learnt_on_another_model_are_refused_by_its_name(folders: dict[str, str], tmp_path: Path) -> None:
+    """Also where they are as wide as this model's own."""
+    other = tiny_stable_diffusion.build(tmp_path / "other", "sd", seed=1)
+    out = learnt(tmp_path / "out", other)
+    with pytest.raises(ValueError, match=f"learnt with '{other}', whose text encoder is not that of '{folders['sd']}'"):
+        read_geometry(settings(folders["sd"], out))
+    read_geometry(settings(other, out))
+    with pytest.raises(ValueError, match="no finished output of a learn-concepts run"):
+        read_geometry(settings(other, tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="there are no words in"):
+        read_geometry(settings(other, learnt(tmp_path / "empty", other, tokens=())))
