@@ -151,8 +151,8 @@ def markdown(found: dict[str, Any]) -> str:
     head = ["combinations", "seeds", "guide", "pictures", "success by the oracle", "95 %, by concept", "CLIP text",
             "CLIP image", "copies", "spread of pixels", "passes a picture", "a success"]  # fmt: skip
     described = (
-        f"{setting['concepts']} concepts a kind, {setting['shown']} pictures of each inverted (lbo), "
-        f"{setting['steps']} steps, guidance {setting['guidance']:g}, nothing selected. Shipped weights, "
+        f"{setting['concepts']} concepts a kind, {setting['shown']} pictures of each (inverted by lbo, but for "
+        f"random), {setting['steps']} steps, guidance {setting['guidance']:g}, nothing selected. Shipped weights, "
         f"U-Net {found['unet'][:12]}."
     )
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
