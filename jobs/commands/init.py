@@ -17,6 +17,7 @@ SD15, KANDINSKY = "stable-diffusion-v1-5/stable-diffusion-v1-5", "kandinsky-comm
 TEMPLATES = {
     "reference": "reference",
     "invert-prompts": "ovi-kandinsky22",
+    "decode": "decode-kandinsky22",
     "invert-images": "invert-sd15",
     "learn-concepts": "lego-sd15",
     "rare-concepts": "rare-concepts-sd15",

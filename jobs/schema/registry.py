@@ -16,6 +16,7 @@ from jobs.schema.base import Job
 KINDS: dict[str, str] = {
     "reference": "jobs.kinds.reference:Reference",
     "invert-prompts": "jobs.kinds.invert_prompts:InvertPrompts",
+    "decode": "jobs.kinds.decode:Decode",
     "invert-images": "jobs.kinds.invert_images:InvertImages",
     "learn-concepts": "jobs.kinds.learn_concepts:LearnConcepts",
     "rare-concepts": "jobs.kinds.rare_concepts:RareConcepts",

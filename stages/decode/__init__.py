@@ -1,0 +1,1 @@
+"""Image embeddings to pictures, by the decoders that people use."""

@@ -1,0 +1,323 @@
+"""One protocol for the decoders of image embeddings, and which one a pipeline's folder asks for.
+
+All drawing is done by diffusers' own pipelines; a row's noise is its own.
+
+Legend: B rows, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from stages.decode.settings import Decoding, EmbeddingDecoding, IPAdapter
+from stages.engine.randomness import row_generator
+from stages.models import clip, kandinsky
+from stages.models.copies import here
+from stages.models.files import sha256
+from stages.models.kandinsky import DecoderError
+from stages.models.latent import Place
+
+Identities = dict[str, dict[str, str]]
+
+
+class Decoder(Protocol):
+    """Draws."""
+
+    def pictures(self, z_BE: torch.Tensor, keys: list[str]) -> list[Any]:
+        """A PIL picture for each embedding; all that is random about row b is drawn from (seed, keys[b])."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of decoder.
+
+    Attributes:
+        width: E, from configurations alone; refuses settings that do not fit.
+        identity: Its networks, for `StageInfo.models`.
+        load: The decoder, on a device.
+    """
+
+    width: Callable[[EmbeddingDecoding], int]
+    identity: Callable[[EmbeddingDecoding], Identities]
+    load: Callable[[EmbeddingDecoding, int, str], Decoder]
+
+
+def kind_of(decode: Decoding) -> Kind:
+    """What draws, by the class that the pipeline's ``model_index.json`` names.
+
+    Raises:
+        DecoderError: There is no pipeline, it takes no embeddings, or the settings are those of another kind.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        config = DiffusionPipeline.load_config(here(decode.model), revision=decode.revision)
+    except (OSError, ValueError) as error:
+        raise DecoderError(f"{decode.model}: no pipeline can be loaded: {error}") from None
+    name = str(config.get("_class_name"))
+    if name not in KINDS:
+        raise DecoderError(f"{decode.model}: a {name} draws nothing from image embeddings; one of {', '.join(KINDS)}")
+    kind = KINDS[name]
+    if decode.noise_level is not None and kind is not UNCLIP:
+        raise DecoderError(f"{decode.model}: `noise_level` belongs to Stable unCLIP, this is a {name}")
+    if decode.ip_adapter is not None and kind not in (IP_SD, IP_XL):
+        raise DecoderError(f"{decode.model}: `ip_adapter` belongs to Stable Diffusion, this is a {name}")
+    if decode.ip_adapter is None and kind in (IP_SD, IP_XL):
+        raise DecoderError(f"{decode.model}: a {name} takes image embeddings through an adapter; set `ip_adapter`")
+    return kind
+
+
+# --- Kandinsky 2.2 ---------------------------------------------------------------------------------------------------
+
+
+def _kandinsky_width(settings: EmbeddingDecoding) -> int:
+    from diffusers import UNet2DConditionModel
+
+    decode = settings.decode
+    config = UNet2DConditionModel.load_config(here(decode.model), subfolder="unet", revision=decode.revision)
+    width = int(config["encoder_hid_dim"])
+    if settings.encoder is not None:
+        kandinsky.check_width(decode, clip.embedding_width(settings.encoder, settings.revision))
+    elif decode.guidance > 1:
+        raise DecoderError(
+            f"{decode.model}: Kandinsky's guidance contrasts with the embedding of an all-zero picture; set `encoder` "
+            "to the image encoder of the embeddings (its prior pipeline has it), or `guidance: 1`"
+        )
+    return width
+
+
+def _kandinsky_identity(settings: EmbeddingDecoding) -> Identities:
+    found = kandinsky.identity(settings.decode, settings.allow_pickle)
+    if settings.encoder is not None:
+        pickles = settings.allow_pickle
+        found["image_encoder"] = clip.identity(settings.encoder, "image", settings.revision, allow_pickle=pickles)
+    return found
+
+
+def _kandinsky(settings: EmbeddingDecoding, seed: int, device: str) -> Decoder:
+    if settings.encoder is None:  # without guidance the pipeline asks for it and leaves it out
+        negative_E = torch.zeros(_kandinsky_width(settings))
+    else:
+        pickles = settings.allow_pickle
+        encoder = clip.ImageEncoder(settings.encoder, settings.revision, device, allow_pickle=pickles)
+        negative_E = encoder.zero_embedding()
+    return kandinsky.Decoder(
+        settings.decode, negative_E, seed=seed, device=device, allow_pickle=settings.allow_pickle
+    )  # fmt: skip
+
+
+# --- stock pipelines -------------------------------------------------------------------------------------------------
+
+UNCLIP_PARTS = ("unet", "vae", "text_encoder", "image_encoder", "image_normalizer")
+SD_PARTS = ("unet", "vae", "text_encoder")
+XL_PARTS = (*SD_PARTS, "text_encoder_2")
+
+
+def _places(settings: EmbeddingDecoding, parts: tuple[str, ...]) -> dict[str, Place]:
+    decode = settings.decode
+    return {
+        part: Place(decode.model, decode.revision, part, allow_pickle=bool(settings.allow_pickle)) for part in parts
+    }
+
+
+def _identity(settings: EmbeddingDecoding, parts: tuple[str, ...]) -> Identities:
+    return {f"decoder_{part}": place.identity() for part, place in _places(settings, parts).items()}
+
+
+class StockDecoder:
+    """A pipeline of diffusers that is told an empty prompt, and an embedding.
+
+    Args:
+        kind: The pipeline's class.
+        parts: Its networks.
+        left_out: Other parts of it, that are not loaded.
+
+    Raises:
+        DecoderError: There is no such pipeline.
+    """
+
+    def __init__(self, settings: EmbeddingDecoding, kind: Any, parts: tuple[str, ...], seed: int, device: str,
+                 **left_out: Any) -> None:  # fmt: skip
+        self.decode, self.seed, self.device = settings.decode, seed, device
+        self.dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        try:
+            places = _places(settings, parts)
+            networks = {part: places[part].load(_class(part), self.dtype) for part in parts}
+            pipe = kind.from_pretrained(
+                here(self.decode.model), dtype=self.dtype, revision=self.decode.revision, **networks, **left_out
+            )
+        except (OSError, ValueError) as error:
+            raise DecoderError(f"{self.decode.model}: the decoder cannot be loaded: {error}") from None
+        self.pipe: Any = pipe.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in parts:
+            getattr(pipe, part).requires_grad_(False)
+
+    def pictures(self, z_BE: torch.Tensor, keys: list[str]) -> list[Any]:
+        decode = self.decode
+        done: list[Any] = self.pipe(
+            prompt=[""] * len(z_BE), num_inference_steps=decode.steps, guidance_scale=decode.guidance,
+            height=decode.size, width=decode.size,
+            generator=[row_generator(self.seed, key, "decode") for key in keys],
+            **self.conditions(z_BE.to(self.device, self.dtype)),
+        ).images  # fmt: skip
+        return done
+
+    def conditions(self, z_BE: torch.Tensor) -> dict[str, Any]:
+        """How the pipeline is told the embeddings."""
+        raise NotImplementedError
+
+
+def _class(part: str) -> Any:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    return {
+        "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection, "image_encoder": CLIPVisionModelWithProjection,
+        "image_normalizer": StableUnCLIPImageNormalizer,
+    }[part]  # fmt: skip
+
+
+# --- Stable unCLIP ---------------------------------------------------------------------------------------------------
+
+
+def _unclip_width(settings: EmbeddingDecoding) -> int:
+    from diffusers import DDPMScheduler
+
+    decode = settings.decode
+    normalizer = _class("image_normalizer").load_config(
+        here(decode.model), subfolder="image_normalizer", revision=decode.revision
+    )
+    noising = DDPMScheduler.load_config(
+        here(decode.model), subfolder="image_noising_scheduler", revision=decode.revision
+    )
+    levels = int(noising.get("num_train_timesteps", 1000))
+    if (decode.noise_level or 0) >= levels:
+        raise DecoderError(f"{decode.model}: noise_level is {decode.noise_level}, give 0 to {levels - 1}")
+    return int(normalizer["embedding_dim"])
+
+
+class UnCLIPDecoder(StockDecoder):
+    """Stable unCLIP 2.1 (L and H). The embedding is normalised, noised by `noise_level`, and carries that level along;
+    its noise is drawn before the latent's, from the same generator.
+    """
+
+    def __init__(self, settings: EmbeddingDecoding, seed: int, device: str) -> None:
+        from diffusers import StableUnCLIPImg2ImgPipeline
+
+        super().__init__(settings, StableUnCLIPImg2ImgPipeline, UNCLIP_PARTS, seed, device)
+
+    def conditions(self, z_BE: torch.Tensor) -> dict[str, Any]:
+        return {"image_embeds": z_BE, "noise_level": self.decode.noise_level or 0}
+
+
+# --- IP-Adapter ------------------------------------------------------------------------------------------------------
+
+
+def adapter_file(adapter: IPAdapter) -> Path:
+    """Its file on this machine; from the hub it is downloaded once.
+
+    Raises:
+        DecoderError: There is none.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        local = Path(here(adapter.path))
+        if local.is_file() and local.suffix == ".safetensors":
+            return local
+        owner, name, *rest = adapter.path.split("/")
+        if not local.is_absolute() and rest and rest[-1].endswith(".safetensors"):
+            return Path(hf_hub_download(f"{owner}/{name}", "/".join(rest)))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DecoderError(f"ip_adapter {adapter.path!r} is neither here nor on the hub: {reason}") from None
+    raise DecoderError(f"ip_adapter {adapter.path!r}: there is no .safetensors file; name the file itself")
+
+
+def _adapter_width(settings: EmbeddingDecoding) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    adapter = settings.decode.ip_adapter
+    assert adapter is not None
+    try:
+        with safe_open(str(adapter_file(adapter)), framework="pt") as file:
+            if "image_proj.proj.weight" in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                return int(file.get_slice("image_proj.proj.weight").get_shape()[1])
+    except SafetensorError as error:
+        raise DecoderError(f"ip_adapter {adapter.path!r} cannot be read: {error}") from None
+    raise DecoderError(
+        f"ip_adapter {adapter.path!r} is not of the plain kind, which takes one embedding (no image_proj.proj.weight)"
+    )
+
+
+def _adapter_identity(settings: EmbeddingDecoding, parts: tuple[str, ...]) -> Identities:
+    adapter = settings.decode.ip_adapter
+    assert adapter is not None
+    mark = {"path": adapter.path, "revision": "", "fingerprint": sha256(adapter_file(adapter))}
+    return {**_identity(settings, parts), "ip_adapter": mark}
+
+
+class IPAdapterDecoder(StockDecoder):
+    """Stable Diffusion 1.5 or XL with an IP-Adapter. Guidance contrasts with an embedding of zeros, as the pipeline
+    does where it encodes a picture itself.
+
+    Rows are drawn one at a time: in a batch the pipeline draws other pictures than alone (up to 68 of 255 levels on
+    random weights, where its other inputs are the same to the last bit); why is not known.
+    """
+
+    def __init__(self, settings: EmbeddingDecoding, seed: int, device: str, *, xl: bool) -> None:
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        left_out = {"image_encoder": None, "feature_extractor": None}
+        if xl:
+            super().__init__(settings, StableDiffusionXLPipeline, XL_PARTS, seed, device, **left_out)
+        else:
+            left_out["safety_checker"] = None
+            super().__init__(
+                settings, StableDiffusionPipeline, SD_PARTS, seed, device, **left_out, requires_safety_checker=False
+            )
+        adapter = settings.decode.ip_adapter
+        assert adapter is not None
+        file = adapter_file(adapter)
+        try:
+            self.pipe.load_ip_adapter(
+                str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None
+            )  # fmt: skip
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DecoderError(f"ip_adapter {adapter.path!r} does not fit {settings.decode.model}: {reason}") from None
+        self.pipe.set_ip_adapter_scale(adapter.scale)
+
+    def pictures(self, z_BE: torch.Tensor, keys: list[str]) -> list[Any]:
+        return [super(IPAdapterDecoder, self).pictures(z_BE[b : b + 1], [key])[0] for b, key in enumerate(keys)]
+
+    def conditions(self, z_BE: torch.Tensor) -> dict[str, Any]:
+        z_B1E = z_BE[:, None]
+        guided = self.decode.guidance > 1
+        return {"ip_adapter_image_embeds": [torch.cat([torch.zeros_like(z_B1E), z_B1E]) if guided else z_B1E]}
+
+
+KANDINSKY = Kind(_kandinsky_width, _kandinsky_identity, _kandinsky)
+UNCLIP = Kind(_unclip_width, lambda settings: _identity(settings, UNCLIP_PARTS), UnCLIPDecoder)
+IP_SD = Kind(
+    _adapter_width, lambda settings: _adapter_identity(settings, SD_PARTS),
+    lambda settings, seed, device: IPAdapterDecoder(settings, seed, device, xl=False),
+)  # fmt: skip
+IP_XL = Kind(
+    _adapter_width, lambda settings: _adapter_identity(settings, XL_PARTS),
+    lambda settings, seed, device: IPAdapterDecoder(settings, seed, device, xl=True),
+)  # fmt: skip
+KINDS = {
+    "KandinskyV22Pipeline": KANDINSKY, "StableUnCLIPImg2ImgPipeline": UNCLIP,
+    "StableDiffusionPipeline": IP_SD, "StableDiffusionXLPipeline": IP_XL,
+}  # fmt: skip
+"""Class of a pipeline -> what draws with it."""

@@ -1,0 +1,74 @@
+"""The stage of `decode`: an embedding in, its picture out.
+
+Legend: B rows, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from pipeline.contract import Column, Row, StageInfo, failed, ok
+from stages.decode.decoders import kind_of
+from stages.decode.settings import DecodeSettings
+from stages.engine.device import chosen_device
+from stages.engine.passthrough import in_batches
+from stages.engine.room import Room
+
+
+class DecodeEmbeddings:
+    """Rows with an ``embedding`` to rows with an ``image``; noise is drawn from the seed and the row's id.
+
+    Args:
+        device: None: a GPU where there is one.
+    """
+
+    Settings = DecodeSettings
+
+    def __init__(self, settings: DecodeSettings, device: str | None = None) -> None:
+        kind = kind_of(settings.decode)
+        self.decode, self.width = settings.decode, kind.width(settings)
+        self.decoder = kind.load(settings, settings.seed, chosen_device(device))
+        self.room = Room()
+
+    @staticmethod
+    def describe(settings: DecodeSettings) -> StageInfo:
+        kind = kind_of(settings.decode)
+        metadata = {"decoder.width": str(kind.width(settings))}
+        return StageInfo((Column("image", "image"),), kind.identity(settings), metadata, {"embedding": "value"})
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
+        return in_batches(rows, self.decode.batch, self._drawn)
+
+    def _drawn(self, rows: list[Row]) -> Iterator[Row]:
+        good: list[Row] = []
+        vectors: list[np.ndarray] = []
+        for row in rows:
+            z_E, problem = self._vector(row)
+            if problem:
+                yield failed(row, problem)
+            else:
+                good.append(row)
+                vectors.append(z_E)
+        if not good:
+            return
+        z_BE = torch.from_numpy(np.stack(vectors))
+        keys = [str(row["id"]) for row in good]
+        parts = self.room.parts(len(good), lambda part: self.decoder.pictures(z_BE[part], keys[part]))
+        pictures = [picture for part in parts for picture in part]
+        yield from (ok(row, image=picture) for row, picture in zip(good, pictures, strict=True))
+
+    def _vector(self, row: Row) -> tuple[np.ndarray, str]:
+        """The row's embedding (E,), float32; and what is wrong with it, or ""."""
+        try:
+            z_E = np.asarray(row.get("embedding"), dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            return np.empty(0), f"the column 'embedding' holds no list of numbers: {error}"
+        if z_E.shape != (self.width,):
+            shape = f"width {len(z_E)}" if z_E.ndim == 1 else f"shape {z_E.shape}"
+            return z_E, f"the embedding has {shape}, the decoder {self.decode.model} takes {self.width} numbers"
+        if not np.isfinite(z_E).all():
+            return z_E, "the embedding is not finite and cannot be decoded"
+        return z_E, ""

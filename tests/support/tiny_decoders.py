@@ -1,0 +1,82 @@
+"""Random-weight folders of decoders of image embeddings: Stable unCLIP, and IP-Adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.support.tiny_stable_diffusion import tokenizer
+
+WIDTH = 24
+TOKENS = 4
+"""Of an IP-Adapter."""
+
+
+def build_unclip(folder: Path, seed: int = 0) -> str:
+    """Stable unCLIP's architecture (2.1: a class embedding of embedding and noise level): 16x16 pictures."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    torch.manual_seed(seed)
+    words = tokenizer(16)
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
+        projection_dim=WIDTH,
+    )  # fmt: skip
+    normalizer = StableUnCLIPImageNormalizer(embedding_dim=WIDTH)
+    torch.nn.init.normal_(normalizer.mean)
+    torch.nn.init.uniform_(normalizer.std, 0.5, 2.0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 4), class_embed_type="projection", projection_class_embeddings_input_dim=2 * WIDTH,
+        use_linear_projection=True,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8,
+    )  # fmt: skip
+    StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessor(), image_encoder=CLIPVisionModelWithProjection(vision),
+        image_normalizer=normalizer, image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=words, text_encoder=CLIPTextModel(text), unet=unet, scheduler=DDIMScheduler(), vae=vae,
+    ).save_pretrained(str(folder))  # fmt: skip
+    return str(folder)
+
+
+def build_ip_adapter(file: Path, model: str, seed: int = 0, width: int = WIDTH) -> str:
+    """The weights of an IP-Adapter of the plain kind for a folder's U-Net, under the published names."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    cross = unet.config.cross_attention_dim
+    weights = {
+        "image_proj.proj.weight": torch.randn(TOKENS * cross, width, generator=draw),
+        "image_proj.proj.bias": torch.randn(TOKENS * cross, generator=draw),
+        "image_proj.norm.weight": torch.ones(cross),
+        "image_proj.norm.bias": torch.zeros(cross),
+    }
+    parameters = dict(unet.named_parameters())
+    # Published files count the U-Net's attention processors: the odd ones attend to the prompt.
+    for number, name in enumerate(unet.attn_processors):
+        if "attn2" in name:
+            wide = parameters[name.removesuffix(".processor") + ".to_k.weight"].shape[0]
+            for part in ("to_k_ip", "to_v_ip"):
+                weights[f"ip_adapter.{number}.{part}.weight"] = torch.randn(wide, cross, generator=draw)
+    save_file(weights, str(file))
+    return str(file)
