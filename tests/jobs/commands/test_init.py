@@ -77,7 +77,7 @@ def test_examples_are_found_from_anywhere(name: str, tmp_path: Path, monkeypatch
     raw = yaml.safe_load(text)
     if not name.startswith("compbench"):  # whose input its own command writes
         reading.load(raw)
-    if name in ("quickstart", "rare-concepts-micro"):
+    if name in ("quickstart", "rare-concepts-micro", "rare-guides-micro"):
         for path in re.findall(rf"{re.escape(str(tmp_path))}[^\"\n]*(?=\")", text):
             assert Path(path).exists(), path
 
