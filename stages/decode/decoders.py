@@ -270,8 +270,8 @@ class IPAdapterDecoder(StockDecoder):
     """Stable Diffusion 1.5 or XL with an IP-Adapter. Guidance contrasts with an embedding of zeros, as the pipeline
     does where it encodes a picture itself.
 
-    Rows are drawn one at a time: in a batch the pipeline draws other pictures than alone (up to 68 of 255 levels on
-    random weights, where its other inputs are the same to the last bit); why is not known.
+    Rows are drawn one at a time: of a batch of B prompts the pipeline repeats the given embeddings B times, meaning one
+    picture for all prompts, and its attention then folds the B B of them into B rows, which mixes them without a word.
     """
 
     def __init__(self, settings: EmbeddingDecoding, seed: int, device: str, *, xl: bool) -> None:
