@@ -21,6 +21,7 @@ TEMPLATES = {
     "invert-images": "invert-sd15",
     "learn-concepts": "lego-sd15",
     "rare-concepts": "rare-concepts-sd15",
+    "select-corpus": "select-corpus",
     "train-inverter": "train-inverter-sd15",
     "invert-text": "invert-text-sd15",
     "chain": "chain-kandinsky22",

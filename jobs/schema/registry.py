@@ -20,6 +20,7 @@ KINDS: dict[str, str] = {
     "invert-images": "jobs.kinds.invert_images:InvertImages",
     "learn-concepts": "jobs.kinds.learn_concepts:LearnConcepts",
     "rare-concepts": "jobs.kinds.rare_concepts:RareConcepts",
+    "select-corpus": "jobs.kinds.select_corpus:SelectCorpus",
     "train-inverter": "jobs.kinds.train_inverter:TrainInverter",
     "invert-text": "jobs.kinds.train_inverter:InvertText",
     "chain": "jobs.kinds.chain:Chain",

@@ -27,7 +27,7 @@ def test_every_kind_has_a_template() -> None:
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_what_init_writes_is_a_job_of_that_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    kandinsky = kind in ("reference", "invert-prompts", "decode", "chain")
+    kandinsky = kind in ("reference", "invert-prompts", "decode", "select-corpus", "chain")
     fitting = ["kandinsky22"] if kandinsky else ["sd15", "sd21", "sdxl"]
     for model in (None, *MODELS, "mine/model: a", "./local"):
         words = ["init", kind, "-o", f"{model}.yaml".replace("/", "-"), *(("--model", model) if model else ())]

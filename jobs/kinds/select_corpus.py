@@ -1,0 +1,285 @@
+"""Job ``select-corpus``: a pool of candidate pictures to a training set of good ones that differ."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from jobs.page.html import Html, table
+from jobs.page.view import View
+from jobs.schema.base import RowJob
+from jobs.schema.panel import Panel
+from pipeline.contract import StageSpec
+from stages.selection.settings import EmbedCandidatesSettings, SelectionSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    import pipeline.run.driver
+
+FOLDER = "corpus"
+SELECTION = "selection.parquet"
+BALANCE = "balance.json"
+CLASSES = "classes.json"
+MOST_CLASSES = 200
+"""Lines of the page's table."""
+
+
+class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
+    """Pictures with a class, of which the good ones that differ from each other become a training set.
+
+    Rows need a picture in ``image``, and their class in the column `by`. All are embedded by the workers; when the last
+    shard is committed, each class's candidates are compared with each other.
+    """
+
+    job: Literal["select-corpus"] = "select-corpus"
+    by: str = "concept"
+    """Column with the class of a picture."""
+    score: str | None = "score"
+    """Column with numbers, higher for better pictures. ``null``: there is none."""
+    export: Literal["parquet", "imagefolder", "webdataset"] = "parquet"
+    """What the training set is written as; `datasets.load_dataset` takes each."""
+    test: float = Field(0.0, ge=0, lt=1)
+    """Share of the pictures that go into the split ``test``, by a hash of their ids."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_what_it_needs(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not isinstance(value.get("keep", ()), Sequence):
+            return value
+        fields = cls.model_fields
+        needed = ["image", *(value.get(name, fields[name].default) for name in ("by", "score"))]
+        keep = [name for name in value.get("keep", ()) if name not in needed]
+        return {**value, "keep": [name for name in dict.fromkeys(needed) if name is not None] + keep}
+
+    @model_validator(mode="after")
+    def _columns_apart(self) -> SelectCorpus:
+        for name in self.keep:
+            if name in ("label", "class"):
+                raise ValueError(f"keep: the training set has a column {name!r} of its own; map it with input.columns")
+        if self.by in ("id", "image", self.score):
+            raise ValueError(f"by: {self.by!r} holds no classes; name the column that does")
+        return self
+
+    def stage(self) -> StageSpec:
+        return StageSpec.of("stages.selection.stage:EmbedCandidates", self.part(EmbedCandidatesSettings))
+
+    products: ClassVar[tuple[str, ...]] = (FOLDER, SELECTION, BALANCE, CLASSES)
+    finish_apart: ClassVar[bool] = True
+
+    def finish(self, finished: pipeline.run.driver.Finished) -> None:
+        """Choose, a class at a time, and write what was chosen."""
+        import tempfile
+
+        _require_pictures(finished)
+        with tempfile.TemporaryDirectory() as scratch:
+            pool = gather(finished, self, f"{scratch}/embeddings")
+            why = [said or "" for said in chosen(pool, self)]
+        self._write_selection(finished, pool, why)
+        self._write_corpus(finished, pool, why)
+        _write_json(finished, BALANCE, _balance(pool, why, self.count))
+
+    def _write_selection(self, finished: pipeline.run.driver.Finished, pool: Pool, why: Sequence[str]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {
+            "id": pa.array(pool.ids, pa.string()),
+            "label": pa.array(pool.labels, pa.string()),
+            "score": pa.array(pool.score_N, pa.float64(), from_pandas=True),
+            "kept": pa.array([not said for said in why], pa.bool_()),
+            "why": pa.array([said or None for said in why], pa.string()),
+        }
+        with finished.output.open_file(SELECTION, "wb") as file:
+            pq.write_table(pa.table(columns), file)
+
+    def _write_corpus(self, finished: pipeline.run.driver.Finished, pool: Pool, why: Sequence[str]) -> None:
+        import pyarrow as pa
+
+        from pipeline.output.training_set import split_of, writer
+
+        numbers = {own: number for number, own in enumerate(pool.classes)}
+        shown = [name for name in self.keep if name not in ("image", self.by)]
+        start = 0
+        with writer(self.export, FOLDER, finished.output.open_file) as corpus:
+            for rows in finished.tables(["id", "image", self.by, *shown]):
+                kept = [n for n in range(len(rows)) if not why[start + n]]
+                labels = [str(pool.labels[start + n]) for n in kept]
+                start += len(rows)
+                taken = rows.take(pa.array(kept, pa.int64()))  # typed, or none of them has no type
+                named = {
+                    "id": taken["id"], "image": taken["image"], "label": pa.array(labels, pa.string()),
+                    "class": pa.array([numbers[own] for own in labels], pa.int64()),
+                    **{name: taken[name] for name in shown},
+                }  # fmt: skip
+                splits = [split_of(own, self.test) for own in taken["id"].to_pylist()]
+                for split in sorted(set(splits)):
+                    part = [n for n, own in enumerate(splits) if own == split]
+                    corpus.add(split, pa.table(named).take(part))
+        _write_json(finished, CLASSES, numbers)
+
+    def card(self, finished: pipeline.run.driver.Finished) -> str:
+        return _CARD.format(output=finished.output.path, by=self.by)
+
+    def panels(self) -> list[Panel]:
+        note = "Candidates of each class, those that were kept, and why the others were not."
+        return [Panel("Class balance", _draw_balance, note)]
+
+
+_CARD = """## The training set
+
+`{output}/corpus` holds the pictures that were kept, `selection.parquet` every candidate with `kept` and `why` it was
+not, `balance.json` their numbers by class (column `{by}`), `classes.json` the number of each class.
+
+"""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All rows, in the order of the output.
+
+    Attributes:
+        ids, labels: Of each row; a label is None where a row has no class.
+        score_N: NaN where there is none.
+        nearest: The picture of `against` that a row is nearest to, and the cosine to it; None without `against`.
+        good_N: The row has an embedding.
+        z_NE: Memory map of embeddings; zeros where there is none.
+    """
+
+    ids: list[str]
+    labels: list[str | None]
+    score_N: np.ndarray
+    nearest: list[tuple[str, float] | None]
+    good_N: np.ndarray
+    z_NE: np.ndarray
+
+    @property
+    def classes(self) -> list[str]:
+        return sorted({own for own in self.labels if own is not None})
+
+
+def gather(finished: pipeline.run.driver.Finished, job: SelectCorpus, path: str) -> Pool:
+    """What choosing needs of the committed rows; embeddings lie in a file, so that memory holds one class of them.
+
+    Args:
+        path: Of that file, on a local disk.
+
+    Raises:
+        ValueError: No row has an embedding, or the column of scores holds no numbers.
+    """
+    import numpy as np
+
+    ids: list[str] = []
+    labels: list[str | None] = []
+    scores: list[Any] = []
+    good: list[bool] = []
+    nearest: list[tuple[str, float] | None] = []
+    against = ["nearest", "nearest_cosine"] if job.against is not None else []
+    wanted = dict.fromkeys(["id", "status", job.by, *([job.score] if job.score else []), "embedding", *against])
+    width = 1
+    with open(path, "wb") as file:
+        for rows in finished.tables(list(wanted)):
+            ids += rows["id"].to_pylist()
+            labels += [None if own is None else str(own) for own in rows[job.by].to_pylist()]
+            scores += rows[job.score].to_pylist() if job.score else [None] * len(rows)
+            good += [own == "ok" for own in rows["status"].to_pylist()]
+            if against:
+                told = zip(*(rows[name].to_pylist() for name in against), strict=True)
+                nearest += [None if own is None else (own, cosine) for own, cosine in told]
+            width = rows["embedding"].type.list_size
+            file.write(_filled(rows["embedding"], width).tobytes())
+    if not any(good):
+        raise ValueError("no candidate could be embedded, so there is nothing to choose from: see the failed rows")
+    try:
+        score_N = np.array([np.nan if own is None else own for own in scores], np.float64)
+    except (TypeError, ValueError):
+        message = f"score: the column {job.score!r} holds something else than numbers; name another, or score: null"
+        raise ValueError(message) from None
+    z_NE = np.memmap(path, np.float32, "r", shape=(len(ids), width))
+    return Pool(ids, labels, score_N, nearest or [None] * len(ids), np.array(good), z_NE)
+
+
+def _require_pictures(finished: pipeline.run.driver.Finished) -> None:
+    from pipeline.input.rows import is_picture
+    from pipeline.output.schema import decode_schema
+
+    if not is_picture(decode_schema(finished.output.plan["schema"]).field("image").type):
+        message = "the column 'image' holds addresses of pictures, of which no training set can be made"
+        raise ValueError(f"{message}: give their folder or a Parquet file with their bytes as the input")
+
+
+def _filled(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """Embeddings as rows of float32, zeros where there is none."""
+    import numpy as np
+
+    z_NE = np.zeros((len(column), width), np.float32)
+    there_N = np.flatnonzero(column.is_valid().to_numpy())
+    taken = column.take(there_N)
+    flat = [np.asarray(chunk.flatten(), np.float32) for chunk in taken.chunks]
+    z_NE[there_N] = np.concatenate([np.empty(0, np.float32), *flat]).reshape(-1, width)
+    return z_NE
+
+
+def chosen(pool: Pool, job: SelectCorpus) -> list[str | None]:
+    """Why each row of the pool is dropped; None: it is kept."""
+    import numpy as np
+
+    from stages.selection.choose import Candidates, choose
+
+    why: list[str | None] = ["failed" if not good else "no class" for good in pool.good_N]
+    members: dict[str, list[int]] = {}
+    for n, own in enumerate(pool.labels):
+        if own is not None and pool.good_N[n]:
+            members.setdefault(own, []).append(n)
+    for rows in members.values():
+        copies = [near[0] if (near := pool.nearest[n]) and near[1] >= job.copy_cosine else None for n in rows]
+        score_N = pool.score_N[rows] if job.score else None
+        group = Candidates([pool.ids[n] for n in rows], np.asarray(pool.z_NE[rows]), score_N, copies)
+        for n, said in zip(rows, choose(group, job), strict=True):
+            why[n] = said
+    return why
+
+
+def _balance(pool: Pool, why: Sequence[str], count: int) -> dict[str, dict[str, Any]]:
+    """Of each class: candidates, those kept, and how many were dropped for what."""
+    said: dict[str, Counter[str]] = {own: Counter() for own in pool.classes}
+    for own, reason in zip(pool.labels, why, strict=True):
+        if own is not None:
+            said[own][_kind(reason)] += 1
+    return {
+        own: {
+            "candidates": each.total(), "kept": each.pop("", 0), "asked": count, "dropped": dict(sorted(each.items())),
+        }
+        for own, each in said.items()
+    }  # fmt: skip
+
+
+def _kind(reason: str) -> str:
+    """A reason without the id in it."""
+    return next((kind for kind in ("copy of", "too near") if reason.startswith(kind)), reason)
+
+
+def _write_json(finished: pipeline.run.driver.Finished, name: str, value: Mapping[str, Any]) -> None:
+    with finished.output.open_file(name, "wb") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def _draw_balance(view: View) -> Html:
+    try:
+        with view.output.open_file(BALANCE) as file:
+            balance: dict[str, dict[str, Any]] = json.loads(file.read())
+    except FileNotFoundError:
+        return Html("")
+    fewest = sorted(balance.items(), key=lambda item: (item[1]["kept"] - item[1]["asked"], item[0]))
+    lines = [
+        [own, each["candidates"], f"{each['kept']} of {each['asked']}",
+         ", ".join(f"{count} {kind}" for kind, count in each["dropped"].items())]
+        for own, each in fewest[:MOST_CLASSES]
+    ]  # fmt: skip
+    return table(["class", "candidates", "kept", "dropped"], lines, (1, 2))

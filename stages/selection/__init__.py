@@ -1,0 +1,1 @@
+"""Which of many candidate pictures make a corpus: good ones that differ."""
