@@ -114,7 +114,7 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
                 start += len(rows)
                 taken = rows.take(pa.array(kept, pa.int64()))  # typed, or none of them has no type
                 named = {
-                    "id": taken["id"], "image": taken["image"], "label": pa.array(labels, pa.string()),
+                    "id": taken["id"], "image": _pictures(taken["image"]), "label": pa.array(labels, pa.string()),
                     "class": pa.array([numbers[own] for own in labels], pa.int64()),
                     **{name: taken[name] for name in shown},
                 }  # fmt: skip
@@ -206,12 +206,25 @@ def gather(finished: pipeline.run.driver.Finished, job: SelectCorpus, path: str)
 
 
 def _require_pictures(finished: pipeline.run.driver.Finished) -> None:
+    import pyarrow as pa
+
     from pipeline.input.rows import is_picture
     from pipeline.output.schema import decode_schema
 
-    if not is_picture(decode_schema(finished.output.plan["schema"]).field("image").type):
+    kind = decode_schema(finished.output.plan["schema"]).field("image").type
+    if not (is_picture(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         message = "the column 'image' holds addresses of pictures, of which no training set can be made"
         raise ValueError(f"{message}: give their folder or a Parquet file with their bytes as the input")
+
+
+def _pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Encoded pictures as `datasets` types them, {bytes, path}, also where the column holds bytes alone."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(column.type):
+        return column
+    data = column.combine_chunks().cast(pa.binary())
+    return pa.chunked_array([pa.StructArray.from_arrays([data, pa.nulls(len(data), pa.string())], ["bytes", "path"])])
 
 
 def _filled(column: pa.ChunkedArray, width: int) -> np.ndarray:

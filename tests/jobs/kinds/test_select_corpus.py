@@ -168,3 +168,14 @@ def test_kept_pictures_are_the_pool_s_own_bytes(pool: Path, prior: str, tmp_path
         number = int(row["id"].removeprefix("a/"))
         assert row["image"]["bytes"] == (pool / f"{number:02d}.png").read_bytes()
         assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (40, 40)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "imagefolder", "webdataset"])
+def test_a_column_of_bytes_alone_holds_pictures_too(layout: str, pool: Path, prior: str, tmp_path: Path) -> None:
+    rows = pq.read_table(pool / "pool.parquet").to_pylist()
+    bare = [{**row, "image": row["image"]["bytes"]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(bare), tmp_path / "pool.parquet")
+    for name, source in (("bare", tmp_path), ("typed", pool)):
+        told_of = {"path": str(source / "pool.parquet"), "id": "id", "images": ["image"]}
+        assert run_job(job(pool, prior, input=told_of, export=layout), output=str(tmp_path / name)).state == "complete"
+    assert files(tmp_path / "bare") == files(tmp_path / "typed")
