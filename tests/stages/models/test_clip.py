@@ -37,3 +37,24 @@ def test_encoders_name_what_is_missing(tmp_path):
         clip.TextEncoder(str(tmp_path / "nowhere"))
     with pytest.raises(clip.ModelError, match="nowhere"):
         clip.identity(str(tmp_path / "nowhere"), "image")
+
+
+def test_prompts_are_read_to_the_longest_s_end_and_mean_what_they_mean_at_full_length(prior):
+    """Against transformers at the whole context, a prompt at a time; among them one that fills it, and an empty one."""
+    encoder = clip.TextEncoder(prior)
+    prompts = ["", "a red star", " ".join(["a red star"] * 40), "two blue rings on the left of a green moon"]
+    for some in (prompts, prompts[:2]):
+        got = encoder(some)
+        for prompt, own in zip(some, got, strict=True):
+            whole = encoder.tokenizer(
+                prompt, padding="max_length", truncation=True, max_length=encoder.length, return_tensors="pt"
+            )
+            with torch.inference_mode():
+                wanted = encoder.model(**whole).text_embeds[0]
+            assert (own - wanted).abs().max() < 1e-5
+    seen = []
+    encoder.model.register_forward_pre_hook(
+        lambda model, given, options: seen.append(options["input_ids"].shape), with_kwargs=True
+    )
+    encoder(prompts[:2])
+    assert seen[0][1] < encoder.length
