@@ -397,8 +397,9 @@ class InvertImagesSettings(SamplingSettings):
     """Pictures of another shape: the middle square, white borders, or both sides resized. ``bucket``: no square, but
     the nearest shape of about that area that the model takes, so that hardly anything is cut off; rows then differ in
     the shape of their latents, which `width` and `height` tell."""
-    reconstruct: bool = True
-    """Regenerate each picture and measure it (`steps` more passes a row)."""
+    reconstruct: bool | Annotated[float, Field(gt=0, lt=1)] = True
+    """Regenerate each picture and measure it (`steps` more passes a row). A share, as 0.05: of so many pictures, drawn
+    by their ids and the same ones for each method; the others' measures stay null."""
     pictures: bool = True
     """Keep the fitted picture and its reconstruction beside the latents."""
     max_residual: float | None = added(gt=0)
@@ -420,6 +421,6 @@ class InvertImagesSettings(SamplingSettings):
         if self.inverter is not None and self.fit == "bucket":
             raise ValueError("inverter: it reads squares; take another `fit` than bucket")
         retried = [m.label for m in self.methods if isinstance(m, LboMethod) and m.retries]
-        if retried and not self.reconstruct:
-            raise ValueError(f"method {retried[0]}: retries need `reconstruct`, which tells what does not come back")
+        if retried and self.reconstruct is not True:
+            raise ValueError(f"method {retried[0]}: retries need `reconstruct: true`, which tells who comes back")
         return self

@@ -16,6 +16,7 @@ import torch
 from pipeline.contract import Column, Form, Row, StageInfo, batches, failed, ok
 from stages.engine.gradients import loss_scale
 from stages.engine.passthrough import in_batches
+from stages.engine.randomness import row_seed
 from stages.engine.solver import Occupancy
 from stages.inversion import lpips
 from stages.inversion.ilb import BoostProblem, boost_decoder, boost_joint
@@ -346,8 +347,12 @@ class InvertImages:
     def _finished(self, scheme: Scheme[Any], rows: Sequence[Row], given: Mapping[str, Row]) -> list[Row]:
         """The ids and output columns of finished rows."""
         method, outputs = scheme.method, []
-        if self.settings.reconstruct:
-            rows, again_BCHW = self._come_back(scheme, rows)
+        chosen = [i for i, row in enumerate(rows) if self._is_regenerated(row["id"].removesuffix(f"/{method.label}"))]
+        if chosen:
+            measured, again_BCHW = self._come_back(scheme, [rows[i] for i in chosen])
+            rows = list(rows)
+            for i, row in zip(chosen, measured, strict=True):
+                rows[i] = row
         statistics = noise_statistics(self._as_stored(rows, "noise"))
         for i, row in enumerate(rows):
             made: Row = {
@@ -376,11 +381,15 @@ class InvertImages:
             if self.settings.pictures:
                 made["picture"] = to_picture(row["x"])
             outputs.append(made)
-        if self.settings.reconstruct:
-            self._add_reconstruction(again_BCHW, rows, outputs)
+        if chosen:
+            self._add_reconstruction(again_BCHW, measured, [outputs[i] for i in chosen])
         if self.settings.edit_guidance is not None:
             self._add_edits(scheme, self.settings.edit_guidance, rows, given, outputs)
         return outputs
+
+    def _is_regenerated(self, picture: str) -> bool:
+        """Whether a picture is among those that are regenerated and measured, by its id."""
+        return row_seed(0, picture, "reconstruct") < float(self.settings.reconstruct) * 2**63
 
     def _come_back(self, scheme: Scheme[Any], rows: Sequence[Row]) -> tuple[list[Row], torch.Tensor]:
         """The rows and their z_0 as it is generated from what is stored; those that are off by more than `FAR` are

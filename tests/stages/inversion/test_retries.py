@@ -51,8 +51,9 @@ def test_a_row_that_comes_back_is_left_alone(model) -> None:
 
 
 def test_retries_that_cannot_be_are_said() -> None:
-    with pytest.raises(ValidationError, match="method lbo: retries need `reconstruct`"):
-        InvertImagesSettings(methods=({"method": "lbo", "retries": 1},), reconstruct=False)
+    for share in (False, 0.5):
+        with pytest.raises(ValidationError, match="method lbo: retries need `reconstruct: true`"):
+            InvertImagesSettings(methods=({"method": "lbo", "retries": 1},), reconstruct=share)
     with pytest.raises(ValidationError, match="retries: rows of `replay` come back as they are"):
         settings_of(retries=1, replay=True)
     with pytest.raises(ValidationError, match="retries: a tolerance of 0 cannot be lowered"):

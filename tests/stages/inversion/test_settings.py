@@ -18,6 +18,15 @@ def test_job_file_errors_name_the_key() -> None:
         Job(input="x", guidance=0.5)
 
 
+def test_what_is_regenerated_is_all_none_or_a_share() -> None:
+    assert Job(input="x").reconstruct is True
+    assert [Job(input="x", reconstruct=value).reconstruct for value in (True, False, 0.05)] == [True, False, 0.05]
+    assert Job(input="x").own_settings()["reconstruct"] is True  # as plans have it
+    for value in (-0.1, 1.5):
+        with pytest.raises(ValidationError, match="reconstruct"):
+            Job(input="x", reconstruct=value)
+
+
 def test_what_lbo_no_longer_offers_is_said_and_old_job_files_read_the_same() -> None:
     with pytest.raises(ValidationError, match="update gauss-newton was measured to be inferior"):
         Job(input="x", methods=[{"method": "lbo", "update": "gauss-newton"}])

@@ -87,6 +87,34 @@ def test_every_method_gives_every_row_once_with_declared_columns(folder) -> None
     assert all(row["psnr"] > row["floor_psnr"] for row in boosted)
 
 
+def test_a_share_of_the_pictures_is_regenerated_the_same_ones_for_each_method(folder) -> None:
+    methods = [{"method": "ddim"}, {"method": "lbo"}]
+    rows = [
+        {"id": f"{i}/{label}", "image": picture(i), "prompt": "red star", "method": label}
+        for i in range(24)
+        for label in ("ddim", "lbo")
+    ]
+    whole = {row["id"]: row for row in InvertImages(told(folder, methods, steps=2, slots=8))(rows)}
+    some = {row["id"]: row for row in InvertImages(told(folder, methods, steps=2, slots=5, reconstruct=0.4))(rows)}
+    again = {
+        row["id"] for row in InvertImages(told(folder, methods, steps=2, reconstruct=0.4))(rows[::-1]) if "psnr" in row
+    }
+    measured = {name for name, row in some.items() if row.get("psnr") is not None}
+    assert measured == again
+    assert {name.partition("/")[0] for name in measured if name.endswith("lbo")} == {
+        name.partition("/")[0] for name in measured if name.endswith("ddim")
+    }
+    assert 4 <= len(measured) / 2 <= 16
+    for name, row in some.items():
+        assert row["status"] == "ok"
+        assert row["latent"] == pytest.approx(whole[name]["latent"], abs=1e-4)
+        if name in measured:
+            assert row["psnr"] == pytest.approx(whole[name]["psnr"], abs=1e-2)
+            assert row["reconstruction"].size == (16, 16)
+        else:
+            assert not {"psnr", "ssim", "psnr_decoded", "latent_mse", "reconstruction"} & set(row)
+
+
 def test_guidance_tightens_lbo_s_tolerance_unless_one_is_given(folder) -> None:
     """Generation under guidance magnifies what inversion leaves over."""
     row = {"id": "a", "image": picture(0), "prompt": "red star"}

@@ -1,0 +1,125 @@
+"""What the borders of shards cost an inversion: `invert-images` on the shipped model, its rows in small shards, by a
+worker that has as many in hand as the pool would give it, by one that takes one after the other, and by the stage alone
+on the same rows. One process without Ray, one thread a library, in turns. Prints a table and writes
+benchmarks/inversion/results/borders.json.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.inversion.borders [--rows 192] [--shard-rows 8] [--slots 16] [--rounds 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.inversion.table import RESULTS
+from benchmarks.ovi.setting import machine
+from jobs.kinds.invert_images import InvertImages as Job
+from pipeline.output.dataset import Output
+from pipeline.output.planfile import read_shards
+from pipeline.run.cluster import _Member
+from pipeline.run.draft import RunSpec, draft
+from pipeline.run.driver import _worker_job
+from pipeline.run.plan import write_plan
+from pipeline.run.tasks import Resources, Task
+from pipeline.run.worker import Worker
+from pipeline.storage import Folder
+from stages.inversion.stage import InvertImages
+
+
+class Apart(InvertImages):
+    """The stage as it is called once a shard."""
+
+    holds = 0  # type: ignore[assignment]
+
+
+def planned(job: Job, folder: Path, shard_rows: int) -> tuple[Worker, list[Task]]:
+    spec = RunSpec(job.stage(), job.source(), str(folder), shard_rows=shard_rows)
+    write_plan(spec, draft(spec), Folder.at(f"{spec.output}/_latentmill"), 0.0)
+    output = Output.open(spec.output)
+    return Worker(_worker_job(spec, output, Resources())), [Task.of(shard) for shard in read_shards(output.own)]
+
+
+def in_hand(worker: Worker, tasks: list[Task]) -> None:
+    """All tasks, as the pool hands them out to a single worker."""
+    member = _Member.__new__(_Member)
+    member.tasks, member.holds = {}, worker.holds
+    left = tasks[::-1]
+    with ThreadPoolExecutor(16) as threads:
+        while left or member.tasks:
+            while left and (not member.tasks or member.hungry):
+                task = left.pop()
+                member.tasks[threads.submit(worker.process, task)] = task
+            done: set[Future[Any]] = wait(list(member.tasks), return_when=FIRST_COMPLETED).done
+            for future in done:
+                future.result()
+                del member.tasks[future]
+
+
+def alone(stage: InvertImages, worker: Worker, tasks: list[Task]) -> None:
+    """The stage on the same rows, with what reads them but nothing that writes."""
+    from pipeline.run.reading import Reading
+
+    def rows() -> Any:
+        for item in worker._reader.rows([Reading(task) for task in tasks]):
+            if item is not None and isinstance(item[1], list):
+                yield from (found.row for found in item[1])
+
+    assert all(row["status"] == "ok" for row in stage(rows()))
+
+
+def measured(stage: InvertImages, work: Callable[[], None], rows: int) -> dict[str, float]:
+    spent, begun = time.process_time(), time.perf_counter()
+    work()
+    spent, begun = time.process_time() - spent, time.perf_counter() - begun
+    steps, busy = stage._occupancy["lbo"].slot_steps, stage._occupancy["lbo"].busy_slot_steps
+    return {"cpu_seconds": spent, "seconds": begun, "images_per_cpu_second": rows / spent, "occupancy": busy / steps,
+            "network_batches": steps // stage.slots}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inversion.borders")
+    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--shard-rows", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=2)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    job = Job.model_validate({
+        "job": "invert-images",
+        "input": {"path": f"micro-world://heldout?rows={asked.rows}",
+                  "columns": {"image": "image", "prompt": "caption"}},
+        "methods": ["lbo"], "steps": asked.steps, "slots": asked.slots, "reconstruct": False, "pictures": False,
+    })  # fmt: skip
+    found: dict[str, list[dict[str, float]]] = {"one after the other": [], "in hand together": [], "stage alone": []}
+    for _ in range(asked.rounds):
+        for name, rounds in found.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                worker, tasks = planned(job, Path(scratch), asked.shard_rows)
+                stage: Any = worker.stage
+                if name == "one after the other":
+                    stage.__class__ = Apart
+                    worker._stream._joins = False
+                elif name == "stage alone":
+                    rounds.append(measured(stage, lambda: alone(stage, worker, tasks), asked.rows))  # noqa: B023
+                    continue
+                rounds.append(measured(stage, lambda: in_hand(worker, tasks), asked.rows))  # noqa: B023
+    best = {name: max(rounds, key=lambda one: one["images_per_cpu_second"]) for name, rounds in found.items()}
+    print("| rows through | batches of the network | slots busy | images/CPU s |\n|---|---|---|---|")
+    for name, one in best.items():
+        print(f"| {name} | {one['network_batches']} | {one['occupancy']:.3f} | {one['images_per_cpu_second']:.2f} |")
+    (RESULTS / "borders.json").write_text(
+        json.dumps({"machine": machine(), **vars(asked), "best": best, "all": found}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
