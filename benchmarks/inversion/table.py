@@ -269,8 +269,9 @@ def sets_of(model: LatentModel, options: argparse.Namespace) -> dict[str, list[d
     """The sets of pictures."""
     flow = model.geometry.grid is not None
     sets = {"world": world_rows(options.pictures)} if options.pictures else {}
-    if flow and options.uncaptioned:
-        sets["world, no caption"] = without_captions(world_rows(options.uncaptioned))
+    uncaptioned = options.pictures if options.uncaptioned is None else options.uncaptioned
+    if flow and uncaptioned:
+        sets["world, no caption"] = without_captions(world_rows(uncaptioned))
     if options.folder is not None and options.photographs:
         sets["photographs"] = crop_rows(options.folder, options.photographs)
     elif options.photographs:
@@ -282,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(micro.MODELS / "stable-diffusion"))
     parser.add_argument("--pictures", type=int, default=500, help="of the world; 0: none")
-    parser.add_argument("--uncaptioned", type=int, default=500, help="of a flow: without captions; 0: none")
+    parser.add_argument("--uncaptioned", type=int, help="of a flow: without captions; left out: as many as with")
     parser.add_argument("--photographs", type=int, default=70, help="0: none")
     parser.add_argument("--folder", type=Path, help="where the packages that micro.photographs names are unpacked")
     parser.add_argument("--settings", nargs="+", help="steps:guidance")

@@ -170,12 +170,6 @@ def _load_weights(loader: Any, place: Place, allow_pickle: bool | None, **option
     return model
 
 
-def _whole(mask_BL: torch.Tensor, padding_side: str) -> int:
-    """Positions that hold every prompt of a batch, in steps of 4 so that few shapes occur."""
-    length = mask_BL.shape[1]
-    return min(length, -(-int(mask_BL.sum(1).max()) // 4) * 4) if padding_side == "right" else length
-
-
 class TextEncoder:
     """Prompts to text embeddings.
 
@@ -219,11 +213,24 @@ class TextEncoder:
             ).to(self.device)  # fmt: skip
             if self._siglip:  # trained without a mask
                 out.append(self.model(input_ids=part.input_ids).pooler_output)
-            else:  # a token sees none behind it: what stands behind the longest prompt's end changes nothing
-                read = slice(_whole(part.attention_mask, self.tokenizer.padding_side))
-                seen = self.model(input_ids=part.input_ids[:, read], attention_mask=part.attention_mask[:, read])
-                out.append(seen.text_embeds)
+            else:
+                out.append(self._causal(part.input_ids, part.attention_mask))
         return torch.cat(out).float().cpu().clone()
+
+    def _causal(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """t_BE. A token sees none behind it, so what stands behind a prompt's end changes nothing and is left out: to
+        the next multiple of 4, whatever other prompts there are, so that a prompt's numbers are its own."""
+        end_B = torch.full((len(ids_BL),), ids_BL.shape[1], device=ids_BL.device)
+        if self.tokenizer.padding_side == "right":
+            end_B = (mask_BL.sum(1) + 3).div(4, rounding_mode="floor").mul(4).clamp(max=ids_BL.shape[1])
+        t_BE: torch.Tensor | None = None
+        for end in end_B.unique().tolist():
+            which = (end_B == end).nonzero().flatten()
+            made = self.model(input_ids=ids_BL[which, :end], attention_mask=mask_BL[which, :end]).text_embeds
+            t_BE = made.new_empty((len(ids_BL), made.shape[1])) if t_BE is None else t_BE
+            t_BE[which] = made
+        assert t_BE is not None
+        return t_BE
 
 
 class ImageEncoder:

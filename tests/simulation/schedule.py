@@ -234,6 +234,8 @@ class Schedule:
         self.found: Wrong | None = None
         self.last = False
         self.disturbed = 0.0
+        self._published: dict[Process, float] = {}
+        self._damaged: set[Any] = set()
 
     def _host(self, number: int) -> Host:
         """Machines with clocks that go wrong; two of them may be containers of one."""
@@ -316,12 +318,19 @@ class Schedule:
             raise
         if result.state == "complete":
             self.claims += 1
-            if self.disturbed <= begun and factor == self.factor:
+            if self.disturbed <= begun and factor == self.factor and not self._overtaken(process):
                 self.world.process(self.hosts[0], "reader").start(self._look)
         process.alive = False
         if result.state != "complete":
             self._again()
         return result
+
+    def _overtaken(self, process: Process) -> bool:
+        """Whether a driver had the folder when it published, and stood still before it could say so while another took
+        the folder: what is there now is the other's."""
+        mine = max((epoch for epoch, (_, owner) in self._renewed.items() if owner is process), default=0)
+        published = self._published.get(process)
+        return published is not None and any(when > published and epoch > mine for when, epoch in self._taken)
 
     def _look(self) -> None:
         """The dataset is what was planned, after a run that said so."""
@@ -373,6 +382,8 @@ class Schedule:
             self._wrong(f"a record goes that no file of the log has: {path}")
         if verb == "remove too":
             return
+        if path == "out/_SUCCESS" and verb != "remove":
+            self._published[process] = now
         if path.startswith("out/_latentmill/locks/"):
             epoch = int(path.rpartition("/")[2].removesuffix(".json"))
             if verb == "remove":  # its own: it has seen that the holder woke
@@ -403,12 +414,13 @@ class Schedule:
             self._wrong(f"a driver that lost the folder {now - lost:.0f} s ago goes on: {verb} {path}")
 
     def _may_go(self, path: str) -> bool:
-        """Whether a record is another run's, damaged, or has been folded or withdrawn."""
+        """Whether a record is another run's, damaged, or has been folded or withdrawn, also into a file that somebody
+        has damaged since."""
         objects = self.bucket.objects
         run = json.loads(objects.get("out/_latentmill/plan.json", b'{"run": null}'))["run"]
         of, place = recorded(path.rpartition("/")[2], run), f"out/{log.LOG}/"
         files = (name for name in objects if name.startswith(place) and log.logged(name[len(place) :], run))
-        return of is None or any(of in _named(objects[name]) for name in files)
+        return of is None or of in self._damaged or any(of in _named(objects[name]) for name in files)
 
     def _wrong(self, what: str, cause: BaseException | None = None) -> None:
         if self.found is None:
@@ -451,6 +463,8 @@ class Schedule:
             self.bucket.put("out/data/part-00007-of-00009.parquet", b"not ours")
             return
         name = self.random.choice(sorted(names))
+        if f"/{log.LOG}/" in name:
+            self._damaged |= set(_named(self.bucket.objects[name]))
         if what == "remove":
             del self.bucket.objects[name]
         else:

@@ -111,10 +111,11 @@ def test_captions_of_a_second_file_for_embeddings_made_before(pictures: Path, pr
     run_job(again, output=str(tmp_path / "out"))
     run_job(_job(pictures, prior, captions=True), output=str(tmp_path / "whole"))
     opened, whole = _opened(tmp_path / "out"), _opened(tmp_path / "whole")
-    assert np.array_equal(opened.captions.index.vectors_NE, whole.captions.index.vectors_NE)
+    own_MT, texts_MT = opened.captions.index.vectors_NE, whole.captions.index.vectors_NE
+    assert np.abs(own_MT - texts_MT).max() < 1e-5 * np.abs(texts_MT).max()  # captions come in batches of another size
     assert np.array_equal(opened.captions.rows_M, whole.captions.rows_M)
     found, wanted = opened.captions.pairs.moments, whole.captions.pairs.moments
-    assert np.abs(found.scatter_EE - wanted.scatter_EE).max() < 1e-12 * np.abs(wanted.scatter_EE).max()
+    assert np.abs(found.scatter_EE - wanted.scatter_EE).max() < 1e-5 * np.abs(wanted.scatter_EE).max()
     rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
     assert rows[0]["prompt"] == _caption(0)
     assert rows[SILENT[0]]["prompt"] is None

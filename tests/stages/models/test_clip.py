@@ -39,7 +39,7 @@ def test_encoders_name_what_is_missing(tmp_path):
         clip.identity(str(tmp_path / "nowhere"), "image")
 
 
-def test_prompts_are_read_to_the_longest_s_end_and_mean_what_they_mean_at_full_length(prior):
+def test_prompts_are_read_to_their_ends_and_mean_what_they_mean_at_full_length(prior):
     """Against transformers at the whole context, a prompt at a time; among them one that fills it, and an empty one."""
     encoder = clip.TextEncoder(prior)
     prompts = ["", "a red star", " ".join(["a red star"] * 40), "two blue rings on the left of a green moon"]
