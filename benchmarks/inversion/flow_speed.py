@@ -25,8 +25,7 @@ from benchmarks.inversion.pictures import world_rows
 from benchmarks.inversion.table import RESULTS
 from benchmarks.ovi.setting import machine
 from pipeline.contract import Row
-from stages.engine.solver import Occupancy, solve
-from stages.inversion.engine import InversionProblem
+from stages.engine.solver import Occupancy
 from stages.inversion.settings import (
     EulerMethod,
     FireFlowMethod,
@@ -116,19 +115,11 @@ def main() -> None:
     for method in METHODS:
         scheme = stage.schemes[method.label]
 
-        def solved(rows: list[Row], slots: int, scheme: Any = scheme) -> tuple[list[Row], Occupancy]:
-            problem = InversionProblem(
-                scheme.predict, scheme.schedule, scheme.method.rule(settings.guidance), slots=slots,
-                latent_shape=stage.geometry.latent_shape, device=stage.device,
-            )  # fmt: skip
-            occupancy = Occupancy()
-            return list(solve(problem, rows, occupancy=occupancy)), occupancy
-
         own: dict[str, Any] = {}
         few, seeds = ready[: options.alone], {}
         for name, rows, slots in (("engine", ready, options.slots), ("one at a time", few, 1)):
-            began = time.process_time()
-            done, occupancy = solved(rows, slots)
+            occupancy, began = Occupancy(), time.process_time()
+            done = list(scheme.invert(rows, slots, occupancy))
             own[name] = {"images_a_second": len(rows) / (time.process_time() - began), "occupancy": occupancy.share}
             own[name]["passes"] = float(np.mean([row["forwards"] + row["backwards"] for row in done]))
             seeds[name] = {row["id"]: row["noise"] for row in done}
