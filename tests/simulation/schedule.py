@@ -325,10 +325,14 @@ class Schedule:
             self._again()
         return result
 
+    def _epoch(self, process: Process) -> int:
+        """The last one that a driver had the folder in; 0: it never had it."""
+        return max((epoch for epoch, (_, owner) in self._renewed.items() if owner is process), default=0)
+
     def _overtaken(self, process: Process) -> bool:
         """Whether a driver had the folder when it published, and stood still before it could say so while another took
         the folder: what is there now is the other's."""
-        mine = max((epoch for epoch, (_, owner) in self._renewed.items() if owner is process), default=0)
+        mine = self._epoch(process)
         published = self._published.get(process)
         return published is not None and any(when > published and epoch > mine for when, epoch in self._taken)
 
@@ -404,7 +408,7 @@ class Schedule:
             return
         if process in self._rash:
             self._wrong(f"{self._rash[process]}, and goes on: {verb} {path}")
-        mine = max((epoch for epoch, (_, owner) in self._renewed.items() if owner is process), default=0)
+        mine = self._epoch(process)
         lost = min((when for when, epoch in self._taken if epoch > mine), default=None)
         if not mine or lost is None or now < max(lost + 1.1 * locks.RENEW_S, process.woke):
             return
