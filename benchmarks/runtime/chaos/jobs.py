@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from micro.world import render, sample_scene
 
 EXAMPLES = Path(__file__).parents[3] / "jobs/examples"
 CONCEPTS = 4
 WIDTH = 16
 """Of embeddings that were made elsewhere."""
+MICRO_WIDTH = 128
+"""Of the miniature decoder's."""
 
 
 def adopted(folder: Path) -> dict[str, Any]:
@@ -92,6 +100,31 @@ def invert_text(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def decode(folder: Path) -> dict[str, Any]:
+    """Embeddings that lie in a file, two pictures of each."""
+    rng = np.random.default_rng(1)
+    given = rng.standard_normal((16, MICRO_WIDTH))
+    np.save(folder / "to-decode.npy", (given / np.linalg.norm(given, axis=1, keepdims=True)).astype(np.float32))
+    return {
+        "job": "decode", "input": str(folder / "to-decode.npy"), "encoder": "micro:prior", "draws": 2,
+        "decode": {"model": "micro:decoder", "steps": 2}, "shard_rows": 6,
+    }  # fmt: skip
+
+
+def select_corpus(folder: Path) -> dict[str, Any]:
+    """Of 48 pictures those that differ, of each background."""
+    rows = []
+    for number in range(48):
+        scene, file = sample_scene(number, "train", 0), io.BytesIO()
+        Image.fromarray(render(scene)).save(file, "PNG")
+        rows.append({"id": str(number), "image": {"bytes": file.getvalue(), "path": None}, "kind": scene.background})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pool.parquet")
+    return {
+        "job": "select-corpus", "input": {"path": str(folder / "pool.parquet"), "id": "id"}, "by": "kind",
+        "score": None, "encoder": "micro:prior", "count": 2, "shard_rows": 6,
+    }  # fmt: skip
+
+
 def chain(folder: Path) -> dict[str, Any]:
     """A reference, and prompts against it."""
     first, second = reference(folder), invert_prompts(folder)
@@ -113,6 +146,8 @@ KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "rare-concepts": rare_concepts,
     "train-inverter": train_inverter,
     "invert-text": invert_text,
+    "decode": decode,
+    "select-corpus": select_corpus,
     "chain": chain,
 }
 NEEDS = {"invert-prompts": ("reference",), "invert-text": ("train-inverter",)}
