@@ -81,6 +81,9 @@ class Plan:
         recall: Target of recall@10, by which ``nprobe`` is chosen.
         part_rows: Rows of a part, at least (parts end where shards do).
         threads: Parts added at a time.
+        spread: Has a function of many parts computed on other machines, in order: called with the function, the parts,
+            what all of them share, and the bytes ``size`` of one with its answer. None: there are none. A GPU that this
+            process has is quicker than they, and goes before.
     """
 
     factory: str | None = None
@@ -88,6 +91,7 @@ class Plan:
     recall: float = 0.95
     part_rows: int = 1 << 17
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    spread: Callable[..., Iterator[np.ndarray]] | None = None
 
 
 def lists(rows: int) -> int:
@@ -225,17 +229,95 @@ def _add(vectors_NE: np.ndarray, span: tuple[int, int], trained: Path, path: Pat
     with _threads(1):
         empty = faiss.read_index(str(trained))
         index = on_gpu(empty)
-        inverted = "IVF" in facts["factory"]
-        for start in range(span[0], span[1], SCAN_ROWS // 8):
-            stop = min(start + SCAN_ROWS // 8, span[1])
-            block_NE = unit(vectors_NE[start:stop])
-            if inverted:
-                index.add_with_ids(block_NE, np.arange(start, stop))
-            else:
-                index.add(block_NE)
+        _fill(index, vectors_NE[slice(*span)], span[0], facts["factory"])
         draft = path.with_suffix(".tmp")
         faiss.write_index(index if index is empty else faiss.index_gpu_to_cpu(index), str(draft))
     record.commit(draft, path, facts)
+
+
+def _fill(index: Any, vectors_NE: np.ndarray, first: int, factory: str) -> None:
+    """Add rows to an index, numbered from ``first`` on."""
+    for start in range(0, len(vectors_NE), SCAN_ROWS // 8):
+        block_NE = unit(vectors_NE[start : start + SCAN_ROWS // 8])
+        if "IVF" in factory:
+            index.add_with_ids(block_NE, np.arange(first + start, first + start + len(block_NE)))
+        else:
+            index.add(block_NE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows to be indexed by themselves, on any machine.
+
+    Attributes:
+        first: Number of the first one within the whole.
+        vectors_NE: Raw embeddings.
+        factory: The index's factory string.
+    """
+
+    first: int
+    vectors_NE: np.ndarray
+    factory: str
+
+    def __str__(self) -> str:
+        return f"rows {self.first:,} to {self.first + len(self.vectors_NE) - 1:,} of the index"
+
+
+def indexed(part: Part, trained: np.ndarray) -> np.ndarray:
+    """The index of a part: the same bytes as FAISS writes to a file.
+
+    Args:
+        trained: The empty index's bytes.
+    """
+    import faiss
+
+    with _threads(1):
+        index = faiss.deserialize_index(trained)
+        _fill(index, part.vectors_NE, part.first, part.factory)
+        written: np.ndarray = faiss.serialize_index(index)
+    return written
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a build: where each goes, and what its record says."""
+
+    vectors_NE: np.ndarray
+    bounds: Sequence[tuple[int, int]]
+    trained: Path
+    paths: Sequence[Path]
+    facts: Sequence[Mapping[str, Any]]
+
+    def waiting(self) -> list[int]:
+        return [i for i, path in enumerate(self.paths) if record.read(path, self.facts[i]) is None]
+
+    def add(self, numbers: Sequence[int], plan: Plan) -> Iterator[None]:
+        """Index these parts; an answer for each."""
+        if plan.spread is not None and len(numbers) > 1 and gpus() == 0:
+            yield from self._elsewhere(numbers, plan.spread)
+            return
+        with ThreadPoolExecutor(max(1, plan.threads) if gpus() == 0 else 1) as pool:
+            futures = [
+                pool.submit(_add, self.vectors_NE, self.bounds[i], self.trained, self.paths[i], self.facts[i])
+                for i in numbers
+            ]
+            for future in futures:
+                yield future.result()
+
+    def _elsewhere(self, numbers: Sequence[int], spread: Callable[..., Iterator[np.ndarray]]) -> Iterator[None]:
+        trained = np.fromfile(self.trained, np.uint8)
+        parts = (
+            Part(self.bounds[i][0], np.asarray(self.vectors_NE[slice(*self.bounds[i])]), self.facts[i]["factory"])
+            for i in numbers
+        )
+        rows = max(stop - start for start, stop in (self.bounds[i] for i in numbers))
+        width = self.vectors_NE.shape[1]
+        size = len(trained) + rows * width * (self.vectors_NE.itemsize + 4)  # codes are float32 at most
+        for i, written in zip(numbers, spread(indexed, parts, trained, size=size), strict=True):
+            draft = self.paths[i].with_suffix(".tmp")
+            written.tofile(draft)
+            record.commit(draft, self.paths[i], self.facts[i])
+            yield
 
 
 def _merge(parts: Sequence[Path], trained: Path, folder: Path, on_disk: bool, facts: Mapping[str, Any]) -> None:
@@ -325,13 +407,11 @@ def build(
     begun = time.perf_counter()
     paths = [work / f"part-{number:05d}.faiss" for number in range(len(bounds))]
     added = [{"span": list(span), "trained": start["checksum"], **facts} for span in bounds]
-    with ThreadPoolExecutor(max(1, plan.threads) if gpus() == 0 else 1) as pool:
-        merged = record.read(folder / "index.merged", {**facts, "trained": start["checksum"]})
-        waiting = [] if merged else [i for i in range(len(bounds)) if record.read(paths[i], added[i]) is None]
-        futures = [pool.submit(_add, vectors_NE, bounds[i], trained, paths[i], added[i]) for i in waiting]
-        for count, future in enumerate(futures):
-            future.result()
-            step("add", len(bounds) - len(waiting) + count + 1, len(bounds))
+    parts = _Parts(vectors_NE, bounds, trained, paths, added)
+    merged = record.read(folder / "index.merged", {**facts, "trained": start["checksum"]})
+    waiting = [] if merged else parts.waiting()
+    for count, _ in enumerate(parts.add(waiting, plan)):
+        step("add", len(bounds) - len(waiting) + count + 1, len(bounds))
     seconds["add"] = time.perf_counter() - begun
 
     begun = time.perf_counter()

@@ -125,7 +125,7 @@ class Reference(ComputedEmbeddings, RowJob):
         output = finished.output
         plan = neighbours.Plan(
             factory=self.index.factory, memory=int(self.index.memory), recall=self.index.recall,
-            part_rows=self.index.part_rows,
+            part_rows=self.index.part_rows, spread=finished.spread,
         )  # fmt: skip
         remote = not output.folder.local
         target = Path(output.folder.path(reference.FOLDER))

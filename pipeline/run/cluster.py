@@ -44,6 +44,8 @@ MOST_TASKS = 16
 DEAF_S, QUIET_S = 900.0, 1800.0
 """How long a worker's process may leave the driver without an answer (it was stopped, or its machine hangs), and may
 answer without a sign of life (`pipeline.run.pulse`), before another takes its place."""
+STORE_SHARE = 0.4
+"""Of the cluster's object store, that items which are spread over it may take."""
 LONGEST_TURN_S = 5.0
 """More than that between two questions was the driver's own pause."""
 
@@ -218,8 +220,16 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
             ray.shutdown()
 
 
-def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def spread(
+    function: Callable[..., R], items: Iterable[T], *shared: Any, size: int = 0, named: Callable[[T], str] = str
+) -> Iterator[R]:
     """A function of each item, computed by tasks on the cluster, a few ahead of what is asked for; in order.
+
+    Args:
+        function: Called with an item and what is shared.
+        shared: Goes to each machine once.
+        size: Bytes of an item and its answer, where they are many: the cluster's object store holds all that is ahead.
+        named: What an item is called in a message.
 
     Raises:
         SourceError, OSError: The function did.
@@ -229,18 +239,23 @@ def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
     remote: Any = ray.remote
     told = remote(num_cpus=1, max_retries=3)(_told).remote
-    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    running: deque[tuple[T, Any]] = deque()
+    total = ray.cluster_resources()
+    ahead = 2 * max(1, int(total.get("CPU", 1)))
+    if size:
+        ahead = max(2, min(ahead, int(STORE_SHARE * total.get("object_store_memory", 0)) // size))
+    kept = [ray.put(one) for one in shared]
+    running: deque[tuple[str, Any]] = deque()
     coming = iter(items)
     while True:
-        running.extend((item, told(function, item)) for item in islice(coming, ahead - len(running)))
+        for item in islice(coming, ahead - len(running)):
+            running.append((named(item), told(function, item, *kept)))
         if not running:
             return
-        item, answer = running.popleft()
+        name, answer = running.popleft()
         try:
             found, error = ray.get(answer)
         except ray.exceptions.RayError as lost:
-            raise ClusterError(f"{item}: its task cannot be done ({_first_line(lost)})") from None
+            raise ClusterError(f"{name}: its task cannot be done ({_first_line(lost)})") from None
         if error is not None:
             raise error
         yield found
@@ -259,7 +274,7 @@ def elsewhere(function: Callable[[], R], resources: Resources) -> R:
     if resources.memory is not None:
         options["memory"] = resources.memory
     remote: Any = ray.remote
-    answer = remote(**options)(_told).remote(lambda nothing: function(), None)
+    answer = remote(**options)(_told).remote(function)
     try:
         found, error = ray.get(answer)
     except KeyboardInterrupt:
@@ -272,10 +287,10 @@ def elsewhere(function: Callable[[], R], resources: Resources) -> R:
     return found
 
 
-def _told(function: Callable[[T], R], item: T) -> tuple[R | None, Exception | None]:
+def _told(function: Callable[..., R], *arguments: Any) -> tuple[R | None, Exception | None]:
     """Runs in a worker process: what is wrong with input, storage or settings is an answer."""
     try:
-        return function(item), None
+        return function(*arguments), None
     except (ValueError, OSError, RuntimeError) as error:
         return None, error
 

@@ -92,9 +92,14 @@ class Finished:
     """Handed to ``finish`` when all shards are committed, before the dataset is published.
 
     ``output.open_file(name, "wb")`` writes a further file into the output folder (never below ``data/``).
+
+    Attributes:
+        spread: Has a function of many items computed on the cluster (`pipeline.run.cluster.spread`); None: there is no
+            other machine.
     """
 
     output: Output
+    spread: Callable[..., Iterator[Any]] | None = None
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The committed shards' tables in shard order, one at a time."""
@@ -338,7 +343,7 @@ def _finish_at(
     """Runs in a process of the cluster."""
     access.hold(grants)
     output = Output.open(path, storage_options)
-    finish(Finished(replace(output, lock=Proxy(output.folder, epoch))))
+    finish(Finished(replace(output, lock=Proxy(output.folder, epoch)), spread))
 
 
 def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> tuple[Tally, set[int], dict[int, Again]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,35 @@ KILLED = """
     plan = neighbours.Plan(factory="IVF64,SQ8", memory=int(sys.argv[4]), part_rows=1000, threads=1)
     neighbours.build(vectors, [1000] * 8, folder, plan, {"vectors": "a"})
 """
+
+
+@pytest.mark.parametrize("factory", ["IVF32,SQ8", "RR64,IVF32,RaBitQ", "Flat"])
+def test_parts_made_on_other_machines_give_the_same_bytes(tmp_path: Path, factory: str) -> None:
+    x_NE = _stored(tmp_path / "here", _clustered(4000))
+    plan = neighbours.Plan(factory=factory, part_rows=1000)
+    neighbours.build(x_NE, [1000] * 4, tmp_path / "here", plan, {"vectors": "a"})
+    asked: list[list[str]] = [[]]
+
+    def spread(function, parts, trained, size):
+        for number, part in enumerate(parts):
+            if number == 2 and len(asked) == 1:
+                raise OSError("its task cannot be done")
+            asked[-1].append(str(part))
+            made = function(pickle.loads(pickle.dumps(part)), trained)
+            assert made.nbytes < size
+            yield made
+
+    away = replace(plan, spread=spread)
+    _stored(tmp_path / "away", x_NE)
+    with pytest.raises(OSError, match="cannot be done"):
+        neighbours.build(x_NE, [1000] * 4, tmp_path / "away", away, {"vectors": "a"})
+    asked.append([])
+    neighbours.build(x_NE, [1000] * 4, tmp_path / "away", away, {"vectors": "a"})
+    assert asked == [  # what was made before the failure is not made again
+        ["rows 0 to 999 of the index", "rows 1,000 to 1,999 of the index"],
+        ["rows 2,000 to 2,999 of the index", "rows 3,000 to 3,999 of the index"],
+    ]
+    assert _bytes(tmp_path / "away") == _bytes(tmp_path / "here")
 
 
 @pytest.mark.fault

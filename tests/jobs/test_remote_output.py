@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -95,6 +96,23 @@ def test_a_chain_and_all_commands_reach_the_store(
     assert refused.exit_code == 2
     assert refused.stderr.count("\n") == 1
     assert "Traceback" not in refused.stderr
+
+
+def test_the_parts_of_an_index_are_made_on_the_cluster(tmp_path: Path, local_ray: str) -> None:
+    """And are the bytes that one process makes."""
+    np.save(tmp_path / "given.npy", np.random.default_rng(0).normal(size=(900, 16)).astype(np.float32))
+    job = {
+        "job": "reference", "input": str(tmp_path / "given.npy"), "given": "embeddings", "dim": 16, "shard_rows": 150,
+        "index": {"factory": "IVF8,SQ8", "part_rows": 300},
+    }  # fmt: skip
+    run_job(job, output=str(tmp_path / "there"), address=local_ray)
+    run_job(job, output=str(tmp_path / "here"))
+    there, here = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "reference").rglob("*.faiss")}
+        for name in ("there", "here")
+    )
+    assert there == here
+    assert there.keys() == {"index.faiss"}
 
 
 def test_the_nearest_grant_opens_an_address() -> None:

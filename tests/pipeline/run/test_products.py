@@ -158,12 +158,19 @@ def test_products_on_a_store_are_known_by_its_versions(tmp_path: Path) -> None:
     assert problems(output, checksums=False) == ["index/a.bin is gone"]
 
 
+def _twice(number: int) -> int:
+    return 2 * number
+
+
 def _counted_apart(finished: Finished) -> None:
     """Tells in which process it ran, and on what terms."""
     total = sum(int(summary["count"][0]) for summary in finished.summaries())
     options = [grant.options for grant in access.held()]
+    doubled = None if finished.spread is None else list(finished.spread(_twice, range(3)))
     with finished.output.open_file("total.json", "wb") as file:
-        file.write(json.dumps({"total": total, "process": os.getpid(), "options": options}).encode())
+        file.write(
+            json.dumps({"total": total, "process": os.getpid(), "options": options, "doubled": doubled}).encode()
+        )
 
 
 def test_on_a_cluster_finish_runs_there(tmp_path: Path, local_ray: str) -> None:
@@ -174,11 +181,13 @@ def test_on_a_cluster_finish_runs_there(tmp_path: Path, local_ray: str) -> None:
     assert ended.state == "complete"
     assert (told["total"], told["options"]) == (len(LINES), [{"key": "k"}])
     assert told["process"] != os.getpid()
+    assert told["doubled"] == [0, 2, 4]  # by tasks of its own
 
 
 def test_where_ray_is_ours_finish_runs_here(tmp_path: Path, local_ray: str) -> None:
     run(spec_for(tmp_path, LINES), finish=_counted_apart, finish_apart=True, products=("total.json",))
-    assert json.loads((tmp_path / "out/total.json").read_text())["process"] == os.getpid()
+    told = json.loads((tmp_path / "out/total.json").read_text())
+    assert (told["process"], told["doubled"]) == (os.getpid(), None)
 
 
 def _refused(finished: Finished) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.input.files import resolve
@@ -147,3 +148,24 @@ def test_spread_keeps_the_order_and_tells_what_is_wrong(local_ray: str) -> None:
     assert list(spread(_sized, range(5))) == [0, 1, 4, 9, 16]
     with pytest.raises(SourceError, match=r"^5\.tar: is damaged$"):
         list(spread(_sized, range(50)))
+
+
+def test_what_is_shared_goes_with_every_item(local_ray: str) -> None:
+    """And with large items no more are ahead than the object store has room for."""
+    shared, made = np.arange(5), list[int]()
+
+    def items() -> Iterator[int]:
+        for number in range(6):
+            made.append(number)
+            yield number
+
+    found, ahead = list[int](), list[int]()
+    for answer in spread(_sum, items(), shared, size=1 << 40):
+        found.append(answer)
+        ahead.append(len(made) - len(found))
+    assert found == [10 + number for number in range(6)]
+    assert max(ahead) == 1  # two at work, one of which has just been answered
+
+
+def _sum(item: int, shared: np.ndarray) -> int:
+    return item + int(shared.sum())
