@@ -6,12 +6,13 @@ OUT ?= out/quickstart
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test bench gpu lint format clean help
+.PHONY: docs quickstart test bench gpu lint format clean help
 
 help:
 	@echo "make quickstart   the miniature world end to end: a reference, inversions, a report ($(OUT)/report.html)"
 	@echo "make test         the whole test suite"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         the site of docs/, strictly: a dead link ends it (out/site/index.html)"
 	@echo "make gpu          what one GPU makes of every method, in 8 minutes, with the machine's own torch (GPU=options)"
 	@echo "make bench        the benchmarks (long)"
 
@@ -38,6 +39,11 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Into the same environment: the reference is read from the sources, without importing them.
+docs: $(READY)
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # No virtual environment of its own: the torch that knows the card is the machine's.
 gpu:

@@ -245,7 +245,7 @@ def write_card(lines: Sequence[Line], count: int) -> None:
         said.append(f"| {x.name} | {x.value:.3f} | {'' if x.least is None else f'{x.least:.2f}'} | {reached} |")
     before, start, rest = CARD.read_text().partition("<!-- figures -->\n")
     _, end, after = rest.partition("<!-- end of figures -->")
-    CARD.write_text(before + start + "\n".join(said) + "\n" + end + after)
+    CARD.write_text(before + start + "\n".join(said) + "\n\n" + end + after)
 
 
 def judge_flow(folder: Path, name: str, judge: oracle.Oracle, count: int) -> list[Line]:

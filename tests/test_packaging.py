@@ -67,7 +67,7 @@ def test_requirements_admit_the_pinned_versions() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {canonicalize_name(name): version for name, _, version in (x.partition("==") for x in lines) if version}
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["cpu"], *extras["test"], *extras["s3"]]:
+    for text in [*project["dependencies"], *extras["cpu"], *extras["test"], *extras["s3"], *extras["docs"]]:
         requirement = Requirement(text)
         if requirement.name == "latentmill":
             continue
