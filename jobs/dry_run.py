@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.kinds.chain import Chain
 from jobs.page.amounts import size
-from jobs.run import run_spec
+from jobs.run import described, run_spec
 from jobs.schema.base import Job, Resources, RowJob
 from jobs.schema.reading import JobFileError
 from pipeline.storage import Folder
@@ -78,6 +78,29 @@ class DryRun:
         """In the currency of ``resources.price_per_worker_hour``; None without a price or a calibration."""
         price, hours = self.job.resources.price_per_worker_hour, self.worker_hours
         return None if price is None or hours is None else price * hours
+
+
+def plan(
+    config: Job | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    output: str | None = None,
+    address: str | None = None,
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+    calibrate_rows: int = 0,
+) -> list[DryRun]:
+    """What `jobs.run.run_job` would do with the same arguments: one entry, or one a step of a chain. Writes nothing.
+
+    Args:
+        calibrate_rows: Time so many rows on one worker, for `DryRun.seconds` and `DryRun.cost`; 0 for none.
+
+    Raises:
+        JobFileError: The job cannot be used; the message names the key.
+        ValueError: The input, the output folder or the models do not fit; the message says which.
+    """
+    job = described(config, overrides)
+    target = output or job.output or "out"
+    return list(plan_job(job, target, address=address, limit=limit, calibrate_rows=calibrate_rows))
 
 
 def plan_job(

@@ -94,15 +94,24 @@ def run_job(
         ValueError: The input, the output folder or the models do not fit; the message says which.
         pipeline.run.driver.RunError: No Ray, no workers, or the stage cannot be built.
     """
-    job = config if isinstance(config, Job) else reading.load(_readable(config), overrides)
+    job = described(config, overrides)
     target = output or job.output
     if not target:
         raise JobFileError("output: where should the dataset go? Set `output:` in the job file, or give --output DIR")
     return _run(job, target, _Circumstances(address, limit, progress, retry_failed))
 
 
-def _readable(config: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any] | Path:
-    return config if isinstance(config, Mapping) else Path(config)
+def described(config: Job | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job:
+    """The job that Python users describe as it suits them: see `run_job`.
+
+    Raises:
+        JobFileError: It cannot be used, or `overrides` are given for a job model.
+    """
+    if isinstance(config, Job):
+        if overrides:
+            raise JobFileError(f"overrides ({', '.join(overrides)}) change a file or a mapping; change the job model")
+        return config
+    return reading.load(config if isinstance(config, Mapping) else Path(config), overrides)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from tests.support import ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-TOPS = "jobs|pipeline|stages|micro|tests|benchmarks"
+TOPS = "latentmill|jobs|pipeline|stages|micro|tests|benchmarks"
 PATH = re.compile(rf"(?<![\w/.:-])((?:{TOPS}|index|docs)/[\w./-]*\w)(?![\w<*/{{-])")
 NAME = re.compile(rf"(?<![\w/.-])((?:{TOPS})(?:\.[A-Za-z_]\w*)+)")
 
@@ -30,7 +30,7 @@ def is_there(name: str) -> bool:
         place = ROOT.joinpath(*parts[:length])
         if length == len(parts) and place.is_dir():
             return True
-        file = place.with_suffix(".py")
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         if file.is_file():
             return defines(ast.parse(file.read_text(encoding="utf-8")).body, parts[length:])
     return False
@@ -46,6 +46,8 @@ def defines(body: list[ast.stmt], names: list[str]) -> bool:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(target, ast.Name) and target.id == names[0] for target in targets):
                 return True
+        if isinstance(node, ast.If) and defines(node.body, names):  # for type checkers
+            return True
         if isinstance(node, ast.ImportFrom) and names[0] in {alias.asname or alias.name for alias in node.names}:
             return True
     return False
@@ -59,3 +61,4 @@ def test_every_name_on_a_page_leads_somewhere(page: Path) -> None:
 def test_names_that_lead_nowhere_are_found() -> None:
     text = "`jobs/run.py`, `jobs/walk.py`, `jobs.run.run_job`, `jobs.run.walk_job`, jobs.run.JobResult.data, jobs.walk"
     assert missing(text) == ["jobs.run.walk_job", "jobs.walk", "jobs/walk.py"]
+    assert missing("`latentmill.run_job`, `latentmill.walk_job`, micro.MODELS") == ["latentmill.walk_job"]

@@ -44,8 +44,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.slow
 def test_all_modules_and_data_are_in_the_wheel(wheel: list[str]) -> None:
     inside = set(wheel)
-    folders = ("jobs/", "pipeline/", "stages/", "index/")
-    wanted = {name for name in tracked() if name.startswith(folders) and name.endswith((".py", ".yaml", ".css"))}
+    folders = ("latentmill/", "jobs/", "pipeline/", "stages/", "index/")
+    ends = (".py", ".yaml", ".css", "py.typed")
+    wanted = {name for name in tracked() if name.startswith(folders) and name.endswith(ends)}
     wanted |= {name for name in tracked() if re.match(r"micro/(models|prompts)/|micro/[^/]*\.py$", name)}
     assert wanted
     assert not wanted - inside
@@ -55,7 +56,7 @@ def test_all_modules_and_data_are_in_the_wheel(wheel: list[str]) -> None:
 @pytest.mark.slow
 def test_nothing_else_is_in_the_wheel(wheel: list[str]) -> None:
     tops = {name.partition("/")[0] for name in wheel if ".dist-info" not in name}
-    assert tops == {"jobs", "pipeline", "stages", "index", "micro"}
+    assert tops == {"latentmill", "jobs", "pipeline", "stages", "index", "micro"}
 
 
 def test_requirements_admit_the_pinned_versions() -> None:

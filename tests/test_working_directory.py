@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("index", "jobs", "micro", "pipeline", "stages")
+PACKAGES = ("index", "jobs", "latentmill", "micro", "pipeline", "stages")
 LAUNCHER = "from jobs.__main__ import main\nmain()\n"
 
 

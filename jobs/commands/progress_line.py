@@ -52,20 +52,27 @@ def shown(stream: TextIO | None = None, interval: float = PLAIN_INTERVAL) -> Ite
         with _live(stream) as callback:
             yield callback
     else:
-        yield _plain(stream, interval)
+        yield plain(stream, interval)
 
 
-def _plain(stream: TextIO, interval: float) -> Callable[[Progress], None]:
+def plain(stream: TextIO | None = None, interval: float = PLAIN_INTERVAL) -> Callable[[Progress], None]:
+    """A progress callback that prints a line at each phase, at each event, and every `interval` seconds.
+
+    It never goes back over a line, so that notebooks, logs and pipes stay readable.
+
+    Args:
+        stream: Left out: standard output, as it is by then.
+    """
     last_time, last_phase = float("-inf"), ""
 
     def write(snapshot: Progress) -> None:
         nonlocal last_time, last_phase
         now = time.monotonic()
         if snapshot.message:
-            print(snapshot.message, file=stream, flush=True)
+            print(snapshot.message, file=stream or sys.stdout, flush=True)
         elif snapshot.phase != last_phase or now - last_time >= interval:
             last_time, last_phase = now, snapshot.phase
-            print(line(snapshot), file=stream, flush=True)
+            print(line(snapshot), file=stream or sys.stdout, flush=True)
 
     return write
 

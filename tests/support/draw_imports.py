@@ -17,6 +17,7 @@ BOX, GAP = 48, 34
 WINGS = ((MARGIN + 40, 600), (650, WIDTH - MARGIN))
 """Left and right edge of each wing."""
 COLOURS = {
+    "latentmill": ("#e6e6e6", "#555555"),
     "jobs": ("#f7e6c9", "#9a6a14"),
     "stages": ("#dbe9d3", "#4d7a35"),
     "pipeline": ("#d7e4f2", "#3a6590"),

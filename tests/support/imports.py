@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.support import ROOT
 
 PAGE = ROOT / "docs" / "architecture.md"
-PACKAGES = ("jobs", "pipeline", "stages", "index", "micro")
+PACKAGES = ("latentmill", "jobs", "pipeline", "stages", "index", "micro")
 OUTSIDE = ("tests", "benchmarks")
 """Ours too, and no import of the library's may lead there."""
 
@@ -233,13 +233,13 @@ def circles(imports: Iterable[Import]) -> list[list[str]]:
 
 
 def heavy_loads(house: House, imports: Sequence[Import]) -> list[str]:
-    """Ways on which loading a module of ``jobs`` or ``pipeline`` loads a heavy library at once."""
+    """Ways on which loading a module of ``latentmill``, ``jobs`` or ``pipeline`` loads a heavy library at once."""
     graph: dict[str, list[str]] = {}
     for one in imports:
         if not one.late:
             graph.setdefault(one.source, []).append(one.target)
     said = []
-    for start in sorted(source for source in graph if source.startswith(("jobs/", "pipeline/"))):
+    for start in sorted(source for source in graph if source.startswith(("latentmill/", "jobs/", "pipeline/"))):
         ways: list[list[str]] = [[start]]
         seen = {start}
         while ways:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.support import ROOT
 
-OURS = frozenset({"jobs", "pipeline", "stages", "index", "micro", "tests", "benchmarks"})
+OURS = frozenset({"latentmill", "jobs", "pipeline", "stages", "index", "micro", "tests", "benchmarks"})
 
 _RUN = """
 import importlib.abc, json, os, sys, traceback

@@ -24,6 +24,7 @@ from pipeline.run.cluster import Pool
 from pipeline.run.driver import Resources, RunError, _check_room
 from stages.models.families import open_without_weights
 from tests.support import ROOT
+from tests.support.imports import PACKAGES
 
 
 def test_version() -> None:
@@ -36,7 +37,7 @@ def test_every_command_that_is_named_exists() -> None:
     commands = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}  # type: ignore[union-attr]
     named: dict[str, str] = {}
     files = [
-        *(file for room in ("jobs", "pipeline", "stages", "index", "micro") for file in (ROOT / room).rglob("*.py")),
+        *(file for room in PACKAGES for file in (ROOT / room).rglob("*.py")),
         *(ROOT / "jobs/examples").glob("*.yaml"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile",
     ]  # fmt: skip
     said = re.compile(r"(?:`|^ *|# *|\$ |bin/)latentmill ([a-z][a-z-]+)", re.MULTILINE)
