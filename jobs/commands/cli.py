@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands import compbench, doctor, examples, failed, init, search, try_concept
+from jobs.commands import compbench, doctor, examples, failed, init, push, search, try_concept
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
 from jobs.commands.noise import LOG, quiet
 from jobs.commands.stores import StorageOptions, parsed, reaching
@@ -232,6 +232,7 @@ def schema() -> None:
 
 for _command in (
     failed.failed,
+    push.push,
     search.search,
     compbench.compbench,
     try_concept.try_concept,

@@ -47,6 +47,19 @@ def take_stock(output: Output, names: Sequence[str]) -> None:
     output.folder.write(PRODUCTS, json.dumps({"run": output.run, "files": made}, indent=1).encode())
 
 
+def listed(output: Output) -> list[Product]:
+    """The products as they were made; none where the job makes none, or older code ran.
+
+    Raises:
+        ValueError, TypeError, KeyError: The list is damaged.
+    """
+    try:
+        told = json.loads(output.folder.read(PRODUCTS))
+    except FileNotFoundError:
+        return []
+    return [Product(**product) for product in told["files"]] if told["run"] == output.run else []
+
+
 def problems(output: Output, checksums: bool) -> list[str]:
     """What is wrong with the products, one sentence a file.
 
@@ -54,10 +67,7 @@ def problems(output: Output, checksums: bool) -> list[str]:
         checksums: Also compare digests, which reads all bytes of files on a disk.
     """
     try:
-        listed = json.loads(output.folder.read(PRODUCTS))
-        planned = [Product(**product) for product in listed["files"]] if listed["run"] == output.run else []
-    except FileNotFoundError:
-        return []
+        planned = listed(output)
     except (ValueError, TypeError, KeyError) as error:
         return [f"{PRODUCTS} is damaged ({error})"]
     wrong = []

@@ -1,0 +1,42 @@
+"""``latentmill push``: a finished output to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.commands.errors import errors, stderr, stop
+from jobs.commands.stores import StorageOptions, reaching
+
+
+def push(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")],
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="The dataset repository; made if it is not there.")],
+    revision: Annotated[str | None, typer.Option(help="A branch of it; made if it is not there.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only you and your organisation may read it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    storage_options: StorageOptions = None,
+) -> None:
+    """Push a finished dataset to the Hugging Face hub: its card, data files and what the job made beside them.
+
+    Checked first as `latentmill verify` does. Started again after a stop, it sends what is not there yet. The token is
+    that of `hf auth login` or HF_TOKEN.
+    """
+    with errors(), reaching(out, storage_options):
+        from jobs.kinds.chain import read_listing
+        from pipeline.output.hub import push as pushed
+
+        if steps := read_listing(out):
+            stop(f"{out} is a chain's folder: push one of its steps, such as {steps[-1]['output']}")
+        console = stderr()
+        done = pushed(
+            out, name, revision=revision, private=private, dry_run=dry_run,
+            tell=lambda said: console.print(said, markup=False, soft_wrap=True),
+        )  # fmt: skip
+    for own in done.deleted:
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {own}, which is not of this dataset")
+    typer.echo(
+        f"{'would send' if dry_run else 'sent'} {done.sent_files:,} of {done.files:,} files, "
+        f"{done.sent_bytes / 1e6:,.1f} of {done.bytes / 1e6:,.1f} MB: {done.url}"
+    )
