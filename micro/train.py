@@ -73,7 +73,7 @@ RECIPES = {
 """What the shipped weights aim at; ``--minutes`` shortens each in proportion on a slow machine."""
 PHOTOGRAPHS = "pictures"
 """Folder in the work folder into which the packages that `micro.photographs` names are unpacked."""
-FLUX_GUIDANCE = 3.0
+FLUX_GUIDANCE = 5.0
 """Embedded guidance at which FLUX's four-step sibling learns from it."""
 
 

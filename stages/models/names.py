@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 import micro
 from pipeline.addresses import has_password, shown
 
-SHIPPED = ("prior", "decoder", "stable-diffusion", "flux", "oracle")
+SHIPPED = ("prior", "decoder", "stable-diffusion", "flux", "flux-schnell", "oracle")
 
 
 def _shipped(name: str) -> str:
