@@ -39,7 +39,7 @@ def write_report(output: str, job: RowJob | None = None, storage_options: Mappin
             page = render_chain([_step_part(output, step) for step in steps], title)
         else:
             view = View(Output.open(output))
-            page = render(view, own_panels(job or _stored_job(view)), title)
+            page = render(view, own_panels(job or stored_job(view.plan)), title)
         Folder.at(output).write(REPORT_FILE, page.encode("utf-8", "replace"))
     return f"{output.rstrip('/')}/{REPORT_FILE}"
 
@@ -53,7 +53,7 @@ def _step_part(output: str, step: Mapping[str, str]) -> StepPart:
         view = View(Output.open(step["output"]))
     except OutputError:
         return StepPart(step["name"], step["job"], href, None)
-    return StepPart(step["name"], step["job"], href, view, own_panels(_stored_job(view)))
+    return StepPart(step["name"], step["job"], href, view, own_panels(stored_job(view.plan)))
 
 
 def own_panels(job: RowJob | None) -> list[Panel]:
@@ -67,11 +67,11 @@ def own_panels(job: RowJob | None) -> list[Panel]:
         return [Panel(job.job, lambda view: tag("p", message, class_="quiet"))]
 
 
-def _stored_job(view: View) -> RowJob | None:
-    """The job as the plan remembers it; None where its kind is not installed or its settings have changed."""
+def stored_job(plan: Mapping[str, Any]) -> RowJob | None:
+    """The job as a plan remembers it; None where its kind is not installed or its settings have changed."""
+    config = dict(plan.get("config") or {})
     try:
-        model = registry.find(view.config["job"])
-        job = model.model_validate({**view.config, "input": "unused"})
+        job = registry.find(config["job"]).model_validate({**config, "input": "unused"})
     except (KeyError, ValueError):
         return None
     return job if isinstance(job, RowJob) else None

@@ -45,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_all_modules_and_data_are_in_the_wheel(wheel: list[str]) -> None:
     inside = set(wheel)
     folders = ("latentmill/", "jobs/", "pipeline/", "stages/", "index/")
-    ends = (".py", ".yaml", ".css", "py.typed")
+    ends = (".py", ".yaml", ".css", ".js", ".html", "py.typed")
     wanted = {name for name in tracked() if name.startswith(folders) and name.endswith(ends)}
     wanted |= {name for name in tracked() if re.match(r"micro/(models|prompts)/|micro/[^/]*\.py$", name)}
     assert wanted

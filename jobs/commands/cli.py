@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands import compbench, doctor, examples, failed, init, push, search, try_concept
+from jobs.commands import compbench, doctor, examples, failed, init, push, search, try_concept, view
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
 from jobs.commands.noise import LOG, quiet
 from jobs.commands.stores import StorageOptions, parsed, reaching
@@ -234,6 +234,7 @@ for _command in (
     failed.failed,
     push.push,
     search.search,
+    view.view,
     compbench.compbench,
     try_concept.try_concept,
     init.init,

@@ -27,7 +27,8 @@ def errors() -> Iterator[None]:
     except KeyboardInterrupt:
         stop("interrupted", EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
-        extra = {"faiss": "cpu (or gpu)", "s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure"}.get(error.name or "")
+        extras = {"faiss": "cpu (or gpu)", "s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "duckdb": "view"}
+        extra = extras.get(error.name or "")
         if extra is None:
             raise
         stop(f"{error.name} is not installed: pip install 'latentmill[{extra.split()[0]}]'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,28 +67,13 @@ def embed(reference: Reference, query: str) -> torch.Tensor:
     Raises:
         ValueError: There is no such encoder, or it has changed.
     """
-    from transformers.utils import logging
+    from jobs.page.queries import encoder
 
-    from index.reference import require_encoder
-    from stages.models import clip
-
-    logging.disable_progress_bar()  # of loading weights, which takes a moment
-    is_picture = _names_picture(query)
-    role, key = ("image", "encoder") if is_picture else ("text", "text_encoder")
-    made_with = reference.facts[key]
-    if made_with is None:
-        raise ValueError(
-            f"{reference.path}: no {role} encoder belongs to this reference, so it cannot be searched by {role}; "
-            f"make it again with `{key}:` set"
-        )
-    place, revision = made_with["path"], made_with["revision"] or None
-    # Whoever made the reference has allowed them, where they are pickles: the weights must be the same as then.
-    now = clip.identity(place, "image" if is_picture else "text", revision, allow_pickle=True)
-    require_encoder(reference.path, made_with, now)
-    if is_picture:
-        picture = _picture(query)
-        return clip.ImageEncoder(place, revision, allow_pickle=True)([picture])
-    return clip.TextEncoder(place, revision, allow_pickle=True)([query])
+    if _names_picture(query):
+        images: Any = encoder(reference, "image")
+        return images([_picture(query)])
+    texts: Any = encoder(reference, "text")
+    return texts([query])
 
 
 def _names_picture(query: str) -> bool:

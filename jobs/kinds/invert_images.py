@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter
@@ -56,6 +57,9 @@ class InvertImages(RowJob, InvertImagesSettings):
             said='row["prompt"]' if self.inverter is None else geometry.usage.from_row(),
         )  # fmt: skip
         return _CARD.format(lines=shown)
+
+    def redraws(self, row: Mapping[str, Any]) -> bool:
+        return any(method.label == row["method"] and method.extra is None for method in self.methods)
 
     def panels(self) -> list[Panel]:
         note = "Means over the pictures. PSNR in dB: against the picture, and against what its latent decodes to."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -72,6 +73,10 @@ class RareConcepts(RowJob, RareDrawing):
                 negative=self.negative, guide=plain if self.guides else None,
             )  # fmt: skip
         return _CARD.format(lines=shown, score=self.score[0])
+
+    def redraws(self, row: Mapping[str, Any]) -> bool:
+        plain = [guide.label for guide in self.drawn if isinstance(guide, PlainGuide)]
+        return bool(plain) and (not self.guides or row["guide"] in plain)
 
     def panels(self) -> list[Panel]:
         note = "Means over the pictures that were kept."

@@ -53,3 +53,9 @@ def size(amount: float, digits: str = ".1f") -> str:
 def price(amount: float) -> str:
     """Two digits after the point, or two that count if it is less than one."""
     return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
+
+
+def unit(name: str) -> str:
+    """The unit of a column by its name; empty for plain figures."""
+    words = name.split("_")
+    return "dB" if "psnr" in words else "s" if words[-1] == "seconds" else ""

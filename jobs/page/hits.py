@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def hits(output: Output, reference: Reference, positions_K: np.ndarray, cos_K: S
         rows = parquet.read(output.folder, name, names).take(wanted[record.shard])
         for row, plain in zip(wanted[record.shard], rows.to_pylist(), strict=True):
             columns[record.shard, row] = plain
-    again = _pictures(output, wanted)
+    again = source_pictures(output, wanted)
     found = []
     for place, cosine in zip(places, cos_K, strict=True):
         at = (place["part"], place["row"])
@@ -83,13 +83,21 @@ def _span_of(spans: Sequence[Span], row: int) -> Span:
     raise SourceError(f"the shard has no row {row}")
 
 
-def _pictures(output: Output, wanted: dict[int, list[int]]) -> dict[tuple[int, int], Image]:
-    """Pictures of rows, read again from the job's input as far as it is still there."""
+def source_pictures(
+    output: Output, wanted: Mapping[int, Sequence[int]], fetch: bool = True
+) -> dict[tuple[int, int], Image]:
+    """Pictures of rows, read again from the job's input as far as it is still there.
+
+    Args:
+        wanted: Shard -> rows in it.
+        fetch: Follow what the rows name where the job allowed it; else what lies in the input's own folders alone.
+    """
     from pipeline.input.read import prepare, read_rows, wanted_columns
     from pipeline.input.source import Source, SourceError
     from pipeline.output.planfile import read_shards
 
     source = Source.from_json(output.plan["source"]).reachable()
+    source = source if fetch else replace(source, allow=())
     found: dict[tuple[int, int], Image] = {}
     for shard in read_shards(output.own):
         for row in wanted.get(shard.index, ()):

@@ -18,7 +18,7 @@ from jobs.page.view import View
 from jobs.schema.panel import Panel
 
 REPORT_FILE = "report.html"
-_STYLE = Path(__file__).with_name("report.css")
+_STYLES = tuple(Path(__file__).with_name(name) for name in ("tokens.css", "report.css"))
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -105,7 +105,7 @@ def document(title: str, head: Html, sections: Sequence[Html]) -> Html:
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("title", title),
-        tag("style", Html(_STYLE.read_text(encoding="utf-8"))),
+        tag("style", Html("".join(style.read_text(encoding="utf-8") for style in _STYLES))),
     ]
     body = tag("body", head, tag("main", sections))
     return escape([Html("<!doctype html>\n"), tag("html", tag("head", meta), body, lang="en")])

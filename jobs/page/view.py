@@ -52,7 +52,7 @@ class View:
         """Column -> what it holds."""
         from pipeline.output.schema import decode_schema
 
-        return {field.name: _kind(field) for field in decode_schema(self.plan["schema"])}
+        return {field.name: column_kind(field) for field in decode_schema(self.plan["schema"])}
 
     def named(self, kind: ColumnKind) -> list[str]:
         """The columns of one kind, without id, status and error."""
@@ -126,7 +126,8 @@ class View:
                 yield parquet.read(self.output.folder, name, columns)
 
 
-def _kind(field: pa.Field) -> ColumnKind:
+def column_kind(field: pa.Field) -> ColumnKind:
+    """What a column of an output holds."""
     import pyarrow.types as pt
 
     if pt.is_struct(field.type) and {child.name for child in field.type} == {"bytes", "path"}:

@@ -215,6 +215,10 @@ class RowJob(Job):
         """More for the dataset card, in Markdown: how to use what this job wrote. Its Python runs as it stands."""
         return ""
 
+    def redraws(self, row: Mapping[str, Any]) -> bool:
+        """Whether the card's lines that draw a row's picture again hold for this row with status ok."""
+        return True
+
     def panels(self) -> list[Panel]:
         """The job's own panels of the report page, below the general ones."""
         return []

@@ -311,6 +311,39 @@ def test_search_by_text_is_the_text_encoders_order(made: Path, prior: str) -> No
     assert [hit.id for hit in found] == opened.ids(np.argsort(-cos_N)[:5]).tolist()
 
 
+def test_the_app_finds_what_the_encoders_order_says(made: Path, pictures: Path, prior: str, tmp_path: Path) -> None:
+    from jobs.view.app import App
+    from pipeline.output.dataset import Output
+
+    job = {"job": "reference", "input": {"path": str(made), "columns": {"embedding": "embedding"}},
+           "given": "embeddings", "dim": 24, "max_failed_fraction": 0.5}  # fmt: skip
+    run_job(job, output=str(tmp_path / "adopted"))
+    app = App({"made": Output.open(str(made)), "adopted": Output.open(str(tmp_path / "adopted"))})
+
+    def ids(asked: dict[str, str]) -> list[str]:
+        return [row["cells"]["id"] for row in json.loads(app.answer("api/search", asked).body)["rows"]]
+
+    opened = Reference.open(made)
+    vectors_NE = np.array(opened.index.vectors_NE)
+    unit_NE = vectors_NE / np.linalg.norm(vectors_NE, axis=1, keepdims=True)
+    t_E = clip.TextEncoder(prior)(["picture number 3"])[0].numpy()
+    count = min(48, ROWS - 1)
+    assert ids({"run": "made", "text": "picture number 3"}) == opened.ids(np.argsort(-unit_NE @ t_E)[:count]).tolist()
+    rows = json.loads(app.answer("api/rows", {"run": "made"}).body)["rows"]
+    twelfth = next(row["at"] for row in rows if row["cells"]["id"].endswith("12.png"))
+    order = opened.ids(np.argsort(-unit_NE @ unit_NE[opened.table["id"].to_pylist().index(
+        next(row["cells"]["id"] for row in rows if row["at"] == twelfth))])[:count]).tolist()  # fmt: skip
+    assert ids({"run": "made", "from": "made", "at": twelfth, "column": "embedding"}) == order
+    source = app.answer("source", {"run": "made", "at": twelfth, "size": "192"})
+    shown = Image.open(io.BytesIO(source.body)).convert("RGB")
+    assert shown.tobytes() == Image.open(pictures / "12.png").convert("RGB").tobytes()
+    with pytest.raises(ValueError, match="no text encoder belongs"):
+        ids({"run": "adopted", "text": "a star"})
+    with pytest.raises(ValueError, match="no embeddings by the encoder of adopted"):
+        ids({"run": "adopted", "from": "made", "at": twelfth, "column": "embedding"})
+    app.close()
+
+
 def test_the_search_command(made: Path, pictures: Path, tmp_path: Path) -> None:
     from jobs.commands.cli import app
 

@@ -1,0 +1,1 @@
+"""The app behind ``latentmill view``: output folders browsed on a local page."""
