@@ -11,21 +11,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs.schema import registry
-from jobs.schema.steps import step_model
 from tests.support.in_process import without_ray
-from tests.support.toy_job import Toy
+from tests.support.toy_job import Toy, known
 
 pytest.register_assert_rewrite("tests.support.weather", "tests.support.card_lines")  # asserted in several files
 
 
 @pytest.fixture
-def toy_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Toy]]:
+def toy_job() -> Iterator[type[Toy]]:
     """The kind ``toy``, registered for one test."""
-    monkeypatch.setitem(registry.KINDS, "toy", "tests.support.toy_job:Toy")
-    step_model.cache_clear()
-    yield Toy
-    step_model.cache_clear()
+    with known():
+        yield Toy
 
 
 @pytest.fixture

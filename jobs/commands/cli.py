@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands import compbench, doctor, examples, failed, init, push, search, try_concept, view
+from jobs.commands import compbench, diff, doctor, examples, failed, init, push, search, try_concept, view
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
 from jobs.commands.noise import LOG, quiet
 from jobs.commands.stores import StorageOptions, parsed, reaching
@@ -233,6 +233,7 @@ def schema() -> None:
 for _command in (
     failed.failed,
     push.push,
+    diff.diff,
     search.search,
     view.view,
     compbench.compbench,

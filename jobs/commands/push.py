@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.errors import errors, stderr, stop
+from jobs.commands.errors import errors, stderr
+from jobs.commands.single import single
 from jobs.commands.stores import StorageOptions, reaching
 
 
@@ -24,11 +25,9 @@ def push(
     that of `hf auth login` or HF_TOKEN.
     """
     with errors(), reaching(out, storage_options):
-        from jobs.kinds.chain import read_listing
         from pipeline.output.hub import push as pushed
 
-        if steps := read_listing(out):
-            stop(f"{out} is a chain's folder: push one of its steps, such as {steps[-1]['output']}")
+        single(out, "push")
         console = stderr()
         done = pushed(
             out, name, revision=revision, private=private, dry_run=dry_run,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import pytest
+
 from jobs.page import charts
+from jobs.schema import registry
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
+from jobs.schema.steps import step_model
 from pipeline.contract import Column, Row, StageInfo, StageSpec, failed, ok
 
 
@@ -62,3 +67,13 @@ class Letters:
                 vector=np.full((2, 2), length, dtype=np.float32),
                 grey=None if image is None else image.convert("L").convert("RGB"),
             )
+
+
+@contextmanager
+def known() -> Iterator[None]:
+    """The kind ``toy`` is registered while it lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.KINDS, "toy", "tests.support.toy_job:Toy")
+        step_model.cache_clear()
+        yield
+    step_model.cache_clear()

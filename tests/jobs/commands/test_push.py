@@ -20,12 +20,11 @@ from typer.testing import CliRunner
 from jobs.commands.cli import app
 from jobs.commands.errors import EXIT_USAGE
 from jobs.run import run_job
-from jobs.schema import registry
 from jobs.schema.base import RowJob
-from jobs.schema.steps import step_model
 from pipeline.output.hub import card_for
 from tests.support.hub import TOKEN, Hub, Repository, hub_server
 from tests.support.in_process import without_ray
+from tests.support.toy_job import known
 
 ROWS = 7
 
@@ -44,9 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.KINDS, "toy", "tests.support.toy_job:Toy")
-        step_model.cache_clear()
+    with known(), pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
         return run(tmp_path_factory.mktemp("push"), "out")
 
