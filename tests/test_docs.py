@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 TOPS = "latentmill|jobs|pipeline|stages|micro|tests|benchmarks"
 PATH = re.compile(rf"(?<![\w/.:-])((?:{TOPS}|index|docs)/[\w./-]*\w)(?![\w<*/{{-])")
 NAME = re.compile(rf"(?<![\w/.-])((?:{TOPS})(?:\.[A-Za-z_]\w*)+)")
@@ -53,7 +53,7 @@ def defines(body: list[ast.stmt], names: list[str]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_name_on_a_page_leads_somewhere(page: Path) -> None:
     assert missing(page.read_text(encoding="utf-8")) == []
 

@@ -1,0 +1,182 @@
+"""The pictures on the pages of the jobs, from one chain of small jobs on the miniature models.
+
+``python -m benchmarks.pages.pictures`` writes docs/figures/job-*.webp. What came out is drawn, nothing is picked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageFont
+
+import micro
+from jobs.run import run_job
+
+FIGURES = Path("docs/figures")
+PROMPTS = ("a red star", "two blue circles", "a green cross above a yellow square", "a dotted pink heart")
+SIDE, LINE, MARGIN = 96, 20, 6
+
+STEPS: list[dict[str, Any]] = [
+    {"name": "reference", "job": "reference", "input": "micro-world://train?rows=600&seed=0", "encoder": "micro:prior",
+     "keep": ["caption", "image"], "shard_rows": 600},
+    {"name": "prompts", "job": "invert-prompts", "model": "micro:prior",
+     "reference": "${reference}", "decode": {"model": "micro:decoder", "steps": 20},
+     "methods": ["text-embedding", {"method": "ovi", "constraint": {"neighbours": 3.0}}, "trained-prior"]},
+    {"name": "few", "job": "reference", "input": "micro-world://train?rows=5&seed=3", "encoder": "micro:prior",
+     "keep": ["caption", "image"]},
+    {"name": "decode", "job": "decode", "encoder": "micro:prior",
+     "input": {"path": "${few}", "columns": {"embedding": "embedding", "original": "image"}},
+     "decode": {"model": "micro:decoder", "steps": 20}, "draws": 3, "keep": ["original"]},
+    {"name": "images", "job": "invert-images", "model": "micro:flux", "size": 128, "steps": 20,
+     "input": {"path": "jobs/examples/quickstart/photographs.jsonl", "images": ["image"]}, "methods": ["euler", "lbo"]},
+    {"name": "words", "job": "learn-concepts", "input": "jobs/examples/quickstart/concepts",
+     "model": "micro:stable-diffusion",
+     "learning": {"steps": 100, "window": 25, "lr": 0.02, "context": "none"},
+     "samples": {"subjects": ["blue star", "green square", "yellow heart", "black cross"],
+                 "prompt": "a {concept} {subject}", "count": 2, "steps": 20, "guidance": 4}},
+    {"name": "rare", "job": "rare-concepts", "input": "jobs/examples/rare-concepts", "model": "micro:stable-diffusion",
+     "clip": "micro:prior", "methods": ["random", "nao"], "count": 5, "steps": 25, "guidance": 4},
+    {"name": "corpus", "job": "select-corpus", "input": "${rare}", "encoder": "micro:prior", "count": 4, "near": 0.97},
+]  # fmt: skip
+
+
+Row = dict[str, Any]
+Line = tuple[str, Sequence[Image.Image | None]]
+"""What stands at the left of a line of pictures, and the pictures."""
+
+
+def rows(folder: Path) -> list[Row]:
+    """The rows of a finished dataset that are ok."""
+    found = [row for file in sorted(folder.glob("data/*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return [row for row in found if row["status"] == "ok"]
+
+
+def opened(encoded: Row | None) -> Image.Image | None:
+    return None if encoded is None else Image.open(io.BytesIO(encoded["bytes"])).convert("RGB")
+
+
+def sheet(lines: Iterable[Line], heads: Sequence[str], name: str) -> None:
+    """Write lines of pictures, each with its text at the left, under column heads."""
+    lines = list(lines)
+    font = ImageFont.load_default(12)
+    left = max(round(font.getlength(text)) for text, _ in lines) + 2 * MARGIN
+    width = left + max(len(pictures) for _, pictures in lines) * (SIDE + MARGIN) + MARGIN
+    top = LINE + MARGIN if heads else MARGIN
+    canvas = Image.new("RGB", (width, top + len(lines) * (SIDE + MARGIN)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, head in enumerate(heads):
+        draw.text((left + column * (SIDE + MARGIN), MARGIN), head, "black", font)
+    for line, (text, pictures) in enumerate(lines):
+        y = top + line * (SIDE + MARGIN)
+        draw.text((MARGIN, y + SIDE // 2 - 8), text, "black", font)
+        for column, picture in enumerate(pictures):
+            if picture is not None:
+                canvas.paste(
+                    picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left + column * (SIDE + MARGIN), y)
+                )
+    canvas.save(FIGURES / f"{name}.webp", quality=85, method=6)
+
+
+def by(found: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of some columns, in the order in which these come."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in found:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def draw_reference(chain: Path) -> None:
+    """The pictures that a reference finds for three prompts."""
+    from index.reference import Reference
+    from stages.models.clip import TextEncoder, identity
+
+    folder, queries = chain / "reference", ("a red star", "blue circles", "a checkered square")
+    encoder = str(micro.MODELS / "prior")
+    reference = Reference.open(str(folder), encoder=identity(encoder, "image"))
+    found = reference.neighbours(TextEncoder(encoder)(list(queries)), k=6)
+    pictures = {row["id"]: opened(row["image"]) for row in rows(folder)}
+    lines = [(query, [pictures[key] for key in keys]) for query, keys in zip(queries, found.ids, strict=True)]
+    sheet(lines, [], "job-reference")
+
+
+def draw_prompts(chain: Path) -> None:
+    """What the decoder draws of each method's embedding."""
+    groups = by(rows(chain / "prompts"), "prompt")
+    methods = [row["method"] for row in next(iter(groups.values()))]
+    sheet(
+        [(key[0], [opened(row["image"]) for row in group]) for key, group in groups.items()],
+        methods,
+        "job-invert-prompts",
+    )
+
+
+def draw_decode(chain: Path) -> None:
+    """Pictures, and what three draws from their embeddings show."""
+    groups = by([{**row, "of": row["id"].rpartition("/")[0]} for row in rows(chain / "decode")], "of")
+    columns = [[opened(group[0]["original"]), *(opened(row["image"]) for row in group)] for group in groups.values()]
+    names = ("picture", "draw 0", "draw 1", "draw 2")
+    sheet([(name, [column[line] for column in columns]) for line, name in enumerate(names)], [], "job-decode")
+
+
+def draw_images(chain: Path) -> None:
+    """Photographs, and what their seeds draw."""
+    groups = by(rows(chain / "images"), "method")
+    first = next(iter(groups.values()))
+    lines: list[Line] = [("photograph", [opened(row["picture"]) for row in first])]
+    for (method,), group in groups.items():
+        mean = sum(row["psnr"] for row in group) / len(group)
+        lines.append((f"{method}, {mean:.1f} dB", [opened(row["reconstruction"]) for row in group]))
+    sheet(lines, [], "job-invert-images")
+
+
+def draw_words(chain: Path) -> None:
+    """What a word was learned from, and new subjects with it: two draws of each, as the job's own sheet has them."""
+    (row,) = rows(chain / "words")
+    training, samples = opened(row["training"]), opened(row["samples"])
+    assert training is not None
+    assert samples is not None
+    side, step = training.height, training.height + 4
+    shown = [training.crop((x, 0, x + side, side)) for x in range(0, training.width, step)]
+    corners = [(x, y) for y in range(0, samples.height, step) for x in range(0, samples.width, step)]
+    drawn = [samples.crop((x, y, x + side, y + side)) for x, y in corners]
+    sheet([("learned from", shown), ("with the word", drawn)], [], "job-learn-concepts")
+
+
+def draw_rare(chain: Path) -> None:
+    """New pictures of two concepts by method, and which of them the corpus keeps."""
+    new = rows(chain / "rare")
+    shown = list(by(new, "concept"))[:2]
+    groups = by([row for row in new if (row["concept"],) in shown], "concept", "method")
+    lines = [
+        (f"{group[0]['prompt']}, {key[1]}", [opened(row["image"]) for row in group]) for key, group in groups.items()
+    ]
+    sheet(lines, [], "job-rare-concepts")
+    chosen = pq.read_table(chain / "corpus" / "selection.parquet").to_pylist()
+    kept = {row["id"]: row["kept"] for row in chosen}
+    pool = by([row for row in new if (row["concept"],) in shown], "concept")
+    lines = []
+    for (concept,), group in pool.items():
+        for wanted, text in ((True, "kept"), (False, "left out")):
+            lines.append((f"{concept}: {text}", [opened(row["image"]) for row in group if kept[row["id"]] == wanted]))
+    sheet(lines, [], "job-select-corpus")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("out/pages"), help="where the jobs write; resumed")
+    work = parser.parse_args().work
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    steps = [{**step, "input": str(work / "prompts.txt")} if step["name"] == "prompts" else step for step in STEPS]
+    run_job({"job": "chain", "steps": steps}, output=str(work / "chain"))
+    for draw in (draw_reference, draw_prompts, draw_decode, draw_images, draw_words, draw_rare):
+        draw(work / "chain")
+
+
+if __name__ == "__main__":
+    main()
