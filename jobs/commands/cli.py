@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands import compbench, diff, doctor, examples, failed, init, push, search, try_concept, view
+from jobs.commands import compbench, diff, doctor, examples, failed, init, push, search, submit, try_concept, view
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
 from jobs.commands.noise import LOG, quiet
 from jobs.commands.stores import StorageOptions, parsed, reaching
@@ -231,6 +231,7 @@ def schema() -> None:
 
 
 for _command in (
+    submit.submit,
     failed.failed,
     push.push,
     diff.diff,

@@ -1,0 +1,114 @@
+"""A job on a Slurm allocation: the batch script that starts a Ray there, runs the job on it, and resumes it.
+
+The first node of the allocation is Ray's head and a worker; the script runs there. Ports come from the job's number, so
+that jobs which share a node do not meet, and the token is drawn anew in each start. What ends the run decides what
+follows. The time limit announces itself by USR1: the run is stopped and queued again, and the next start resumes it.
+Whom Slurm preempts it queues again by itself (--requeue). scancel sends TERM, and nothing follows.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LAST_SECONDS = 180
+"""How long before the time limit the run is stopped: what workers have in hand is lost, what is committed is not."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What is asked of Slurm.
+
+    Attributes:
+        nodes: Machines.
+        gpus_per_node: GPUs of each; 0: none.
+        cpus_per_node: CPUs of each; None: whole nodes, with all that they have.
+        options: Further options of sbatch, ``--partition=gpu``.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_node: int | None = None
+    options: Sequence[str] = ()
+
+    def directives(self, name: str) -> list[str]:
+        """What stands behind ``#SBATCH``."""
+        cpus = "--exclusive" if self.cpus_per_node is None else f"--cpus-per-task={self.cpus_per_node}"
+        gpus = [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
+        return [
+            f"--job-name={name}", f"--nodes={self.nodes}", "--ntasks-per-node=1", cpus, *gpus,
+            "--output=%x-%j.log", "--open-mode=append", "--no-kill", "--requeue",
+            f"--signal=B:USR1@{LAST_SECONDS}", *self.options,
+        ]  # fmt: skip
+
+
+def script(name: str, command: Sequence[str], allocation: Allocation) -> str:
+    """The batch script.
+
+    Args:
+        name: Of the job, for squeue and the log.
+        command: ``latentmill run-job ...`` without ``--address``; paths are the same on every node.
+    """
+    directives = "\n".join(f"#SBATCH {option}" for option in allocation.directives(name))
+    return _SCRIPT.format(
+        directives=directives,
+        bin=shlex.quote(str(Path(sys.executable).parent)),
+        gpus=allocation.gpus_per_node,
+        command=shlex.join(command),
+    )
+
+
+_SCRIPT = """\
+#!/bin/bash
+{directives}
+set -euo pipefail
+export PATH={bin}:"$PATH"
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
+export RAY_raylet_start_wait_time_s=300  # Python from a shared disk, on many nodes at once, starts slowly
+
+ip=$(python -c 'from ray.util import get_node_ip_address; print(get_node_ip_address())')
+port=$((20000 + 2 * (SLURM_JOB_ID % 6000)))
+temp=/tmp/ray-$SLURM_JOB_ID
+driver="" stopped="" queue_again=""
+
+# shellcheck disable=SC2317  # called by the trap
+end() {{
+    jobs -p | xargs -r kill 2> /dev/null || true
+    pkill -f "$temp/session_" || true  # what `ray start` left, and nobody else's Ray
+    wait
+    rm -rf "$temp"
+}}
+trap end EXIT
+trap 'stopped=1; [ -z "$driver" ] || kill -TERM "$driver"' TERM
+trap 'stopped=1 queue_again=1; [ -z "$driver" ] || kill -TERM "$driver"' USR1
+
+ray start --head --node-ip-address="$ip" --port="$port" --ray-client-server-port=$((port + 1)) --temp-dir="$temp" \
+    --include-dashboard=false --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus={gpus} > /dev/null
+
+others=$((SLURM_JOB_NUM_NODES - 1))
+if [ "$others" -gt 0 ]; then
+    # shellcheck disable=SC2016  # what is to be expanded on the other nodes
+    srun --nodes="$others" --relative=1 --ntasks="$others" --ntasks-per-node=1 --cpu-bind=none --no-kill \
+        --kill-on-bad-exit=0 bash -c 'exec ray start --block --address="$0" --num-cpus="$SLURM_CPUS_ON_NODE" \
+        --num-gpus={gpus} > /dev/null' "$ip:$port" &
+fi
+
+{command} --address "$ip:$port" &
+driver=$!
+[ -z "$stopped" ] || kill -TERM "$driver"  # it was too early for the traps
+status=0
+wait "$driver" || status=$?
+while kill -0 "$driver" 2> /dev/null; do  # a signal ended the wait, not the driver
+    status=0
+    wait "$driver" || status=$?
+done
+if [ -n "$queue_again" ] && [ "$status" -ne 0 ]; then
+    echo "the time limit is near: queued again, the next start resumes"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
