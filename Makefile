@@ -6,13 +6,14 @@ OUT ?= out/quickstart
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: docs quickstart test bench gpu lint format clean help
+.PHONY: docs quickstart test bench gpu lint format wheels clean help
 
 help:
 	@echo "make quickstart   the miniature world end to end: a reference, inversions, a report ($(OUT)/report.html)"
 	@echo "make test         the whole test suite"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the site of docs/, strictly: a dead link ends it (out/site/index.html)"
+	@echo "make wheels      both distributions of a release, checked, in dist/ (SIGN=key signs them)"
 	@echo "make gpu          what one GPU makes of every method, in 8 minutes, with the machine's own torch (GPU=options)"
 	@echo "make bench        the benchmarks (long)"
 
@@ -45,6 +46,12 @@ docs: $(READY)
 	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# In an environment of its own: what checks a release needs no torch.
+wheels:
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip --disable-pip-version-check install --quiet "build>=1" "twine>=6"
+	$(VENV)-release/bin/python scripts/release.py $(if $(SIGN),--sign $(SIGN))
+
 # No virtual environment of its own: the torch that knows the card is the machine's.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
@@ -57,4 +64,4 @@ bench: $(READY)
 	done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,67 +1,132 @@
-"""The wheel holds what runs need beside the code, and nothing that belongs to the checkout alone."""
+"""The wheels hold what runs need beside the code, and nothing that belongs to the checkout alone; and they work."""
 
 from __future__ import annotations
 
+import ast
 import re
-import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
+from scripts import release
+from tests.support import ROOT
 
-
-def tracked() -> list[str]:
-    """Files under version control, or, in an unpacked archive, all that lie in the packages."""
-    if (ROOT / ".git").exists():
-        listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        return [name for name in listing.splitlines() if (ROOT / name).is_file()]
-    return [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+OURS = {
+    "latentmill": ("latentmill/", "jobs/", "pipeline/", "stages/", "index/"),
+    "latentmill_micro": ("micro/",),
+}
+"""Distribution -> the packages that it holds."""
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names in a wheel that is built from a copy of the tracked files."""
-    work = tmp_path_factory.mktemp("wheel")
-    for name in tracked():
-        target = work / "source" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, target)
-    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
-    built = subprocess.run(
-        [sys.executable, "-c", code, str(work)], cwd=work / "source", capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stderr
-    with zipfile.ZipFile(work / built.stdout.split()[-1]) as archive:
-        return archive.namelist()
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both wheels, built from the tracked files as a release is, but without a network."""
+    work = tmp_path_factory.mktemp("wheels")
+    for source in release.staged(work):
+        release.build(source, work / "dist", "--wheel", "--no-isolation")
+    return {file.name.partition("-")[0]: file for file in (work / "dist").iterdir()}
+
+
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
 
 
 @pytest.mark.slow
-def test_all_modules_and_data_are_in_the_wheel(wheel: list[str]) -> None:
-    inside = set(wheel)
-    folders = ("latentmill/", "jobs/", "pipeline/", "stages/", "index/")
+@pytest.mark.parametrize("distribution", OURS)
+def test_a_wheel_holds_its_modules_and_data_and_nothing_else(wheels: dict[str, Path], distribution: str) -> None:
+    assert set(wheels) == set(OURS)
+    inside, folders = names(wheels[distribution]), OURS[distribution]
     ends = (".py", ".yaml", ".css", ".js", ".html", "py.typed")
-    wanted = {name for name in tracked() if name.startswith(folders) and name.endswith(ends)}
-    wanted |= {name for name in tracked() if re.match(r"micro/(models|prompts)/|micro/[^/]*\.py$", name)}
+    wanted = {name for name in release.tracked() if name.startswith(folders) and name.endswith(ends)}
+    if distribution == "latentmill_micro":
+        wanted |= {name for name in release.tracked() if re.match(r"micro/(models|prompts)/", name)}
     assert wanted
     assert not wanted - inside
     assert any(name.endswith("licenses/LICENSE") for name in inside)
+    assert {name.partition("/")[0] + "/" for name in inside if ".dist-info" not in name} == set(folders)
 
 
 @pytest.mark.slow
-def test_nothing_else_is_in_the_wheel(wheel: list[str]) -> None:
-    tops = {name.partition("/")[0] for name in wheel if ".dist-info" not in name}
-    assert tops == {"latentmill", "jobs", "pipeline", "stages", "index", "micro"}
+def test_both_wheels_are_one_release(wheels: dict[str, Path]) -> None:
+    """One version, the extra pins it, and the miniature one asks for what it imports in the ranges of the other."""
+    told = {}
+    for distribution, wheel in wheels.items():
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+            told[distribution] = message_from_bytes(archive.read(name))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {message["Version"] for message in told.values()} == {project["version"]}
+    needs = told["latentmill"].get_all("Requires-Dist")
+    assert f'latentmill-micro=={project["version"]}; extra == "micro"' in needs
+    small = {Requirement(text) for text in told["latentmill_micro"].get_all("Requires-Dist")}
+    assert small <= {Requirement(text) for text in needs}
+    imported = {
+        name.partition(".")[0]
+        for file in (ROOT / "micro").glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )
+    }  # fmt: skip
+    modules = {"pillow": "PIL"}
+    brought = {"micro"} | {modules.get(one.name, one.name) for one in small}
+    trained_with = {"skimage", "tokenizers"}  # by those who make the models, from a checkout
+    assert imported - set(sys.stdlib_module_names) - brought <= trained_with
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_installed_from_wheels_the_quickstart_is_planned_in_an_empty_folder(
+    wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    """No checkout on any path. Without the miniature models, one sentence says what to install."""
+    venv.create(tmp_path / "venv", symlinks=True, with_pip=False)
+    python = str(tmp_path / "venv/bin/python")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (here := tmp_path / "empty").mkdir()
+
+    def install(distribution: str) -> None:
+        options = ["--quiet", "--no-deps", "--no-index", "--no-compile"]
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", *options]
+        subprocess.run([*pip, str(wheels[distribution])], check=True)
+
+    def latentmill(*words: str) -> subprocess.CompletedProcess[str]:
+        env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "COLUMNS": "200"}
+        command = [str(tmp_path / "venv/bin/latentmill"), *words]
+        return subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
+
+    install("latentmill")
+    others = site / "others.pth"  # the libraries that the tests run with; what their own .pth files add does not count
+    others.write_text(sysconfig.get_path("purelib") + "\n")
+    copied = latentmill("examples", "quickstart")
+    assert copied.returncode == 0, copied.stderr
+    plan = ("run-job", "quickstart/quickstart.yaml", "-o", "out", "--dry-run")
+    refused = latentmill(*plan)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    line = r'quickstart\.yaml, line 12: .*encoder: the miniature .* not installed: pip install "latentmill\[micro\]"'
+    assert re.search(line, refused.stderr), refused.stderr
+    others.unlink()
+    install("latentmill_micro")
+    others.write_text(sysconfig.get_path("purelib") + "\n")
+    planned = latentmill(*plan)
+    assert planned.returncode == 0, planned.stderr
+    assert {file.name for file in here.iterdir()} == {"quickstart"}
 
 
 def test_requirements_admit_the_pinned_versions() -> None:
     """The constraints are one point inside the ranges: what the tests run on is what users may have."""
-    from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.commands.errors import errors
+from pipeline.extras import miniature
 
 DEFAULT_JOB = Path(__file__).parents[1] / "examples" / "compbench-micro.yaml"
 SCORES = ("bound", "success", "clip_score")
@@ -123,7 +124,8 @@ def read_prompts(
     if folder is None:
         from dataclasses import asdict
 
-        from micro import prompts
+        with miniature():
+            from micro import prompts
 
         for category in categories or prompts.COMPBENCH:
             yield from (asdict(prompt) for prompt in prompts.load(category)[:limit])

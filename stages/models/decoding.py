@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import Field
 
-import micro
 from pipeline.contract import Settings
 from stages.models.names import ModelName
 
@@ -12,7 +11,7 @@ from stages.models.names import ModelName
 class Decode(Settings):
     """Pictures by Kandinsky 2.2's decoder."""
 
-    model: ModelName = str(micro.MODELS / "decoder")
+    model: ModelName = "micro:decoder"
     """Folder or hub id of the decoder pipeline."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""

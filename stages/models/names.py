@@ -7,20 +7,28 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-import micro
 from pipeline.addresses import has_password, shown
+from pipeline.extras import miniature
 
 SHIPPED = ("prior", "decoder", "stable-diffusion", "flux", "flux-schnell", "oracle")
 
 
-def _shipped(name: str) -> str:
-    """The folder of a shipped model that is given as ``micro:NAME``; any other name as it is."""
+def shipped(name: str) -> str:
+    """The folder of a shipped model that is given as ``micro:NAME``; any other name as it is.
+
+    Raises:
+        MissingExtra: The shipped models are not installed.
+        ValueError: There is none of that name.
+    """
     prefix, _, model = name.partition(":")
     if prefix != "micro":
         return name
     if model not in SHIPPED:
         raise ValueError(f"no shipped model is called {model!r}. Shipped: {', '.join(SHIPPED)}")
-    return str(micro.MODELS / model)
+    with miniature():
+        from micro import MODELS
+
+    return str(MODELS / model)
 
 
 def _model(name: str) -> str:
@@ -42,7 +50,7 @@ def _folder(name: str) -> str:
     return name if "://" in name or name.startswith("${") else os.path.abspath(os.path.expanduser(name))
 
 
-ModelName = Annotated[str, AfterValidator(_shipped), AfterValidator(_model), AfterValidator(_without_password)]
+ModelName = Annotated[str, AfterValidator(shipped), AfterValidator(_model), AfterValidator(_without_password)]
 """Path, hub id or address of a model, or ``micro:NAME`` for a shipped one, found from any working directory."""
 FolderName = Annotated[str, AfterValidator(_folder)]
 """Path or address of a folder: another job's output, or where pictures lie."""

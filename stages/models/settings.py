@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-import micro
 from pipeline.contract import Settings, added, speed
 from stages.models.loras import Lora
 from stages.models.names import ModelName
@@ -29,7 +28,7 @@ class LatentModelSettings(Settings):
     measures_pictures: ClassVar[bool] = False
     """Whether pictures are measured against what they came from: their autoencoder then runs in float32 in any case."""
 
-    model: ModelName = str(micro.MODELS / "stable-diffusion")
+    model: ModelName = "micro:stable-diffusion"
     """Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or a checkpoint of one ``.safetensors`` file. Left
     out: the miniature one."""
     revision: str | None = None

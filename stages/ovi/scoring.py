@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from pipeline.contract import Row
+from pipeline.extras import miniature
+from stages.models.copies import here
 
 if TYPE_CHECKING:
     from index.gaussian import Gaussian, Moments
@@ -87,6 +89,18 @@ def asked_of(row: Row) -> dict[str, Any] | None:
         raise ValueError("column 'objects' is no list of attributes")
     known = [{name: value for name, value in asked.items() if value is not None} for asked in objects]
     return {"objects": known, "relation": row.get("relation"), "count": row.get("count")}
+
+
+def open_oracle(folder: str | None) -> Oracle:
+    """The oracle in a folder; None: the shipped one.
+
+    Raises:
+        MissingExtra: The miniature world, which it judges by, is not installed.
+    """
+    with miniature():
+        from micro.oracle import Oracle
+
+    return Oracle.load(here(folder)) if folder else Oracle.load()
 
 
 def oracle_scores(rows: list[Row], oracle: Oracle) -> list[Row]:

@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-import micro
 from pipeline.contract import Settings, added, speed
 from stages.engine.methods import Method, Methods
 from stages.models.decoding import Decode
@@ -345,7 +344,7 @@ AnyPromptMethod = Annotated[
 class PromptInversion(Settings):
     """What the job `invert-prompts` hands on to its stage as it is."""
 
-    model: ModelName = str(micro.MODELS / "prior")
+    model: ModelName = "micro:prior"
     """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""

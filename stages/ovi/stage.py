@@ -14,8 +14,8 @@ from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
 from stages.engine.device import chosen_device
 from stages.models import clip, kandinsky
 from stages.models.captions import PROMPT_COLUMNS, PROMPT_READS, TOKEN_COLUMNS, prompt_of, token_counts
-from stages.models.copies import here
 from stages.models.fingerprint import describe_model
+from stages.models.names import shipped
 from stages.ovi import scoring
 from stages.ovi.context import Context, require_captions
 from stages.ovi.methods import build
@@ -85,9 +85,7 @@ class InvertPrompts:
             )
         self.oracle = None
         if "oracle" in self.scores:
-            from micro.oracle import Oracle
-
-            self.oracle = Oracle.load(here(settings.oracle)) if settings.oracle else Oracle.load()
+            self.oracle = scoring.open_oracle(settings.oracle)
         self.summary = Summary(self.methods, context.occupancy)
 
     @cached_property
@@ -122,7 +120,9 @@ class InvertPrompts:
         if settings.decoder is not None:
             columns.append(Column("image", "image"))
             columns += _CLIP_SCORE if "clip" in settings.scores else ()
-            columns += _ORACLE_SCORES if "oracle" in settings.scores else ()
+            if "oracle" in settings.scores:
+                columns += _ORACLE_SCORES
+                shipped("micro:oracle")  # that it is not installed is said while the job is planned
             kandinsky.check_width(settings.decoder, width)
             models |= kandinsky.identity(settings.decoder, pickles)
         return StageInfo(tuple(columns), models, reads=_READS)

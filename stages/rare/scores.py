@@ -15,8 +15,7 @@ from torch import nn
 
 from pipeline.contract import Column, Row
 from stages.models.clip import ImageEncoder, TextEncoder
-from stages.models.copies import here
-from stages.ovi.scoring import clip_scores, oracle_scores
+from stages.ovi.scoring import clip_scores, open_oracle, oracle_scores
 from stages.rare.candidates import Candidates
 from stages.rare.settings import RareConceptsSettings
 
@@ -47,9 +46,7 @@ class Judge:
         self._pickles = settings.allow_pickle
         self.oracle = None
         if "oracle" in self.scores:
-            from micro.oracle import Oracle
-
-            self.oracle = Oracle.load(here(settings.oracle)) if settings.oracle else Oracle.load()
+            self.oracle = open_oracle(settings.oracle)
 
     @cached_property
     def images(self) -> ImageEncoder:

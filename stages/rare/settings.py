@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-import micro
 from pipeline.contract import Settings, added, speed
 from stages.engine.methods import Method, Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
@@ -167,7 +166,7 @@ class RareDrawing(SamplingSettings):
     method. Left out: by the prompt alone."""
     candidates: int = Field(1, ge=1)
     """Pictures that are drawn for each one kept; the best by `score` stays."""
-    clip: ModelName = str(micro.MODELS / "prior")
+    clip: ModelName = "micro:prior"
     """CLIP-family model that scores and that ``seed-select`` follows: a folder or hub id."""
     clip_revision: str | None = None
     """Of that model on the hub."""

@@ -31,6 +31,7 @@ from stages.models.families import open_latent_model, read_geometry
 from stages.models.fingerprint import describe_model
 from stages.models.latent import Condition
 from stages.models.memory import fitting_slots
+from stages.models.names import shipped
 from stages.models.pictures import fit_picture, to_picture
 from stages.models.sampler import sample
 from stages.models.settings import SamplingSettings
@@ -95,9 +96,7 @@ class RareConcepts:
         if "text" in settings.scores:
             models["clip_text"] = encoder("text")
         if "oracle" in settings.scores:
-            import micro
-
-            models["oracle"] = describe_model(settings.oracle or str(micro.MODELS / "oracle"))
+            models["oracle"] = describe_model(settings.oracle or shipped("micro:oracle"))
         if settings.seeds is not None:
             models["seeds"] = {"path": settings.seeds, "revision": "", "fingerprint": fingerprint(settings.seeds)}
         metadata = {"model": settings.model, "steps": str(settings.steps), "guidance": str(settings.guidance)}

@@ -132,8 +132,10 @@ def _channel(source: Box, target: Box, boxes: Iterable[Box], taken: Iterable[flo
     free = [
         x
         for x in range(MARGIN // 2, WIDTH - MARGIN // 2)
-        if all(x < box.x - 7 or x > box.x + box.width + 7 for box in between) and all(abs(x - t) > 6 for t in taken)
+        if all(x < box.x - 7 or x > box.x + box.width + 7 for box in between)
     ]
+    apart = next(gap for gap in (6, 4, 2, -1) if any(all(abs(x - t) > gap for t in taken) for x in free))
+    free = [x for x in free if all(abs(x - t) > apart for t in taken)]  # closer where it is crowded
     return min(free, key=lambda x: abs(x - source.middle) + abs(x - target.middle))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from pipeline.extras import miniature
 from pipeline.input.files import InputFile
 from pipeline.input.rows import Begins, Encoded, FileScan, Format, Look, Raw, Span, Wanted, fixed, picked
 from pipeline.input.source import Source, SourceError
@@ -23,6 +24,8 @@ def _world(address: str) -> tuple[str, int, int]:
 
 
 def _world_scan(source: Source, file: InputFile, begins: Begins, look: Look | None = None) -> FileScan:
+    with miniature():
+        import micro.world  # noqa: F401  # said while it is planned, and not in every row
     split, rows, seed = _world(file.path)
     return FileScan(rows, f"micro-world:{split}:{seed}:{rows}")
 
@@ -30,7 +33,8 @@ def _world_scan(source: Source, file: InputFile, begins: Begins, look: Look | No
 def _world_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
     from PIL import Image
 
-    from micro.world import caption_of, render, sample_scene
+    with miniature():
+        from micro.world import caption_of, render, sample_scene
 
     split, _, seed = _world(span.path)
     names = set(wanted.values()) if wanted is not None else {"image", "caption", "scene"}
