@@ -13,11 +13,13 @@ from jobs.commands.errors import errors
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SD15, KANDINSKY = "stable-diffusion-v1-5/stable-diffusion-v1-5", "kandinsky-community/kandinsky-2-2-prior"
+SMOLVLM = "HuggingFaceTB/SmolVLM-500M-Instruct"
 
 TEMPLATES = {
     "reference": "reference",
     "invert-prompts": "ovi-kandinsky22",
     "decode": "decode-kandinsky22",
+    "caption": "caption",
     "invert-images": "invert-sd15",
     "learn-concepts": "lego-sd15",
     "rare-concepts": "rare-concepts-sd15",
@@ -100,10 +102,11 @@ def template(kind: str, model: str | None, name: str) -> str:
     text = renamed(text, name)
     if model is None or own:
         return text
-    default = next(one for one in (SD15, KANDINSKY) if one in text)
-    fitting = ["kandinsky22"] if default == KANDINSKY else ["sd15", "sd21", "sdxl"]
+    default = next(one for one in (SD15, KANDINSKY, SMOLVLM) if one in text)
+    fitting = {SD15: ["sd15", "sd21", "sdxl"], KANDINSKY: ["kandinsky22"], SMOLVLM: []}[default]
     if model in MODELS and model not in fitting:
-        raise ValueError(f"{kind} takes no {model}: {', '.join(fitting)}, or a folder or hub id of such a model")
+        known = f"{', '.join(fitting)}, or " if fitting else ""
+        raise ValueError(f"{kind} takes no {model}: {known}a folder or hub id of such a model")
     value = MODELS.get(model, model)
     plain = value if re.fullmatch(r"[\w./:~-]+", value) else json.dumps(value)
     text = text.replace(default, plain)

@@ -17,6 +17,7 @@ KINDS: dict[str, str] = {
     "reference": "jobs.kinds.reference:Reference",
     "invert-prompts": "jobs.kinds.invert_prompts:InvertPrompts",
     "decode": "jobs.kinds.decode:Decode",
+    "caption": "jobs.kinds.caption:Caption",
     "invert-images": "jobs.kinds.invert_images:InvertImages",
     "learn-concepts": "jobs.kinds.learn_concepts:LearnConcepts",
     "rare-concepts": "jobs.kinds.rare_concepts:RareConcepts",

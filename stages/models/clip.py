@@ -147,7 +147,7 @@ def _load(loader: Any, place: Place, subfolder: str, **options: Any) -> Any:
         raise ModelError(f"{place.path}/{subfolder}: cannot be loaded: {reason}") from None
 
 
-def _load_weights(loader: Any, place: Place, allow_pickle: bool | None, **options: Any) -> Any:
+def load_weights(loader: Any, place: Place, allow_pickle: bool | None, **options: Any) -> Any:
     """A network. That the folder holds the other tower's weights too goes unmentioned; that it lacks some does not.
 
     Raises:
@@ -192,10 +192,10 @@ class TextEncoder:
         place = locate(path, "text", revision)
         self._siglip = "siglip" in _config(place).model_type
         if self._siglip:
-            model = _load_weights(SiglipModel, place, allow_pickle, dtype=dtype)
+            model = load_weights(SiglipModel, place, allow_pickle, dtype=dtype)
         else:
             config = _tower_config(place, "text")
-            model = _load_weights(CLIPTextModelWithProjection, place, allow_pickle, dtype=dtype, config=config)
+            model = load_weights(CLIPTextModelWithProjection, place, allow_pickle, dtype=dtype, config=config)
         self.model = (model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
         self.tokenizer = _load(AutoTokenizer, place, place.processor)
         self.device = device
@@ -253,7 +253,7 @@ class ImageEncoder:
         place = locate(path, "image", revision)
         self._siglip = "siglip" in _config(place).model_type
         loader = SiglipVisionModel if self._siglip else CLIPVisionModelWithProjection
-        model = _load_weights(loader, place, allow_pickle, dtype=dtype, config=_tower_config(place, "image"))
+        model = load_weights(loader, place, allow_pickle, dtype=dtype, config=_tower_config(place, "image"))
         self.model = model.to(device).eval().requires_grad_(False)
         # Pillow's arithmetic, whether or not torchvision is installed: embeddings must not depend on that.
         self.processor = _load(AutoImageProcessor, place, place.processor, backend="pil")

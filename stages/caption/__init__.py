@@ -1,0 +1,1 @@
+"""Pictures to captions, by the models of transformers that say what they see."""
