@@ -12,9 +12,9 @@ from tests.support import ROOT
 from tests.support.imports import PAGE, House, Import, read_house, read_imports
 
 FIGURE = ROOT / "docs" / "figures" / "architecture.svg"
-WIDTH, MARGIN = 980, 24
+WIDTH, MARGIN = 1100, 24
 BOX, GAP = 48, 34
-WINGS = ((MARGIN + 40, 600), (650, WIDTH - MARGIN))
+WINGS = ((MARGIN + 80, 680), (750, WIDTH - MARGIN - 20))
 """Left and right edge of each wing."""
 COLOURS = {
     "latentmill": ("#e6e6e6", "#555555"),
