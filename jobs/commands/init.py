@@ -24,6 +24,7 @@ TEMPLATES = {
     "learn-concepts": "lego-sd15",
     "rare-concepts": "rare-concepts-sd15",
     "select-corpus": "select-corpus",
+    "judge-corpus": "judge-corpus",
     "train-inverter": "train-inverter-sd15",
     "invert-text": "invert-text-sd15",
     "chain": "chain-kandinsky22",
@@ -102,7 +103,9 @@ def template(kind: str, model: str | None, name: str) -> str:
     text = renamed(text, name)
     if model is None or own:
         return text
-    default = next(one for one in (SD15, KANDINSKY, SMOLVLM) if one in text)
+    default = next((one for one in (SD15, KANDINSKY, SMOLVLM) if one in text), None)
+    if default is None:
+        raise ValueError(f"{kind} works with no such model: leave out --model")
     fitting = {SD15: ["sd15", "sd21", "sdxl"], KANDINSKY: ["kandinsky22"], SMOLVLM: []}[default]
     if model in MODELS and model not in fitting:
         known = f"{', '.join(fitting)}, or " if fitting else ""

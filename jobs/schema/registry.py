@@ -22,6 +22,7 @@ KINDS: dict[str, str] = {
     "learn-concepts": "jobs.kinds.learn_concepts:LearnConcepts",
     "rare-concepts": "jobs.kinds.rare_concepts:RareConcepts",
     "select-corpus": "jobs.kinds.select_corpus:SelectCorpus",
+    "judge-corpus": "jobs.kinds.judge_corpus:JudgeCorpus",
     "train-inverter": "jobs.kinds.train_inverter:TrainInverter",
     "invert-text": "jobs.kinds.train_inverter:InvertText",
     "chain": "jobs.kinds.chain:Chain",

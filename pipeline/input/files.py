@@ -13,14 +13,13 @@ from typing import Any, cast
 import fsspec
 
 from pipeline.addresses import unsigned
-from pipeline.input.source import FORMATS, SUFFIXES, Format, Source, SourceError
+from pipeline.input.source import FORMATS, GENERATED, SUFFIXES, Format, Source, SourceError
 from pipeline.input.streams import COMPRESSED
 from pipeline.input.walk import LeftOut, followed, printable, underscored, walk
 from pipeline.storage import patiently, version_of
 
 LINES = ("jsonl", "csv", "text")
 """Formats that may be compressed as a whole."""
-GENERATED = "micro-world://"
 OWN = "_latentmill"
 """Folder of a run's bookkeeping inside its output folder; `pipeline.output.dataset` fills it."""
 SAMPLED_NAMES = 1000
@@ -156,14 +155,15 @@ def resolve(source: Source) -> Source:
     Raises:
         SourceError: The format cannot be told, or an entry does not exist.
     """
-    if source.format is not None and source.format not in FORMATS:
+    if source.format is not None and source.format not in (*FORMATS, *GENERATED.values()):
         raise SourceError(f"unknown input format {source.format!r}; known: {', '.join(FORMATS)}")
     if not source.path:
         raise SourceError("the input names no path")
-    if any(entry.startswith(GENERATED) for entry in source.path):
-        if source.format not in (None, "micro-world") or not all(e.startswith(GENERATED) for e in source.path):
-            raise SourceError(f"{GENERATED} cannot be mixed with other inputs or formats")
-        return replace(source, format="micro-world")
+    for begin, generated in GENERATED.items():
+        if any(entry.startswith(begin) for entry in source.path):
+            if source.format not in (None, generated) or not all(entry.startswith(begin) for entry in source.path):
+                raise SourceError(f"{begin} cannot be mixed with other inputs or formats")
+            return replace(source, format=cast(Format, generated))
     paths, formats, hidden = [], Counter[str](), Counter[str]()
     stems: dict[str, set[str]] = {}
     ids = source.id
@@ -224,8 +224,8 @@ def list_files(source: Source, left: LeftOut | None = None) -> Iterator[InputFil
     Raises:
         SourceError: An entry matches nothing.
     """
-    if source.format == "micro-world":
-        yield from (InputFile(entry.removeprefix(GENERATED), entry, 0, "") for entry in source.path)
+    if source.format in GENERATED.values():
+        yield from (InputFile(entry.partition("://")[2], entry, 0, "") for entry in source.path)
         return
     places = [_place(entry, source) for entry in source.path]
     roots = [place.root for place in places]

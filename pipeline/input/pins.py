@@ -7,7 +7,7 @@ import fsspec
 from pipeline.input.files import InputFile
 from pipeline.input.read import scanned_again
 from pipeline.input.rows import Pin, Span
-from pipeline.input.source import Source, SourceError
+from pipeline.input.source import GENERATED, Source, SourceError
 from pipeline.storage import patiently, version_of
 
 
@@ -33,7 +33,7 @@ class Pins:
             SourceError: Its file has changed since the run was planned, or is gone.
         """
         far = "://" in span.path
-        if span.pin is None or self._source.format == "micro-world" or (far and self._source.format == "images"):
+        if span.pin is None or self._source.format in GENERATED.values() or (far and self._source.format == "images"):
             return
         now = self._now(span)
         key = (span.path, now.size, now.version)

@@ -20,6 +20,7 @@ from pipeline.input.formats.columnar import DATASETS, PARQUET
 from pipeline.input.formats.concepts import CONCEPTS
 from pipeline.input.formats.delimited import CSV
 from pipeline.input.formats.images import IMAGES
+from pipeline.input.formats.single import ONE_ROW
 from pipeline.input.formats.text import JSONL, TEXT
 from pipeline.input.formats.webdataset import WEBDATASET
 from pipeline.input.formats.world import MICRO_WORLD
@@ -42,6 +43,7 @@ FORMATS: dict[str, Format] = {
     "npy": NPY,
     "concepts": CONCEPTS,
     "micro-world": MICRO_WORLD,
+    "one-row": ONE_ROW,
 }
 
 

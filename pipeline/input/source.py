@@ -18,6 +18,8 @@ Format = Literal[
     "parquet", "jsonl", "csv", "text", "images", "webdataset", "datasets", "npy", "concepts", "micro-world"
 ]  # fmt: skip
 FORMATS: tuple[str, ...] = get_args(Format)
+GENERATED = {"micro-world://": "micro-world", "one-row://": "one-row"}
+"""How addresses begin whose rows are generated -> their format."""
 SUFFIXES = {
     "parquet": (".parquet", ".pq"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
@@ -54,6 +56,7 @@ class Source:
     Attributes:
         path: Files, folders or globs (``**`` too), local or any fsspec address. ``micro-world://heldout?rows=64&seed=0``
             generates rows ``image``, ``caption``, ``scene`` (JSON) from `micro.world` (``train`` or ``heldout``).
+            ``one-row://name`` is a row of that id without columns, for a job whose rows are its `variants`.
             The output folder of a finished run stands for its ``data/part-*.parquet``.
         format: How to read the files. None: found from the names and, for a folder, from what is in it.
         columns: Name in a row -> name in the input. Empty: all columns under their own names. Otherwise only these
@@ -78,7 +81,7 @@ class Source:
     """
 
     path: tuple[str, ...]
-    format: Format | None = None
+    format: Format | Literal["one-row"] | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     id: str | None = None
     images: tuple[str, ...] = ()

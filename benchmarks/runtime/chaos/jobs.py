@@ -111,14 +111,32 @@ def decode(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def select_corpus(folder: Path) -> dict[str, Any]:
-    """Of 48 pictures those that differ, of each background."""
+def write_pictures(path: Path, start: int, count: int) -> str:
+    """Pictures of the miniature world, their background being their kind."""
     rows = []
-    for number in range(48):
+    for number in range(start, start + count):
         scene, file = sample_scene(number, "train", 0), io.BytesIO()
         Image.fromarray(render(scene)).save(file, "PNG")
         rows.append({"id": str(number), "image": {"bytes": file.getvalue(), "path": None}, "kind": scene.background})
-    pq.write_table(pa.Table.from_pylist(rows), folder / "pool.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def judge_corpus(folder: Path) -> dict[str, Any]:
+    """Backgrounds told by classifiers that have seen 12 pictures, and 12 others."""
+    more, held_out, real = (
+        write_pictures(folder / f"judge-{name}.parquet", start, 12)
+        for name, start in (("more", 100), ("held-out", 200), ("real", 300))
+    )
+    return {
+        "job": "judge-corpus", "input": held_out, "real": real, "corpora": {"more": more, "again": more},
+        "labels": ["kind"], "size": 16, "epochs": 2, "rare": 2,
+    }  # fmt: skip
+
+
+def select_corpus(folder: Path) -> dict[str, Any]:
+    """Of 48 pictures those that differ, of each background."""
+    write_pictures(folder / "pool.parquet", 0, 48)
     return {
         "job": "select-corpus", "input": {"path": str(folder / "pool.parquet"), "id": "id"}, "by": "kind",
         "score": None, "encoder": "micro:prior", "count": 2, "shard_rows": 6,
@@ -148,6 +166,7 @@ KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "invert-text": invert_text,
     "decode": decode,
     "select-corpus": select_corpus,
+    "judge-corpus": judge_corpus,
     "chain": chain,
 }
 NEEDS = {"invert-prompts": ("reference",), "invert-text": ("train-inverter",)}

@@ -24,7 +24,16 @@ def test_every_kind_has_a_template() -> None:
     assert set(TEMPLATES) == set(registry.kinds()) == {*step_kinds(), "chain"}
 
 
-@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_kind_without_a_frozen_model_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["init", "judge-corpus"]).exit_code == 0
+    assert reading.load("job.yaml").job == "judge-corpus"
+    refused = CliRunner().invoke(app, ["init", "judge-corpus", "-o", "other.yaml", "--model", "sdxl"])
+    assert refused.exit_code == 2
+    assert "judge-corpus works with no such model: leave out --model" in refused.stderr
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TEMPLATES if kind != "judge-corpus"])
 def test_what_init_writes_is_a_job_of_that_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     kandinsky = kind in ("reference", "invert-prompts", "decode", "select-corpus", "chain")
