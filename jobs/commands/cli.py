@@ -8,11 +8,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.commands import compbench, diff, doctor, examples, failed, init, push, search, submit, try_concept, view
+from jobs.commands import (
+    compbench,
+    diff,
+    doctor,
+    examples,
+    failed,
+    init,
+    push,
+    search,
+    status,
+    submit,
+    try_concept,
+    view,
+)
 from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
 from jobs.commands.noise import LOG, quiet
 from jobs.commands.stores import StorageOptions, parsed, reaching
@@ -128,53 +141,6 @@ def run_job(
 
 
 @app.command()
-def status(
-    out: Out,
-    storage_options: StorageOptions = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-) -> None:
-    """How far a run is; works from any shell that can read the folder."""
-    with errors(), reaching(out, storage_options):
-        from dataclasses import asdict
-
-        from jobs.commands.progress_line import line
-        from jobs.kinds.chain import read_listing
-        from jobs.page.amounts import duration
-        from pipeline.output.dataset import Output
-        from pipeline.output.planfile import OutputError
-
-        steps = read_listing(out) or [{"name": "", "output": out}]
-        found: dict[str, Any] = {}
-        for step in steps:
-            try:
-                found[step["name"]] = Output.open(step["output"]).status()
-            except OutputError:
-                if len(steps) == 1:
-                    raise
-                found[step["name"]] = None
-    if as_json:
-        plain = {name: None if state is None else asdict(state) for name, state in found.items()}
-        typer.echo(json.dumps(plain if len(steps) > 1 else next(iter(plain.values()))))
-        return
-    for name, state in found.items():
-        prefix = f"{name}: " if name else ""
-        if state is None:
-            typer.echo(f"{prefix}not started")
-            continue
-        told = line(state.progress)
-        typer.echo(prefix + (told if told.startswith(state.state) else f"{state.state}: {told}"))
-        if state.holder:
-            holder = state.holder
-            typer.echo(f"  held by {holder.get('host')} (pid {holder.get('pid')})")
-        for reason, count in list(state.errors.items())[:5]:
-            typer.echo(f"  {count:,} x {printable(reason)}")
-        for note in state.notes:
-            typer.echo(f"  {printable(note)}")
-        if state.progress.seconds_left and state.state == "running":
-            typer.echo(f"  about {duration(state.progress.seconds_left)} left")
-
-
-@app.command()
 def verify(
     out: Out,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -232,6 +198,7 @@ def schema() -> None:
 
 for _command in (
     submit.submit,
+    status.status,
     failed.failed,
     push.push,
     diff.diff,

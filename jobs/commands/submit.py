@@ -68,7 +68,7 @@ def submit(
             typer.echo(written, nl=False)
             return
         typer.echo(_sbatch(written))
-        stderr().print(f"latentmill status {target}", highlight=False, soft_wrap=True)
+        stderr().print(f"latentmill status {target} --watch", highlight=False, soft_wrap=True)
 
 
 def _options(given: list[str]) -> list[str]:
