@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,12 +27,22 @@ from jobs.commands import (
     try_concept,
     view,
 )
-from jobs.commands.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, errors, printable, stderr, stop, terminable
+from jobs.commands.errors import (
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    as_json_lines,
+    errors,
+    printable,
+    stderr,
+    stop,
+    terminable,
+)
 from jobs.commands.noise import LOG, quiet
 from jobs.commands.stores import StorageOptions, parsed, reaching
 
 if TYPE_CHECKING:
     from jobs.run import JobResult
+    from pipeline.output.progress import Progress
 
 PROGRAM = "latentmill"
 
@@ -43,6 +54,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="A stopped or killed run goes on where it was when the same command is started again.",
 )
+
+
+class LogFormat(StrEnum):
+    """Of what a run says while it goes on."""
+
+    TEXT = "text"
+    JSON = "json"
+
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")]
 
@@ -95,6 +114,13 @@ def run_job(
         bool, typer.Option("--calibrate", help="With --dry-run: time a sample, and estimate time and cost.")
     ] = False,
     sample: Annotated[int, typer.Option(min=1, help="Rows that --calibrate times.")] = 64,
+    track: Annotated[
+        str | None,
+        typer.Option(metavar="KIND[:PLACE]", help="Also tell tensorboard:DIR, wandb:PROJECT or mlflow:URI."),
+    ] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="What standard error gets: words, or an object a line (docs/watching.md).")
+    ] = LogFormat.TEXT,
     storage_options: StorageOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -103,12 +129,14 @@ def run_job(
     Exit code 0 means that every planned row is committed and published; 1 that it is not; 2 that the job cannot be
     used as it is; 130 that it was interrupted, and goes on when started again.
     """
-    with errors(), terminable():
+    lines = log_format is LogFormat.JSON
+    with as_json_lines(lines), errors(), terminable():
         from dataclasses import asdict
 
         from jobs import dry_run as planner
         from jobs import run as runner
-        from jobs.commands import plan_table, progress_line
+        from jobs.commands import json_lines, plan_table, progress_line
+        from jobs.commands.track import tracking
         from jobs.schema import reading
 
         if calibrate and not dry_run:
@@ -125,16 +153,30 @@ def run_job(
                 plans = list(planner.plan_job(described, folder, address=address, limit=limit, calibrate_rows=rows))
             typer.echo(json.dumps([dry.to_json() for dry in plans])) if as_json else plan_table.show(plans)
             return
-        with quiet(target) as stream, progress_line.shown(stream) as callback:
+        settled = described.model_dump(mode="json", exclude_unset=True)
+        shown = json_lines.shown if lines else progress_line.shown
+        with quiet(target) as stream, shown(stream) as show, tracking(track, target or "out", settled) as tracked:
+
+            def progress(snapshot: Progress) -> None:
+                show(snapshot)
+                if tracked is not None:
+                    tracked.progress(snapshot)
+
             result = runner.run_job(
-                described, output=output, address=address, limit=limit, progress=callback, retry_failed=retry_failed
+                described, output=output, address=address, limit=limit, progress=progress, retry_failed=retry_failed
             )
+            if tracked is not None:
+                tracked.result(result)
     if as_json:
         typer.echo(json.dumps(asdict(result)))
-    else:
+    if lines:
+        again = {"again": f"latentmill {_again()}"} if result.state == "interrupted" else {}
+        json_lines.write("result", {**asdict(result), **again})
+    elif not as_json:
         _print_result(result, described.job)
     if result.state == "interrupted":
-        stderr().print(f"Stopped. To go on: [bold]latentmill {_again()}[/bold]", soft_wrap=True)
+        if not lines:
+            stderr().print(f"Stopped. To go on: [bold]latentmill {_again()}[/bold]", soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED)
     if result.state != "complete":
         raise typer.Exit(EXIT_INCOMPLETE)

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+_AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
+
+
+@contextmanager
+def as_json_lines(wanted: bool) -> Iterator[None]:
+    """While it lasts, what went wrong is told as a line of JSON (`jobs.commands.json_lines`)."""
+    token = _AS_JSON.set(wanted)
+    try:
+        yield
+    finally:
+        _AS_JSON.reset(token)
 
 
 @contextmanager
@@ -66,6 +78,11 @@ def stop(message: str, code: int = EXIT_USAGE) -> NoReturn:
     """Tell the user and leave."""
     from rich.text import Text
 
+    if _AS_JSON.get():
+        from jobs.commands import json_lines
+
+        json_lines.write("error", {"message": message, "exit_code": code})
+        raise typer.Exit(code)
     stderr().print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
     raise typer.Exit(code)
 
