@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter
 
-from jobs.page.html import Html, escape, picture, table, tag
+from jobs.page.amounts import figure, mean
+from jobs.page.html import Html, escape, measures, picture, table, tag
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
@@ -91,21 +92,17 @@ def _draw_methods(view: View) -> Html:
     given = TypeAdapter(Methods[AnyInversionMethod]).validate_python(view.config["methods"])
     columns = [name for name in MEASURES if name in view.columns]
     rows = view.rows(["method", *columns], 20_000)
-    seed_only: list[list[Any]] = []
-    extra: list[list[Any]] = []
-    for method in given:
-        label = method.label
-        own = [row for row in rows if row["method"] == label]
-        means: list[Any] = [label, len(own)]
-        for name in columns:
-            values = [row[name] for row in own if row[name] is not None]
-            means.append(f"{sum(values) / len(values):.4g}" if values else "")
-        (seed_only if method.extra is None else extra).append(means)
-    header = ["method", "rows", *(name.replace("_", " ") for name in columns)]
-    numeric = range(1, len(header))
-    parts = [table(header, seed_only, numeric)] if seed_only else []
+    seed_only = [method.label for method in given if method.extra is None]
+    extra = [method.label for method in given if method.extra is not None]
+
+    def drawn(labels: Sequence[str]) -> Html:
+        own = [[row for row in rows if row["method"] == label] for label in labels]
+        counted: dict[str, list[float | None]] = {"rows": [len(one) for one in own]}
+        return measures(labels, counted | {name: [mean(row[name] for row in one) for one in own] for name in columns})
+
+    parts = [drawn(seed_only)] if seed_only else []
     if extra:
-        parts += [tag("p", "With extra state beside the seed:", class_="quiet"), table(header, extra, numeric)]
+        parts += [tag("p", "With extra state beside the seed:", class_="quiet"), drawn(extra)]
     return escape(parts)
 
 
@@ -121,16 +118,14 @@ def _draw_grid(view: View) -> Html:
     body = []
     for name, own in list(found.items())[:GRID_PICTURES]:
         first = next(iter(own.values()))
-        cells: list[Any] = [
-            tag("figure", picture(first["picture"], 128, name), tag("figcaption", f"floor {first['floor_psnr']:.1f}"))
-        ]
+        floor = f"floor {figure(first['floor_psnr'], 'psnr')}"
+        cells: list[Any] = [tag("figure", picture(first["picture"], 128, name), tag("figcaption", floor))]
         for label in labels:
             drawn = own.get(label)
             shown = None
             if drawn is not None and drawn["psnr"] is not None:
-                shown = tag(
-                    "figure", picture(drawn["reconstruction"], 128, label), tag("figcaption", f"{drawn['psnr']:.1f}")
-                )
+                said = tag("figcaption", figure(drawn["psnr"], "psnr"))
+                shown = tag("figure", picture(drawn["reconstruction"], 128, label), said)
             cells.append(shown)
         body.append(cells)
     return table(["picture", *labels], body)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from jobs.page.html import Html, picture, table
+from jobs.page.html import Html, measures, picture, table
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
@@ -150,12 +150,7 @@ def _draw_methods(view: View) -> Html:
     except FileNotFoundError:
         return Html()
     names = list(dict.fromkeys(name for found in summary.values() for name in found))
-    rows = [[label, *(_figure(found.get(name)) for name in names)] for label, found in summary.items()]
-    return table(["method", *(name.replace("_", " ") for name in names)], rows, numeric=range(1, len(names) + 1))
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return measures(list(summary), {name: [found.get(name) for found in summary.values()] for name in names})
 
 
 def _draw_grid(view: View) -> Html:

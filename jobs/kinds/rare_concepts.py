@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from jobs.page.html import Html, escape, picture, table, tag, words
+from jobs.page.amounts import figure, mean
+from jobs.page.html import Html, escape, measures, picture, table, tag, words
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.concept_input import allowed, concept_source, folder_of
@@ -100,15 +101,10 @@ def _draw_methods(view: View) -> Html:
 
     columns = [name for name in MEASURES if name in view.columns]
     rows = view.rows([*_told_apart(view), *columns], 20_000)
-    lines = []
-    for label in _labels(view):
-        own = [row for row in rows if _label(row) == label]
-        means: list[Any] = [label, len(own)]
-        for name in columns:
-            values = [float(row[name]) for row in own if row[name] is not None]
-            means.append(f"{sum(values) / len(values):.4g}" if values else "")
-        lines.append(means)
-    return table(["method", "rows", *(name.replace("_", " ") for name in columns)], lines, range(1, len(columns) + 2))
+    labels = list(_labels(view))
+    own = [[row for row in rows if _label(row) == label] for label in labels]
+    counted: dict[str, list[float | None]] = {"rows": [len(one) for one in own]}
+    return measures(labels, counted | {name: [mean(row[name] for row in one) for one in own] for name in columns})
 
 
 def _draw_concepts(view: View) -> Html:
@@ -125,7 +121,7 @@ def _draw_concepts(view: View) -> Html:
         lines = []
         for label, own in methods.items():
             best = sorted(own, key=lambda row: -row["score"])[:GALLERY_PICTURES]
-            scores = [tag("figcaption", f"{row['score']:.3g}") for row in best]
+            scores = [tag("figcaption", figure(row["score"], "score")) for row in best]
             drawn = [tag("figure", picture(r["image"], 96, label), s) for r, s in zip(best, scores, strict=True)]
             lines.append([label, *drawn, *[""] * (GALLERY_PICTURES - len(drawn))])
         prompt = next(iter(methods.values()))[0]["prompt"]

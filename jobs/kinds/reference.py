@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ByteSize, Field, model_validator
 
 from jobs.page import charts
+from jobs.page.amounts import figure
 from jobs.page.hits import hits
 from jobs.page.html import Exhibit, Html, escape, gallery, table
 from jobs.page.view import View
@@ -285,7 +286,7 @@ def _facts(view: View) -> Html:
         ["width, type", f"{opened.dim}, {facts['dtype']}"],
         ["image encoder", encoder],
         ["text encoder", facts["text_encoder"]["path"] if facts["text_encoder"] else "none: search by picture only"],
-        ["mean norm", f"{opened.mean_norm:.4f}"],
+        ["mean norm", figure(opened.mean_norm)],
         ["shrinkage", f"{opened.gaussian.shrinkage:.5f}"],
         ["index", f"{made['factory']}, {made['index_bytes'] / 1e6:,.1f} MB"],
         ["lists looked into", made["nprobe"] or "all"],

@@ -1,6 +1,12 @@
-"""Amounts in words: times, rates, counts, sizes, prices."""
+"""Amounts in words: times, rates, counts, sizes, prices, measured figures with their units."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_LEAST_PLAIN, _LEAST_MIXED = 1e-3, 0.1
 
 
 def duration(seconds: float) -> str:
@@ -55,7 +61,53 @@ def price(amount: float) -> str:
     return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
 
 
+def figure(value: float | None, name: str = "") -> str:
+    """A measured figure as a person writes it: ``37.6 dB``, ``0.935``, ``1,234``, ``2.4 × 10⁻⁷``; None is nothing.
+
+    Args:
+        name: Of the column that it is of, which tells the unit.
+    """
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    of = unit(name)
+    if of == "s":
+        return short(value) if value >= 0 else f"-{short(-value)}"
+    size = abs(value)
+    if of == "dB":
+        text = f"{value:.1f}"
+    elif (value == int(value) and size < 1e15) or 1000 <= size < 1e15:
+        text = f"{value:,.0f}"
+    elif size >= 1e15 or size < _LEAST_PLAIN:
+        text = scientific(value)
+    elif size >= 100:
+        text = f"{value:.1f}"
+    else:
+        text = f"{value:#.3g}"
+    return f"{text}\u202f{of}" if of else text
+
+
+def figures(values: Sequence[float | None], name: str = "") -> list[str]:
+    """A column of figures in one style: where some are tiny and none is large, all are written with powers of ten."""
+    sizes = [abs(value) for value in values if value is not None and value and math.isfinite(value)]
+    tiny = sizes and not unit(name) and min(sizes) < _LEAST_PLAIN and max(sizes) < _LEAST_MIXED
+    return [scientific(value) if tiny and value else figure(value, name) for value in values]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of what is there; None where nothing is."""
+    there = [float(value) for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def scientific(value: float) -> str:
+    """``2.4 × 10⁻⁷``."""
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits} × 10{str(int(power)).translate(_RAISED)}"
+
+
 def unit(name: str) -> str:
     """The unit of a column by its name; empty for plain figures."""
     words = name.split("_")
-    return "dB" if "psnr" in words else "s" if words[-1] == "seconds" else ""
+    return "dB" if "psnr" in words else "s" if "seconds" in words else ""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.page.amounts import figure, scientific
 from jobs.page.html import Html, tag
 
 _COLOURS = 6
@@ -21,7 +22,7 @@ def number(value: float) -> str:
         return str(value)
     size = abs(value)
     if size >= 1e15 or 0 < size < 1e-4:
-        return f"{value:.2e}"
+        return scientific(value)
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if size >= scale:
             return f"{value / scale:.3g} {unit}"
@@ -78,13 +79,14 @@ def _frame(axes: _Axes, shapes: Sequence[Html], title: str, x_label: str, y_labe
     )
 
 
-def histogram(values: Any, title: str, bins: int | None = None) -> Html:
+def histogram(values: Any, title: str, bins: int | None = None, measure: str = "") -> Html:
     """How the values are spread, with count, mean, median and extremes beneath.
 
     Args:
         values: Numbers; what is not finite is counted, not drawn. The outermost 0.1 % on each side are drawn in the
             last bars when they would stretch the axis.
         bins: Number of bars; found from the data when left out.
+        measure: The column that the values are of, which tells their unit.
     """
     import numpy as np
 
@@ -119,10 +121,10 @@ def histogram(values: Any, title: str, bins: int | None = None) -> Html:
         shapes.append(tag("rect", tip, **bar, height=f"{100 - axes.y(count):.2f}", class_="c1"))
     facts = [
         ("n", f"{finite.size:,}"),
-        ("mean", number(float(finite.mean()))),
-        ("median", number(float(np.median(finite)))),
-        ("min", number(float(finite.min()))),
-        ("max", number(float(finite.max()))),
+        ("mean", figure(float(finite.mean()), measure)),
+        ("median", figure(float(np.median(finite)), measure)),
+        ("min", figure(float(finite.min()), measure)),
+        ("max", figure(float(finite.max()), measure)),
     ]
     if given.size > finite.size:
         facts.append(("not finite", f"{given.size - finite.size:,}"))

@@ -10,7 +10,7 @@ import base64
 import html
 import io
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,15 +75,41 @@ def words(text: Any, limit: int = 240) -> Html:
 
 
 def table(header: Sequence[Content], rows: Iterable[Sequence[Content]], numeric: Iterable[int] = ()) -> Html:
-    """A table; columns whose index is in `numeric` are set right-aligned in tabular figures."""
+    """A table; columns whose index is in `numeric` are set right-aligned in tabular figures.
+
+    On a narrow screen one of more than three columns becomes a card a row, in which each cell has its column's name.
+    """
     right = set(numeric)
+    folds = len(header) > 3 and any(header)
+    names = [str(name) if folds and not isinstance(name, Html) else None for name in header]
 
     def cells(name: str, values: Sequence[Content]) -> Html:
-        return escape(tag(name, value, class_="n" if n in right else None) for n, value in enumerate(values))
+        return escape(
+            tag(name, value, class_="n" if n in right else None, data_name=names[n] if name == "td" and n else None)
+            for n, value in enumerate(values)
+        )
 
     body = [tag("tr", cells("td", row)) for row in rows]
     head = tag("thead", tag("tr", cells("th", header))) if any(header) else None
-    return tag("div", tag("table", head, tag("tbody", body)), class_="scroll")
+    return tag("div", tag("table", head, tag("tbody", body), class_="folds" if folds else None), class_="scroll")
+
+
+def measures(labels: Sequence[Content], columns: Mapping[str, Sequence[float | None]]) -> Html:
+    """A table of measures by method or the like. Whichever are more, methods or measures, are its lines.
+
+    Args:
+        labels: What was measured.
+        columns: Measure -> its figure for each label; None where there is none.
+    """
+    from jobs.page.amounts import figures
+
+    written = {name: figures(values, name) for name, values in columns.items()}
+    if len(written) > len(labels):
+        lines = [[name.replace("_", " "), *cells] for name, cells in written.items()]
+        return table(["", *labels], lines, range(1, len(labels) + 1))
+    header = ["", *(name.replace("_", " ") for name in written)]
+    return table(header, [[label, *row] for label, *row in zip(labels, *written.values(), strict=True)],
+                 range(1, len(header)))  # fmt: skip
 
 
 def picture(image: Image | bytes | None, size: int = 192, alt: str = "") -> Html:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.page import charts
-from jobs.page.amounts import duration, size
+from jobs.page.amounts import duration, figure, size
 from jobs.page.html import Content, Exhibit, Html, escape, gallery, shorten, table, tag, words
 from jobs.page.view import View
 from jobs.schema.panel import Panel
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.output.commit import Record
 
 _PICTURES = 24
+_HEADLINES = ("psnr", "ssim", "text_cosine", "clip_score", "score", "neighbour_cosine", "loss", "residual_max", "norm")
 _MEASURES = 24
 _REASONS = 20
 _FAILURES = 50
@@ -80,16 +81,26 @@ def _overview(view: View) -> Html:
         _tile("size", size(written, ".3g"), f"{size(written / done, '.3g')} a row" if done else None),
     ]
     means = [
-        _tile(f"mean {name.replace('_', ' ')}", charts.number(found["mean"]), _spread(found))
-        for name, found in list(view.measures.items())[:6]
-        if found.get("n")
+        _tile(f"mean {name.replace('_', ' ')}", figure(found["mean"], name), _spread(found, name))
+        for name, found in _telling(view.measures)
     ]
     extra = tag("div", means, class_="tiles small") if means else None
     return escape([tag("div", tiles, class_="tiles"), extra])
 
 
-def _spread(found: Mapping[str, float]) -> str:
-    return f"{charts.number(found['min'])} to {charts.number(found['max'])}"
+def _telling(measures: Mapping[str, Mapping[str, float]]) -> list[tuple[str, Mapping[str, float]]]:
+    """The six that say most: what is known to matter first, what is the same in all rows last."""
+    found = [(name, one) for name, one in measures.items() if one.get("n")]
+
+    def rank(entry: tuple[str, Mapping[str, float]]) -> tuple[bool, int]:
+        name, one = entry
+        return one["min"] == one["max"], _HEADLINES.index(name) if name in _HEADLINES else len(_HEADLINES)
+
+    return sorted(found, key=rank)[:6]
+
+
+def _spread(found: Mapping[str, float], name: str) -> str:
+    return f"{figure(found['min'], name)} to {figure(found['max'], name)}"
 
 
 def _busy(records: Sequence[Record]) -> list[tuple[float, float]]:
@@ -151,7 +162,7 @@ def _by_worker(records: Sequence[Record]) -> Html:
 
 def _measures(view: View) -> Html:
     names = view.named("number")
-    drawn = [charts.histogram(view.values(name), name.replace("_", " ")) for name in names[:_MEASURES]]
+    drawn = [charts.histogram(view.values(name), name.replace("_", " "), measure=name) for name in names[:_MEASURES]]
     for name in view.named("bool"):
         values = view.values(name)
         counts = {"yes": float((values == 1).sum()), "no": float((values == 0).sum())}
