@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from scripts import release
 from tests.support import ROOT
+from tests.support.imports import PACKAGES
 
 OURS = {
     "latentmill": ("latentmill/", "jobs/", "pipeline/", "stages/", "index/"),
@@ -70,19 +71,41 @@ def test_both_wheels_are_one_release(wheels: dict[str, Path]) -> None:
     assert f'latentmill-micro=={project["version"]}; extra == "micro"' in needs
     small = {Requirement(text) for text in told["latentmill_micro"].get_all("Requires-Dist")}
     assert small <= {Requirement(text) for text in needs}
-    imported = {
-        name.partition(".")[0]
-        for file in (ROOT / "micro").glob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        for name in (
-            [alias.name for alias in node.names] if isinstance(node, ast.Import)
-            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        )
-    }  # fmt: skip
-    modules = {"pillow": "PIL"}
-    brought = {"micro"} | {modules.get(one.name, one.name) for one in small}
-    trained_with = {"skimage", "tokenizers"}  # by those who make the models, from a checkout
-    assert imported - set(sys.stdlib_module_names) - brought <= trained_with
+    assert imported("micro") - {module(one) for one in small} <= MAKERS
+
+
+MAKERS = {"skimage"}
+"""What those who train the miniature models import, from a checkout."""
+CHOSEN = {"mlflow", "wandb", "timm", "torchvision"}
+"""Where a job or an option names them: the user's own installation is used, and a sentence says that it is lacking."""
+
+
+def imported(*packages: str) -> set[str]:
+    """Top names of the libraries that packages import, wherever the imports stand."""
+    found = set()
+    for file in (file for package in packages for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {name.partition(".")[0] for name in names}
+    return found - set(sys.stdlib_module_names) - {*PACKAGES, "_typeshed"}
+
+
+def module(requirement: Requirement) -> str:
+    """The module that a distribution brings."""
+    own = {"pillow": "PIL", "pyyaml": "yaml", "faiss-cpu": "faiss", "faiss-gpu": "faiss"}
+    return own.get(requirement.name.lower(), requirement.name.replace("-", "_"))
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    """By name, and not because another library happens to bring it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    users = {name: extras[name] for name in extras.keys() - {"test", "release", "dev", "docs"}}
+    asked = {
+        module(Requirement(text)) for text in [*project["dependencies"], *(t for one in users.values() for t in one)]
+    }
+    assert imported(*PACKAGES) - MAKERS - CHOSEN - {"pydantic_core"} <= asked  # pydantic's own
 
 
 @pytest.mark.slow
