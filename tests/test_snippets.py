@@ -10,6 +10,7 @@ import yaml
 from jobs.dry_run import plan_job
 from jobs.run import run_job
 from jobs.schema.reading import load
+from pipeline.output.export import export
 from tests.support import ROOT, tiny_kandinsky, tiny_stable_diffusion
 from tests.support.in_process import without_ray
 from tests.support.rare import picture
@@ -49,6 +50,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("job.yaml").write_text("job: invert-prompts\ninput: prompts.txt\nmethods: [ovi]\n")
     seeds = {"job": "invert-images", "input": "pictures", "methods": ["ddim"], "steps": 1, "size": 128, "prompt": "red"}
     run_job({**seeds, "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "device": "cpu"}, output="out/seeds")
+    export("out/seeds", "seeds-tars", "webdataset", ["picture", "latent", "prompt"])
     encoder = "kandinsky-community/kandinsky-2-2-prior"
     source = {"path": "micro-world://train?rows=12&seed=0"}
     run_job({"job": "reference", "input": source, "encoder": encoder, "shrinkage": 0.5}, output="out/reference")
