@@ -20,7 +20,7 @@ LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 ELSEWHERE = re.compile(
     r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\s\"'>]+)", re.I
 )
-CANONICAL = ("CONTRIBUTING.md",)
+CANONICAL = ("CONTRIBUTING.md", "CHANGELOG.md")
 """Files outside docs/ that stand in the navigation."""
 
 
