@@ -52,6 +52,8 @@ class StageInfo:
         reads: The columns that the stage takes of a row, and in which form. Others are neither handed on nor decoded,
             and the plan can say what an input lacks. None: everything is handed on as it is found.
         notes: What the user should know before the run: a column that will stay null, and why.
+        bodily: Kept columns that have to hold pictures themselves, because what is built at the end takes them from
+            the output; the addresses of pictures are no use there.
     """
 
     columns: tuple[Column, ...]
@@ -59,6 +61,7 @@ class StageInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
     reads: Mapping[str, Form] | None = None
     notes: tuple[str, ...] = ()
+    bodily: tuple[str, ...] = ()
 
 
 class Settings(BaseModel):

@@ -206,6 +206,7 @@ def gather(finished: pipeline.run.driver.Finished, job: SelectCorpus, path: str)
 
 
 def _require_pictures(finished: pipeline.run.driver.Finished) -> None:
+    """What planning has seen to, unless the input's first rows held nothing in the column."""
     import pyarrow as pa
 
     from pipeline.input.rows import is_picture

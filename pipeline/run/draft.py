@@ -15,7 +15,7 @@ from pipeline.input.contents import Contents
 from pipeline.input.files import resolve
 from pipeline.input.formats.columnar import is_output
 from pipeline.input.read import wanted_columns
-from pipeline.input.rows import Wanted
+from pipeline.input.rows import Wanted, is_picture
 from pipeline.input.source import Source
 from pipeline.output import schema as columns_of
 from pipeline.run.columns import Watched, check_pictures, check_texts, look, unused_captions
@@ -101,10 +101,27 @@ def draft(spec: RunSpec) -> Draft:
         schema = columns_of.output_schema(fields, info.columns, note, twins=_may_hold_twins(source, seen.schema))
     except ValueError as error:
         raise PlanError(str(error)) from None
+    for name in info.bodily:
+        if seen.schema is not None or any(raw.values.get(kept[name]) is not None for raw in seen.rows):
+            _refuse_addresses(schema.field(name))
     size = sum(columns_of.sample_bytes(seen.rows, column) for column in kept.values())
     settled, size = _fields(spec, source, info, schema), size + _row_bytes(info)
     notes = (*unused_captions(source, seen, info.reads), *_unpinned(info), *info.notes)
     return Draft(source, wanted, info, schema, spec.keep, settled, size, notes)
+
+
+def _refuse_addresses(column: pa.Field) -> None:
+    """A kept column that has to hold pictures does.
+
+    Raises:
+        PlanError: It holds their addresses.
+    """
+    kind = column.type
+    if not (is_picture(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise PlanError(
+            f"the column {column.name!r} holds addresses of pictures ({kind}), and the output has to hold the pictures "
+            "themselves: give their folder or a Parquet file with their bytes as the input"
+        )
 
 
 def _may_hold_twins(source: Source, schema: pa.Schema | None) -> bool:

@@ -21,7 +21,7 @@ from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.fingerprint import describe_model, digest
 from stages.models.flow_schedule import FlowGrid, flow_schedule
-from stages.models.learned_words import LearnedWord
+from stages.models.learned_words import LearnedWord, fingerprints_with
 from stages.models.loras import Lora
 from stages.models.multistep import Multistep
 from stages.models.schedule import Schedule, ddim_schedule
@@ -231,9 +231,9 @@ class Geometry:
             marks = [lora.mark() for lora in self.loras]
             for part in found.keys() - {"vae"}:
                 found[part]["fingerprint"] = digest([found[part]["fingerprint"], marks])
-        for number, part in enumerate(sorted(part for part in found if part.startswith("text_encoder"))):
-            if words := [word.mark() for word in self.words if word.encoder == number]:
-                found[part]["fingerprint"] = digest([found[part]["fingerprint"], words])
+        bare = {part: found[part]["fingerprint"] for part in found if part.startswith("text_encoder")}
+        for part, fingerprint in fingerprints_with(self.words, bare).items():
+            found[part]["fingerprint"] = fingerprint
         return found
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pipeline.access import filesystem as filesystem_of
 from stages.models.copies import brought, here
 from stages.models.files import sha256
+from stages.models.fingerprint import digest
 
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """How a word's file may be called, of which the first is read; what is called otherwise is an output."""
@@ -74,17 +75,31 @@ def learned_words(paths: Sequence[str], model: str, widths: Sequence[int]) -> tu
     return tuple(words)
 
 
-def check_learned_with(paths: Sequence[str], model: str, encoders: Mapping[str, str]) -> None:
+def fingerprints_with(words: Sequence[LearnedWord], encoders: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprints of text encoders that know words.
+
+    Args:
+        encoders: Text encoder -> fingerprint, without words.
+    """
+    found = dict(encoders)
+    for number, part in enumerate(sorted(encoders)):
+        if marks := [word.mark() for word in words if word.encoder == number]:
+            found[part] = digest([found[part], marks])
+    return found
+
+
+def check_learned_with(paths: Sequence[str], model: str, widths: Sequence[int], encoders: Mapping[str, str]) -> None:
     """Refuse outputs of `learn-concepts` whose words were learnt with other text encoders: their vectors mean nothing
-    in this one, though they may be as wide.
+    in this one, though they may be as wide. A run that had words of its own in its prompts knew this encoder with them.
 
     Args:
         paths: As `learned_words` takes them; a file says nothing of its model.
         model: Whose words they are to be, for errors.
-        encoders: Its text encoders -> fingerprint, without words.
+        widths: Of a word in each of its text encoders.
+        encoders: These -> fingerprint, without words.
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is one, or it cannot be told.
     """
     import pyarrow.dataset as ds
 
@@ -95,8 +110,16 @@ def check_learned_with(paths: Sequence[str], model: str, encoders: Mapping[str, 
         data = ds.dataset(f"{root.rstrip('/')}/data", format="parquet", filesystem=filesystem)
         note = json.loads((data.schema.metadata or {}).get(b"latentmill", b"{}"))
         learnt = {part: found.get("fingerprint") for part, found in note.get("models", {}).items() if part in encoders}
-        if learnt != dict(encoders):
-            name = note.get("config", {}).get("model", "another model")
+        config = note.get("config", {})
+        try:
+            beside = [_read(file, model, widths) for own in config.get("words") or () for file in _files(own)]
+        except ValueError as error:
+            raise ValueError(
+                f"words: those of {path} were learnt beside others, without which it cannot be told whether that was "
+                f"with the text encoder of {model!r} ({error}): put these back, or learn them anew"
+            ) from None
+        if learnt != fingerprints_with(beside, encoders):
+            name = config.get("model", "another model")
             raise ValueError(
                 f"words: those of {path} were learnt with {name!r}, whose text encoder is not that of {model!r}: "
                 "learn them with this model"

@@ -134,7 +134,7 @@ class StableDiffusion:
             encoders = {
                 part: print_["fingerprint"] for part, print_ in prints.items() if part.startswith("text_encoder")
             }
-            check_learned_with(settings.words, path, encoders)
+            check_learned_with(settings.words, path, widths, encoders)
         return geometry
 
     @classmethod

@@ -40,7 +40,7 @@ class EmbedCandidates:
 
     @staticmethod
     def describe(settings: EmbedCandidatesSettings) -> StageInfo:
-        info = Embed.describe(settings)
+        info = replace(Embed.describe(settings), bodily=("image",))
         if settings.against is None:
             return info
         told = (find(settings.against) / "reference.json").read_bytes()

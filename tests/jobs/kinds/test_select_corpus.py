@@ -14,6 +14,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+from jobs.dry_run import plan_job
 from jobs.run import run_job
 from jobs.schema.reading import JobFileError, load
 from pipeline.output.training_set import split_of
@@ -154,7 +155,6 @@ def test_what_cannot_work_is_said_in_a_sentence(pool: Path, prior: str, tmp_path
         ({"by": "concept"}, "concept"),
         ({"score": "note"}, "the column 'note' holds something else than numbers"),
         ({"against": str(tmp_path)}, "reference"),
-        ({"input": {"path": str(pool / "addresses.jsonl"), "images": ["image"]}}, "the column 'image' holds addresses"),
     )):  # fmt: skip
         with pytest.raises((ValueError, OSError, RuntimeError), match=said):
             run_job(job(pool, prior, **wrong), output=str(tmp_path / f"{number}"))
@@ -179,3 +179,16 @@ def test_a_column_of_bytes_alone_holds_pictures_too(layout: str, pool: Path, pri
         told_of = {"path": str(source / "pool.parquet"), "id": "id", "images": ["image"]}
         assert run_job(job(pool, prior, input=told_of, export=layout), output=str(tmp_path / name)).state == "complete"
     assert files(tmp_path / "bare") == files(tmp_path / "typed")
+
+
+def test_a_table_of_addresses_is_refused_before_any_work(pool: Path, prior: str, tmp_path: Path) -> None:
+    """Once it was at the end, when all candidates had been embedded."""
+    for given in ({"images": ["image"]}, {}):
+        addresses = {"path": str(pool / "addresses.jsonl"), **given}
+        with pytest.raises(ValueError, match=r"the column 'image' holds addresses .* give their folder or a Parquet"):
+            list(plan_job(load(job(pool, prior, input=addresses)), str(tmp_path / "out")))
+    pq.write_table(
+        pa.table({"image": [str(pool / "00.png")], "kind": ["ring"], "score": [1.0]}), tmp_path / "one.parquet"
+    )
+    with pytest.raises(ValueError, match="the column 'image' holds addresses"):
+        list(plan_job(load(job(pool, prior, input=str(tmp_path / "one.parquet"))), str(tmp_path / "out")))

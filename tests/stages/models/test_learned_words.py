@@ -95,8 +95,11 @@ def test_a_file_that_is_none_is_refused(folders: dict[str, str], tmp_path: Path)
         open_latent_model(settings(folders["sd"], written(tmp_path / "known.safetensors", 32, "red</w>")))
 
 
-def learnt(folder: Path, model: str, tokens: tuple[str, ...] = ("frozen-1", "frozen-2"), width: int = 32) -> Path:
-    """What a finished `learn-concepts` run leaves, as far as words go."""
+def learnt(
+    folder: Path, model: str, tokens: tuple[str, ...] = ("frozen-1", "frozen-2"), width: int = 32,
+    beside: tuple[Path, ...] = (),
+) -> Path:  # fmt: skip
+    """What a finished `learn-concepts` run leaves, as far as words go; of one whose prompts held the words `beside`."""
     import json
 
     import pyarrow as pa
@@ -104,7 +107,8 @@ def learnt(folder: Path, model: str, tokens: tuple[str, ...] = ("frozen-1", "fro
 
     (folder / "data").mkdir(parents=True)
     (folder / "_SUCCESS").write_text("{}")
-    note = {"config": {"model": model}, "models": read_geometry(settings(model)).fingerprints()}
+    config = settings(model, *beside).model_dump(mode="json")
+    note = {"config": config, "models": read_geometry(settings(model, *beside)).fingerprints()}
     table = pa.table({"id": ["frozen"]}).replace_schema_metadata({"latentmill": json.dumps(note)})
     pq.write_table(table, folder / "data/part-00000-of-00001.parquet")
     for number, token in enumerate(tokens):
@@ -136,3 +140,18 @@ def test_words_learnt_on_another_model_are_refused_by_its_name(folders: dict[str
         read_geometry(settings(other, tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="there are no words in"):
         read_geometry(settings(other, learnt(tmp_path / "empty", other, tokens=())))
+
+
+def test_words_learnt_beside_other_words_are_known_by_their_model(folders: dict[str, str], tmp_path: Path) -> None:
+    """A run with words of its own knew the encoder by another fingerprint, and its words were refused as another's."""
+    single = written(tmp_path / "word.safetensors", 32, "<icy>")
+    first = learnt(tmp_path / "first", folders["sd"], ("soft-1",))
+    second = learnt(tmp_path / "second", folders["sd"], beside=(first, single))
+    assert len(read_geometry(settings(folders["sd"], second)).words) == 2
+    assert len(read_geometry(settings(folders["sd"], first, second, single)).words) == 4
+    other = tiny_stable_diffusion.build(tmp_path / "other", "sd", seed=1)
+    with pytest.raises(ValueError, match=f"learnt with '{folders['sd']}', whose text encoder is not that of '{other}'"):
+        read_geometry(settings(other, second))
+    single.unlink()
+    with pytest.raises(ValueError, match=r"learnt beside others, without which it cannot be told .*word.safetensors"):
+        read_geometry(settings(folders["sd"], second))
