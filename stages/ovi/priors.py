@@ -1,8 +1,7 @@
 """Priors without training: from the joint statistics of a captioned reference, or from its nearest captions (ours, but
 where a function names its source). All arithmetic in float64.
 
-Legend: B rows, T width of the text embeddings, E of the image embeddings, M captioned rows, C centres, F features,
-K neighbours; unit vectors are called u.
+Legend: B rows, T width of the text embeddings, E of the image embeddings, K neighbours; unit vectors are called u.
 """
 
 from __future__ import annotations
@@ -21,14 +20,12 @@ from index.reference import Reference
 from pipeline.contract import Row, ok
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator, row_normal
+from stages.ovi import kernel
 from stages.ovi.constraints import nearest_pairs
 from stages.ovi.context import BATCH, Context, RowMap
 from stages.ovi.settings import Kernel, Linear, MeanShift, Procrustes, PromptMethod
 
-SEED = 20_240_117  # of the choice of centres, and of the rows that are fitted
-FIT_ROWS = 100_000  # captioned rows that a kernel is fitted to, at most: 2,000 centres know no more of them
 PAIRS_AT_ONCE = 4096  # captions with their pictures, for maps of their own: 84 MB at a width of 1280
-NEGLIGIBLE = 1e-10  # of the centres' largest eigenvalue
 
 Prior = Callable[[torch.Tensor], torch.Tensor]
 """Raw text embeddings t_BT to image embeddings z_BE, both float64 on the CPU."""
@@ -79,56 +76,6 @@ def _told(method: PromptMethod) -> Iterator[None]:
         yield
     except joint.TooFewRows as error:
         raise ValueError(f"method {method.label!r}: {error}") from None
-
-
-@dataclass(frozen=True)
-class Nystroem:
-    """Features of unit texts whose products are ``exp(a (cos - 1))``, as far as the centres span them (Williams and
-    Seeger, 2001).
-
-    Attributes:
-        centres_CT: Unit texts.
-        root_CF: ``K^-1/2`` of the centres, without its negligible axes.
-        a: Sharpness of the kernel.
-    """
-
-    centres_CT: torch.Tensor
-    root_CF: torch.Tensor
-    a: float
-
-    @staticmethod
-    def of(centres_CT: torch.Tensor, a: float) -> Nystroem:
-        kernel_CC = (a * (centres_CT @ centres_CT.mT - 1)).exp()
-        values_C, axes_CC = torch.linalg.eigh(kernel_CC)
-        kept_C = values_C > NEGLIGIBLE * values_C[-1]
-        return Nystroem(centres_CT, axes_CC[:, kept_C] / values_C[kept_C].sqrt(), a)
-
-    def __call__(self, t_BT: torch.Tensor) -> torch.Tensor:
-        """Features (B, F) of raw texts."""
-        kernel_BC = (self.a * (normalize(t_BT.double(), dim=-1) @ self.centres_CT.mT - 1)).exp()
-        return kernel_BC @ self.root_CF
-
-
-def kernel(reference: Reference, captions: Captions, method: Kernel) -> Conditional:
-    """Kernel ridge regression of images on texts, on Nystroem features; the sharpness is in units of the texts' spread,
-    one minus the mean cosine of two captions.
-
-    Raises:
-        index.joint.TooFewRows: There are too few captioned rows for the ridge.
-    """
-    count = captions.pairs.rows
-    order_M = np.random.default_rng(SEED).permutation(count)
-    fitted_M = np.sort(order_M[:FIT_ROWS])
-    centre_C = np.sort(order_M[: method.centres])
-    spread = 1 - float(np.square(captions.pairs.unit_J[: captions.pairs.texts] / count).sum())
-    u_CT = normalize(torch.from_numpy(captions.index.gather(centre_C)).double(), dim=-1)
-    features = Nystroem.of(u_CT, method.sharpness / max(spread, 1e-6))
-    sums = joint.Accumulator(features.root_CF.shape[1], reference.dim)
-    for start in range(0, len(fitted_M), BATCH):
-        part_M = fitted_M[start : start + BATCH]
-        t_BT = torch.from_numpy(captions.index.gather(part_M))
-        sums.add(features(t_BT).numpy(), reference.index.gather(captions.rows_M[part_M]))
-    return Conditional(features, joint.Fit.of(sums.pairs()).under(method.ridge))
 
 
 def shifted(captions: Captions) -> Prior:
@@ -184,7 +131,7 @@ def prior(method: MeanShift | Linear | Kernel | Procrustes, context: Context) ->
             conditional = linear(method, context, method.ridge)
         case Kernel():
             with _told(method):
-                conditional = kernel(reference, captions, method)
+                conditional = Conditional(*kernel.kept(reference, captions, method))
     if method.residual:
         return typical(conditional, reference, captions, method, context.seed)
     return drawn(conditional, context.seed) if method.sample else mapped(conditional.mean)

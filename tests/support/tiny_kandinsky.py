@@ -80,6 +80,7 @@ def build_reference(folder: Path | str, prior: str, rows: int = 300, seed: int =
     import pyarrow as pa
 
     from index import gaussian, neighbours
+    from pipeline.storage import checksum
     from stages.models import clip
 
     folder = Path(folder) / "reference"
@@ -93,6 +94,8 @@ def build_reference(folder: Path | str, prior: str, rows: int = 300, seed: int =
     statistics = gaussian.moments(vectors_NE)
     gaussian.save(folder / "gaussian", statistics, gaussian.fit(statistics), {})
     neighbours.build(np.load(folder / "vectors.npy", mmap_mode="r"), [rows], folder, neighbours.Plan(), {})
-    facts = {"encoder": clip.identity(prior, "image"), "rows": rows, "dim": WIDTH, "modality": "image"}
+    with (folder / "vectors.npy").open("rb") as file:
+        made_of = checksum(file)
+    facts = {"encoder": clip.identity(prior, "image"), "rows": rows, "dim": WIDTH, "vectors": made_of}
     (folder / "reference.json").write_text(json.dumps(facts))
     return str(folder.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from sklearn.gaussian_process.kernels import RBF
 from sklearn.kernel_approximation import Nystroem as Approximation
 from sklearn.linear_model import Ridge
 
+from index import fits
 from index.reference import Reference
 from jobs.schema.reading import load
 from stages.models import clip
-from stages.ovi import priors
+from stages.ovi import kernel, priors
 from stages.ovi.methods import build
 from stages.ovi.settings import InvertPromptsSettings, Kernel, Linear, MeanShift, Procrustes, Retrieval
 from stages.ovi.stage import InvertPrompts
@@ -45,6 +47,12 @@ def pairs(captioned):
     captions = captioned.reference.captions
     images = captioned.reference.index.vectors_NE[captions.rows_M]
     return captions.index.vectors_NE.astype(np.float64), images.astype(np.float64)
+
+
+@pytest.fixture(autouse=True)
+def _temporary_files(tmp_path, monkeypatch):
+    """Fits are kept among them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def _embeddings(method, context, rows):
@@ -80,7 +88,7 @@ def test_kernel_is_scikit_learns_ridge_on_its_nystroem_features(captioned, rows,
     u = _unit(t)
     sharpness, ridge, count = 0.9, 0.05, 40
     a = sharpness / (1 - np.square(u.mean(0)).sum())
-    chosen = np.sort(np.random.default_rng(priors.SEED).permutation(TEXTS)[:count])
+    chosen = np.sort(np.random.default_rng(kernel.SEED).permutation(TEXTS)[:count])
     model = Approximation(kernel=lambda x, y: np.exp(a * (x @ y - 1)), n_components=count)
     model.fit(u[chosen])
     features, new = model.transform(u), model.transform(_unit(_texts(rows)))
@@ -95,20 +103,63 @@ def test_kernel_with_every_caption_a_centre_is_a_gaussian_process(captioned, row
     t, z = pairs
     u, new = _unit(t), _unit(_texts(rows))
     a = 0.7 / (1 - np.square(u.mean(0)).sum())
-    conditional = priors.kernel(captioned.reference, captioned.reference.captions, Kernel(ridge=0.2))
+    made = kernel.fit(captioned.reference, captioned.reference.captions, Kernel(ridge=0.2))
+    conditional = priors.Conditional(*made)
     features = conditional.features(torch.from_numpy(t)).numpy()
     noise = (TEXTS - 1) * 0.2 * np.trace(np.cov(features.T)) / features.shape[1]
-    kernel = RBF(1 / np.sqrt(a), "fixed")  # exp(a (cos - 1)) of unit vectors
-    gram, across = kernel(u), kernel(new, u)
+    rbf = RBF(1 / np.sqrt(a), "fixed")  # exp(a (cos - 1)) of unit vectors
+    gram, across = rbf(u), rbf(new, u)
     assert np.abs(features @ features.T - gram).max() < 1e-6
     centred_across = across - across.mean(1, keepdims=True) - gram.mean(0) + gram.mean()
     centred_gram = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
     wanted = z.mean(0) + centred_across @ np.linalg.solve(centred_gram + noise * np.eye(TEXTS), z - z.mean(0))
     found = conditional.mean(torch.from_numpy(_texts(rows))).numpy()
     assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
-    plain = GaussianProcessRegressor(kernel, alpha=noise, optimizer=None).fit(u, z - z.mean(0))
+    plain = GaussianProcessRegressor(rbf, alpha=noise, optimizer=None).fit(u, z - z.mean(0))
     alone = across @ np.linalg.solve(gram + noise * np.eye(TEXTS), z - z.mean(0))
     np.testing.assert_allclose(plain.predict(new), alone, rtol=1e-6, atol=1e-9)  # that this is the same kernel
+
+
+def test_a_kernel_is_fitted_once_on_a_machine(captioned, rows, tmp_path, monkeypatch):
+    made, fit = [], kernel.fit
+
+    def counted(reference, captions, method):
+        made.append(method)
+        return fit(reference, captions, method)
+
+    monkeypatch.setattr(kernel, "fit", counted)
+    method = Kernel(centres=40, residual=0.5)
+    first, second = (_embeddings(method, captioned, rows) for _ in range(2))  # two workers' stages
+    assert len(made) == 1
+    np.testing.assert_array_equal(first, second)
+    features, regression = fit(captioned.reference, captioned.reference.captions, method)
+    held, kept = kernel.kept(captioned.reference, captioned.reference.captions, method)
+    assert (held.a, kept.ridge) == (features.a, regression.ridge)
+    for name in ("centres_CT", "root_CF"):
+        assert torch.equal(getattr(held, name), getattr(features, name))
+    for name in ("mean_text_T", "mean_image_E", "weights_ET", "left_EE"):
+        assert torch.equal(getattr(kept, name), getattr(regression, name))
+
+    (file,) = tmp_path.rglob(fits.FILE)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8] + b"\1" * 8)
+    np.testing.assert_array_equal(_embeddings(method, captioned, rows), first)
+    assert file.read_bytes() == whole
+    assert len(made) == 2
+    _embeddings(Kernel(centres=41), captioned, rows)
+    assert len(made) == 3
+
+
+def test_a_fit_is_of_the_captions_that_are_there(captioned, prior, rows, tmp_path):
+    """A reference that was made again under the same path is another one."""
+    from shutil import copytree, rmtree
+
+    folder, found = tmp_path / "reference", []
+    for seed in (0, 1):
+        rmtree(folder, ignore_errors=True)
+        copytree(build_captioned(tmp_path / f"made-{seed}", prior, TEXTS, seed=seed), folder)
+        found.append(_embeddings(Kernel(), replace(captioned, reference=Reference.open(folder)), rows))
+    assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
 def test_samples_have_the_conditional_gaussian_and_are_the_rows_own(captioned, rows):
