@@ -7,6 +7,7 @@ fingerprint, written into the plan, and sent to an actor. Nothing here imports R
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -185,6 +186,27 @@ class StageSpec:
     def _called(self, function: Any) -> Any:
         kind = getattr(self.load_class(), "Settings", None)
         return function(**self.params) if kind is None else function(kind(**self.params))
+
+
+class Halvings:
+    """How often this process ran out of memory and went on with half as much at once. Whoever halves counts."""
+
+    def __init__(self) -> None:
+        self._lock, self._count = threading.Lock(), 0
+
+    def count(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def taken(self) -> int:
+        """Those since it was last asked."""
+        with self._lock:
+            count, self._count = self._count, 0
+        return count
+
+
+halvings = Halvings()
+"""Of this process; the runtime adds them up for Prometheus."""
 
 
 def ok(row: Row, **outputs: Any) -> Row:

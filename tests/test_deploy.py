@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from jobs.schema import reading
+from pipeline.run.cluster import COUNTERS, GAUGES
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "tests/support/rayjob_schema.yaml"
@@ -118,3 +120,65 @@ def test_sources_come_after_what_takes_long() -> None:
     sources = words.index(("COPY", ". /src"))
     after = [rest for word, rest in words[sources:] if word == "RUN"]
     assert all("--no-deps /src" in rest for rest in after)
+
+
+@pytest.fixture
+def dashboard() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((ROOT / "deploy/grafana.json").read_text())
+    return loaded
+
+
+def queries(dashboard: dict[str, Any]) -> list[str]:
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return asked + [v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
+
+
+def test_the_dashboard_asks_for_what_the_code_counts_and_for_all_of_it(dashboard: dict[str, Any]) -> None:
+    exported = {f"ray_latentmill_{name}_total" for name in COUNTERS} | {f"ray_latentmill_{name}" for name in GAUGES}
+    assert {name for query in queries(dashboard) for name in re.findall(r"ray_\w+", query)} == exported
+    labels = {"output"} | {by for _, by in COUNTERS.values() if by}
+    grouped = {name for query in queries(dashboard) for group in re.findall(r"by \(([^)]*)\)", query)
+               for name in group.split(", ")}  # fmt: skip
+    assert grouped == labels
+
+
+def test_queries_are_balanced_and_panels_lie_side_by_side(dashboard: dict[str, Any]) -> None:
+    for query in queries(dashboard):
+        assert all(query.count(a) == query.count(b) for a, b in ("()", "[]", "{}"))
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"])
+                 for y in range(place["y"], place["y"] + place["h"])}  # fmt: skip
+        assert not cells & taken
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_the_dashboard_has_the_shape_that_grafana_imports(dashboard: dict[str, Any]) -> None:
+    source = {"type": "object", "required": ["type", "uid"], "properties": {"type": {"const": "prometheus"}}}
+    target = {"type": "object", "required": ["refId", "expr", "datasource"], "properties": {"datasource": source}}
+    panel = {
+        "type": "object",
+        "required": ["id", "title", "type", "gridPos", "datasource", "targets", "fieldConfig", "options"],
+        "properties": {
+            "id": {"type": "integer"}, "title": {"type": "string"}, "type": {"enum": ["stat", "timeseries"]},
+            "datasource": source, "targets": {"type": "array", "minItems": 1, "items": target},
+            "gridPos": {"type": "object", "required": ["x", "y", "w", "h"]},
+            "fieldConfig": {"type": "object", "required": ["defaults", "overrides"]},
+        },
+    }  # fmt: skip
+    whole = {
+        "type": "object",
+        "required": ["uid", "title", "schemaVersion", "panels", "templating", "time"],
+        "properties": {
+            "schemaVersion": {"type": "integer", "minimum": 36},
+            "panels": {"type": "array", "items": panel},
+            "templating": {"type": "object", "required": ["list"]},
+        },
+    }
+    jsonschema.validate(dashboard, whole)
+    for item in dashboard["panels"]:
+        refs = [target["refId"] for target in item["targets"]]
+        assert len(set(refs)) == len(refs)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline import machine
+from pipeline.contract import halvings
 from pipeline.failures import Fault, described, fault_of, passing
 from pipeline.run.pulse import Heart, Pulse
 from pipeline.run.tasks import Outcome, Resources, Task, WorkerJob
@@ -79,9 +80,9 @@ class _Actor:
     def process(self, task: Task) -> Outcome:
         self.heart.begin()
         try:
-            return Outcome("done", self.worker.process(task))
+            return Outcome("done", self.worker.process(task), halvings=halvings.taken())
         except Exception as error:
-            return Outcome(fault_of(error), reason=described(error), away=passing(error))
+            return Outcome(fault_of(error), reason=described(error), away=passing(error), halvings=halvings.taken())
 
     def calibrate(self, task: Task) -> tuple[float, int, float, int, int]:
         """(seconds to build the stage, rows, seconds, bytes, failed)."""
@@ -337,6 +338,7 @@ class Pool:
     Attributes:
         build_failures: Workers in a row that could not build their stage; `build_problem` says why.
         lost: What happened to workers since it was last read.
+        deaths: Workers that died at work.
     """
 
     def __init__(self, job: WorkerJob, resources: Resources) -> None:
@@ -354,6 +356,7 @@ class Pool:
         self._members: list[_Member] = []
         self.build_failures, self.build_problem = 0, ""
         self.lost: list[str] = []
+        self.deaths = 0
         self._stuck: list[tuple[Task, Outcome]] = []
         self._heard = machine.here.clock()
 
@@ -442,10 +445,10 @@ class Pool:
                 self._started(member)
             found = [self._ended(member, running) for running in list(member.tasks) if running in ready]
             ended += found
-            for _, outcome in found:
-                if outcome.kind in (Fault.POISON, Fault.PREEMPTED):
-                    self._lose(member, outcome)
-                    break
+            lost = [outcome for _, outcome in found if outcome.kind in (Fault.POISON, Fault.PREEMPTED)]
+            if lost:
+                self.deaths += 1
+                self._lose(member, lost[0])
         return ended
 
     def ask(self) -> None:
@@ -475,6 +478,7 @@ class Pool:
 
     def _give_up(self, member: _Member, reason: str) -> None:
         """End a worker that is stuck; its tasks end as if it had died."""
+        self.deaths += 1
         self._lose(member, Outcome(Fault.POISON, None, reason, node=member.node, nodes=self._nodes()))
 
     def _lose(self, member: _Member, outcome: Outcome) -> None:
@@ -578,30 +582,63 @@ def label(path: str) -> str:
     return path.encode("ascii", errors="backslashreplace").decode()
 
 
-class Meters:
-    """Counts for Prometheus, through Ray's metrics agent."""
+COUNTERS = {
+    "rows": ("Rows in committed shards", "status"),
+    "shards": ("Committed shards", None),
+    "task_failures": ("Tasks that ended without a result, by whose fault it was", "fault"),
+    "retries": ("Tasks that were handed out again, whole or in halves", None),
+    "out_of_memory": ("Times that work ran out of memory and went on with half as much at once", None),
+    "worker_deaths": ("Workers that died", None),
+}
+"""What is counted, and by which further label; Prometheus sees ``ray_latentmill_<name>_total``."""
+GAUGES = {
+    "workers": "Workers that are ready",
+    "rows_planned": "Rows of the plan",
+    "rows_done": "Rows in committed shards, those of earlier starts included",
+}
+"""What goes up and down: ``ray_latentmill_<name>``."""
 
-    def __init__(self, output: str) -> None:
+
+class Meters:
+    """Counts for Prometheus, through Ray's metrics agent. Each has the label ``output``."""
+
+    def __init__(self, output: str, planned: int) -> None:
         from ray.util import metrics
 
-        tags = {"output": label(output)}
-        self._rows = metrics.Counter("latentmill_rows", "Rows in committed shards", tag_keys=("output", "status"))
-        self._shards = metrics.Counter("latentmill_shards", "Committed shards", tag_keys=("output",))
-        self._deaths = metrics.Counter("latentmill_worker_deaths", "Workers that died", tag_keys=("output",))
-        self._workers = metrics.Gauge("latentmill_workers", "Workers that are ready", tag_keys=("output",))
-        self._tags = tags
+        self._tags, self._deaths = {"output": label(output)}, 0
+        self._counters = {
+            name: metrics.Counter(f"latentmill_{name}", text, tag_keys=("output",) + ((by,) if by else ()))
+            for name, (text, by) in COUNTERS.items()
+        }
+        self._gauges = {
+            name: metrics.Gauge(f"latentmill_{name}", text, tag_keys=("output",)) for name, text in GAUGES.items()
+        }
+        self._gauges["rows_planned"].set(planned, self._tags)
+
+    def _count(self, name: str, amount: int = 1, **by: str) -> None:
+        if amount:
+            self._counters[name].inc(amount, {**self._tags, **by})
 
     def committed(self, ok: int, failed: int, duplicates: int) -> None:
         for status, count in (("ok", ok), ("failed", failed), ("duplicate", duplicates)):
-            if count:
-                self._rows.inc(count, {**self._tags, "status": status})
-        self._shards.inc(1, self._tags)
+            self._count("rows", count, status=status)
+        self._count("shards")
 
-    def died(self) -> None:
-        self._deaths.inc(1, self._tags)
+    def ended(self, outcome: Outcome) -> None:
+        """A task has: with a result, or by somebody's fault."""
+        self._count("out_of_memory", outcome.halvings)
+        if outcome.kind != "done":
+            self._count("task_failures", fault=str(outcome.kind))
 
-    def workers(self, count: int) -> None:
-        self._workers.set(count, self._tags)
+    def retried(self, tasks: int = 1) -> None:
+        self._count("retries", tasks)
+
+    def turn(self, workers: int, deaths: int, done: int) -> None:
+        """How it stands: workers that are ready, those that died so far, and rows in committed shards."""
+        self._count("worker_deaths", deaths - self._deaths)
+        self._deaths = deaths
+        self._gauges["workers"].set(workers, self._tags)
+        self._gauges["rows_done"].set(done, self._tags)
 
 
 def _first_line(error: BaseException) -> str:

@@ -85,7 +85,7 @@ class Dispatcher:
                 told = now
                 self._say(f"waiting for workers: {self._pool.ready} of at least {self._min_workers} are ready; "
                           f"the cluster has {self._pool.available()}")  # fmt: skip
-            self._meters.workers(self._pool.ready)
+            self._meters.turn(self._pool.ready, self._pool.deaths, self._tally.rows)
             self._reporter.running(self._tally, self._pool.active_rows, self._pool.ready, self._pool.size)
 
     def _say(self, message: str) -> None:
@@ -143,6 +143,7 @@ class Dispatcher:
 
     def _settle(self, task: Task, outcome: Outcome) -> None:
         self._given -= 1
+        self._meters.ended(outcome)
         key = (task.shard, task.start, task.stop)
         if outcome.kind == "done":
             self._deaths.done(task)
@@ -157,9 +158,9 @@ class Dispatcher:
                               "command goes on")  # fmt: skip
             pause = min(RETRY_WAIT_S * 2 ** self._tries[key], LONGEST_WAIT_S)
             self._say(f"shard {task.shard} has to wait ({outcome.reason}); it is tried again in {pause:.0f} s")
+            self._meters.retried()
             self._later.append((machine.here.clock() + pause, task))
         elif outcome.kind in (Fault.POISON, Fault.PREEMPTED):
-            self._meters.died()
             self._died(task, outcome)
         else:
             raise Stopped(f"shard {task.shard}: {outcome.reason}")
@@ -182,6 +183,7 @@ class Dispatcher:
                           "the other shards is lost, the same command goes on")  # fmt: skip
         if verdict == "again":
             self._say(f"a worker {'was lost' if lost else 'died'} on {rows} ({reason}); they will be tried again")
+            self._meters.retried()
             self._waiting.append(task)
         elif verdict == "condemn":
             self._say(f"{rows}: this row kills its worker; it becomes an error row")
@@ -193,6 +195,7 @@ class Dispatcher:
             middle = (task.start + task.stop) // 2
             halves = [(task.start, middle), (middle, task.stop)]
             split.missing += 2 if task.whole else 1
+            self._meters.retried(len(halves))
             self._waiting.extend(replace(task, start=a, stop=b, whole=False, avoid=()) for a, b in halves)
 
     def _piece(self, task: Task, piece: Piece) -> None:

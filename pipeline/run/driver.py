@@ -412,7 +412,7 @@ def _compute(
             try:
                 _check_room(pool, ours)
                 limit = max_failed_fraction * int(output.plan["rows"])
-                meters = Meters(output.path)
+                meters = Meters(output.path, int(output.plan["rows"]))
                 folding, few = Folding(output), resources.min_workers
                 Dispatcher(pool, todo, tally, lock, reporter, meters, limit, left, few, folding, again).run()
             finally:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.contract import Row, Stage, failed
+from pipeline.contract import Row, Stage, failed, halvings
 from pipeline.failures import Fault, described
 
 
@@ -174,7 +174,10 @@ class Guard:
         if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
         shrink = getattr(self._stage, "shrink", None)
-        return bool(shrink()) if shrink is not None else False
+        if shrink is None or not shrink():
+            return False
+        halvings.count()
+        return True
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,7 @@ class Outcome:
         reason: Why it is not done.
         away: A store or the network is, which may take minutes.
         node: That the worker was on; nodes: living ones that hold workers. Empty where no one asked.
+        halvings: How often the worker's process ran out of memory since its last outcome (`contract.halvings`).
     """
 
     kind: Literal["done"] | Fault
@@ -160,3 +161,4 @@ class Outcome:
     away: bool = False
     node: str = ""
     nodes: frozenset[str] = frozenset()
+    halvings: int = 0

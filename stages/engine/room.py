@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from pipeline.contract import halvings
+
 T = TypeVar("T")
 ANY = 1 << 30
 """More rows than there are: nothing is known."""
@@ -51,6 +53,7 @@ class Room:
                 raise
         # Not before here: the error holds on to what the failed call had allocated.
         self.rows = count // 2
+        halvings.count()
         release()
         return None
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from pipeline.contract import Row
+from pipeline.contract import Row, halvings
 from stages.engine.room import Room, release
 
 
@@ -123,6 +123,7 @@ def solve(
             release()
             problem.resize(problem.slots // 2)  # type: ignore[attr-defined]
             occupancy.restarts += 1
+            halvings.count()
             if room is not None:
                 room.rows = min(room.rows, problem.slots)
             continue

@@ -145,7 +145,7 @@ def crowd(workers: int, shards: int, shard_s: float, turn_s: float = 0.1, charge
 
     def drive() -> None:
         pool, nothing = _Crowd(job, world, turn_s, charged), _Nothing()
-        reporter, meters = Reporter(None, lambda progress: None, workers), _Meters("")
+        reporter, meters = Reporter(None, lambda progress: None, workers), _Meters("", 0)
         Dispatcher(pool, plan(pool), Tally(), nothing, reporter, meters, 0.0, shards, 1, nothing).run()  # type: ignore[arg-type]
         pool.used.shards, pool.used.seconds = shards, world.now
         found.append(pool.used)

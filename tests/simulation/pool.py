@@ -160,7 +160,7 @@ class SimPool:
         self._deaths: Counter[tuple[int, int, int]] = Counter()
         self._driver.on_death.append(self.close)
         self.lost: list[str] = []
-        self.build_failures, self.build_problem = 0, ""
+        self.deaths, self.build_failures, self.build_problem = 0, 0, ""
 
     def room(self) -> int:
         return self._fleet.workers

@@ -29,7 +29,7 @@ Fate = Callable[[Task, str, int], str]
 class Workers:
     """A pool with a worker on each node, one after the other at work. Lists what each task was given to."""
 
-    build_failures, build_problem, active_rows, lost, hungry = 0, "", 0, (), False
+    build_failures, build_problem, active_rows, lost, hungry, deaths = 0, "", 0, (), False, 0
 
     def __init__(self, nodes: list[str], fate: Fate) -> None:
         self.nodes, self.fate = nodes, fate
