@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ from jobs.page.html import Html, table
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
-from pipeline.contract import StageSpec
+from pipeline.contract import Settings, StageSpec, added
 from stages.selection.settings import EmbedCandidatesSettings, SelectionSettings
 
 if TYPE_CHECKING:
@@ -27,8 +27,18 @@ FOLDER = "corpus"
 SELECTION = "selection.parquet"
 BALANCE = "balance.json"
 CLASSES = "classes.json"
+NO_ORIGIN = "none"
 MOST_CLASSES = 200
 """Lines of the page's table."""
+
+
+class Mixture(Settings):
+    """How often rows of each origin are to be drawn in training, such as real pictures and grown ones."""
+
+    by: str
+    """Column that tells a row's origin, such as ``method``, which real pictures have not."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """Value of that column -> its share of the draws; ``none`` is for rows without one. Shares need not sum to 1."""
 
 
 class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
@@ -47,6 +57,8 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
     """What the training set is written as; `datasets.load_dataset` takes each."""
     test: float = Field(0.0, ge=0, lt=1)
     """Share of the pictures that go into the split ``test``, by a hash of their ids."""
+    mixture: Mixture | None = added()
+    """Give each picture of the training set a ``weight``, so that draws by weight mix origins in these shares."""
 
     @model_validator(mode="before")
     @classmethod
@@ -55,13 +67,15 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
             return value
         fields = cls.model_fields
         needed = ["image", *(value.get(name, fields[name].default) for name in ("by", "score"))]
+        if isinstance(mixture := value.get("mixture"), Mapping):
+            needed.append(mixture.get("by"))
         keep = [name for name in value.get("keep", ()) if name not in needed]
         return {**value, "keep": [name for name in dict.fromkeys(needed) if name is not None] + keep}
 
     @model_validator(mode="after")
     def _columns_apart(self) -> SelectCorpus:
         for name in self.keep:
-            if name in ("label", "class"):
+            if name in ("label", "class") or (name == "weight" and self.mixture is not None):
                 raise ValueError(f"keep: the training set has a column {name!r} of its own; map it with input.columns")
         if self.by in ("id", "image", self.score):
             raise ValueError(f"by: {self.by!r} holds no classes; name the column that does")
@@ -81,8 +95,9 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
         with tempfile.TemporaryDirectory() as scratch:
             pool = gather(finished, self, f"{scratch}/embeddings")
             why = [said or "" for said in chosen(pool, self)]
+        weights = None if self.mixture is None else mixed(pool, why, self.mixture)
         self._write_selection(finished, pool, why)
-        self._write_corpus(finished, pool, why)
+        self._write_corpus(finished, pool, why, weights)
         _write_json(finished, BALANCE, _balance(pool, why, self.count))
 
     def _write_selection(self, finished: pipeline.run.driver.Finished, pool: Pool, why: Sequence[str]) -> None:
@@ -99,7 +114,10 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
         with finished.output.open_file(SELECTION, "wb") as file:
             pq.write_table(pa.table(columns), file)
 
-    def _write_corpus(self, finished: pipeline.run.driver.Finished, pool: Pool, why: Sequence[str]) -> None:
+    def _write_corpus(
+        self, finished: pipeline.run.driver.Finished, pool: Pool, why: Sequence[str],
+        weights: Mapping[str | None, float] | None,
+    ) -> None:  # fmt: skip
         import pyarrow as pa
 
         from pipeline.output.training_set import split_of, writer
@@ -111,11 +129,13 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
             for rows in finished.tables(["id", "image", self.by, *shown]):
                 kept = [n for n in range(len(rows)) if not why[start + n]]
                 labels = [str(pool.labels[start + n]) for n in kept]
+                drawn = None if weights is None else [weights[pool.origins[start + n]] for n in kept]
                 start += len(rows)
                 taken = rows.take(pa.array(kept, pa.int64()))  # typed, or none of them has no type
                 named = {
                     "id": taken["id"], "image": _pictures(taken["image"]), "label": pa.array(labels, pa.string()),
                     "class": pa.array([numbers[own] for own in labels], pa.int64()),
+                    **({} if drawn is None else {"weight": pa.array(drawn, pa.float64())}),
                     **{name: taken[name] for name in shown},
                 }  # fmt: skip
                 splits = [split_of(own, self.test) for own in taken["id"].to_pylist()]
@@ -147,6 +167,7 @@ class Pool:
     Attributes:
         ids, labels: Of each row; a label is None where a row has no class.
         score_N: NaN where there is none.
+        origins: What each row's column of `mixture` says; None where it says nothing, or there is no mixture.
         nearest: The picture of `against` that a row is nearest to, and the cosine to it; None without `against`.
         good_N: The row has an embedding.
         z_NE: Memory map of embeddings; zeros where there is none.
@@ -154,6 +175,7 @@ class Pool:
 
     ids: list[str]
     labels: list[str | None]
+    origins: list[str | None]
     score_N: np.ndarray
     nearest: list[tuple[str, float] | None]
     good_N: np.ndarray
@@ -177,16 +199,20 @@ def gather(finished: pipeline.run.driver.Finished, job: SelectCorpus, path: str)
 
     ids: list[str] = []
     labels: list[str | None] = []
+    origins: list[str | None] = []
     scores: list[Any] = []
     good: list[bool] = []
     nearest: list[tuple[str, float] | None] = []
     against = ["nearest", "nearest_cosine"] if job.against is not None else []
-    wanted = dict.fromkeys(["id", "status", job.by, *([job.score] if job.score else []), "embedding", *against])
+    by = [] if job.mixture is None else [job.mixture.by]
+    wanted = dict.fromkeys(["id", "status", job.by, *by, *([job.score] if job.score else []), "embedding", *against])
     width = 1
     with open(path, "wb") as file:
         for rows in finished.tables(list(wanted)):
             ids += rows["id"].to_pylist()
             labels += [None if own is None else str(own) for own in rows[job.by].to_pylist()]
+            told_of = rows[by[0]].to_pylist() if by else [None] * len(rows)
+            origins += [None if own is None else str(own) for own in told_of]
             scores += rows[job.score].to_pylist() if job.score else [None] * len(rows)
             good += [own == "ok" for own in rows["status"].to_pylist()]
             if against:
@@ -202,7 +228,7 @@ def gather(finished: pipeline.run.driver.Finished, job: SelectCorpus, path: str)
         message = f"score: the column {job.score!r} holds something else than numbers; name another, or score: null"
         raise ValueError(message) from None
     z_NE = np.memmap(path, np.float32, "r", shape=(len(ids), width))
-    return Pool(ids, labels, score_N, nearest or [None] * len(ids), np.array(good), z_NE)
+    return Pool(ids, labels, origins, score_N, nearest or [None] * len(ids), np.array(good), z_NE)
 
 
 def _require_pictures(finished: pipeline.run.driver.Finished) -> None:
@@ -258,6 +284,26 @@ def chosen(pool: Pool, job: SelectCorpus) -> list[str | None]:
         for n, said in zip(rows, choose(group, job), strict=True):
             why[n] = said
     return why
+
+
+def mixed(pool: Pool, why: Sequence[str], mixture: Mixture) -> dict[str | None, float]:
+    """Origin -> weight of each of its kept rows.
+
+    Weights are 1 in the mean; those of an origin sum to its share, of the shares of origins that have kept rows. Ours.
+
+    Raises:
+        ValueError: A kept row's origin has no share.
+    """
+    counts: Counter[str | None] = Counter()
+    for own, origin, said in zip(pool.ids, pool.origins, why, strict=True):
+        if said:
+            continue
+        if (origin or NO_ORIGIN) not in mixture.weights:
+            where = f"row {own!r} has {origin or 'nothing'!r} in the column {mixture.by!r}"
+            raise ValueError(f"mixture: {where}, which has no weight; there are {', '.join(mixture.weights)}")
+        counts[origin] += 1
+    shares = {origin: mixture.weights[origin or NO_ORIGIN] for origin in counts}
+    return {origin: shares[origin] / sum(shares.values()) * counts.total() / count for origin, count in counts.items()}
 
 
 def _balance(pool: Pool, why: Sequence[str], count: int) -> dict[str, dict[str, Any]]:

@@ -121,6 +121,26 @@ def test_a_lost_product_is_made_again_with_the_same_bytes(layout: str, pool: Pat
     assert first == files(out)
 
 
+def test_weights_mix_origins_in_the_shares_that_were_asked_for(pool: Path, prior: str, tmp_path: Path) -> None:
+    """Shares 3 (grown) and 1 (real, without a method): three quarters of the weight are of the grown rows."""
+    rows = pq.read_table(pool / "pool.parquet").to_pylist()
+    table = pa.Table.from_pylist([{**row, "method": "slerp" if n % 3 == 0 else None} for n, row in enumerate(rows)])
+    pq.write_table(table, tmp_path / "pool.parquet")
+    mixture = {"by": "method", "weights": {"slerp": 3, "none": 1, "nao": 7}}
+    source = {"path": str(tmp_path / "pool.parquet"), "id": "id"}
+    run_job(job(pool, prior, input=source, mixture=mixture, count=9), output=str(tmp_path / "out"))
+    kept = pq.read_table(tmp_path / "out" / "corpus" / "train.parquet").to_pylist()
+    grown = [row["weight"] for row in kept if row["method"] == "slerp"]
+    real = [row["weight"] for row in kept if row["method"] is None]
+    assert (len(grown), len(real)) == (2, 5)
+    assert len(set(grown)) == len(set(real)) == 1
+    assert sum(grown) / sum(grown + real) == pytest.approx(3 / 4)
+    assert sum(grown + real) == pytest.approx(len(kept))
+    lacking = job(pool, prior, input=source, mixture={"by": "method", "weights": {"slerp": 1}})
+    with pytest.raises(ValueError, match=r"row 'a/1' has 'nothing' in the column 'method', which has no weight"):
+        run_job(lacking, output=str(tmp_path / "two"))
+
+
 def test_shards_decide_nothing(pool: Path, prior: str, tmp_path: Path) -> None:
     run_job(job(pool, prior, export="webdataset"), output=str(tmp_path / "one"))
     run_job(job(pool, prior, export="webdataset", shard_rows=12), output=str(tmp_path / "two"))
@@ -148,6 +168,7 @@ def test_what_cannot_work_is_said_in_a_sentence(pool: Path, prior: str, tmp_path
         ({"share": 0}, "share"),
         ({"variety": "random"}, "variety"),
         ({"export": "csv"}, "export"),
+        ({"mixture": {"by": "note", "weights": {"x": 0}}}, "mixture.weights"),
     ):
         with pytest.raises(JobFileError, match=said):
             load(job(pool, prior, **wrong))
