@@ -51,6 +51,19 @@ def test_what_counts_as_the_same_rows() -> None:
     assert values.compare(*words)[0] == ["said of 'b' is another: v then, w now"]
 
 
+def test_fractions_in_json_are_compared_each_with_itself_and_times_not_at_all() -> None:
+    def told(loss: float, step: int = 4) -> pa.Table:
+        cell = f'[{{"step": {step}, "loss": {loss!r}, "norms": [7.5]}}]'
+        return _rows(curve=pa.array([cell, None, cell]), seconds=pa.array([random.random()] * 3))
+
+    assert values.compare(told(0.0358), told(0.0358))[0] == []
+    wrong, rounded = values.compare(told(0.3), told(0.3003))
+    assert not wrong
+    assert rounded["curve"] == pytest.approx(1e-3)
+    for other in (told(0.31), told(0.3, step=5)):  # of the largest number in the cell it would be within rounding
+        assert len(values.compare(told(0.3), other)[0]) == 1
+
+
 def test_a_seed_draws_faults_that_its_world_can_do() -> None:
     everything = drawn(random.Random("0"), 400, store=True, cluster=True)
     assert everything == drawn(random.Random("0"), 400, store=True, cluster=True)
