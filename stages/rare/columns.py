@@ -29,6 +29,10 @@ def columns(settings: RareConceptsSettings, latent_shape: tuple[int, int, int]) 
         Column("select_start", "float32", doc="loss of the seed before it was optimised"),
         Column("select_loss", "float32", doc="the same before the last update"),
     ]
+    found = [
+        Column("anchor_distance", "float32", doc="1 - cosine of its text embedding to the prompt's"),
+        Column("anchor_count", "int64", doc="rows of the reference that have it as their caption"),
+    ]
     guided = [
         Column("guide", "string", doc="by which the picture was drawn; plain: by the prompt alone"),
         Column("anchor", "string", doc="the text that r2f and aapb drew it by, beside the prompt"),
@@ -39,6 +43,7 @@ def columns(settings: RareConceptsSettings, latent_shape: tuple[int, int, int]) 
         *TOKEN_COLUMNS,
         Column("method", "string"),
         *(guided if settings.guides else []),
+        *(found if settings.anchors else []),
         Column("number", "int64", doc="of the row among those of its concept, method and guide"),
         Column("image", "image"),
         Column("latent", "tensor", latent_shape, settings.store, doc="z_T: the seed that draws the picture"),

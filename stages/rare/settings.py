@@ -156,6 +156,20 @@ class ComposeGuide(Guide):
 AnyGuide = Annotated[PlainGuide | R2fGuide | AapbGuide | ComposeGuide, Field(discriminator="method")]
 
 
+class Anchors(Settings):
+    """Where anchors are found that the rows do not name. A plain path stands for ``{reference: ...}``."""
+
+    reference: FolderName
+    """Output of a ``reference`` run with captions that keeps their texts (``keep: [caption]``)."""
+    least: int = Field(20, ge=1)
+    """Rows that have a caption, from which on it is frequent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"reference": value} if isinstance(value, str) else value
+
+
 class RareDrawing(SamplingSettings):
     """What a job file calls by the same names as the stage."""
 
@@ -164,6 +178,9 @@ class RareDrawing(SamplingSettings):
     guides: Methods[AnyGuide] | None = added()
     """By what each seed is drawn: ``plain``, ``r2f``, ``aapb``, ``compose``; each makes `count` rows a concept and
     method. Left out: by the prompt alone."""
+    anchors: Anchors | None = added()
+    """Where the anchor of a row that names none is found: the nearest frequent caption that keeps the rest of the
+    prompt. Left out: rows name theirs."""
     candidates: int = Field(1, ge=1)
     """Pictures that are drawn for each one kept; the best by `score` stays."""
     clip: ModelName = "micro:prior"

@@ -36,9 +36,11 @@ from stages.models.pictures import fit_picture, to_picture
 from stages.models.sampler import sample
 from stages.models.settings import SamplingSettings
 from stages.ovi.scoring import asked_of
+from stages.rare.anchors import AnchorFinder, check
+from stages.rare.anchors import identity as identity_of_anchors
 from stages.rare.candidates import Candidates, new_noise
 from stages.rare.columns import columns, filled
-from stages.rare.guides import Texts, check_guide, drawn_by, lacks, read_texts
+from stages.rare.guides import Texts, check_guide, drawn_by, lacks, read_texts, uses_anchor
 from stages.rare.inverted import InvertedDataset, fingerprint
 from stages.rare.references import ConceptRow, References, invert, read_concept_row
 from stages.rare.scores import Judge
@@ -74,6 +76,7 @@ class RareConcepts:
             pictures=False, slots=self.slots,
         )  # fmt: skip
         self.inversion = InvertImages(inversion, self.model)
+        self.finder = None if settings.anchors is None else AnchorFinder(settings.anchors, str(self.model.device))
         self.dataset = None
         if settings.seeds is not None:
             found = self.model.geometry.fingerprints()
@@ -97,6 +100,11 @@ class RareConcepts:
             models["clip_text"] = encoder("text")
         if "oracle" in settings.scores:
             models["oracle"] = describe_model(settings.oracle or shipped("micro:oracle"))
+        if settings.anchors is not None:
+            if not any(map(uses_anchor, settings.drawn)):
+                raise ValueError("anchors: no guide draws by one; add r2f or aapb to guides, or leave anchors out")
+            check(settings.anchors)
+            models["anchors"] = dict(identity_of_anchors(settings.anchors))
         if settings.seeds is not None:
             models["seeds"] = {"path": settings.seeds, "revision": "", "fingerprint": fingerprint(settings.seeds)}
         metadata = {"model": settings.model, "steps": str(settings.steps), "guidance": str(settings.guidance)}
@@ -114,7 +122,7 @@ class RareConcepts:
         """One row out for each in. The shard's rows are held together, so that a concept is inverted once and the
         sampler's batches stay full."""
         good: list[tuple[Row, ConceptRow]] = []
-        for row in rows:
+        for row in map(self._anchored, rows):
             try:
                 good.append((row, self._read(row)))
             except ValueError as error:
@@ -134,6 +142,17 @@ class RareConcepts:
 
     # --- concepts
 
+    def _anchored(self, row: Row) -> Row:
+        """A row with the anchor that its guide needs and that it does not name itself, where there is one."""
+        guide = self.guides.get(self._guide(row))
+        if self.finder is None or guide is None or not uses_anchor(guide) or str(row.get("anchor") or "").strip():
+            return row
+        prompt = row.get("prompt")
+        found = self.finder.find(prompt) if isinstance(prompt, str) and prompt.strip() else None
+        if found is None:
+            return row
+        return {**row, "anchor": found.text, "anchor_distance": found.distance, "anchor_count": found.count}
+
     def _read(self, row: Row) -> ConceptRow:
         label, guide, number = row.get("method"), self._guide(row), row.get("number")
         if label not in self.methods:
@@ -142,12 +161,19 @@ class RareConcepts:
             raise ConceptError(f"no guide {guide!r}: the job has {', '.join(self.guides)}")
         concept = read_concept_row(_key(row), row, self.settings.most)
         if problem := lacks(self.guides[guide], read_texts(concept.name, row)):
-            raise ConceptError(f"concept {concept.name}: {problem}")
+            raise ConceptError(f"concept {concept.name}: {problem}{self._sought(row)}")
         if "oracle" in self.settings.scores and asked_of(row) is None:
             raise ConceptError(f"concept {concept.name}: the oracle needs the column 'objects' (a list of attributes)")
         if number is None:
             raise ConceptError(f"concept {concept.name}: the row has no number")
         return concept
+
+    def _sought(self, row: Row) -> str:
+        """What to add where no anchor was found."""
+        if self.settings.anchors is None or str(row.get("anchor") or "").strip():
+            return ""
+        least, path = self.settings.anchors.least, self.settings.anchors.reference
+        return f"; no caption that {least} rows of {path} have is the prompt with one word replaced or left out"
 
     def _guide(self, row: Row) -> str:
         """The label of the guide that a row is drawn by."""
