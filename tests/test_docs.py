@@ -58,6 +58,14 @@ def test_every_name_on_a_page_leads_somewhere(page: Path) -> None:
     assert missing(page.read_text(encoding="utf-8")) == []
 
 
+def test_figures_that_are_summed_up_stand_where_they_were_measured() -> None:
+    names = ("exact.md", "inversion.md", "ovi.md")
+    exact, *measured = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in names)
+    figures = set(re.findall(r"\d\d\.\d\d\b|\.\d{3}\b", exact))
+    assert len(figures) >= 20
+    assert {figure for figure in figures if figure not in "".join(measured)} == set()
+
+
 def test_names_that_lead_nowhere_are_found() -> None:
     text = "`jobs/run.py`, `jobs/walk.py`, `jobs.run.run_job`, `jobs.run.walk_job`, jobs.run.JobResult.data, jobs.walk"
     assert missing(text) == ["jobs.run.walk_job", "jobs.walk", "jobs/walk.py"]
