@@ -153,8 +153,8 @@ def diff(
                 here.append(n)
                 there.append(place)
         found.both += len(here)
-        for mine, theirs in other.pairs(here, there):
-            _compare(table.take(pa.array(mine)), theirs, fields, tolerance, found, tell)
+        for pair in other.pairs(table, here, there):
+            _compare(pair, fields, tolerance, found, tell)
     found.rows_b, found.only_b = len(other.shard_N), int((~other.met_N).sum())
     for own in other.unmet():
         tell(Difference(own, "only in B"))
@@ -190,6 +190,27 @@ def _kind(kind: pa.DataType) -> str:
     if (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)) and _kind(kind.value_type) == "number":
         return "array"
     return "picture" if is_picture(kind) else str(kind)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two tables, and the rows in them that belong together."""
+
+    a: pa.Table
+    here_M: np.ndarray
+    b: pa.Table
+    there_M: np.ndarray
+
+    def columns(self, name: str) -> tuple[pa.Array, pa.Array]:
+        """A column's values of these rows; not for pictures, whose bytes may be more than an array holds."""
+        columns = (self.a[name].take(pa.array(self.here_M)), self.b[name].take(pa.array(self.there_M)))
+        return columns[0].combine_chunks(), columns[1].combine_chunks()
+
+    def cells(self, name: str, n: int) -> tuple[pa.Scalar, pa.Scalar]:
+        return self.a[name][int(self.here_M[n])], self.b[name][int(self.there_M[n])]
+
+    def only(self, chosen_M: np.ndarray) -> _Pair:
+        return _Pair(self.a, self.here_M[chosen_M], self.b, self.there_M[chosen_M])
 
 
 class _Rows:
@@ -234,15 +255,19 @@ class _Rows:
         for place, own in zip(place_M.tolist(), hash_M.tolist(), strict=True):
             yield place if place <= last and int(self._hash_N[place]) == own else -1
 
-    def pairs(self, here: Sequence[int], there: Sequence[int]) -> Iterator[tuple[list[int], pa.Table]]:
-        """Rows of the other output and the rows here that have their ids, a shard of the other at a time."""
+    def pairs(self, table: pa.Table, here: Sequence[int], there: Sequence[int]) -> Iterator[_Pair]:
+        """Rows of a table and the other output's rows of their ids, a shard of the other at a time.
+
+        Args:
+            here, there: Rows of the table, and the places of their ids.
+        """
         here_M, there_M = np.array(here, np.int64), np.array(there, np.int64)
         self.met_N[there_M] = True
         for number in np.unique(self.shard_N[there_M]).tolist():
             of_M = self.shard_N[there_M] == number
             if self._held is None or self._held[0] != number:
                 self._held = number, self._read(number, self._columns)
-            yield here_M[of_M].tolist(), self._held[1].take(pa.array(self.row_N[there_M[of_M]]))
+            yield _Pair(table, here_M[of_M], self._held[1], self.row_N[there_M[of_M]].astype(np.int64))
 
     def unmet(self) -> Iterator[str]:
         """Ids that were never asked for."""
@@ -253,62 +278,59 @@ class _Rows:
 
 
 def _compare(
-    a: pa.Table, b: pa.Table, fields: Sequence[pa.Field], tolerance: float, found: Diff,
-    tell: Callable[[Difference], None],
-) -> None:  # fmt: skip
-    """Rows of the same ids, in the same order."""
-    ids, before, after = a["id"].to_pylist(), a["status"].to_pylist(), b["status"].to_pylist()
-    if ids != b["id"].to_pylist():
+    pair: _Pair, fields: Sequence[pa.Field], tolerance: float, found: Diff, tell: Callable[[Difference], None]
+) -> None:
+    (ids, others), (before, after) = ([column.to_pylist() for column in pair.columns(name)] for name in OWN)
+    if ids != others:
         raise OutputError("two ids share a 64-bit hash, so these outputs cannot be compared in this process; try again")
     for own, one, other in zip(ids, before, after, strict=True):
         if one != other:
             found.statuses[one, other] += 1
             tell(Difference(own, "status", one, other))
-    same = np.array([one == other for one, other in zip(before, after, strict=True)], bool)
-    kept = pa.array(np.flatnonzero(same))
-    a, b = a.take(kept), b.take(kept)
+    same_K = np.flatnonzero([one == other for one, other in zip(before, after, strict=True)])
+    pair = pair.only(same_K)
     for own in fields:
         column = found.columns[own.name]
-        column.compared += len(a)
-        for n, difference in _differences(a[own.name], b[own.name], tolerance):
-            column.add(difference[0], difference[1])
-            shown = _shown(a[own.name][n]), _shown(b[own.name][n])
-            tell(Difference(a["id"][n].as_py(), own.name, *shown, *difference))
+        column.compared += len(same_K)
+        for n in _suspects(pair, own):
+            cells = pair.cells(own.name, n)
+            if (difference := _difference(*cells, tolerance)) is not None:
+                column.add(*difference)
+                tell(Difference(ids[same_K[n]], own.name, _shown(cells[0]), _shown(cells[1]), *difference))
 
 
 Found = tuple[float | None, float | None]
 """Largest absolute difference, and relative one; None where there is none to tell."""
 
 
-def _differences(a: pa.ChunkedArray, b: pa.ChunkedArray, tolerance: float) -> Iterator[tuple[int, Found]]:
-    """The rows of two columns that differ."""
-    compare = {"number": _numbers, "array": _numbers, "picture": _pictures}.get(_kind(a.type))
-    for n in _suspects(a, b):
-        one, other = a[n], b[n]
-        if not (one.is_valid and other.is_valid):
-            if one.is_valid != other.is_valid:
-                yield n, (None, None)
-        elif compare is None:
-            if one.as_py() != other.as_py():
-                yield n, (None, None)
-        elif (difference := compare(one, other, tolerance)) is not None:
-            yield n, difference
-
-
-def _suspects(a: pa.ChunkedArray, b: pa.ChunkedArray) -> list[int]:
-    """The rows that are not the same at first sight: all others are."""
-    there_N = np.logical_and(a.is_valid(), b.is_valid())
-    equal_N = ~there_N & (a.is_valid().to_numpy() == b.is_valid().to_numpy())
-    here = pa.array(np.flatnonzero(there_N))
-    x, y = a.take(here).combine_chunks(), b.take(here).combine_chunks()
-    if pa.types.is_fixed_size_list(a.type) and _kind(a.type) == "array" and a.type.list_size == b.type.list_size:
-        values = (np.asarray(own.flatten()).reshape(len(here), a.type.list_size) for own in (x, y))
+def _suspects(pair: _Pair, own: pa.Field) -> Sequence[int]:
+    """The rows whose values are not the same at first sight: all others are."""
+    kind = _kind(own.type)
+    if kind == "picture":
+        return range(len(pair.here_M))
+    a, b = pair.columns(own.name)
+    there_N = a.is_valid().to_numpy(False) & b.is_valid().to_numpy(False)
+    equal_N = ~there_N & (a.is_valid().to_numpy(False) == b.is_valid().to_numpy(False))
+    x, y = a.filter(pa.array(there_N)), b.filter(pa.array(there_N))
+    fixed = all(pa.types.is_fixed_size_list(column.type) for column in (a, b))
+    if kind == "array" and fixed and a.type.list_size == b.type.list_size:
+        values = (np.asarray(column.flatten()).reshape(len(x), a.type.list_size) for column in (x, y))
         equal_N[there_N] = np.equal(*values).all(1)
-    elif _kind(a.type) == "picture":
-        equal_N[there_N] = pc.equal(pc.struct_field(x, "bytes"), pc.struct_field(y, "bytes")).fill_null(False)
-    elif _kind(a.type) == "number" or pa.types.is_string(a.type):
-        equal_N[there_N] = pc.equal(x, y)
+    elif kind == "number" or pa.types.is_string(own.type):
+        equal_N[there_N] = pc.equal(x, y).to_numpy(False)
     return np.flatnonzero(~equal_N).tolist()
+
+
+def _difference(one: pa.Scalar, other: pa.Scalar, tolerance: float) -> Found | None:
+    """How far apart two values are; None where they are equal."""
+    if not (one.is_valid and other.is_valid):
+        return None if one.is_valid == other.is_valid else (None, None)
+    kind = _kind(one.type)
+    if kind in ("number", "array"):
+        return _numbers(one, other, tolerance)
+    if kind == "picture":
+        return _pictures(one, other, tolerance)
+    return None if one.as_py() == other.as_py() else (None, None)
 
 
 def _values(cell: pa.Scalar) -> np.ndarray:

@@ -31,6 +31,7 @@ GROUP_FILES, GROUP_BYTES = 8, 2 << 30
 ANSWER_S = 10.0
 """For the first answer of a hub."""
 TAG = "latentmill"
+SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,11 @@ def _files(output: Output) -> dict[str, int]:
 
 
 def _is_ours(own: str, files: Mapping[str, int]) -> bool:
-    """Whether a file of the repository lies where this dataset's files do."""
-    return own.partition("/")[0] in {name.partition("/")[0] for name in files if "/" in name}
+    """Whether a file of the repository is such as a push leaves there: a shard, or among a product's files."""
+    folder = own.partition("/")[0]
+    if folder == "data":
+        return re.fullmatch(r"data/part-\d+-of-\d+\.parquet", own) is not None
+    return folder in {name.partition("/")[0] for name in files if "/" in name}
 
 
 def _logged_in() -> HfApi:
@@ -243,17 +247,20 @@ def _new(repository: _Repository, contents: Mapping[str, str | bytes]) -> list[C
     from huggingface_hub import CommitOperationAdd
 
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-    return [own for own in operations if repository.there.get(own.path_in_repo) not in _hashes(own)]
+    return [own for own in operations if not _is_there(own, repository.there.get(own.path_in_repo))]
 
 
-def _hashes(operation: CommitOperationAdd) -> tuple[str, str]:
-    """Of a content, as the hub names it among large files, and as git does."""
-    large = operation.upload_info.sha256.hex()
+def _is_there(operation: CommitOperationAdd, known: str | None) -> bool:
+    """Whether a content is the one that the hub has under the name, by the hash that it keeps of it."""
+    if known is None:
+        return False
+    if len(known) == SHA256_DIGITS:
+        return operation.upload_info.sha256.hex() == known
     git = hashlib.sha1(b"blob %d\0" % operation.upload_info.size, usedforsecurity=False)
     with operation.as_file() as file:
         while block := file.read(1 << 20):
             git.update(block)
-    return large, git.hexdigest()
+    return git.hexdigest() == known
 
 
 def _commit(repository: _Repository, operations: Sequence[CommitOperationAdd], stale: Sequence[str]) -> None:

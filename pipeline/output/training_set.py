@@ -11,7 +11,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
@@ -32,6 +32,7 @@ EMBEDDINGS = {"img_emb": "embedding", "text_emb": "text_embedding"}
 """clip-retrieval's folder -> the column."""
 Open = Callable[[str, str], Any]
 """Opens a file below the output folder: name, mode."""
+HELD_ROWS = 64
 TAR_ROWS = 10_000
 """Pictures a tar."""
 
@@ -123,7 +124,7 @@ class _ImageFolder(Writer):
             name = f"{self.folder}/{split}/metadata.jsonl"
             self._listings[split] = self.stack.enter_context(self.open_file(name, "wb"))
         others = [field.name for field in rows.schema if is_picture(field.type) and field.name != "image"]
-        for row in rows.to_pylist():
+        for row in _rows(rows):
             label = str(row["label"]) if row.get("label") is not None else None
             told: dict[str, str | None] = {"file_name": self._picture(split, label, row["id"], row.pop("image"))}
             for name in others:
@@ -156,7 +157,7 @@ class _WebDataset(Writer):
         arrays = {name: rows[name] for name in self.shapes}
         pictures = [field.name for field in rows.schema if is_picture(field.type)]
         caption = next((name for name in CAPTIONS if name in rows.column_names), None)
-        for n, row in enumerate(rows.drop_columns(list(arrays)).to_pylist()):
+        for n, row in enumerate(_rows(rows.drop_columns(list(arrays)))):
             tar, key = self._tar(split), _plain(row["id"])
             for name in pictures:
                 if (picture := row.pop(name)) is not None:
@@ -208,6 +209,12 @@ class _Safetensors(Writer):
         stacked = {name: _stacked(rows[name], shape) for name, shape in self.shapes.items()}
         told = {"ids": json.dumps(rows["id"].to_pylist()), "format": "pt"}
         self.put(f"part-{self.part()}.safetensors", save(stacked, told))
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """One after another; of a table's pictures a few are in memory twice."""
+    for start in range(0, len(table), HELD_ROWS):
+        yield from table.slice(start, HELD_ROWS).to_pylist()
 
 
 def _stacked(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
