@@ -7,10 +7,10 @@ Legend: B rows, E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 
@@ -65,6 +65,13 @@ def kind_of(decode: Decoding) -> Kind:
     kind = KINDS[name]
     if decode.noise_level is not None and kind is not UNCLIP:
         raise DecoderError(f"{decode.model}: `noise_level` belongs to Stable unCLIP, this is a {name}")
+    if decode.prior is not None and kind is not CASCADE:
+        raise DecoderError(f"{decode.model}: `prior` belongs to Stable Cascade, this is a {name}")
+    if decode.prior is None and kind is CASCADE:
+        raise DecoderError(
+            f"{decode.model}: Stable Cascade takes image embeddings in its prior; set `prior` to that pipeline "
+            "(stabilityai/stable-cascade-prior)"
+        )
     if decode.ip_adapter is not None and kind not in (IP_SD, IP_XL):
         raise DecoderError(f"{decode.model}: `ip_adapter` belongs to Stable Diffusion, this is a {name}")
     if decode.ip_adapter is None and kind in (IP_SD, IP_XL):
@@ -118,14 +125,14 @@ SD_PARTS = ("unet", "vae", "text_encoder")
 XL_PARTS = (*SD_PARTS, "text_encoder_2")
 
 
-def _places(settings: EmbeddingDecoding, parts: tuple[str, ...]) -> dict[str, Place]:
+def _places(settings: EmbeddingDecoding, parts: Iterable[str]) -> dict[str, Place]:
     decode = settings.decode
     return {
         part: Place(decode.model, decode.revision, part, allow_pickle=bool(settings.allow_pickle)) for part in parts
     }
 
 
-def _identity(settings: EmbeddingDecoding, parts: tuple[str, ...]) -> Identities:
+def _identity(settings: EmbeddingDecoding, parts: Iterable[str]) -> Identities:
     return {f"decoder_{part}": place.identity() for part, place in _places(settings, parts).items()}
 
 
@@ -218,6 +225,91 @@ class UnCLIPDecoder(StockDecoder):
         return {"image_embeds": z_BE, "noise_level": self.decode.noise_level or 0}
 
 
+# --- Stable Cascade --------------------------------------------------------------------------------------------------
+
+CASCADE_PRIOR = ("prior", "text_encoder")
+CASCADE_DECODER = ("decoder", "text_encoder", "vqgan")
+
+
+def _cascade_width(settings: EmbeddingDecoding) -> int:
+    from diffusers import StableCascadeUNet
+
+    prior = str(settings.decode.prior)
+    try:
+        config = StableCascadeUNet.load_config(here(prior), subfolder="prior")
+    except (OSError, ValueError) as error:
+        raise DecoderError(f"prior {prior}: no prior of Stable Cascade can be loaded: {error}") from None
+    if not config.get("clip_image_in_channels"):
+        raise DecoderError(f"prior {prior}: takes no image embeddings")
+    return int(config["clip_image_in_channels"])
+
+
+def _cascade_priors(settings: EmbeddingDecoding) -> dict[str, Place]:
+    pickles = bool(settings.allow_pickle)
+    return {part: Place(str(settings.decode.prior), None, part, allow_pickle=pickles) for part in CASCADE_PRIOR}
+
+
+def _cascade_identity(settings: EmbeddingDecoding) -> Identities:
+    priors = {f"prior_{part}": place.identity() for part, place in _cascade_priors(settings).items()}
+    return {**_identity(settings, CASCADE_DECODER), **priors}
+
+
+class CascadeDecoder:
+    """Stable Cascade, told an empty prompt: the prior draws its latent from the embedding, the decoder the picture from
+    that latent; the noise of both comes from one generator, in this order.
+
+    Rows are drawn one at a time: of a batch of B prompts the prior repeats the given embeddings B times.
+    """
+
+    def __init__(self, settings: EmbeddingDecoding, seed: int, device: str) -> None:
+        from diffusers import StableCascadeDecoderPipeline, StableCascadePriorPipeline
+
+        self.decode, self.seed, self.device = settings.decode, seed, device
+        # The other half precision overflows in the prior.
+        self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        decode, decoders = settings.decode, _places(settings, CASCADE_DECODER)
+        self.prior = self._pipe(StableCascadePriorPipeline, str(decode.prior), None, _cascade_priors(settings))
+        self.decoder = self._pipe(StableCascadeDecoderPipeline, decode.model, decode.revision, decoders)
+
+    def _pipe(self, kind: Any, model: str, revision: str | None, places: Mapping[str, Place]) -> Any:
+        """One of the two, put together by hand: diffusers moved the autoencoder's class, and `from_pretrained` does not
+        find it (0.42)."""
+        import diffusers
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+        kinds = {"text_encoder": CLIPTextModelWithProjection, "vqgan": get_type_hints(kind.__init__).get("vqgan")}
+        where = here(model)
+        try:
+            config = kind.load_config(where, revision=revision)
+            networks = {
+                part: place.load(kinds.get(part, diffusers.StableCascadeUNet), self.dtype)
+                for part, place in places.items()
+            }
+            words = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", revision=revision)
+            scheduler = getattr(diffusers, config["scheduler"][1])
+            steps = scheduler.from_pretrained(where, subfolder="scheduler", revision=revision)
+        except (OSError, ValueError) as error:
+            raise DecoderError(f"{model}: Stable Cascade cannot be loaded from here: {error}") from None
+        scales = {name: config[name] for name in ("latent_dim_scale", "resolution_multiple") if name in config}
+        pipe = kind(tokenizer=words, scheduler=steps, **networks, **scales).to(self.device)
+        pipe.set_progress_bar_config(disable=True)
+        for part in places:
+            getattr(pipe, part).requires_grad_(False)
+        return pipe
+
+    def pictures(self, z_BE: torch.Tensor, keys: list[str]) -> list[Any]:
+        return [self._picture(z_E, key) for z_E, key in zip(z_BE.to(self.device, self.dtype), keys, strict=True)]
+
+    def _picture(self, z_E: torch.Tensor, key: str) -> Any:
+        generator = row_generator(self.seed, key, "decode")
+        size = {} if self.decode.size is None else {"height": self.decode.size, "width": self.decode.size}
+        latent = self.prior(
+            prompt="", image_embeds=z_E[None, None], num_inference_steps=self.decode.steps,
+            guidance_scale=self.decode.guidance, generator=generator, **size,
+        ).image_embeddings  # fmt: skip
+        return self.decoder(image_embeddings=latent, prompt="", generator=generator).images[0]
+
+
 # --- IP-Adapter ------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +400,7 @@ class IPAdapterDecoder(StockDecoder):
 
 KANDINSKY = Kind(_kandinsky_width, _kandinsky_identity, _kandinsky)
 UNCLIP = Kind(_unclip_width, lambda settings: _identity(settings, UNCLIP_PARTS), UnCLIPDecoder)
+CASCADE = Kind(_cascade_width, _cascade_identity, CascadeDecoder)
 IP_SD = Kind(
     _adapter_width, lambda settings: _adapter_identity(settings, SD_PARTS),
     lambda settings, seed, device: IPAdapterDecoder(settings, seed, device, xl=False),
@@ -318,6 +411,7 @@ IP_XL = Kind(
 )  # fmt: skip
 KINDS = {
     "KandinskyV22Pipeline": KANDINSKY, "StableUnCLIPImg2ImgPipeline": UNCLIP,
+    "StableCascadeDecoderPipeline": CASCADE,
     "StableDiffusionPipeline": IP_SD, "StableDiffusionXLPipeline": IP_XL,
 }  # fmt: skip
 """Class of a pipeline -> what draws with it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipeline.contract import Settings
+from pipeline.contract import Settings, added
 from stages.models.decoding import Decode
 from stages.models.names import ModelName
 
@@ -20,12 +20,15 @@ class IPAdapter(Settings):
 
 
 class Decoding(Decode):
-    """Pictures by Kandinsky 2.2, Stable unCLIP 2.1, or Stable Diffusion 1.5 or XL with an IP-Adapter."""
+    """Pictures by Kandinsky 2.2, Stable unCLIP, Stable Cascade, or Stable Diffusion 1.5 or XL with an IP-Adapter."""
 
     model: ModelName
     """Folder or hub id of the pipeline; its ``model_index.json`` says which of them it is."""
     noise_level: int | None = Field(None, ge=0)
     """Stable unCLIP: steps of noise that the embedding is given, for more variation. Left out: 0."""
+    prior: ModelName | None = added()
+    """For Stable Cascade, and only there: folder or hub id of its prior pipeline, which is what takes the embedding,
+    ``steps``, ``guidance`` and ``size``; the decoder goes on from the prior's latent with its own ten steps."""
     ip_adapter: IPAdapter | None = None
     """For Stable Diffusion, and only there."""
 

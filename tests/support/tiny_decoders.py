@@ -80,3 +80,49 @@ def build_ip_adapter(file: Path, model: str, seed: int = 0, width: int = WIDTH) 
                 weights[f"ip_adapter.{number}.{part}.weight"] = torch.randn(wide, cross, generator=draw)
     save_file(weights, str(file))
     return str(file)
+
+
+def build_cascade(folder: Path, seed: int = 0) -> tuple[str, str]:
+    """Stable Cascade's decoder and prior: 32x32 pictures (asked for as such), from latents of 1x1."""
+    from diffusers import (
+        DDPMWuerstchenScheduler,
+        StableCascadeDecoderPipeline,
+        StableCascadePriorPipeline,
+        StableCascadeUNet,
+    )
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    words = tokenizer(16)
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, projection_dim=32, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    blocks = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+    prior = StableCascadeUNet(
+        in_channels=4, out_channels=4, conditioning_dim=32, block_out_channels=(32, 32), num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1), up_num_layers_per_block=(1, 1), switch_level=(False,),
+        clip_image_in_channels=WIDTH, clip_text_in_channels=32, clip_text_pooled_in_channels=32,
+        block_types_per_layer=(blocks, blocks), dropout=(0.1, 0.1),
+    )  # fmt: skip
+    decoder = StableCascadeUNet(
+        in_channels=4, out_channels=4, conditioning_dim=32, block_out_channels=(16, 32), num_attention_heads=(-1, 2),
+        down_num_layers_per_block=(1, 1), up_num_layers_per_block=(1, 1), patch_size=2,
+        block_types_per_layer=(blocks[:2], blocks), clip_text_pooled_in_channels=32, effnet_in_channels=4,
+        pixel_mapper_in_channels=3, kernel_size=3, dropout=(0.1, 0.1), self_attn=True,
+    )  # fmt: skip
+    for network in (prior, decoder):  # made with zeros at the end, it would say nothing of what it is given
+        for name, weight in network.named_parameters():
+            if not weight.any():
+                torch.nn.init.normal_(weight, std=0.1 if "clf" in name else 0.02)
+    vqgan = PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2, embed_dim=16)
+    shared = {"tokenizer": words, "text_encoder": CLIPTextModelWithProjection(text)}
+    StableCascadeDecoderPipeline(
+        decoder=decoder.eval(), vqgan=vqgan.eval(), scheduler=DDPMWuerstchenScheduler(), latent_dim_scale=8.0, **shared
+    ).save_pretrained(str(folder / "decoder"))
+    StableCascadePriorPipeline(
+        prior=prior.eval(), scheduler=DDPMWuerstchenScheduler(), resolution_multiple=16.0, **shared
+    ).save_pretrained(str(folder / "prior"))
+    return str(folder / "decoder"), str(folder / "prior")

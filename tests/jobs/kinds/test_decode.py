@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.kinds.decode import Decode
+from jobs.kinds.decode import Decode, _adapter
 from jobs.run import run_job
 from jobs.schema.reading import JobFileError, load
 from stages.decode.stage import DecodeEmbeddings
-from tests.support import tiny_kandinsky
+from stages.engine.randomness import row_generator
+from tests.support import tiny_decoders, tiny_kandinsky, tiny_stable_diffusion
 
 
 def test_somebody_elses_embeddings_become_pictures(in_process: None, tmp_path: Path, prior: str) -> None:
@@ -45,6 +46,35 @@ def test_somebody_elses_embeddings_become_pictures(in_process: None, tmp_path: P
 
     page = (tmp_path / "out" / "report.html").read_text()
     assert "One line an embedding." in page
+
+
+def test_a_numpy_file_through_an_adapter_and_the_lines_of_its_card(
+    in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a `.npy` are numbered. The card's lines draw what the job drew, from the same noise."""
+    model = tiny_stable_diffusion.build(tmp_path / "sd")
+    adapter = tiny_decoders.build_ip_adapter(tmp_path / "adapter.safetensors", model)
+    vectors_NE = np.random.default_rng(0).normal(size=(3, tiny_decoders.WIDTH)).astype(np.float32)
+    np.save(tmp_path / "vectors.npy", vectors_NE)
+    decode = {"model": model, "ip_adapter": {"path": adapter, "scale": 0.7}, "steps": 2, "size": 16}
+    job = {"job": "decode", "input": str(tmp_path / "vectors.npy"), "keep": ["embedding"], "decode": decode}
+    run_job(job, output=str(tmp_path / "out"))
+    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    assert [row["id"] for row in rows] == [f"vectors.npy#{n}" for n in range(3)]
+    assert all(row["status"] == "ok" for row in rows)
+    np.testing.assert_array_equal(np.asarray([row["embedding"] for row in rows], np.float32), vectors_NE)
+    blocks = (tmp_path / "out/README.md").read_text().split("```python\n")
+    code = next(block.split("```")[0] for block in blocks if "load_ip_adapter" in block)
+    code = code.replace('pipe("",', 'pipe("", generator=noise,')
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"noise": row_generator(0, rows[0]["id"], "decode")})
+    with Image.open("drawn.png") as drawn, Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as picture:
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(picture).astype(int)).max() <= 1
+
+
+def test_the_card_of_an_adapter_on_the_hub_names_its_parts() -> None:
+    found = _adapter("h94/IP-Adapter/models/ip-adapter_sd15.safetensors")
+    assert found == "'h94/IP-Adapter', subfolder='models', weight_name='ip-adapter_sd15.safetensors'"
 
 
 def test_a_job_without_a_decoder_is_refused() -> None:

@@ -30,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "sd": tiny_stable_diffusion.build(folder / "sd"),
         "sdxl": tiny_stable_diffusion.build(folder / "sdxl", "sdxl"),
     }
+    found["cascade"], found["cascade-prior"] = tiny_decoders.build_cascade(folder / "cascade")
     for kind in ("sd", "sdxl"):
         found[f"{kind}-adapter"] = tiny_decoders.build_ip_adapter(folder / f"{kind}.safetensors", found[kind])
     return found
@@ -39,6 +40,8 @@ def settings(models: dict[str, str], kind: str, **more: Any) -> DecodeSettings:
     decode: dict[str, Any] = {"model": models[kind], "steps": STEPS, "guidance": GUIDANCE, "size": 16, "batch": 2}
     if kind in ("sd", "sdxl"):
         decode["ip_adapter"] = {"path": models[f"{kind}-adapter"], "scale": 0.7}
+    if kind == "cascade":
+        decode |= {"prior": models["cascade-prior"], "size": 32}
     encoder = models["prior"] if kind == "kandinsky" else None
     return DecodeSettings(decode=decode | more, seed=SEED, encoder=encoder)  # type: ignore[arg-type]
 
@@ -54,6 +57,8 @@ def by_hand(models: dict[str, str], kind: str, b: int, guidance: float, noise_le
     """The picture of embedding b by the stock pipeline, alone in its batch."""
     from diffusers import DiffusionPipeline, KandinskyV22PriorPipeline
 
+    if kind == "cascade":
+        return cascade_by_hand(models, b, guidance)
     pipe = DiffusionPipeline.from_pretrained(models[kind], **({"safety_checker": None} if kind == "sd" else {}))
     pipe.set_progress_bar_config(disable=True)
     z_1E = Z_BE[b : b + 1]
@@ -77,9 +82,46 @@ def by_hand(models: dict[str, str], kind: str, b: int, guidance: float, noise_le
     return np.asarray(picture).astype(int)
 
 
+def cascade_by_hand(models: dict[str, str], b: int, guidance: float) -> np.ndarray:
+    """The stock pipelines, made of their parts: `from_pretrained` of diffusers 0.42 does not find the autoencoder."""
+    from diffusers import (
+        DDPMWuerstchenScheduler,
+        StableCascadeDecoderPipeline,
+        StableCascadePriorPipeline,
+        StableCascadeUNet,
+    )
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    def parts(folder: str, **kinds: Any) -> dict[str, Any]:
+        shared = {"text_encoder": CLIPTextModelWithProjection, "tokenizer": CLIPTokenizer}
+        every = {**shared, "scheduler": DDPMWuerstchenScheduler, **kinds}
+        return {name: kind.from_pretrained(folder, subfolder=name) for name, kind in every.items()}
+
+    own = parts(models["cascade"], decoder=StableCascadeUNet, vqgan=PaellaVQModel)
+    decoder = StableCascadeDecoderPipeline(**own, latent_dim_scale=8.0)
+    own = parts(models["cascade-prior"], prior=StableCascadeUNet)
+    prior = StableCascadePriorPipeline(**own, resolution_multiple=16.0)
+    generator = row_generator(SEED, IDS[b], "decode")
+    latent = prior(
+        prompt="", image_embeds=Z_BE[b].reshape(1, 1, 24), num_inference_steps=STEPS, guidance_scale=guidance,
+        height=32, width=32, generator=generator,
+    ).image_embeddings  # fmt: skip
+    return np.asarray(decoder(latent, prompt="", generator=generator).images[0]).astype(int)
+
+
 @pytest.mark.parametrize(
     ("kind", "guidance", "noise_level"),
-    [("kandinsky", 4.0, 0), ("unclip", 4.0, 0), ("unclip", 1.0, 300), ("sd", 4.0, 0), ("sd", 1.0, 0), ("sdxl", 4.0, 0)],
+    [
+        ("kandinsky", 4.0, 0),
+        ("unclip", 4.0, 0),
+        ("unclip", 1.0, 300),
+        ("sd", 4.0, 0),
+        ("sd", 1.0, 0),
+        ("sdxl", 4.0, 0),
+        ("cascade", 4.0, 0),
+        ("cascade", 1.0, 0),
+    ],
 )
 def test_a_decoder_draws_what_the_stock_pipeline_draws(
     models: dict[str, str], kind: str, guidance: float, noise_level: int
@@ -91,7 +133,7 @@ def test_a_decoder_draws_what_the_stock_pipeline_draws(
         assert np.abs(ours[b] - by_hand(models, kind, b, guidance, noise_level)).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["kandinsky", "unclip", "sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["kandinsky", "unclip", "sd", "sdxl", "cascade"])
 def test_the_embedding_decides_what_is_drawn(models: dict[str, str], kind: str) -> None:
     stage = DecodeEmbeddings(settings(models, kind), device="cpu")
     first, second = (
@@ -100,7 +142,7 @@ def test_the_embedding_decides_what_is_drawn(models: dict[str, str], kind: str) 
     assert np.abs(first - second).max() > 3
 
 
-@pytest.mark.parametrize("kind", ["kandinsky", "unclip", "sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["kandinsky", "unclip", "sd", "sdxl", "cascade"])
 def test_embeddings_that_do_not_fit_fail_alone(models: dict[str, str], kind: str) -> None:
     given = settings(models, kind)
     rows = [
@@ -131,6 +173,9 @@ def test_settings_that_do_not_fit_a_decoder_are_refused_before_the_run(models: d
     assert "KandinskyV22PriorPipeline draws nothing" in refused(settings(models, "prior"))
     assert "no pipeline can be loaded" in refused(settings(models | {"sd": str(tmp_path)}, "sd"))
     assert "name the file itself" in refused(settings(models, "sd", ip_adapter={"path": str(tmp_path)}))
+    assert "`prior` belongs to Stable Cascade" in refused(settings(models, "unclip", prior=models["cascade-prior"]))
+    assert "set `prior` to that pipeline" in refused(settings(models, "cascade", prior=None))
+    assert "no prior of Stable Cascade" in refused(settings(models, "cascade", prior=models["sd"]))
     plain = settings(models, "kandinsky")
     assert "set `encoder`" in refused(plain.model_copy(update={"encoder": None}))
     wide = tiny_kandinsky.build_decoder(tmp_path / "wide", width=40)
