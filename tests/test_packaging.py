@@ -138,7 +138,7 @@ def test_installed_from_wheels_the_quickstart_is_planned_in_an_empty_folder(
     refused = latentmill(*plan)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
-    line = r'quickstart\.yaml, line 12: .*encoder: the miniature .* not installed: pip install "latentmill\[micro\]"'
+    line = r'quickstart\.yaml, line 13: .*encoder: the miniature .* not installed: pip install "latentmill\[micro\]"'
     assert re.search(line, refused.stderr), refused.stderr
     others.unlink()
     install("latentmill_micro")

@@ -56,13 +56,14 @@ def copied(name: str, folder: Path) -> Path:
         ValueError: There is no such example, or another file of its name.
     """
     from jobs.schema import registry
+    from jobs.schema.json_schema import headed, write_schema
 
     if name not in names():
         raise ValueError(f"no example {name!r}.{registry.nearest(name, names())} There are: {', '.join(names())}.")
     file = folder / f"{name}.yaml"
     text = (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
     inputs = {found for found in _INPUT.findall(text) if not found.endswith(".yaml")}
-    text = renamed(text, str(file))
+    text = headed(renamed(text, str(file)))
     text = _INPUT.sub(lambda match: _quoted(folder.absolute() / match[1]), text)
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise ValueError(f"{file} is there already, and changed; name another folder with --output")
@@ -70,6 +71,7 @@ def copied(name: str, folder: Path) -> Path:
     for found in inputs:
         _copy(EXAMPLES / found, folder / found)
     file.write_text(text, encoding="utf-8")
+    write_schema(folder)
     return file
 
 

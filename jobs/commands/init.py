@@ -53,7 +53,9 @@ def init(
             for line in listing():
                 typer.echo(line)
             return
-        text = template(kind, model, output.name if output.name != "-" else "job.yaml")
+        from jobs.schema.json_schema import headed, write_schema
+
+        text = headed(template(kind, model, output.name if output.name != "-" else "job.yaml"))
         if str(output) == "-":
             typer.echo(text, nl=False)
             return
@@ -62,6 +64,7 @@ def init(
                 file.write(text)
         except FileExistsError:
             raise ValueError(f"{output} is there already; name another file with --output") from None
+        write_schema(output.parent)
     typer.echo(f"{output}: say what `input` is, and look through the rest; then")
     typer.echo(f"  latentmill doctor {output}")
     typer.echo(f"  latentmill run-job {output} -o out --dry-run")
@@ -75,6 +78,7 @@ def listing() -> list[str]:
 def subject(name: str) -> str:
     """What a shipped job file is about: the first sentence of its comment, up to a colon."""
     lines = (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines[:4] if not line.startswith("# yaml-language-server:")]
     text = " ".join(line.removeprefix("#").strip() for line in lines[:3] if line.startswith("#"))
     return re.split(r"[.:](?: |$)", text)[0]
 

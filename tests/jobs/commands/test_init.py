@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -59,6 +61,16 @@ def test_what_init_writes_is_a_job_of_that_kind(kind: str, tmp_path: Path, monke
         assert Path(words[3]).read_text() == text
 
 
+def assert_editors_find_the_schema(file: Path) -> None:
+    """By the first line, relative to the file; and the schema takes what the file says."""
+    head, _, rest = file.read_text().partition("\n")
+    place = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", head)
+    assert place
+    assert "yaml-language-server" not in rest
+    schema = json.loads((file.parent / place[1]).read_text())
+    jsonschema.Draft202012Validator(schema).validate(yaml.safe_load(rest))
+
+
 def named(job: Job) -> set[str]:
     steps = job.steps if isinstance(job, Chain) else (job,)
     return {value for step in steps for key in ("model", "encoder") if (value := getattr(step, key, None))}
@@ -73,6 +85,9 @@ def test_kinds_and_mistakes(tmp_path: Path) -> None:
     assert [line.split()[0] for line in listed] == list(TEMPLATES)
     assert all(len(line) < 120 for line in listed)
     assert "Did you mean 'invert-images'?" in CliRunner().invoke(app, ["init", "invert-image"]).stderr
+    (tmp_path / "mine").mkdir()
+    CliRunner().invoke(app, ["init", "reference", "-o", str(tmp_path / "mine/job.yaml")])
+    assert_editors_find_the_schema(tmp_path / "mine/job.yaml")
     printed = CliRunner().invoke(app, ["init", "reference", "-o", "-"])
     assert yaml.safe_load(printed.output)["job"] == "reference"
 
@@ -101,6 +116,7 @@ def test_an_example_is_listed_copied_and_left_alone(tmp_path: Path, monkeypatch:
     file = "quickstart/quickstart.yaml"
     assert done.output == f"{file}: latentmill run-job {file} -o quickstart/out\n"
     assert (tmp_path / "quickstart/quickstart/photographs/cat.jpg").is_file()
+    assert_editors_find_the_schema(tmp_path / file)
     assert CliRunner().invoke(app, ["examples", "quickstart"]).exit_code == 0  # the same again
     Path("quickstart/quickstart.yaml").write_text("job: mine\n")
     assert "changed; name another folder" in CliRunner().invoke(app, ["examples", "quickstart"]).stderr
