@@ -287,7 +287,8 @@ def card_for(card: str, name: str, revision: str | None) -> str:
     at = f', revision="{revision}"' if revision else ""
     text = card.replace(opened[1], f'load_dataset("{name}"{at}, split="train")')
     copy = name.rpartition("/")[2]
-    local = re.sub(rf"(?<![\w./-]){re.escape(opened[2])}(?![\w.-])", copy, text)
+    named = rf"([\"'`]|latentmill [\w-]+ ){re.escape(opened[2])}(?=[/\"'` \n])"  # `out` is a word of prose too
+    local = re.sub(named, lambda found: found[1] + copy, text)
     if local == text:
         return text
     branch = f" --revision {revision}" if revision else ""

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from jobs.commands.cli import app
 from jobs.commands.errors import EXIT_USAGE
+from jobs.kinds.chain import CHAIN_FILE
 from jobs.run import run_job
 from jobs.schema.base import RowJob
 from pipeline.output.hub import card_for
@@ -184,6 +185,15 @@ def test_many_files_are_several_commits_the_card_in_the_first(
     assert len(hub.datasets["ada/stars"].commits) == 3
     assert sent(hub)[0] == "README.md"
     assert len(sent(hub)) == 6
+
+
+@pytest.mark.parametrize("words", [["push", "ada/stars"], ["export", "new", "--to", "parquet"], ["diff", "new"]])
+def test_a_chain_s_folder_is_not_a_run_s(words: list[str], tmp_path: Path) -> None:
+    steps = [{"name": name, "job": "toy", "output": str(tmp_path / name)} for name in ("one", "two")]
+    (tmp_path / CHAIN_FILE).write_text(json.dumps({"steps": steps}))
+    refused = CliRunner().invoke(app, [words[0], str(tmp_path), *words[1:]])
+    assert refused.exit_code == EXIT_USAGE
+    assert f"one of its steps, such as {tmp_path / 'two'}" in refused.stderr
 
 
 @pytest.mark.parametrize(
