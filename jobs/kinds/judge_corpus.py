@@ -119,8 +119,7 @@ _CARD = """## The judgement
 
 `{output}/judgement.json` has, of each corpus, the mean share of held-out pictures that were told right, over classes
 that the real pictures hold often, rarely (at most {rare} pictures) and never; and what it gains over `{baseline}`.
-Intervals are 95 % by bootstrap: classes and the {trials} trials are drawn again, so they speak of other classes and
-other trainings.
+Intervals are 95 % by bootstrap over classes and trials ({trials}), so they speak of other classes and other trainings.
 
 """
 _NOTE = "Mean share told right over classes, with 95 % intervals; beneath, what is gained over the baseline, in points."
