@@ -1,5 +1,8 @@
 """What a row takes and how many fit, by family, kind of work and card: counted on the meta device, without a GPU.
 
+Where a backward pass is in it, a second figure is of blocks that are computed again; rows are then told of the first
+where one fits, else of the second, as `stages.models.memory.fitting` does.
+
     python -m benchmarks.gpu.slots
 
 Prints the table of docs/performance.md. Weights are in bf16, the autoencoder in fp32; what is left beside
@@ -12,9 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+from benchmarks.gpu import networks
 from stages.inversion.settings import InvertImagesSettings
 from stages.models.families import open_without_weights
 from stages.models.memory import power_of_two, row_bytes, rows_on, weight_bytes
+from stages.models.vision_tower import VisionTower
 from tests.support import full_size
 from tests.support.tiny_stable_diffusion import tokenizer
 
@@ -38,6 +45,19 @@ def main() -> None:
     print("|---|---|" + "---|" * len(COLUMNS), flush=True)
     for name in names:
         print(line(name), flush=True)
+    print("\n| OVI through | MB a prompt | in slots |\n|---|---|---|")
+    for name in ("ViT-L/14", "ViT-bigG/14"):
+        for compact in (False, True):
+            print(tower_line(name, compact), flush=True)
+
+
+def tower_line(name: str, compact: bool) -> str:
+    """Megabytes a prompt of OVI with four tokens, and slots on each card, with the tower in fp32."""
+    tower = VisionTower(networks.drawn_vision(name, "meta", torch.float32), 4, compact)
+    weights = sum(4 * weight.numel() for weight in tower.model.parameters())
+    each = tower.row_bytes()
+    slots = [str(power_of_two(rows_on(card * GIGA, weights, each))) for card in CARDS]
+    return f"| {name}, {'compact' if compact else 'all'} tokens | {each / 1e6:.0f} | {', '.join(slots)} |"
 
 
 def line(name: str) -> str:
@@ -50,17 +70,23 @@ def line(name: str) -> str:
             full_size.write_configs(unet, Path(folder), tokenizer(77))
         model = open_without_weights(InvertImagesSettings(model=folder, device="cpu", dtype="bfloat16"))
     weights = weight_bytes(model) + int(2 * GIGA * TEXT_ENCODERS[name])
-    cells, told = [], dict[str, int]()
+    kept = {work: row_bytes(model, work) for work in set(COLUMNS.values())}
+    for call in ("predict", "decode"):
+        model.recompute(call)  # type: ignore[arg-type]
+    less = {work: row_bytes(model, work) for work in kept}
+    cells = []
     for column, work in COLUMNS.items():
         if column == "Lego" and unet is None:
             cells.append("")
             continue
-        each = told.setdefault(work, row_bytes(model, work)) * (LEGO_PICTURES if column == "Lego" else 1)
+        pictures = LEGO_PICTURES if column == "Lego" else 1
+        plain, again = (pictures * each for each in (kept[work], less[work]))
         fits = []
         for card in CARDS:
-            rows = rows_on(card * GIGA, weights, each)
+            rows = rows_on(card * GIGA, weights, plain) or rows_on(card * GIGA, weights, again)
             fits.append(str(power_of_two(rows) if column in ("inversion", "Lego") and rows else min(rows, 999)))
-        cells.append(f"{each / GIGA:.2g} GB: {', '.join(fits)}")
+        cells.append(f"{' / '.join(f'{each / GIGA:.2g}' for each in sorted({plain, again}, reverse=True))} GB: "
+                     f"{', '.join(fits)}")  # fmt: skip
     return f"| {name} | {weights / GIGA:.1f} | {' | '.join(cells)} |"
 
 

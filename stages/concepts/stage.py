@@ -17,6 +17,7 @@ from stages.concepts.problem import LegoProblem
 from stages.concepts.samples import generate, sheet
 from stages.concepts.settings import LearnConceptsSettings, Samples
 from stages.engine.randomness import row_seed
+from stages.engine.room import Room
 from stages.engine.solver import Occupancy, solve
 from stages.inverter.model import TextInverter
 from stages.inverter.warm_start import warm_start
@@ -45,6 +46,7 @@ class LearnConcepts:
         slots = settings.slots or fitting_slots(
             self.model, "gradient", otherwise=CPU_SLOTS, rows=settings.settings.pictures
         )  # fmt: skip
+        self.room = Room(slots, self.model.rooms["gradient"].relieve)
         self.problem = LegoProblem(
             self.model, settings.settings, slots=slots, max_words=settings.max_words,
             seed=settings.seed, checkpoints=settings.checkpoints, checkpoint_seconds=settings.checkpoint_seconds,
@@ -69,7 +71,8 @@ class LearnConcepts:
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
         self.problem.resize(self.problem.slots)  # an earlier call may have ended in the middle
-        for row in solve(self.problem, (self._prepare(row) for row in rows), occupancy=self.occupancy):
+        prepared = (self._prepare(row) for row in rows)
+        for row in solve(self.problem, prepared, occupancy=self.occupancy, room=self.room):
             samples = self.settings.samples
             yield row if samples is None or row["status"] == "failed" else {**row, "samples": self._draw(row, samples)}
 

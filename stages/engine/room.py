@@ -1,6 +1,7 @@
 """How many rows the device takes at once: told beforehand by its free memory, and learned where it ran out.
 
-A network that runs out of memory on a batch is given it in halves, and from then on no larger part than goes through.
+A network that runs out of memory on a batch is given it in halves, and from then on no larger part than goes through;
+where not one row does, something that costs time has to be done for it.
 Whoever owns the `Room` keeps that: a model for its whole life, so that no later shard runs out again.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,15 +27,17 @@ class Room:
 
     Attributes:
         rows: Most at once; it falls, and never rises.
+        relieve: Makes a row take less, where one alone does not fit. False: nothing is left to be done.
     """
 
     rows: int = ANY
+    relieve: Callable[[], bool] = lambda: False
 
     def parts(self, rows: int, work: Callable[[slice], T]) -> Iterator[T]:
         """What `work` makes of rows 0 to `rows`, in parts that fit.
 
         Raises:
-            torch.OutOfMemoryError: One row alone does not fit.
+            torch.OutOfMemoryError: One row alone does not fit, and cannot be made to.
         """
         start = 0
         while start < rows:
@@ -49,10 +53,10 @@ class Room:
         try:
             return work(part)
         except torch.OutOfMemoryError:
-            if count == 1:
+            if count == 1 and not self.relieve():
                 raise
         # Not before here: the error holds on to what the failed call had allocated.
-        self.rows = count // 2
+        self.rows = max(1, count // 2)
         halvings.count()
         release()
         return None
@@ -75,15 +79,16 @@ class Rooms(dict[str, Room]):
     """Rooms by kind of work, made when they are first asked for.
 
     Args:
-        told: How many rows of a kind of work fit, as far as can be told beforehand; None: nothing can.
+        told: How many rows of a kind of work fit, as far as can be told beforehand.
+        relieve: Makes a row of a kind of work take less (`Room`).
     """
 
-    def __init__(self, told: Callable[[str], int] | None = None) -> None:
+    def __init__(self, told: Callable[[str], int], relieve: Callable[[str], bool]) -> None:
         super().__init__()
-        self.told = told
+        self.told, self.relieve = told, relieve
 
     def __missing__(self, work: str) -> Room:
-        room = self[work] = Room() if self.told is None else Room(self.told(work))
+        room = self[work] = Room(self.told(work), partial(self.relieve, work))
         return room
 
 

@@ -79,10 +79,11 @@ def solve(
         rows: Read lazily, one for each freed slot.
         occupancy: Counts of slot steps, added to in place.
         poll: Steps between two looks at done_B. A look waits for the device; finished rows idle until the next one.
-        room: Told how many slots were left when the device ran out of memory, for whoever makes the next problem.
+        room: Told how many slots were left when the device ran out of memory, for whoever makes the next problem; and
+            asked for relief where one slot alone does not fit.
 
     Raises:
-        torch.OutOfMemoryError: One slot alone does not fit, or the problem cannot `resize`.
+        torch.OutOfMemoryError: One slot alone does not fit, without relief, or the problem cannot `resize`.
     """
     occupancy = occupancy if occupancy is not None else Occupancy()
     source = iter(rows)
@@ -114,14 +115,16 @@ def solve(
                 occupancy.slot_steps += problem.slots
                 occupancy.busy_slot_steps += len(held)
         except torch.OutOfMemoryError:
-            if not hasattr(problem, "resize") or problem.slots == 1:
+            if not hasattr(problem, "resize"):
+                raise
+            if problem.slots == 1 and not (room is not None and room.relieve()):
                 raise
             full = True
         if full:  # not before here: the error holds on to what the failed step had allocated
             waiting.extendleft(reversed(list(held.values())))
             held.clear()
             release()
-            problem.resize(problem.slots // 2)  # type: ignore[attr-defined]
+            problem.resize(max(1, problem.slots // 2))  # type: ignore[attr-defined]
             occupancy.restarts += 1
             halvings.count()
             if room is not None:

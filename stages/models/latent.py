@@ -318,3 +318,7 @@ class LatentModel(Protocol):
     def activation_bytes(self, call: Literal["predict", "encode", "decode"], *, gradient: bool = False) -> int:
         """What one row adds to the device's memory at the peak of a call (with its backward pass: `gradient`), beside
         the weights. A guided `predict` is two rows."""
+
+    def recompute(self, call: Literal["predict", "decode"]) -> bool:
+        """From now on the backward pass of a call computes the network's blocks again instead of keeping what is in
+        them (`stages.models.recompute`). False: nothing changes."""

@@ -3,13 +3,16 @@
 The network is built on the meta device, where tensors have shapes and no numbers, and run once; whatever it allocates
 is added up while it lives. Attention counts as fused (queries, keys, values and result are kept, the square matrix is
 not), as it runs on a GPU. What is allocated inside a kernel (convolution workspaces) and what an allocator rounds up to
-are left out. On the CPU, autograd keeps
-what is told here within a tenth (tests/stages/models/test_memory.py).
+are left out. On the CPU, autograd keeps what is told here within a tenth (tests/stages/models/test_memory.py).
+
+Where not one row of a kind of work fits with its gradient, the network computes its blocks again on the way back
+(`stages.models.recompute`): half as much time again, for a third of the memory or a tenth.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from stages.engine.device import free_bytes
 from stages.engine.room import ANY
+from stages.models.recompute import recompute, recomputes
 
 if TYPE_CHECKING:
     from stages.models.latent import LatentModel
@@ -100,15 +104,24 @@ def peak_bytes(like: Any, call: Callable[[Any], torch.Tensor], x: torch.Tensor, 
     """The most that activations take at once during a call of a frozen network, in bytes.
 
     Args:
-        like: A network of diffusers; its configuration and type are read, its weights are not used.
+        like: A network of diffusers; its configuration and type are read, and whether it computes its blocks again; its
+            weights are not used.
         call: Runs a network on `x`.
         x: The input on the meta device; with `gradient` the call is followed by a backward pass to it.
     """
     network = on_meta(type(like), like.config, like.dtype)
+    if recomputes(like):
+        recompute(network, _Fused)  # the mode is off in a backward pass
+    return peak_of(lambda x: call(network), x, (*network.parameters(), *network.buffers()), gradient=gradient)
+
+
+def peak_of(
+    call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor], *, gradient: bool
+) -> int:
+    """The same of a function of `x`, with the weights that it uses."""
     x.requires_grad_(gradient)
-    given = [x, *network.parameters(), *network.buffers()]
-    with torch.set_grad_enabled(gradient), Live(given) as live, _Fused():
-        result = call(network)
+    with torch.set_grad_enabled(gradient), Live([x, *weights]) as live, _Fused():
+        result = call(x)
         if gradient:
             torch.autograd.grad(result.sum(), x)
     return live.peak
@@ -130,19 +143,35 @@ WORK: dict[str, tuple[tuple[Call, bool], ...]] = {
     "draw": (("predict", False), ("predict", False)),
     "select": (("predict", True), ("decode", True)),
 }
-"""Kind of work -> the calls, with or without their backward pass, whose activations a row of it may hold at once."""
+"""Kind of work -> the calls, with or without their backward pass, that a row of it makes; `draw` is guided, its two
+halves in one call."""
 
 
 def row_bytes(model: LatentModel, work: str) -> int:
-    """What a row of a kind of `WORK` adds to a device's memory at its peak."""
-    return sum(model.activation_bytes(call, gradient=gradient) for call, gradient in WORK[work])
+    """What a row of a kind of `WORK` adds to a device's memory at its peak: that of its largest call, since no call's
+    activations outlive it (seed-select computes each call again on the way back)."""
+    calls = Counter(WORK[work])
+    return max(count * model.activation_bytes(call, gradient=gradient) for (call, gradient), count in calls.items())
 
 
-def fitting(model: LatentModel, work: str) -> int:
+def fitting(model: LatentModel, work: str, rows: int = 1) -> int:
     """Rows of a kind of work that the free memory of the model's device takes, 1 at least; `ANY` where there is no
-    telling."""
+    telling. Where not so many `rows` fit, what can be computed again on the way back is from now on."""
     free = free_bytes(model.device)
-    return ANY if free is None or work not in WORK else rows_in(free, row_bytes(model, work))
+    if free is None or work not in WORK:
+        return ANY
+    each = row_bytes(model, work)
+    while rows * each > SHARE * free and relieve(model, work):
+        each = row_bytes(model, work)
+    return rows_in(free, each)
+
+
+def relieve(model: LatentModel, work: str) -> bool:
+    """Make a row of a kind of work take less: the largest of its calls that has a backward pass computes its blocks
+    again. False: all do."""
+    calls = {call for call, gradient in WORK.get(work, ()) if gradient}
+    largest_first = sorted(calls, key=lambda call: model.activation_bytes(call, gradient=True), reverse=True)
+    return any(model.recompute(call) for call in largest_first)
 
 
 def rows_in(free: int, each: int) -> int:
@@ -170,8 +199,10 @@ def fitting_slots(model: LatentModel, work: str, *, otherwise: int, rows: int = 
         otherwise: Where memory does not tell.
         rows: That a slot puts into one call.
     """
-    fit = model.rooms[work].rows
-    return otherwise if fit >= ANY else power_of_two(fit // rows)
+    room = model.rooms[work]
+    if room.rows < rows:
+        room.rows = fitting(model, work, rows)
+    return otherwise if room.rows >= ANY else power_of_two(room.rows // rows)
 
 
 def power_of_two(fit: int) -> int:

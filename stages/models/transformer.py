@@ -30,9 +30,10 @@ from stages.models.flow_schedule import FlowGrid, check_flow
 from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Combine, Condition, Geometry, Network, Place, Predict, Sizes
 from stages.models.loras import add_lora
-from stages.models.memory import fitting, on_meta, peak_bytes
+from stages.models.memory import fitting, on_meta, peak_bytes, relieve
 from stages.models.multistep import Multistep
 from stages.models.origin import check_vae, config_of_vae, lines
+from stages.models.recompute import recompute
 from stages.models.sampler import sample
 from stages.models.schedule import Schedule, changed_config
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
@@ -80,7 +81,7 @@ class FlowTransformer:
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
         self.device: torch.device = self.transformer.device
         self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
-        self.rooms = Rooms(partial(fitting, self))
+        self.rooms = Rooms(partial(fitting, self), partial(relieve, self))
 
     # --- from a folder
 
@@ -423,6 +424,9 @@ class FlowTransformer:
         x = torch.empty(1, *(pixels if call == "encode" else shape), device="meta")
         run = autoencoder.encode if call == "encode" else autoencoder.decode
         return peak_bytes(self.vae, lambda net: run(net, x), x, gradient=gradient)
+
+    def recompute(self, call: Literal["predict", "decode"]) -> bool:
+        return recompute(self.transformer if call == "predict" else self.vae)
 
 
 @contextmanager

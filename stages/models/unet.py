@@ -31,10 +31,11 @@ from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Combine, Condition, Geometry, Predict, Sizes
 from stages.models.learned_words import LearnedWord, add_word, check_learned_with, learned_words
 from stages.models.loras import add_lora
-from stages.models.memory import fitting, on_meta, peak_bytes
+from stages.models.memory import fitting, on_meta, peak_bytes, relieve
 from stages.models.multistep import Multistep
 from stages.models.one_file import is_one_file
 from stages.models.origin import check_vae, chosen_vae, configuration, lines, load_pipeline, networks
+from stages.models.recompute import recompute
 from stages.models.schedule import Schedule, changed_config
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
 from stages.models.usage import Usage
@@ -68,7 +69,7 @@ class StableDiffusion:
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.device: torch.device = self.unet.device
         self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
-        self.rooms = Rooms(partial(fitting, self))
+        self.rooms = Rooms(partial(fitting, self), partial(relieve, self))
 
     # --- from a folder
 
@@ -299,6 +300,9 @@ class StableDiffusion:
         if call == "encode":
             return peak_bytes(self.vae, lambda net: net.encode(x).latent_dist.mean, x, gradient=gradient)
         return peak_bytes(self.vae, lambda net: net.decode(x).sample, x, gradient=gradient)
+
+    def recompute(self, call: Literal["predict", "decode"]) -> bool:
+        return recompute(self.unet if call == "predict" else self.vae)
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.models.memory import peak_of
+
 
 def token_of_patch(patches: int, tokens: int) -> torch.Tensor:
     """Which pseudo-token each patch takes, (N,): floor(n P / N), nearest interpolation along the token axis.
@@ -41,6 +43,7 @@ class VisionTower:
 
     def __init__(self, model: nn.Module, tokens: int, compact: bool = False) -> None:
         model.eval().requires_grad_(False)
+        self.model = model
         vision: Any = getattr(model, "vision_model", model)
         embeddings = getattr(vision, "embeddings", None)
         if embeddings is None or not hasattr(embeddings, "patch_embedding") or not hasattr(vision, "encoder"):
@@ -60,10 +63,11 @@ class VisionTower:
             positions_ND = positions_ND[1:]
         self.head = None if self.class_D is not None else vision.head
         self.projection: Any = getattr(model, "visual_projection", None) or nn.Identity()
-        take_N = token_of_patch(self.patches, tokens).to(positions_ND.device)
+        take_N = token_of_patch(self.patches, tokens)
+        counts_P = torch.bincount(take_N, minlength=tokens).to(positions_ND)
+        take_N = take_N.to(positions_ND.device)
         if compact:
             sums_PD = torch.zeros(tokens, self.width, dtype=positions_ND.dtype, device=positions_ND.device)
-            counts_P = torch.bincount(take_N, minlength=tokens).to(positions_ND.dtype)
             self.positions_ND = sums_PD.index_add_(0, take_N, positions_ND) / counts_P[:, None]
             take_N = torch.arange(tokens, device=positions_ND.device)
         else:
@@ -85,3 +89,14 @@ class VisionTower:
         if self.head is not None:  # SigLIP: attention pooling over all tokens
             return self.projection(self.head(self.post(h_BND)))
         return self.projection(self.post(h_BND[:, 0]))
+
+    def row_bytes(self) -> int:
+        """What a row adds to a device's memory at the peak of a forward and a backward pass, beside the weights: told
+        in the weights' type, on the meta device."""
+        kind: Any = type(self.model)
+        with torch.device("meta"):
+            blank = kind(self.model.config).to(self.positions_ND.dtype)
+        tower = VisionTower(blank, self.tokens, self.compact)
+        w_BPD = torch.empty(1, self.tokens, self.width, dtype=self.positions_ND.dtype, device="meta")
+        given = (*blank.parameters(), *blank.buffers(), tower.positions_ND)
+        return peak_of(tower, w_BPD, given, gradient=True)

@@ -20,14 +20,19 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.contract import Row, failed, ok
 from stages.engine.adamw import RowAdamW
+from stages.engine.device import free_bytes
 from stages.engine.gradients import FLOAT16_SCALE, RowGradient
 from stages.engine.randomness import row_normal
+from stages.engine.room import release
 from stages.engine.slots import held, slot_mask
 from stages.engine.solver import capture
 from stages.engine.stopping import REASONS, StoppingRule
+from stages.models.memory import power_of_two, rows_in
 from stages.models.vision_tower import VisionTower
 from stages.ovi.constraints import Search, Whitening
 from stages.ovi.settings import OVI, Direct
+
+CPU_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Parametrization:
         device: Where the encoder lives.
         passes: Encoder passes (forward and backward) that one step costs a row: 1, or 0 without an encoder.
         centred: The row's centre (`Whitening.centres`) is to be added.
+        slots: Rows at once, where the method names no number.
     """
 
     shape: tuple[int, ...]
@@ -49,12 +55,15 @@ class Parametrization:
     device: torch.device
     passes: int
     centred: bool = False
+    slots: int = CPU_SLOTS
 
     @staticmethod
     def tokens(tower: VisionTower) -> Parametrization:
         """Pseudo-tokens (P, D), embedded by the image encoder: OVI's."""
-        shape = (tower.tokens, tower.width)
-        return Parametrization(shape, tower, tower.embedding_width, tower.positions_ND.device, 1)
+        shape, device = (tower.tokens, tower.width), tower.positions_ND.device
+        free = free_bytes(device)
+        slots = CPU_SLOTS if free is None else power_of_two(rows_in(free, tower.row_bytes()))
+        return Parametrization(shape, tower, tower.embedding_width, device, 1, slots=slots)
 
     @staticmethod
     def direct(whitening: Whitening) -> Parametrization:
@@ -104,10 +113,22 @@ class OviProblem:
             raise ValueError("the neighbour constraint needs a reference with an index")
         self.parametrization, self.method, self.seed = parametrization, method, seed
         self.whitening, self.search = whitening, search if self.constraint.neighbours else None
-        self.resize(method.slots)
+        self.resize(method.slots or parametrization.slots)
 
     def resize(self, slots: int) -> None:
-        """Allocate the state of `slots` rows; rows in flight are forgotten."""
+        """Allocate the state of `slots` rows, or of half as many where not even its own recording as a graph fits; rows
+        in flight are forgotten."""
+        while True:
+            try:
+                return self._allocate(slots)
+            except torch.OutOfMemoryError:
+                if slots == 1:
+                    raise
+            # Not before here: the error holds on to what the failed call had allocated.
+            slots //= 2
+            release()
+
+    def _allocate(self, slots: int) -> None:
         method, device, width = self.method, self.parametrization.device, self.parametrization.width
         self.slots = slots
         self.rows: list[Row | None] = [None] * slots

@@ -283,8 +283,8 @@ class OVI(PromptMethod):
     warm_start: FolderName | None = None
     """Output of an earlier job with ``store_tokens: true`` and as many tokens: a row starts from the tokens of the
     prompt there that is nearest to it."""
-    slots: int = speed(32, ge=1)
-    """Rows at once."""
+    slots: int | None = speed(None, ge=1)
+    """Rows at once. Left out: what a GPU's memory takes, 64 at most; 32 on a CPU."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast of the encoder; the tokens stay float32."""
     accelerate: Literal["none", "compile", "graph"] = "none"

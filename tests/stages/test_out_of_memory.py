@@ -39,11 +39,14 @@ def capped(monkeypatch: pytest.MonkeyPatch, where: str) -> Cap:
     return cap
 
 
-def check(cap: Cap, make: Callable[[], Any], shard: Callable[[int], list[Any]], name: str, close: float) -> None:
+def check(
+    cap: Cap, make: Callable[[], Any], shard: Callable[[int], list[Any]], name: str, close: float,
+    share: float = SHARE,
+) -> None:  # fmt: skip
     """Run one shard without a limit; then two on a device that is too small for their batches."""
     wanted = {row["id"]: row for row in make()(shard(0))}
     assert all(row["status"] == "ok" for row in wanted.values())
-    stage, cap.limit = make(), SHARE * cap.peak
+    stage, cap.limit = make(), share * cap.peak
     first = {row["id"]: row for row in stage(shard(0))}
     assert cap.refused >= 1
     assert first.keys() == wanted.keys()
@@ -97,6 +100,29 @@ def test_learning_words_runs_out_once(folder: str, monkeypatch: pytest.MonkeyPat
         return stage_of(folder, settings={"steps": 4, "window": 2}, slots=4)
 
     check(cap, make, lambda number: [concept_row(4 * number + i) for i in range(4)], "embeddings", close=1e-4)
+
+
+@pytest.mark.parametrize("phase", ["gradient", "boost"])
+def test_one_row_that_does_not_fit_is_computed_again(folder: str, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    """One slot: nothing can be halved."""
+    where, method = PHASES[phase]
+    cap = capped(monkeypatch, where)
+    settings = InvertImagesSettings(model=folder, methods=(method,), device="cpu", steps=2, slots=1)
+
+    def shard(number: int) -> list[Any]:
+        row = {"image": picture(number), "prompt": "red star", "method": settings.methods[0].label}
+        return [row | {"id": str(number)}]
+
+    check(cap, lambda: InvertImages(settings), shard, "latent", close=0.0, share=0.8)
+
+
+def test_one_concept_that_does_not_fit_is_computed_again(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cap = capped(monkeypatch, "stages.concepts.problem:LegoProblem.step")
+
+    def make() -> Any:
+        return stage_of(folder, settings={"steps": 2, "window": 2}, slots=1)
+
+    check(cap, make, lambda number: [concept_row(number)], "embeddings", close=0.0, share=0.8)
 
 
 def test_selecting_seeds_runs_out_once(folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from stages.models.families import open_latent_model, open_without_weights
 from stages.models.latent import LatentModel
-from stages.models.memory import Live, fitting, power_of_two, rows_in
+from stages.models.memory import Live, fitting, fitting_slots, power_of_two, rows_in
 from stages.models.settings import LatentModelSettings
 from tests.support import tiny_flows, tiny_stable_diffusion
 
@@ -101,9 +101,28 @@ def test_rows_are_counted_in_the_free_memory(tmp_path: Any, monkeypatch: pytest.
     each = model.activation_bytes("predict")
     monkeypatch.setattr("stages.models.memory.free_bytes", lambda device: 100 * each)
     assert fitting(model, "predict") == 80
-    assert fitting(model, "select") == 80 * each // (
-        model.activation_bytes("predict", gradient=True) + model.activation_bytes("decode", gradient=True)
-    )
+    with_gradient = [model.activation_bytes(call, gradient=True) for call in ("predict", "decode")]
+    assert fitting(model, "select") == 80 * each // max(with_gradient)  # neither is alive when the other is
     assert model.rooms["predict"].rows == 80
     assert rows_in(each - 1, each) == 1  # it is tried, whatever was told
     assert [power_of_two(rows) for rows in (0, 1, 3, 63, 64, 1000)] == [1, 1, 2, 32, 64, 64]
+
+
+def test_what_does_not_fit_otherwise_is_computed_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = LatentModelSettings(model=tiny_stable_diffusion.build(tmp_path), device="cpu")
+
+    def opened(free: float) -> LatentModel:
+        monkeypatch.setattr("stages.models.memory.free_bytes", lambda device: free)
+        return open_without_weights(settings)
+
+    plain = opened(1e12)
+    each = plain.activation_bytes("predict", gradient=True)
+    assert plain.recompute("predict")
+    less = plain.activation_bytes("predict", gradient=True)
+    assert less < 0.7 * each
+    for rows, free, same in ((1, 1.3 * each, True), (4, 4.8 * each, False)):
+        model = opened(free)
+        slots = fitting_slots(model, "gradient", otherwise=1, rows=rows)
+        assert (model.activation_bytes("predict", gradient=True) == each) == same, (rows, free)
+        assert slots == power_of_two(rows_in(int(free), each if same else less) // rows)
+    assert not model.recompute("predict")

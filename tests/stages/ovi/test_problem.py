@@ -10,6 +10,7 @@ from torch import nn
 from stages.engine.randomness import row_normal
 from stages.engine.solver import Occupancy, solve
 from stages.engine.stopping import StoppingRule
+from stages.models.memory import Live
 from stages.models.vision_tower import VisionTower
 from stages.ovi.constraints import ExactSearch, Whitening
 from stages.ovi.problem import OviProblem, Parametrization, stopping_rule
@@ -318,3 +319,43 @@ def test_accelerated_steps_equal_eager_ones(accelerate):
 
     eager, fast = run("none"), run(accelerate)
     assert all((eager[i] - fast[i]).abs().max() <= 1e-4 for i in IDS)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_what_a_row_is_told_to_take_is_what_is_alive(model, compact):
+    tower = VisionTower(model, 4, compact)
+
+    def live(rows):
+        w_BPD = torch.randn(rows, 4, tower.width, requires_grad=True)
+        with Live() as told:
+            torch.autograd.grad(tower(w_BPD).sum(), w_BPD)
+        return told.peak
+
+    assert tower.row_bytes() == pytest.approx((live(5) - live(2)) / 3, rel=0.1)
+
+
+def test_slots_are_what_the_memory_takes(model, monkeypatch):
+    each = VisionTower(model, 4).row_bytes()
+    for free, slots in ((None, 32), (25 * each, 16), (1e6 * each, 64), (each / 2, 1)):
+        monkeypatch.setattr("stages.ovi.problem.free_bytes", lambda device, free=free: free)
+        space = Parametrization.tokens(VisionTower(model, 4))
+        assert OviProblem(space, OVI()).slots == slots
+        assert OviProblem(space, OVI(slots=3)).slots == 3
+
+
+def test_a_graph_that_does_not_fit_is_recorded_of_half_the_slots(model, monkeypatch):
+    """Where a worker begins, and where it runs out later."""
+
+    def captured(step):
+        if step.__self__.slots > most:
+            raise torch.OutOfMemoryError("pretend")
+        return step
+
+    monkeypatch.setattr("stages.ovi.problem.capture", captured)
+    most = 3
+    problem = OviProblem(Parametrization.tokens(VisionTower(model, 4)), OVI(slots=8, steps=3, accelerate="graph"))
+    assert problem.slots == 2
+    assert {row["status"] for row in inverted(problem).values()} == {"ok"}
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        problem.resize(8)
