@@ -47,9 +47,9 @@ class Lockstep(InversionProblem[Any]):
         loaded_B = self.active_B
         self.active_B = loaded_B & (self.k_B == self.k_B[loaded_B].min())
         waiting_B, held = loaded_B & ~self.active_B, self.state
-        finished_B = super().step()
+        super().step()
         self.active_B, self.state = self.active_B | waiting_B, choose(waiting_B, held, self.state)
-        return finished_B
+        return ~self.active_B
 
 
 def main() -> None:

@@ -114,6 +114,7 @@ class LegoProblem:
         self.stopper = rule.start(B, device)  # its steps are windows
         self.sums_2B = torch.zeros((2, B), device=device)  # of the window: noise-prediction loss, context loss
         self.active_B = torch.zeros(B, dtype=torch.bool, device=device)  # still learning
+        self.learning: list[int] = []  # these, as the host knows them: it changes where windows end alone
         self.loaded_B = torch.zeros(B, dtype=torch.bool, device=device)
         F, P = 2 if self.settings.flip else 1, len(texts(self.settings.templates) or "1")
         self.z_BIFCHW = torch.zeros((B, 1, F, *self.latent_shape), device=device)
@@ -159,6 +160,8 @@ class LegoProblem:
         self.active_B[b] = self.loaded_B[b] = True
         self.held[b] = Slot(row, prepared, self._checkpoint_file(row, prepared))
         self._restore(b)
+        if self.active_B[b]:
+            self.learning = sorted([*self.learning, b])
 
     def _widen(self, pictures: int, context: int) -> None:
         """Room for this many training pictures and context words: these tensors never enter a network whole."""
@@ -181,6 +184,7 @@ class LegoProblem:
             rows.append(self._finished(b, slot))
             self.held[b] = None
             self.active_B[b] = self.loaded_B[b] = False
+        self.learning = [b for b in self.learning if b not in slots]
         return rows
 
     def _finished(self, b: int, slot: Slot) -> Row:
@@ -205,7 +209,7 @@ class LegoProblem:
 
     def step(self) -> torch.Tensor:
         """One step of every active concept: K pictures each, one pass for all."""
-        learning = [b for b, active in enumerate(self.active_B.tolist()) if active]
+        learning = self.learning
         if not learning:  # all were restored from checkpoints of their last step
             return self.loaded_B & ~self.active_B
         loss_B, context_B = self.losses(learning, self._draws(learning))
@@ -219,6 +223,13 @@ class LegoProblem:
         if self.checkpoints and time.monotonic() - self.saved > self.checkpoint_seconds:
             self.save()
         return self.loaded_B & ~self.active_B
+
+    def quiet(self) -> int:
+        """See `stages.engine.solver.Problem`: a concept ends where its window does."""
+        loaded = [slot for slot in self.held if slot is not None]
+        if len(self.learning) < len(loaded):  # restored from a checkpoint of its last step
+            return 1
+        return min(self.settings.window - slot.step % self.settings.window for slot in loaded)
 
     def _draws(self, learning: Sequence[int]) -> list[Draw]:
         """The random numbers of this step, of these slots."""
@@ -288,6 +299,7 @@ class LegoProblem:
             own = norms[b][: len(slot.prepared.tokens)]
             slot.curve.append({"step": slot.step, "loss": means[0][b], "context": means[1][b], "norms": own})
         self.active_B &= ~self.stopper.update(objective_B, ended_B)
+        self.learning = [b for b, active in enumerate(self.active_B.tolist()) if active]
 
     # --- checkpoints
 

@@ -26,7 +26,8 @@ class Problem(Protocol):
 
     A row may pass through several sub-problems (timesteps) inside `step` without leaving its slot; it is done when the
     last one is. A problem may also offer `resize(slots)`: forget all rows and reallocate for fewer slots; `solve` then
-    survives running out of device memory.
+    survives running out of device memory. And `quiet()`: how many steps come, 1 at least, of which only the last can
+    make a row done; `solve` then asks the device no sooner.
     """
 
     slots: int
@@ -35,7 +36,8 @@ class Problem(Protocol):
         """Write rows into free slots, and reset all state of those slots."""
 
     def step(self) -> torch.Tensor:
-        """Advance every loaded slot once. Returns done_B; a done row must no longer change until it is unloaded.
+        """Advance every loaded slot once. Returns done_B: all that are done, in whichever step; a done row must no
+        longer change until it is unloaded.
 
         What done_B says of empty slots is not looked at.
         """
@@ -78,7 +80,8 @@ def solve(
         problem: Holds the slots.
         rows: Read lazily, one for each freed slot.
         occupancy: Counts of slot steps, added to in place.
-        poll: Steps between two looks at done_B. A look waits for the device; finished rows idle until the next one.
+        poll: Least steps between two looks at done_B. A look waits for the device; finished rows idle until the next
+            one.
         room: Told how many slots were left when the device ran out of memory, for whoever makes the next problem; and
             asked for relief where one slot alone does not fit.
 
@@ -109,7 +112,7 @@ def solve(
                 problem.load(slots, batch)
             if not held:
                 return
-            for _ in range(poll):
+            for _ in range(max(poll, problem.quiet() if hasattr(problem, "quiet") else 1)):
                 done_B = problem.step()
                 occupancy.steps += 1
                 occupancy.slot_steps += problem.slots

@@ -108,6 +108,11 @@ class Rule(Generic[State]):
         """Whether a step goes on until something is reached, and not for a number of passes."""
         return bool(self.tolerance)
 
+    @property
+    def fewest(self) -> int:
+        """The fewest evaluations that a row makes at a step."""
+        return 1 if self.seeks else self.limit
+
     def update(self, point: Evaluation, state: State) -> tuple[torch.Tensor, State]:
         """The next x, and the next state. For rows that are `done` that x is the result z_t."""
         raise NotImplementedError
@@ -167,6 +172,7 @@ class Walk(Generic[State]):
         """Forget all rows and allocate anew."""
         self.slots = slots
         self.rows: list[Row | None] = [None] * slots
+        self.steps, self.due = 0, [0] * slots  # how many were made, and which is the first that can make a row done
         self.x_BCHW = torch.zeros((slots, *self.latent_shape), device=self.device)
         self.prev_BCHW = torch.zeros_like(self.x_BCHW)
         self.state = self.rule.blank(self.x_BCHW)
@@ -200,6 +206,10 @@ class Walk(Generic[State]):
         """`noise`, and what else a row leaves with, on the CPU."""
         raise NotImplementedError
 
+    def least(self, k: int) -> int:
+        """The fewest evaluations that a row at equation k is from its end."""
+        return 1
+
     def failure(self, slot: int) -> str | None:
         """Why a row that has come to its end is no result."""
         if not bool(self.broken_B[slot]):
@@ -211,7 +221,7 @@ class Walk(Generic[State]):
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
         where = torch.as_tensor(slots, device=self.device)
         for slot, row in zip(slots, rows, strict=True):
-            self.rows[slot] = row
+            self.rows[slot], self.due[slot] = row, self.steps + self.least(0)
         for name in rows[0]["condition"]:
             value = torch.stack([row["condition"][name] for row in rows]).to(self.device)
             if name not in self.condition:
@@ -286,6 +296,7 @@ class Walk(Generic[State]):
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
+        self.steps += 1
         step = self.equation()
         m_BCHW, gradient_BCHW = self._evaluate(step)
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
@@ -303,7 +314,14 @@ class Walk(Generic[State]):
         self.residual_BS[rows, self.k_B] = torch.where(moved_B, residual_B, self.residual_BS[rows, self.k_B])
         finished_B = self.advance(moved_B, point, x_BCHW) | self.broken_B
         self.active_B = self.active_B & ~finished_B
-        return finished_B
+        return ~self.active_B
+
+    def quiet(self) -> int:
+        """See `stages.engine.solver.Problem`. The device is asked where its rows stand only once one may be done."""
+        loaded = [slot for slot, row in enumerate(self.rows) if row is not None]
+        if any(self.due[slot] <= self.steps for slot in loaded):
+            self.due = [self.steps + self.least(k) for k in self.k_B.tolist()]
+        return min(self.due[slot] for slot in loaded) - self.steps
 
     def _stagnant(self, residual_B: torch.Tensor) -> torch.Tensor:
         """See `Evaluation`; counts this evaluation."""
@@ -387,9 +405,11 @@ class InversionProblem(Walk[State]):
         last_B = self.k_B == len(self.schedule) - 1
         enter_B = moved_B & ~last_B
         self.k_B += enter_B
-        if bool(enter_B.any()):
-            self.enter(enter_B)
+        self.enter(enter_B)
         return moved_B & last_B
+
+    def least(self, k: int) -> int:
+        return (len(self.schedule) - k - 1) * self.rule.fewest + (self.rule.fewest if k == 0 else 1)
 
     def outputs(self, slot: int) -> Row:
         outputs: Row = {"noise": (self.prev_BCHW[slot] * self.schedule.seed_scale).to("cpu", copy=True)}

@@ -51,6 +51,10 @@ class FireFlow(Rule[tuple[torch.Tensor]]):
     checks = False
     limit = 2
 
+    @property
+    def fewest(self) -> int:
+        return 1
+
     def blank(self, z_BCHW: torch.Tensor) -> tuple[torch.Tensor]:
         return (torch.zeros_like(z_BCHW),)
 

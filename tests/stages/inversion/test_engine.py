@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.engine.solver import solve
-from stages.inversion.engine import InversionProblem
+from benchmarks.gpu.instruments import HostReads
+from stages.engine.solver import Occupancy, solve
+from stages.inversion.engine import InversionProblem, Rule
 from stages.inversion.explicit import Ddim
-from stages.inversion.fixed_point import Anderson
+from stages.inversion.fixed_point import Anderson, FixedPoint
+from stages.inversion.lbo import LatentBias
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.sampler import sample
 from stages.models.schedule import ddim_schedule
 from stages.models.settings import LatentModelSettings
 from stages.models.unet import StableDiffusionXL
-from tests.stages.inversion.plain import SHAPE, STEPS, rows_of
+from tests.stages.inversion.plain import CONFIG, SHAPE, STEPS, rows_of
 from tests.support import tiny_stable_diffusion
 
 
@@ -82,3 +84,54 @@ def test_what_cannot_be_inverted_is_said(tmp_path) -> None:
     folder = tiny_stable_diffusion.build(tmp_path / "sd")
     with pytest.raises(ValueError, match="size 20 is no multiple of 8"):  # as diffusers' own pipeline checks
         read_geometry(LatentModelSettings(model=folder, size=20))
+
+
+RULES = [Ddim(), FixedPoint(2), Anderson(6, tolerance=1e-3), LatentBias(tolerance=1e-5)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_rows_are_what_they_are_where_the_device_is_asked_after_each_step(model, work, rule: Rule) -> None:
+    z, condition, schedule = work
+
+    def inverted(kind: type[InversionProblem]) -> tuple[dict[str, dict], Occupancy]:
+        problem, occupancy = kind(model.predictor(2.0), schedule, rule, slots=2, latent_shape=SHAPE), Occupancy()
+        return {row["id"]: row for row in solve(problem, rows_of(z, condition), occupancy=occupancy)}, occupancy
+
+    class Asked(InversionProblem):
+        def quiet(self) -> int:
+            return 1
+
+    (rows, seldom), (wanted, often) = inverted(InversionProblem), inverted(Asked)
+    assert (seldom.steps, seldom.busy_slot_steps) == (often.steps, often.busy_slot_steps)  # none waits to be seen
+    for row in wanted.values():
+        mine = rows[row["id"]]
+        assert torch.equal(mine["noise"], row["noise"])
+        assert torch.equal(mine["residual"], row["residual"])
+        assert (mine["forwards"], mine["backwards"]) == (row["forwards"], row["backwards"])
+
+
+@pytest.mark.parametrize(("rule", "most"), [(Ddim(), 1 / 8), (FixedPoint(2), 1 / 8), (LatentBias(), 2)])
+def test_how_often_the_host_waits_for_the_device(work, rule: Rule, most: float) -> None:
+    """A step, beside loading and unloading; a look at what is done is two reads here, and one wait on a GPU."""
+    z, condition, _ = work
+    schedule = ddim_schedule(CONFIG, 20)
+    reads, aside = HostReads(), [0]
+
+    class Watched(InversionProblem):
+        def load(self, *given):
+            before = reads.counts.total()
+            super().load(*given)
+            aside[0] += reads.counts.total() - before
+
+        def unload(self, slots):
+            before = reads.counts.total()
+            rows = super().unload(slots)
+            aside[0] += reads.counts.total() - before
+            return rows
+
+    occupancy = Occupancy()
+    problem = Watched(lambda x, t, c: 0.1 * x, schedule, rule, slots=3, latent_shape=SHAPE)
+    with reads:
+        assert len(list(solve(problem, rows_of(z, condition), occupancy=occupancy))) == 3
+    assert occupancy.steps >= 20
+    assert (reads.counts.total() - aside[0]) / 2 <= most * occupancy.steps, reads.counts
