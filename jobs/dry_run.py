@@ -150,7 +150,8 @@ CARDS = (24, 40, 80)
 
 def memory_of(job: RowJob) -> str:
     """What the job's latent model takes on a GPU: told of its configuration, without its weights. The text encoders,
-    which are not counted, take 0.2 to 16 GB beside it."""
+    which are not counted, take 0.2 to 16 GB beside it. With what of its GPUs a worker cannot use, and what to do where
+    nothing fits."""
     if not job.resources.gpus or not isinstance(job, LatentModelSettings):
         return ""
     from stages.models.families import open_without_weights
@@ -163,15 +164,20 @@ def memory_of(job: RowJob) -> str:
         for call, gradient in (("predict", False), ("predict", True), ("decode", False), ("decode", True))
     }
     each = row["predict", False] * (2 if guided else 1)
-    fits = [rows_on(10**9 * card, weights, each) for card in CARDS]
+    gpus = job.resources.gpus
+    fits = [rows_on(int(min(gpus, 1) * 10**9 * card), weights, each) for card in CARDS]
     slots = [str(power_of_two(rows)) if rows else "none" for rows in fits]
     told = {key: size(value) for key, value in row.items()}
     return (
         f"weights {size(weights)} without text encoders; a row {told['predict', False]} in a pass "
         f"({told['predict', True]} with its gradient), {told['decode', False]} in decoding "
         f"({told['decode', True]}); slots where `slots` is left out: {', '.join(slots)} of {CARDS[0]}, {CARDS[1]}, "
-        f"{CARDS[2]} GB"
-    )
+        f"{CARDS[2]} GB{'' if gpus >= 1 else f', of which a worker has {gpus:g}'}"
+        + ("" if any(fits) else f"; {size(weights + each)} FIT NONE OF THEM: take more than {gpus:g} GPU a worker, "
+           "a quantization_config, or a smaller size")
+        + ("" if gpus <= 1 else f"; a worker runs on one GPU, and of its {gpus:g} the others WOULD BE IDLE: ask for "
+           "gpus: 1 and more workers")
+    )  # fmt: skip
 
 
 def lacking_here(resources: Resources) -> str:

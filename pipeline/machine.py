@@ -23,7 +23,13 @@ S = TypeVar("S")
 
 
 class Machine:
-    """This one."""
+    """This one.
+
+    Attributes:
+        gpu_share: Of its GPU's memory that this process may fill: others have the rest.
+    """
+
+    gpu_share = 1.0
 
     def wall(self) -> float:
         """Unix time, s, as this machine's clock is set."""

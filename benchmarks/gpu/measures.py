@@ -166,7 +166,9 @@ def recorded(call: Callable[[], Any]) -> Callable[[], None]:
     return capture(call)
 
 
-def engine(bench: Bench, model: LatentModel, method: Any, steps: int, slots: int, passes_a_second: float) -> Found:
+def engine(
+    bench: Bench, model: LatentModel, method: Any, steps: int, slots: int, passes_a_second: float | None
+) -> Found:
     """A step of the solver with all slots full: against the network alone, and how often it waits for the device."""
     from stages.inversion.schemes import scheme_of
 
@@ -195,7 +197,7 @@ def engine(bench: Bench, model: LatentModel, method: Any, steps: int, slots: int
     passes = (problem.forwards_B + problem.backwards_B).sum().item() / counted
     return {
         "slots": slots, "seconds_a_step": seconds, "passes_a_second": passes / seconds,
-        "share_of_the_network": passes / seconds / passes_a_second, "syncs_a_step": syncs,
+        "share_of_the_network": passes_a_second and passes / seconds / passes_a_second, "syncs_a_step": syncs,
         "syncs_of_loading": syncs_of_loading, "gradients": int(problem.backwards_B.sum()),
     }  # fmt: skip
 
@@ -244,7 +246,8 @@ def images(bench: Bench, size: Size) -> Found:
 
     settings, model = opened(bench, size)
     found: Found = {"network": network(bench, size, model)}
-    best = max(part["passes_a_second"] for part in found["network"].values() if "passes_a_second" in _fields(part))
+    speeds = [part["passes_a_second"] for part in found["network"].values() if "passes_a_second" in _fields(part)]
+    best = max(speeds, default=None)
     slots, steps = bench.sized(size.slots, 2), bench.sized(size.steps, 8)
     for method in (DdimMethod(), FixedPointMethod(iterations=3), LboMethod()):
         bench.tried(
@@ -320,6 +323,8 @@ def memory(bench: Bench) -> Found:
         ):  # fmt: skip
             name = f"{call}{', gradient' if gradient else ''}"
             bench.tried(own, name, partial(_row_bytes, bench, model, call, gradient))
+        for call in ("predict", "decode"):
+            bench.tried(own, f"{call}, gradient, computed again", partial(_computed_again, bench, model, call))
         del model
         bench.clear()
     return found
@@ -349,6 +354,21 @@ def _row_bytes(bench: Bench, model: LatentModel, call: Any, gradient: bool) -> F
         run(2)
         return {"said": said}
     return {"said": said, "one_row": one, "second_row": two - one, "measured_over_said": (two - one) / max(said, 1)}
+
+
+def _computed_again(bench: Bench, model: LatentModel, call: Any) -> Found:
+    """The same with blocks that are computed again on the way back, and what that costs in time."""
+    z_BCHW, condition = latents(bench, model, 1).requires_grad_(), condition_of(model, 1)
+    t_B = torch.full((1,), 500, device=bench.device)
+
+    def run() -> None:
+        with torch.enable_grad():
+            out = model.decode(z_BCHW) if call == "decode" else model.predictor()(z_BCHW, t_B, condition)
+            torch.autograd.grad(out.sum(), z_BCHW)
+
+    kept = bench.timed(run, 0.5)
+    model.recompute(call)
+    return {**_row_bytes(bench, model, call, True), "seconds_kept": kept, "seconds_again": bench.timed(run, 0.5)}
 
 
 def autoencoder(bench: Bench) -> Found:

@@ -457,6 +457,7 @@ def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJo
         reads=plan.get("reads"),
         decode_threads=resources.decode_threads,
         encode_threads=resources.encode_threads,
+        gpus=resources.gpus,
     )
 
 
@@ -478,7 +479,7 @@ def calibrate(
         stage=spec.stage, source=drafted.source, wanted=drafted.wanted, kept=drafted.kept,
         schema=encode_schema(drafted.schema), columns=drafted.info.columns, output=spec.output,
         storage_options=spec.storage_options, granted=access.held(), reads=drafted.info.reads,
-        decode_threads=resources.decode_threads, encode_threads=resources.encode_threads,
+        decode_threads=resources.decode_threads, encode_threads=resources.encode_threads, gpus=resources.gpus,
     )  # fmt: skip
     try:
         with connected(address, resources.cpus) as ours:

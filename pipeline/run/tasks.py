@@ -47,6 +47,7 @@ class WorkerJob:
         run: Id of the run that it works for; epoch: of the driver that gives the work out.
         schema: The output's, encoded by `pipeline.output.schema.encode_schema`.
         reads: Which columns the stage takes, and in which form; None: all, as they are found.
+        gpus: What a worker gets of them; below 1 it shares one with others.
         measured: Numeric columns of the stage.
     """
 
@@ -64,6 +65,7 @@ class WorkerJob:
     reads: Mapping[str, Form] | None = None
     decode_threads: int = 2
     encode_threads: int = 2
+    gpus: float = 0
 
     @property
     def measured(self) -> tuple[str, ...]:

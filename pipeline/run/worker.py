@@ -46,6 +46,8 @@ class Worker:
         self.job = job
         self.schema = decode_schema(job.schema)
         self._folder = Folder.at(job.output, job.storage_options)
+        if 0 < job.gpus < 1:
+            machine.here.gpu_share = job.gpus
         pa.array([None])  # imports pandas, if there is one: a third of a second that no shard has to pay
         self.stage = job.stage.build()
         self.build_seconds = machine.here.clock() - begun

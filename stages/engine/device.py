@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pipeline import machine
+
 
 def gpu_count() -> int:
     """GPUs that this process may use."""
@@ -11,11 +13,14 @@ def gpu_count() -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU that nobody holds, or that this process holds and does not use; None of another device."""
+    """Memory of a GPU that nobody holds, or that this process holds and does not use, within its share of the card
+    where workers have one together; None of another device."""
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, card = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    own = int(machine.here.gpu_share * card) - used
+    return max(0, min(int(free) + torch.cuda.memory_reserved(device) - used, own))
 
 
 def chosen_device(device: str | None) -> str:

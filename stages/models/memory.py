@@ -145,6 +145,8 @@ WORK: dict[str, tuple[tuple[Call, bool], ...]] = {
 }
 """Kind of work -> the calls, with or without their backward pass, that a row of it makes; `draw` is guided, its two
 halves in one call."""
+DIFFERENTIATED: tuple[Literal["predict", "decode"], ...] = ("predict", "decode")
+"""Calls that gradients are taken through."""
 
 
 def row_bytes(model: LatentModel, work: str) -> int:
@@ -169,7 +171,7 @@ def fitting(model: LatentModel, work: str, rows: int = 1) -> int:
 def relieve(model: LatentModel, work: str) -> bool:
     """Make a row of a kind of work take less: the largest of its calls that has a backward pass computes its blocks
     again. False: all do."""
-    calls = {call for call, gradient in WORK.get(work, ()) if gradient}
+    calls = [call for call in DIFFERENTIATED if (call, True) in WORK.get(work, ())]
     largest_first = sorted(calls, key=lambda call: model.activation_bytes(call, gradient=True), reverse=True)
     return any(model.recompute(call) for call in largest_first)
 

@@ -55,14 +55,17 @@ class Parametrization:
     device: torch.device
     passes: int
     centred: bool = False
-    slots: int = CPU_SLOTS
+    slots: Callable[[], int] = lambda: CPU_SLOTS
 
     @staticmethod
     def tokens(tower: VisionTower) -> Parametrization:
         """Pseudo-tokens (P, D), embedded by the image encoder: OVI's."""
         shape, device = (tower.tokens, tower.width), tower.positions_ND.device
-        free = free_bytes(device)
-        slots = CPU_SLOTS if free is None else power_of_two(rows_in(free, tower.row_bytes()))
+
+        def slots() -> int:
+            free = free_bytes(device)
+            return CPU_SLOTS if free is None else power_of_two(rows_in(free, tower.row_bytes()))
+
         return Parametrization(shape, tower, tower.embedding_width, device, 1, slots=slots)
 
     @staticmethod
@@ -113,7 +116,7 @@ class OviProblem:
             raise ValueError("the neighbour constraint needs a reference with an index")
         self.parametrization, self.method, self.seed = parametrization, method, seed
         self.whitening, self.search = whitening, search if self.constraint.neighbours else None
-        self.resize(method.slots or parametrization.slots)
+        self.resize(method.slots or parametrization.slots())
 
     def resize(self, slots: int) -> None:
         """Allocate the state of `slots` rows, or of half as many where not even its own recording as a graph fits; rows

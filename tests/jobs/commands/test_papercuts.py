@@ -74,6 +74,13 @@ def test_a_dry_run_says_what_a_row_takes_on_a_gpu() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.models.memory.weight_bytes", lambda model: 39 * 10**9)
         assert "none, none, 64 of 24, 40, 80 GB" in memory_of(job)
+        assert "FIT" not in memory_of(job)
+        half = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus": 0.5})})
+        assert "none, none, none of 24, 40, 80 GB, of which a worker has 0.5; " in memory_of(half)
+        assert "39.0 GB FIT NONE OF THEM: take more than 0.5 GPU" in memory_of(half)
+    two = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus": 2})})
+    assert "of its 2 the others WOULD BE IDLE" in memory_of(two)
+    assert "IDLE" not in told
 
 
 @pytest.mark.parametrize(
