@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from pipeline.contract import Row, failed, ok
+from pipeline.contract import Row, failed, halvings, ok
 from stages.engine.adamw import RowAdamW
 from stages.engine.device import free_bytes
 from stages.engine.gradients import FLOAT16_SCALE, RowGradient
@@ -129,6 +129,7 @@ class OviProblem:
                     raise
             # Not before here: the error holds on to what the failed call had allocated.
             slots //= 2
+            halvings.count()
             release()
 
     def _allocate(self, slots: int) -> None:
