@@ -172,7 +172,6 @@ class Walk(Generic[State]):
         """Forget all rows and allocate anew."""
         self.slots = slots
         self.rows: list[Row | None] = [None] * slots
-        self.steps, self.due = 0, [0] * slots  # how many were made, and which is the first that can make a row done
         self.x_BCHW = torch.zeros((slots, *self.latent_shape), device=self.device)
         self.prev_BCHW = torch.zeros_like(self.x_BCHW)
         self.state = self.rule.blank(self.x_BCHW)
@@ -206,10 +205,6 @@ class Walk(Generic[State]):
         """`noise`, and what else a row leaves with, on the CPU."""
         raise NotImplementedError
 
-    def least(self, k: int) -> int:
-        """The fewest evaluations that a row at equation k is from its end."""
-        return 1
-
     def failure(self, slot: int) -> str | None:
         """Why a row that has come to its end is no result."""
         if not bool(self.broken_B[slot]):
@@ -221,7 +216,7 @@ class Walk(Generic[State]):
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
         where = torch.as_tensor(slots, device=self.device)
         for slot, row in zip(slots, rows, strict=True):
-            self.rows[slot], self.due[slot] = row, self.steps + self.least(0)
+            self.rows[slot] = row
         for name in rows[0]["condition"]:
             value = torch.stack([row["condition"][name] for row in rows]).to(self.device)
             if name not in self.condition:
@@ -296,7 +291,6 @@ class Walk(Generic[State]):
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        self.steps += 1
         step = self.equation()
         m_BCHW, gradient_BCHW = self._evaluate(step)
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
@@ -315,13 +309,6 @@ class Walk(Generic[State]):
         finished_B = self.advance(moved_B, point, x_BCHW) | self.broken_B
         self.active_B = self.active_B & ~finished_B
         return ~self.active_B
-
-    def quiet(self) -> int:
-        """See `stages.engine.solver.Problem`. The device is asked where its rows stand only once one may be done."""
-        loaded = [slot for slot, row in enumerate(self.rows) if row is not None]
-        if any(self.due[slot] <= self.steps for slot in loaded):
-            self.due = [self.steps + self.least(k) for k in self.k_B.tolist()]
-        return min(self.due[slot] for slot in loaded) - self.steps
 
     def _stagnant(self, residual_B: torch.Tensor) -> torch.Tensor:
         """See `Evaluation`; counts this evaluation."""
@@ -373,6 +360,7 @@ class InversionProblem(Walk[State]):
 
     def resize(self, slots: int) -> None:
         super().resize(slots)
+        self.made, self.due = 0, [0] * slots  # steps of all, and the first that can make each row done
         self.path_BSCHW = (
             torch.zeros((slots, len(self.schedule) + 1, *self.latent_shape), device=self.device)
             if self.keep_path
@@ -408,7 +396,24 @@ class InversionProblem(Walk[State]):
         self.enter(enter_B)
         return moved_B & last_B
 
-    def least(self, k: int) -> int:
+    def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
+        super().load(slots, rows)
+        for slot in slots:
+            self.due[slot] = self.made + self._least(0)
+
+    def step(self) -> torch.Tensor:
+        self.made += 1
+        return super().step()
+
+    def quiet(self) -> int:
+        """See `stages.engine.solver.Problem`. The device is asked where its rows stand only once one may be done."""
+        loaded = [slot for slot, row in enumerate(self.rows) if row is not None]
+        if any(self.due[slot] <= self.made for slot in loaded):
+            self.due = [self.made + self._least(k) for k in self.k_B.tolist()]
+        return min(self.due[slot] for slot in loaded) - self.made
+
+    def _least(self, k: int) -> int:
+        """The fewest evaluations that a row at equation k is from its end."""
         return (len(self.schedule) - k - 1) * self.rule.fewest + (self.rule.fewest if k == 0 else 1)
 
     def outputs(self, slot: int) -> Row:
