@@ -44,11 +44,20 @@ class PlanMismatch(PlanError):
 
     def __init__(self, output: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
         self.output, self.fields = output, dict(fields)
-        lines = "\n".join(f"  {name}: was {old!r}, is {new!r}" for name, (old, new) in self.fields.items())
+        lines = "\n".join(f"  {name}: {_apart(old, new)}" for name, (old, new) in self.fields.items())
         super().__init__(
             f"{output} holds a run that was planned differently:\n{lines}\n"
             "Change it back to resume, or name another output folder." + (MORE_ROWS if "limit" in self.fields else "")
         )
+
+
+def _apart(old: Any, new: Any) -> str:
+    """How two values of a plan differ, in words; of two lists what only one of them holds."""
+    if old == new:
+        return f"has been written anew since then ({new})"
+    if isinstance(old, list) and isinstance(new, list) and (differing := [one for one in old if one not in new]):
+        old, new = differing, [one for one in new if one not in old]
+    return f"was {old!r}, is {new!r}"
 
 
 @dataclass(frozen=True)

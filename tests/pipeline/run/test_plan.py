@@ -10,7 +10,7 @@ import pytest
 from pipeline.input.source import SourceError
 from pipeline.output.planfile import read_shards
 from pipeline.run.draft import PlanError, draft
-from pipeline.run.plan import make_plan, write_plan
+from pipeline.run.plan import PlanMismatch, make_plan, write_plan
 from pipeline.storage import Folder
 from tests.support.faulty import spec_for
 
@@ -53,3 +53,19 @@ def test_columns_that_are_missing_or_clash_are_named(tmp_path: Path) -> None:
         make_plan(replace(spec, source=clash, keep=("upper",)))
     with pytest.raises(PlanError, match="shard_rows"):
         make_plan(replace(spec, shard_rows=0))
+
+
+def test_a_mismatch_is_told_by_what_differs() -> None:
+    """Of lists not the whole of both; and a file of the same size is not said to differ from itself."""
+    fields = {
+        "output columns": (["id: string", "a: int64", "b: float"], ["id: string", "a: float", "b: float"]),
+        "config.steps": (4, 8),
+        "input file 0.png": ("1 rows, 696 bytes", "1 rows, 696 bytes"),
+        "order": (["a", "b"], ["b", "a"]),
+    }
+    assert str(PlanMismatch("out", fields)).splitlines()[1:-1] == [
+        "  output columns: was ['a: int64'], is ['a: float']",
+        "  config.steps: was 4, is 8",
+        "  input file 0.png: has been written anew since then (1 rows, 696 bytes)",
+        "  order: was ['a', 'b'], is ['b', 'a']",
+    ]
