@@ -75,7 +75,8 @@ def named(outs: Sequence[str]) -> dict[str, Output]:
         steps = read_listing(out)
         begun = [step for step in steps or () if load_plan(Folder.at(step["output"])) is not None]
         for name, path in [(step["name"], step["output"]) for step in begun] or [(_last(out), out)]:
-            names = (name, f"{_last(out)}/{name}", *(f"{name} ({n})" for n in range(2, len(found) + 3)))
+            longer = "/".join(path.rstrip("/").split("/")[-2:])
+            names = (name, longer, *(f"{name} ({n})" for n in range(2, len(found) + 3)))
             found[next(one for one in names if one not in found)] = Output.open(path)
     return found
 

@@ -89,7 +89,8 @@ class App:
         try:
             return route(asked)
         except OSError:  # files were published, or a shard was done again, since the run was opened
-            self.run(asked.get("run"), anew=True)
+            for name in {asked[key] for key in ("run", "from", "a", "b") if key in asked}:
+                self.run(name, anew=True)
             return route(asked)
 
     def run(self, name: str | None, anew: bool = False) -> Run:

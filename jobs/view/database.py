@@ -48,7 +48,8 @@ class Database:
         """The rows of an answer, which the query itself keeps few.
 
         Raises:
-            BadRequest: It took too long.
+            BadRequest: It took too long, or too much memory.
+            OSError: A file cannot be read, or is not there any more.
         """
         import duckdb
 
@@ -61,6 +62,10 @@ class Database:
                 return found
             except duckdb.InterruptException:
                 raise BadRequest(f"this took more than {LONGEST_S} s and was stopped; filter further first") from None
+            except duckdb.OutOfMemoryException:
+                raise BadRequest(f"this takes more than {MEMORY} of memory; filter further first") from None
+            except duckdb.IOException as error:
+                raise OSError(str(error)) from None
             finally:
                 timer.cancel()
                 cursor.close()

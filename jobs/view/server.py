@@ -62,13 +62,13 @@ class Server(ThreadingHTTPServer):
         return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/{f'?token={self.token}' if self.token else ''}"
 
     def knows(self, host: str | None) -> bool:
-        """Whether a ``Host`` header names this server."""
+        """Whether a ``Host`` header names this server; its port may be another one, which is forwarded here."""
         try:
             split = urlsplit(f"//{host or ''}")
-            name, port = (split.hostname or "").lower(), split.port or 80
         except ValueError:
             return False
-        if port != self.server_address[1] or split.username is not None:
+        name = (split.hostname or "").lower()
+        if split.username is not None:
             return False
         return name in self.names or (self.token is not None and _is_number(name))
 

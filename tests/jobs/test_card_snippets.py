@@ -16,6 +16,7 @@ from jobs.run import run_job
 from stages.models.families import read_geometry
 from stages.models.settings import LatentModelSettings
 from tests.support import tiny_kandinsky, tiny_stable_diffusion
+from tests.support.looked_through import lines_of, look_through
 from tests.support.rare import picture
 from tests.support.snippets import blocks, needs_us, run
 
@@ -62,6 +63,7 @@ def made(inputs: Path, tmp_path: Path) -> Made:
         ended = run_job({"max_failed_fraction": 1.0, **job}, output=str(tmp_path / output))
         assert ended.state == "complete"
         assert ended.ok >= 1, ended.errors
+        look_through(tmp_path / output)
         return tmp_path / output
 
     return make
@@ -82,14 +84,22 @@ def test_seeds_of_pictures(models: dict[str, str], inputs: Path, made: Made) -> 
     outs = [made(pictures_job(models, inputs, kind, methods=methods), f"{kind}/out") for kind in ("sd", "sdxl")]
     codes = [snippet for out in outs for snippet in snippets(out)]
     assert [needs_us(code) for code, _ in codes] == [False] * 4
+    asked = [lines_of(out, "3.png/mine") for out in outs]
+    codes += [
+        (one["Its picture again"].replace("again.png", "third.png"), out.parent)
+        for one, out in zip(asked, outs, strict=True)
+    ]
     run(codes)
     from datasets import load_dataset
 
     for out in outs:
+        assert "Its picture again" not in {**lines_of(out, "3.png/edict"), **lines_of(out, "0.png/mine")}
         rows = load_dataset(str(out), split="train", cache_dir=str(out / "cache"))
-        row = next(row for row in rows if row["status"] == "ok" and row["method"] == "mine")
-        again, kept = (np.asarray(p).astype(int) for p in (Image.open(out.parent / "again.png"), row["reconstruction"]))
-        assert np.abs(again - kept).max() <= 2
+        first = next(row for row in rows if row["status"] == "ok" and row["method"] == "mine")
+        third = next(row for row in rows if row["id"].endswith("3.png/mine"))
+        for name, row in (("again.png", first), ("third.png", third)):
+            again, kept = (np.asarray(p).astype(int) for p in (Image.open(out.parent / name), row["reconstruction"]))
+            assert np.abs(again - kept).max() <= 2
 
 
 def test_a_dataset_at_an_address_is_read_from_there(models: dict[str, str], inputs: Path, tmp_path: Path) -> None:

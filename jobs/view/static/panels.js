@@ -141,7 +141,7 @@ export async function row(run, at, acts) {
     pictures.length ? h("div", { class: "pictures" }, pictures.map(column => h("figure", {}, cell(run.name, at, column, true, true),
       h("figcaption", {}, title(column.name), " ", column === source ? null : seek(column, "similar"))))) : null,
     h("table", { class: "facts" }, h("tbody", {}, plain.map(column => h("tr", {}, h("th", { scope: "row", title: column.doc }, title(column.name)), h("td", {}, cell(run.name, at, column, cells[column.name], true), column.doc ? h("small", {}, column.doc) : null))))),
-    vectors.length ? h("div", { class: "vectors" }, vectors.map(column => h("figure", {}, h("figcaption", { title: column.doc }, title(column.name), " ", column.shape.length <= 1 ? seek(column, "nearest") : null), cell(run.name, at, column, true, true)))) : null,
+    vectors.length ? h("div", { class: "vectors" }, vectors.map(column => h("figure", {}, h("figcaption", { title: column.doc }, title(column.name), " ", acts.width === column.shape[0] && column.shape.length === 1 ? seek(column, "nearest") : null), cell(run.name, at, column, true, true)))) : null,
     missing.length ? h("p", { class: "quiet" }, `null in this row: ${missing.map(column => column.name).join(", ")}`) : null,
     lines.map(block => h("section", { class: "lines" }, h("h3", {}, block.title, copier(block.text)), h("pre", {}, h("code", {}, visible(block.text))))),
   ];
@@ -166,11 +166,11 @@ export async function comparison(runs, state, change, open, signal) {
   const tile = (name, rows, show) => h("button", { type: "button", class: `tile${!state.column && state.show === show ? " chosen" : ""}`, onclick: () => change({ show, column: null, sort: null }) },
     h("span", {}, name), h("strong", {}, count(rows)));
   const columnOf = name => a.columns.find(column => column.name === name);
-  const listing = h("div", { class: "scroll" }, h("table", { class: "rows narrow" }, h("thead", {}, h("tr", {}, h("th", {}, "column"), ...["rows that differ", "mean b − a", "most"].map(name => h("th", { class: "number" }, name)))),
+  const listing = h("div", { class: "scroll" }, h("table", { class: "rows narrow" }, h("thead", {}, h("tr", {}, h("th", {}, "column"), ...["rows that differ", "mean b − a", "largest"].map(name => h("th", { class: "number" }, name)))),
     h("tbody", {}, differing.map(column => h("tr", { tabindex: 0, class: state.column === column.name ? "chosen" : null, onclick: () => change({ column: column.name, show: "any", sort: column.kind === "number" ? column.name : null, down: true }) },
       h("td", {}, title(column.name)), h("td", { class: "number", "data-name": "rows that differ" }, count(column.differ)),
       h("td", { class: "number", "data-name": "mean b − a" }, column.mean === null ? "" : figure(column.mean, unitOf(columnOf(column.name)))),
-      h("td", { class: "number", "data-name": "most" }, column.most === null ? "" : figure(column.most, unitOf(columnOf(column.name)))))))));
+      h("td", { class: "number", "data-name": "largest" }, column.most === null ? "" : figure(column.most, unitOf(columnOf(column.name)))))))));
   return [
     h("div", { class: "picks" }, pick("a ", "a"), button("⇄", () => change({ a: state.b, b: state.a })), pick("b ", "b")),
     h("div", { class: "tiles" }, tile("in both, differing", both.both - both.same, "any"), tile("in both, equal", both.same, "same"), tile("in a alone", both.only_a, "only_a"), tile("in b alone", both.only_b, "only_b")),
@@ -196,11 +196,11 @@ async function pairs(a, b, both, state, change, open, signal) {
         return h("span", { class: "side", title: `${side}: ${run.name}`, onclick: () => open(run.name, row.at) }, cell(run.name, row.at, column, row.cells[column.name] ?? (column.kind === "image" ? null : row.cells[column.name])));
       }), column.kind === "number" && pair.a && pair.b ? delta(pair, column) : null)));
   };
-  const heads = ["row", ...shown.map(column => title(column.name))];
+  const heads = [h("th", {}, "row"), ...shown.map(column => h("th", { class: column.kind }, title(column.name)))];
   return [
     h("p", { class: "results" }, state.column ? [h("b", {}, title(state.column)), " differs; a above b",
       state.sort ? [" · largest ", button(state.down ? "b − a" : "a − b", () => change({ down: !state.down }), { class: "plain" }), " first"] : null] : "a above b"),
-    h("div", { class: "scroll" }, h("table", { class: "rows pairs" }, h("thead", {}, h("tr", {}, heads.map(name => h("th", {}, name)))), h("tbody", {}, found.pairs.map(line)))),
+    h("div", { class: "scroll" }, h("table", { class: "rows pairs" }, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, found.pairs.map(line)))),
     h("div", { class: "pager" }, state.after ? button("first page", () => change({ after: null })) : null, found.next ? button("next page", () => change({ after: found.next })) : null),
   ];
 }

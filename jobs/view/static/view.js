@@ -77,6 +77,7 @@ function head() {
   ];
   top.replaceChildren(h("div", { class: "bar" }, h("p", { class: "brand" }, "latentmill"), h("nav", { "aria-label": "runs" }, tabs), search),
     ...(facts.length ? [h("div", { class: "facts" }, facts)] : []));
+  top.querySelector(".tab.chosen")?.scrollIntoView({ block: "nearest", inline: "center" });
 }
 
 const fresh = changes => { state = {}; go(changes); };
@@ -142,7 +143,8 @@ async function opened() {
   if (!state.row) { if (dialog.open) dialog.close(); return; }
   const one = run(), close = () => go({ row: null, after: state.after });
   const searched = one.search ? one : runs.find(other => other.search);
-  dialog.replaceChildren(...(await row(one, state.row, { close, search: searched ? (at, column) => fresh({ run: searched.name, search: { from: one.name, at, column } }) : null })).flat(Infinity).filter(part => part));
+  const width = searched?.columns.find(column => column.name === "embedding")?.shape[0];
+  dialog.replaceChildren(...(await row(one, state.row, { close, width, search: searched ? (at, column) => fresh({ run: searched.name, search: { from: one.name, at, column } }) : null })).flat(Infinity).filter(part => part));
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
 }

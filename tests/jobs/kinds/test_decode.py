@@ -17,6 +17,7 @@ from jobs.schema.reading import JobFileError, load
 from stages.decode.stage import DecodeEmbeddings
 from stages.engine.randomness import row_generator
 from tests.support import tiny_decoders, tiny_kandinsky, tiny_stable_diffusion
+from tests.support.looked_through import look_through
 
 
 def test_somebody_elses_embeddings_become_pictures(in_process: None, tmp_path: Path, prior: str) -> None:
@@ -46,6 +47,7 @@ def test_somebody_elses_embeddings_become_pictures(in_process: None, tmp_path: P
 
     page = (tmp_path / "out" / "report.html").read_text()
     assert "One line an embedding." in page
+    look_through(tmp_path / "out")
 
 
 def test_a_numpy_file_through_an_adapter_and_the_lines_of_its_card(

@@ -19,6 +19,7 @@ from jobs.run import run_job
 from jobs.schema.reading import JobFileError, load
 from pipeline.output.training_set import split_of
 from pipeline.output.verify import verify
+from tests.support.looked_through import look_through
 
 pytestmark = pytest.mark.usefixtures("in_process")
 REASONS = {"copy of", "too near", "enough", "below score", "failed", "no score"}
@@ -79,6 +80,7 @@ def test_every_candidate_is_kept_or_says_why(pool: Path, prior: str, tmp_path: P
     page = (out / "report.html").read_text()
     assert "3 of 9" in page
     assert "1 failed, 1 no score, 1 too near" in page
+    look_through(out)
     assert not verify(str(out)).problems
     (out / "selection.parquet").unlink()
     assert verify(str(out)).problems

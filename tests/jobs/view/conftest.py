@@ -17,6 +17,8 @@ from jobs.view.server import Server
 from pipeline.output.dataset import Output
 
 ROWS, SHARD_ROWS = 600, 100
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>\u202e"
+"""What a stranger may write in place of a prompt."""
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +26,13 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 rows in 6 files; one in a hundred has failed."""
     folder = tmp_path_factory.mktemp("view") / "many [1]"
     make(str(folder), ROWS, SHARD_ROWS)
+    rows = pq.read_table(next((folder / "data").glob("part-00000-*")))
+    replaced(folder, 0, {"prompt": _hostile(rows)})
     return folder
+
+
+def _hostile(rows: pa.Table) -> pa.Array:
+    return pa.array([HOSTILE, *rows["prompt"].to_pylist()[1:]])
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +68,8 @@ def _change(folder: Path) -> None:
     rows = pq.read_table(next((folder / "data").glob("part-00000-*")))
     psnr = [value if value is None or n >= 10 else value + 1 for n, value in enumerate(rows["psnr"].to_pylist())]
     method = ["another"] * 3 + rows["method"].to_pylist()[3:]
-    replaced(folder, 0, {"psnr": pa.array(psnr, pa.float32()), "method": pa.array(method)})
+    changed = {"psnr": pa.array(psnr, pa.float32()), "method": pa.array(method), "prompt": _hostile(rows)}
+    replaced(folder, 0, changed)
 
 
 @pytest.fixture(scope="session")

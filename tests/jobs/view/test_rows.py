@@ -152,6 +152,22 @@ def test_a_run_that_goes_on_is_read_as_far_as_it_is() -> None:
     database.close()
 
 
+def test_files_may_be_published_while_they_are_looked_at(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "tests" / "pipeline" / "run" / "old_outputs" / "half", tmp_path / "out")
+    output = Output.open(str(tmp_path / "out"))
+    app = App({"half": output})
+    asked = {"run": "half", "filters": '[{"column": "id", "op": "is", "value": "no such row"}]'}
+    before = app.answer("api/count", asked)
+    (tmp_path / "out" / "data").mkdir()
+    for record in list(output.records()):
+        (tmp_path / "out" / "_latentmill" / "attempts" / record.file).rename(
+            tmp_path / "out" / output.part(record.shard)
+        )
+    assert app.answer("api/count", asked) == before
+    assert app.answer("api/row", {"run": "half", "at": "0-0"}) is not None
+    app.close()
+
+
 def test_names_that_differ_in_case_alone_are_told_apart(tmp_path: Path) -> None:
     pq.write_table(pa.table({"Psnr": [1.0], "psnr": [2.0], 'a"; DROP': [3.0]}), tmp_path / "odd.parquet")
     database = Database([Folder.at(str(tmp_path))])
@@ -218,3 +234,22 @@ def _ids(run: Run, given: str | None, order: Order | None, limit: int) -> list[s
         after = page.next
         if after is None:
             return found
+
+
+def test_a_store_is_read_through_fsspec(many: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for file in filter(Path.is_file, many.rglob("*")):
+        store.pipe_file(f"/viewed/out/{file.relative_to(many)}", file.read_bytes())
+    output = Output.open("memory://viewed/out")
+    database = Database([output.folder])
+    run = Run.open("stored", output, database)
+    given = json.dumps([{"column": "method", "op": "is", "value": "lbo"}])
+    here = sum(pq.read_table(file)["method"].to_pylist().count("lbo") for file in (many / "data").iterdir())
+    assert run.count(given) == here
+    assert run.fetch([Place(2, 3)], ["id"]) == [{"id": "row-00000203"}]
+    with pytest.raises(duckdb.Error, match=r"(?i)disabled|permission"):
+        database.rows(Sql("SELECT * FROM read_parquet(?)", ("memory:///elsewhere/x.parquet",)))
+    database.close()
+    store.rm("/viewed", recursive=True)

@@ -168,12 +168,25 @@ def test_only_get_is_answered(server: Server) -> None:
         assert get(server, "/api/runs", method)[0] in (501, 405)
 
 
-HOSTS = ("evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "user@127.0.0.1:{port}", "[::1", "")
+HOSTS = (
+    "evil.example",
+    "evil.example:{port}",
+    "127.0.0.1.evil.example",
+    "user@127.0.0.1:{port}",
+    "[::1",
+    "",
+    "192.168.1.1",
+)
 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_foreign_name_is_not_served(server: Server, host: str) -> None:
     assert get(server, "/api/runs", Host=host.format(port=server.server_address[1]))[0] == 403
+
+
+def test_a_forwarded_port_is_served(server: Server) -> None:
+    for host in ("localhost:9000", "127.0.0.1", "[::1]:80"):
+        assert get(server, "/api/runs", Host=host)[0] == 200
 
 
 def test_another_sites_page_is_not_served(server: Server) -> None:
