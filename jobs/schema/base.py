@@ -216,8 +216,8 @@ class RowJob(Job):
         return ""
 
     def redraws(self, row: Mapping[str, Any]) -> bool:
-        """Whether the card's lines that draw a row's picture again hold for this row with status ok."""
-        return True
+        """Whether the card has lines that draw a row's picture again, and they hold for this row with status ok."""
+        return False
 
     def panels(self) -> list[Panel]:
         """The job's own panels of the report page, below the general ones."""

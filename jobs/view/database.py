@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 LONGEST_S = 60
 MEMORY = "2GB"
+CLOSING_S = 10
 AT_ONCE = 4
 """Queries that run beside each other; more wait."""
 
@@ -33,6 +35,7 @@ class Database:
         self._scratch = tempfile.mkdtemp(prefix="latentmill-view-")
         self._con = duckdb.connect(":memory:")
         self._turns = threading.Semaphore(AT_ONCE)
+        self._running: set[Any] = set()
         for fs in {id(folder.fs): folder.fs for folder in folders if not folder.local}.values():
             self._con.register_filesystem(fs)  # httpfs would be an extension from the web
         allowed = ", ".join(literal(address(folder, "").rstrip("/") + "/") for folder in folders)
@@ -55,6 +58,7 @@ class Database:
 
         with self._turns:
             cursor = self._con.cursor()
+            self._running.add(cursor)
             timer = threading.Timer(LONGEST_S, cursor.interrupt)
             timer.start()
             try:
@@ -69,8 +73,15 @@ class Database:
             finally:
                 timer.cancel()
                 cursor.close()
+                self._running.discard(cursor)
 
     def close(self) -> None:
+        """Interrupt what runs, wait for it to end, and let go of everything; nothing is answered any more."""
+        until = time.monotonic() + CLOSING_S
+        while self._running and time.monotonic() < until:
+            for cursor in list(self._running):
+                cursor.interrupt()  # has no effect on one that is about to begin
+            time.sleep(0.02)
         self._con.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -253,3 +255,22 @@ def test_a_store_is_read_through_fsspec(many: Path) -> None:
         database.rows(Sql("SELECT * FROM read_parquet(?)", ("memory:///elsewhere/x.parquet",)))
     database.close()
     store.rm("/viewed", recursive=True)
+
+
+def test_closing_ends_what_runs(many: Path) -> None:
+    database = Database([Output.open(str(many)).folder])
+    said: list[str] = []
+
+    def long() -> None:
+        try:
+            database.rows(Sql("SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b"))
+        except BadRequest as error:
+            said.append(str(error))
+
+    asking = threading.Thread(target=long)
+    asking.start()
+    while not database._running:
+        time.sleep(0.01)
+    database.close()
+    asking.join(timeout=60)
+    assert "stopped" in said[0]
