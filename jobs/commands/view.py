@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,10 +40,8 @@ def view(
         server = _listening(app, host, port)
         stack.callback(server.server_close)
         typer.echo(f"{server.url}\n{', '.join(app.outputs)}; Ctrl-C ends it")
-        try:
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            typer.echo("")
 
 
 def _listening(app: App, host: str, port: int) -> Server:
