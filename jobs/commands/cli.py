@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,7 +159,9 @@ def run_job(
             return
         settled = described.model_dump(mode="json", exclude_unset=True)
         shown = json_lines.shown if lines else progress_line.shown
-        with quiet(target) as stream, shown(stream) as show, tracking(track, target or "out", settled) as tracked:
+        with ExitStack() as stack:
+            show = stack.enter_context(shown(stack.enter_context(quiet(target))))
+            tracked = stack.enter_context(tracking(track, target or "out", settled, partial(_say, show)))
 
             def progress(snapshot: Progress) -> None:
                 show(snapshot)
@@ -255,6 +260,12 @@ for _command in (
     examples.examples,
 ):
     app.command()(_command)
+
+
+def _say(show: Callable[[Progress], None], message: str) -> None:
+    from pipeline.output.progress import Progress
+
+    show(Progress("running", message=message))
 
 
 def _twins(count: int) -> str:

@@ -77,11 +77,15 @@ KINDS: Mapping[str, Callable[[str, str, Mapping[str, Any]], Tracker]] = {
 
 
 class Tracking:
-    """Hands figures of a run to a tracker, now and then."""
+    """Hands figures of a run to a tracker, now and then. A tracker that fails is left, and the run goes on.
 
-    def __init__(self, tracker: Tracker, interval: float = INTERVAL) -> None:
-        self._tracker, self._interval = tracker, interval
-        self._time, self._phase = float("-inf"), ""
+    Args:
+        say: Told once, in a line, that the tracker failed.
+    """
+
+    def __init__(self, tracker: Tracker, say: Callable[[str], None], interval: float = INTERVAL) -> None:
+        self._tracker, self._say, self._interval = tracker, say, interval
+        self._time, self._phase, self._failed = float("-inf"), "", False
 
     def progress(self, snapshot: Progress) -> None:
         """At each change of phase, and every so many seconds."""
@@ -89,25 +93,41 @@ class Tracking:
         if snapshot.message is not None or (snapshot.phase == self._phase and now - self._time < self._interval):
             return
         self._time, self._phase = now, snapshot.phase
-        self._tracker.log({name: float(getattr(snapshot, name)) for name in FIGURES}, int(snapshot.seconds))
+        figures = {name: float(getattr(snapshot, name)) for name in FIGURES}
+        self._try(lambda: self._tracker.log(figures, int(snapshot.seconds)))
 
     def result(self, result: JobResult) -> None:
         """The means of the job's measures, at the end."""
         means = {f"{name}_mean": float(measure["mean"]) for name, measure in result.measures.items()}
         if means:
-            self._tracker.log(means, int(result.seconds))
+            self._try(lambda: self._tracker.log(means, int(result.seconds)))
+
+    def close(self) -> None:
+        self._try(self._tracker.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._failed = True
+            self._say(f"the tracker failed ({_line(error)}); the run goes on without it")
 
 
 @contextmanager
-def tracking(where: str | None, output: str, settings: Mapping[str, Any]) -> Iterator[Tracking | None]:
+def tracking(
+    where: str | None, output: str, settings: Mapping[str, Any], say: Callable[[str], None]
+) -> Iterator[Tracking | None]:
     """A run in a tracker: ``tensorboard:DIR``, ``wandb:PROJECT`` or ``mlflow:URI``; what follows the name may be left.
 
     Args:
         output: Of the job; its last part is the run's name.
         settings: The job file's content; the options of stores, which hold keys, are left out.
+        say: Takes a line for the user.
 
     Raises:
-        ValueError: There is no such tracker, or its library is not installed.
+        ValueError: There is no such tracker, its library is not installed, or it lets nobody in.
     """
     if where is None:
         yield None
@@ -121,10 +141,17 @@ def tracking(where: str | None, output: str, settings: Mapping[str, Any]) -> Ite
         if error.name != kind:
             raise
         raise ValueError(f"--track {where}: {kind} is not installed: pip install {kind}") from None
+    except Exception as error:
+        raise ValueError(f"--track {where}: {_line(error)}") from error
+    tracked = Tracking(tracker, say)
     try:
-        yield Tracking(tracker)
+        yield tracked
     finally:
-        tracker.close()
+        tracked.close()
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 def _without_keys(settings: Any) -> Any:

@@ -117,10 +117,27 @@ def test_a_tracker_that_is_not_there(job: list[str], monkeypatch: pytest.MonkeyP
 
 def test_figures_are_told_now_and_then() -> None:
     fake = Fake()
-    tracking = track.Tracking(fake, interval=1000)
+    tracking = track.Tracking(fake, print, interval=1000)
     for number in range(5):
         tracking.progress(Progress("running", rows_ok=number, seconds=number))
     tracking.progress(Progress("running", message="a worker died"))
     tracking.progress(Progress("complete", rows_ok=9, seconds=60))
     assert [given[0]["rows_ok"] for given, _ in fake.of("log")] == [0, 9]
     assert [given[1] for given, _ in fake.of("log")] == [0, 60]
+
+
+def test_a_tracker_that_fails_ends_no_run(job: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(Fake):
+        def log(self, *figures: Any) -> None:
+            raise ConnectionError("the server is away")
+
+    monkeypatch.setitem(sys.modules, "wandb", Away())
+    done = CliRunner().invoke(app, [*job, "--track", "wandb"])
+    assert done.exit_code == 0
+    assert (
+        done.stderr.count("the tracker failed (ConnectionError: the server is away); the run goes on without it") == 1
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **named: 1 / 0))
+    refused = CliRunner().invoke(app, [*job, "--track", "wandb"])
+    assert refused.exit_code == 2
+    assert "--track wandb: ZeroDivisionError: division by zero" in " ".join(refused.stderr.split())
