@@ -114,7 +114,7 @@ def _lines(table: dict[str, object]) -> list[str]:
 
 
 def build(source: Path, out: Path, *options: str) -> None:
-    """Build a staged distribution. Files carry the date of the commit: the same commit gives the same bytes.
+    """Build a staged distribution. Files carry the date of the commit: the same commit gives the same wheels.
 
     Args:
         options: Of ``python -m build``.
