@@ -24,6 +24,17 @@ from pipeline.output.verify import verify
 from tests.support import ROOT
 
 COMMAND = [sys.executable, "-m", "tests.support.slow_cli"]
+OURS = re.compile(
+    r"[█▒·]{20}  |(planning|starting|running|finishing|publishing|complete|interrupted|failed)\b|waiting for workers: "
+    r"|a worker (died|was lost)|report: |step \d+ of \d+: |stopped by Ctrl-C|\d+ x |\^C"
+)
+"""How a line begins that a run may show."""
+
+
+def strangers(text: str) -> list[str]:
+    """Lines that are not ours: of Ray, of a library, of Python's warnings."""
+    shown = text.partition("Stopped. To go on")[0]
+    return [line for line in re.split(r"[\r\n]+", shown) if line.strip() and not OURS.match(line.strip())]
 
 
 class Terminal:
@@ -109,6 +120,7 @@ def test_live_line_status_ctrl_c_and_going_on(job: tuple[str, str], local_ray: s
     assert "█" not in live.rpartition("interrupted")[2]  # the line is gone, the result stays
     assert f"To go on: latentmill run-job {path} -o {out}" in live.replace("\r\n", "")
     assert "Traceback" not in live
+    assert strangers(live) == []
     again = latentmill("run-job", path, "-o", out, "--address", local_ray, "--json")
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout.splitlines()[-1])
@@ -118,7 +130,14 @@ def test_live_line_status_ctrl_c_and_going_on(job: tuple[str, str], local_ray: s
     assert plain[0].startswith("planning")
     assert len(plain) < 12
     assert "\r" not in again.stderr
+    assert strangers(again.stderr) == []
     assert verify(out).ok
+
+
+def test_strangers_are_known_by_their_lines() -> None:
+    ray = "(raylet) A worker died or was killed while executing a task.\r\nrunning    5%  2/40 rows\r\n"
+    assert strangers(ray) == ["(raylet) A worker died or was killed while executing a task."]
+    assert strangers("2026-11-27 02:59:55,432\tINFO worker.py:1 -- Started a local Ray instance.") != []
 
 
 def test_ctrl_c_while_ray_starts(job: tuple[str, str]) -> None:
