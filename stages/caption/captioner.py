@@ -108,7 +108,9 @@ class Captioner:
         self.settings, self.device, self.dtype = settings, device, getattr(torch, settings.dtype)
         self.prompter = Prompter(settings)
         place = Place(here(settings.model), settings.revision)
-        model = load_weights(AutoModelForImageTextToText, place, settings.allow_pickle, dtype=self.dtype)
+        model = load_weights(
+            AutoModelForImageTextToText, place, settings.allow_pickle, dtype=self.dtype, trust_remote_code=False
+        )
         self.model = model.to(device).eval().requires_grad_(False)
         self.ends = torch.tensor(sorted(_ends(self.model)), dtype=torch.int64)
         self.batch = settings.batch or self._fitting_batch()

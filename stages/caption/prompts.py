@@ -34,15 +34,15 @@ class Prompter:
 
         name = settings.model
         try:
-            where = here(name)
-            self.config = AutoConfig.from_pretrained(where, revision=settings.revision)
+            where, options = here(name), {"revision": settings.revision, "trust_remote_code": False}
+            self.config = AutoConfig.from_pretrained(where, **options)
             if self.config.model_type not in KNOWN:
                 raise ModelError(
                     f"{name}: a {self.config.model_type} does not say what a picture shows; name a model such as BLIP, "
                     "Florence-2, LLaVA, Qwen2-VL or SmolVLM"
                 )
             # Pillow's arithmetic, whether or not torchvision is installed: captions must not depend on that.
-            self.processor: Any = AutoProcessor.from_pretrained(where, revision=settings.revision, backend="pil")
+            self.processor: Any = AutoProcessor.from_pretrained(where, backend="pil", **options)
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"{name}: no model of pictures and text can be loaded: {_reason(error)}") from None
         if not hasattr(self.processor, "image_processor") or not hasattr(self.processor, "tokenizer"):
@@ -100,4 +100,6 @@ class Prompter:
 
 def _reason(error: Exception) -> str:
     """A library's message in one line."""
+    if "trust_remote_code" in str(error):
+        return "its folder brings code, which is never run here; take its version in transformers' own layout"
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -203,3 +203,19 @@ def test_a_model_that_says_nothing_of_pictures_is_refused(models: dict[str, str]
     assert "clip_text_model does not say what a picture shows" in refused(f"{prior}/text_encoder")
     task = refused(models["florence2"], question="<OD> of a star")
     assert "should be the only content" in task
+
+
+@pytest.mark.parametrize("part", ["config.json", "processor_config.json"])
+def test_no_code_of_a_models_folder_is_run(models: dict[str, str], tmp_path: Path, part: str) -> None:
+    """Nor is the user asked whether it may."""
+    from shutil import copytree
+
+    copytree(models["llava"], tmp_path / "m")
+    (tmp_path / "m/theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    told = json.loads((tmp_path / "m" / part).read_text())
+    kind = "AutoConfig" if part == "config.json" else "AutoProcessor"
+    told |= {"auto_map": {kind: "theirs.C"}, "model_type": "theirs", "processor_class": "Theirs"}
+    (tmp_path / "m" / part).write_text(json.dumps(told))
+    with pytest.raises(ModelError, match="brings code, which is never run here"):
+        CaptionPictures.describe(CaptionSettings(model=str(tmp_path / "m")))
+    assert not (tmp_path / "ran").exists()
