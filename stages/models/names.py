@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 from pipeline.addresses import has_password, shown
 from pipeline.extras import miniature
 
-SHIPPED = ("prior", "decoder", "stable-diffusion", "flux", "flux-schnell", "oracle")
+SHIPPED = ("prior", "decoder", "stable-diffusion", "flux", "flux-schnell", "sd3", "oracle")
 
 
 def shipped(name: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from micro import MODELS, assemble, autoencoder, evaluate, oracle, prompts, train, training, world
 
-FLOWS = ("flux", "flux-schnell")
+FLOWS = ("flux", "flux-schnell", "sd3")
 PHOTOGRAPHS = MODELS.parents[1] / "jobs/examples/quickstart/photographs"
 
 
@@ -66,8 +66,11 @@ def test_the_flow_models_autoencoder_keeps_the_world_and_photographs_it_has_not_
     assert autoencoder.psnr_of(flux.vae, np.stack([np.asarray(side) for side in sides])) >= 26
 
 
-@pytest.mark.parametrize(("name", "steps", "guidance"), [("flux", 10, 3.5), ("flux-schnell", 4, 0.0)])
-def test_flux_draws_what_is_asked_in_diffusers(flux, name, steps, guidance):
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance", "least"),
+    [("flux", 10, 3.5, 0.75), ("flux-schnell", 4, 0.0, 0.75), ("sd3", 20, 4.0, 0.6)],
+)
+def test_flow_models_draw_what_is_asked_in_diffusers(flux, name, steps, guidance, least):
     asked, pipeline = prompts.load("single")[:24], flux if name == "flux" else assemble.load(name)
     readings = oracle.Oracle.load().read(
         evaluate.draw_with_flow(pipeline, steps, guidance)([p.prompt for p in asked], 1)
@@ -75,7 +78,7 @@ def test_flux_draws_what_is_asked_in_diffusers(flux, name, steps, guidance):
     first = [r.things[0] if r.things else None for r in readings]
     right = [thing is not None and (thing.color, thing.shape) == (p.objects[0]["color"], p.objects[0]["shape"])
              for thing, p in zip(first, asked, strict=True)]  # fmt: skip
-    assert np.mean(right) >= 0.75  # 24 pictures; micro/README.md has the figures of 300
+    assert np.mean(right) >= least  # 24 pictures; micro/README.md has the figures of 300
 
 
 def test_clip_retrieves_held_out_pictures(prior):
