@@ -115,7 +115,9 @@ def test_palettes_and_grey_under_a_colour_profile() -> None:
     assert np.allclose(_pixel(_saved(grey, "PNG", icc_profile=_turned())), [120, 120, 120], atol=2)
 
 
-@pytest.mark.parametrize("profile", [b"no profile at all", b"", _srgb()[:100], b"\0" * 600])
+@pytest.mark.parametrize(
+    "profile", [b"no profile at all", b"", _srgb()[:100], b"\0" * 600], ids=["words", "empty", "cut", "zeros"]
+)
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "CMYK"])
 def test_a_profile_that_cannot_be_used_is_passed_over(profile: bytes, mode: str) -> None:
     form = "TIFF" if mode == "CMYK" else "PNG"
