@@ -44,12 +44,22 @@ def test_what_cannot_be_shown_is_a_sentence(tmp_path: Path) -> None:
 
 def test_it_prints_its_address_answers_there_and_ends_when_told(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs", "view", str(DONE), "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
-        assert started.stdout is not None
-        url = started.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
-        with urllib.request.urlopen(f"{url}api/count?run=finished") as answer:
-            assert json.loads(answer.read()) == {"rows": 20}
-        started.send_signal(signal.SIGINT)
-        _, errors = started.communicate(timeout=60)
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heeding_ctrl_c
+    ) as started:
+        try:
+            assert started.stdout is not None
+            url = started.stdout.readline().strip()
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
+            with urllib.request.urlopen(f"{url}api/count?run=finished") as answer:
+                assert json.loads(answer.read()) == {"rows": 20}
+            started.send_signal(signal.SIGINT)
+            _, errors = started.communicate(timeout=60)
+        finally:
+            started.kill()
     assert (started.returncode, errors) == (0, "")
+
+
+def _heeding_ctrl_c() -> None:
+    """A shell that starts the tests in the background has its children ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

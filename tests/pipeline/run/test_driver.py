@@ -157,5 +157,8 @@ def test_counts_for_prometheus(tmp_path: Path, local_ray: str, monkeypatch: pyte
     (tmp_path / "orders/die-once").touch()
     result = run(spec)
     assert (result.state, result.failed) == ("complete", 1)
-    expected = {("rows", "ok"): result.ok, ("rows", "failed"): 1, ("shards", ""): 4, ("worker_deaths", ""): 1}
+    expected = {
+        ("rows", "ok"): result.ok, ("rows", "failed"): 1, ("shards", ""): 4,
+        ("worker_deaths", ""): 1, ("task_failures", ""): 1, ("retries", ""): 1,
+    }  # fmt: skip
     assert counted == {(f"latentmill_{name}", status): value for (name, status), value in expected.items()}
