@@ -42,6 +42,7 @@ from jobs.commands.errors import (
     terminable,
 )
 from jobs.commands.noise import LOG, quiet
+from jobs.commands.options import Output, Overrides
 from jobs.commands.stores import StorageOptions, parsed, reaching
 
 if TYPE_CHECKING:
@@ -99,12 +100,8 @@ def run_job(
     job: Annotated[
         Path, typer.Argument(metavar="JOB.yaml", help="The job file.", autocompletion=_job_files, show_default=False)
     ],
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder of the dataset; replaces the job's `output`.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Replace one setting; may be repeated.")
-    ] = None,
+    output: Output = None,
+    settings: Overrides = None,
     address: Annotated[
         str | None,
         typer.Option(help="A running Ray: auto, host:port or ray://host:port. Without it, one starts for this run."),

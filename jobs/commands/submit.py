@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.commands.errors import errors, stderr, stop
+from jobs.commands.options import Output, Overrides
 
 if TYPE_CHECKING:
     from jobs.commands.slurm import Allocation
@@ -17,12 +18,8 @@ if TYPE_CHECKING:
 
 def submit(
     job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)],
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder of the dataset; replaces the job's `output`.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Replace one setting; may be repeated.")
-    ] = None,
+    output: Output = None,
+    settings: Overrides = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="As for run-job.")] = False,
     slurm: Annotated[bool, typer.Option("--slurm", help="To Slurm, by sbatch.")] = False,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -40,8 +39,7 @@ class Caption(Captioning, RowJob):
         return self
 
     def source(self) -> Source:
-        variants = {"draw": tuple(map(str, range(self.draws)))} if self.draws > 1 else {}
-        return replace(self.input.source(), variants=variants)
+        return self.input.source().drawn(self.draws)
 
     def stage(self) -> StageSpec:
         shared = self.part(Captioning)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -31,8 +30,7 @@ class Decode(EmbeddingDecoding, RowJob):
     """Pictures an embedding, each with noise of its own; their ids end in ``/0``, ``/1``, ..."""
 
     def source(self) -> Source:
-        variants = {"draw": tuple(map(str, range(self.draws)))} if self.draws > 1 else {}
-        return replace(self.input.source(), variants=variants)
+        return self.input.source().drawn(self.draws)
 
     def stage(self) -> StageSpec:
         shared = self.part(EmbeddingDecoding)

@@ -111,6 +111,10 @@ class Source:
         """An address as it is to be opened, with the query that it was given with."""
         return self.signed.get(address, address)
 
+    def drawn(self, count: int) -> Source:
+        """The same, with so many rows for each, told apart by the column ``draw``; with one, no column."""
+        return replace(self, variants={"draw": tuple(map(str, range(count)))} if count > 1 else {})
+
     def reachable(self) -> Source:
         """The same, with the options that were granted for the stores it lies in, unless it brings its own."""
         if self.storage_options:

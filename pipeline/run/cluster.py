@@ -221,16 +221,13 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
             ray.shutdown()
 
 
-def spread(
-    function: Callable[..., R], items: Iterable[T], *shared: Any, size: int = 0, named: Callable[[T], str] = str
-) -> Iterator[R]:
+def spread(function: Callable[..., R], items: Iterable[T], *shared: Any, size: int = 0) -> Iterator[R]:
     """A function of each item, computed by tasks on the cluster, a few ahead of what is asked for; in order.
 
     Args:
         function: Called with an item and what is shared.
         shared: Goes to each machine once.
         size: Bytes of an item and its answer, where they are many: the cluster's object store holds all that is ahead.
-        named: What an item is called in a message.
 
     Raises:
         SourceError, OSError: The function did.
@@ -249,7 +246,7 @@ def spread(
     coming = iter(items)
     while True:
         for item in islice(coming, ahead - len(running)):
-            running.append((named(item), told(function, item, *kept)))
+            running.append((str(item), told(function, item, *kept)))
         if not running:
             return
         name, answer = running.popleft()
