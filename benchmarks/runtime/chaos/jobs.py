@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from micro.world import render, sample_scene
+from tests.support import tiny_captioners
 
 EXAMPLES = Path(__file__).parents[3] / "jobs/examples"
 CONCEPTS = 4
@@ -143,6 +144,18 @@ def select_corpus(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def caption(folder: Path) -> dict[str, Any]:
+    """24 pictures, to words that a LLaVA of random weights draws of them."""
+    model = folder / "captioner"
+    if not model.exists():
+        tiny_captioners.build_llava(model)
+    return {
+        "job": "caption", "input": {"path": write_pictures(folder / "to-caption.parquet", 0, 24), "id": "id"},
+        "model": str(model), "draws": 2, "temperature": 2.0, "max_tokens": 5, "shard_rows": 8,
+        "max_failed_fraction": 1.0,
+    }  # fmt: skip
+
+
 def chain(folder: Path) -> dict[str, Any]:
     """A reference, and prompts against it."""
     first, second = reference(folder), invert_prompts(folder)
@@ -167,6 +180,7 @@ KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "decode": decode,
     "select-corpus": select_corpus,
     "judge-corpus": judge_corpus,
+    "caption": caption,
     "chain": chain,
 }
 NEEDS = {"invert-prompts": ("reference",), "invert-text": ("train-inverter",)}
