@@ -39,7 +39,7 @@ class Stock:
         told = eval(f"dict({usage.more}{usage.guidance(guidance, None)})")
         given = eval(usage.latents, {"pipe": pipe, "seed": seed})
         drawn = pipe(
-            list(prompts), num_inference_steps=steps, latents=given, output_type="pt", height=self.geometry.height,
-            width=self.geometry.width, **told,
+            prompt=list(prompts), num_inference_steps=steps, latents=given, output_type="pt",
+            height=self.geometry.height, width=self.geometry.width, **told,
         ).images  # fmt: skip
         return drawn.float() * 2 - 1

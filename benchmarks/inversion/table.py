@@ -102,7 +102,10 @@ AUDIT = (
     "edict", "lbo+replay", "lbo-1+shown", "rf-inversion",
 )  # fmt: skip
 """What is compared on a rectified flow, unless `--methods` says otherwise."""
-USUAL = {"FluxPipeline": 3.5, "StableDiffusion3Pipeline": 7.0, "QwenImagePipeline": 4.0, "ZImagePipeline": 6.0}
+USUAL = {
+    "FluxPipeline": 3.5, "Flux2Pipeline": 4.0, "Flux2KleinPipeline": 4.0, "StableDiffusion3Pipeline": 7.0,
+    "QwenImagePipeline": 4.0, "ZImagePipeline": 6.0,
+}  # fmt: skip
 """Guidance that the pipelines take where they are told none; Z-Image's scale counts from 1 here."""
 COLUMNS = {
     "psnr_decoded": "dB vs decoded", "psnr": "dB vs picture", "stock_bfloat16": "dB, stock bf16", "ssim": "SSIM",

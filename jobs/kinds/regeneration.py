@@ -24,7 +24,7 @@ picture.save("again.png")
 
 def lines(
     geometry: Geometry, output: str, *, steps: int, guidance: float, negative: str | None,
-    method: str | None = None, said: str = 'row["prompt"]', buckets: bool = False,
+    method: str | None = None, said: str = 'prompt=row["prompt"]', buckets: bool = False,
     dtype: str = "float32", guide: str | None = None,
 ) -> str:  # fmt: skip
     """A block of Python that regenerates the picture of the first processed row.

@@ -1,4 +1,4 @@
-"""Between pictures and a denoiser's latents: a frozen autoencoder, and what its configuration says of scale and shift.
+"""Between pictures and a denoiser's latents: a frozen autoencoder, and what it says of scale, shift and squares.
 
 Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the denoiser sees them.
 """
@@ -21,14 +21,12 @@ def posterior(vae: Any, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     x = x_BCHW.to(vae.device, vae.dtype)
     found = vae.encode(x[:, :, None] if is_video(vae.config) else x).latent_dist
     mean, std = (part[:, :, 0] if is_video(vae.config) else part for part in (found.mean.float(), found.std.float()))
-    if standardised(vae.config):
-        std = std / _channels(vae.config["latents_std"], std)
-    return to_latent(mean, vae.config), std * vae.config.get("scaling_factor", 1.0)
+    return to_latent(mean, vae), spread_of_latent(std, vae)
 
 
 def decode(vae: Any, z_BCHW: torch.Tensor) -> torch.Tensor:
     """x_BCHW (about [-1, 1], not clamped), float32; differentiable."""
-    mean_BCHW = from_latent(z_BCHW.float(), vae.config).to(vae.dtype)
+    mean_BCHW = from_latent(z_BCHW.float(), vae).to(vae.dtype)
     if is_video(vae.config):
         return vae.decode(mean_BCHW[:, :, None]).sample[:, :, 0].float()
     return vae.decode(mean_BCHW).sample.float()
@@ -39,9 +37,13 @@ def is_video(config: Mapping[str, Any]) -> bool:
     return "temperal_downsample" in config  # as diffusers spells it
 
 
-def to_latent(mean_BCHW: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+def to_latent(mean_BCHW: torch.Tensor, vae: Any) -> torch.Tensor:
     """Scaled and shifted: ((mean - latents_mean) / latents_std - shift_factor) scaling_factor, of which a configuration
-    has what it has."""
+    has what it has; FLUX.2's instead in squares, less their running mean, by their running deviation."""
+    config: Mapping[str, Any] = vae.config
+    if in_squares(config):
+        squares = to_squares(mean_BCHW)
+        return (squares - _mean(vae)) / _deviation(vae)
     if standardised(config):
         mean_BCHW = (mean_BCHW - _channels(config["latents_mean"], mean_BCHW)) / _channels(
             config["latents_std"], mean_BCHW
@@ -51,8 +53,21 @@ def to_latent(mean_BCHW: torch.Tensor, config: Mapping[str, Any]) -> torch.Tenso
     return mean_BCHW * config.get("scaling_factor", 1.0)
 
 
-def from_latent(z_BCHW: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+def spread_of_latent(std_BCHW: torch.Tensor, vae: Any) -> torch.Tensor:
+    """Of a posterior's standard deviation, as `to_latent` has its mean."""
+    config: Mapping[str, Any] = vae.config
+    if in_squares(config):
+        return to_squares(std_BCHW) / _deviation(vae)
+    if standardised(config):
+        std_BCHW = std_BCHW / _channels(config["latents_std"], std_BCHW)
+    return std_BCHW * config.get("scaling_factor", 1.0)
+
+
+def from_latent(z_BCHW: torch.Tensor, vae: Any) -> torch.Tensor:
     """The inverse of `to_latent`."""
+    config: Mapping[str, Any] = vae.config
+    if in_squares(config):
+        return from_squares(z_BCHW * _deviation(vae) + _mean(vae))
     mean_BCHW = z_BCHW / config.get("scaling_factor", 1.0)
     if config.get("shift_factor") is not None:
         mean_BCHW = mean_BCHW + config["shift_factor"]
@@ -64,6 +79,32 @@ def from_latent(z_BCHW: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor
 def standardised(config: Mapping[str, Any]) -> bool:
     """Whether each channel has a mean and a spread of its own."""
     return config.get("latents_mean") is not None and config.get("latents_std") is not None
+
+
+def in_squares(config: Mapping[str, Any]) -> bool:
+    """FLUX.2's autoencoder hands each 2 x 2 square of latents on as one of four times the channels, which a batch norm
+    at rest standardises."""
+    return "batch_norm_eps" in config
+
+
+def to_squares(z_BCHW: torch.Tensor) -> torch.Tensor:
+    """(B, 4 C, H / 2, W / 2)."""
+    return torch.nn.functional.pixel_unshuffle(z_BCHW, 2)
+
+
+def from_squares(z_BCHW: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_squares`."""
+    return torch.nn.functional.pixel_shuffle(z_BCHW, 2)
+
+
+def _mean(vae: Any) -> torch.Tensor:
+    mean_C: torch.Tensor = vae.bn.running_mean
+    return mean_C.float().view(1, -1, 1, 1)
+
+
+def _deviation(vae: Any) -> torch.Tensor:
+    variance_C: torch.Tensor = vae.bn.running_var
+    return (variance_C.float() + vae.config["batch_norm_eps"]).sqrt().view(1, -1, 1, 1)
 
 
 def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stages.models.copies import here
 from stages.models.flux import Flux
+from stages.models.flux2 import Flux2, Flux2Klein
 from stages.models.latent import Geometry, LatentModel
 from stages.models.origin import configuration
 from stages.models.qwen_image import QwenImage
@@ -18,7 +19,7 @@ UNETS = (StableDiffusionXL, StableDiffusion)
 CONSISTENCY = "LatentConsistencyModelPipeline"
 """Of a Stable Diffusion whose own pipeline runs `LCMScheduler` alone; Stable Diffusion's runs it with any."""
 FLOWS: dict[str, type[FlowTransformer]] = {
-    family.index: family for family in (StableDiffusion3, Flux, QwenImage, ZImage)
+    family.index: family for family in (StableDiffusion3, Flux, Flux2, Flux2Klein, QwenImage, ZImage)
 }
 """By the class of the pipeline."""
 

@@ -27,10 +27,13 @@ class FlowGrid:
         linear: It hands over sigmas from 1 to 1 / S in equal steps, computed in this type; None: the scheduler's own
             are taken.
         patch: Side of the patch of latents that is one token: mu depends on the number of tokens.
+        shift: How: along the line that the scheduler's configuration gives, or along FLUX.2's, which also depends on
+            the number of steps.
     """
 
     linear: Literal["float64", "float32"] | None
     patch: int = 2
+    shift: Literal["configured", "empirical"] = "configured"
 
 
 def check_flow(config: Mapping[str, Any]) -> None:
@@ -93,6 +96,7 @@ def flow_schedule(
 def _told(config: Mapping[str, Any], steps: int, grid: FlowGrid, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
     """What the pipeline hands to `set_timesteps` beside the number of steps."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
     told: dict[str, Any] = {}
     if grid.linear == "float64":
@@ -102,5 +106,8 @@ def _told(config: Mapping[str, Any], steps: int, grid: FlowGrid, latent_shape: t
     if config["use_dynamic_shifting"]:
         tokens = (latent_shape[1] // grid.patch) * (latent_shape[2] // grid.patch)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        told["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+        if grid.shift == "empirical":
+            told["mu"] = compute_empirical_mu(tokens, steps)
+        else:
+            told["mu"] = calculate_shift(tokens, *(config[name] for name in names))
     return told

@@ -32,7 +32,7 @@ class Flux(FlowTransformer):
         return 4
 
     @classmethod
-    def guiding(cls, transformer: Mapping[str, Any]) -> Literal["told", "none"]:
+    def guiding(cls, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> Literal["told", "none"]:
         return "told" if transformer["guidance_embeds"] else "none"
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:

@@ -101,8 +101,10 @@ class FlowTransformer:
         return tokens, int(transformer["joint_attention_dim"])
 
     @classmethod
-    def guiding(cls, transformer: Mapping[str, Any]) -> Literal["classifier-free", "told", "none"]:
-        """See `Geometry`."""
+    def guiding(
+        cls, index: Mapping[str, Any], transformer: Mapping[str, Any]
+    ) -> Literal["classifier-free", "told", "none"]:
+        """See `Geometry`; of the configurations of pipeline and transformer."""
         return "classifier-free"
 
     @classmethod
@@ -194,7 +196,7 @@ class FlowTransformer:
             scaling_factor=float(vae.get("scaling_factor", 1.0)),
             scheduler=effective,
             text_shape=cls.text_shape(transformer, tokens),
-            guiding=cls.guiding(transformer),
+            guiding=cls.guiding(cls._index(settings), transformer),
             text_tokens=tokens,
             upcast=True,
             word_widths=(),

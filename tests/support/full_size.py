@@ -54,6 +54,9 @@ KL = {
     "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 16, "sample_size": 1024, "use_quant_conv": False,
     "use_post_quant_conv": False,
 }  # fmt: skip
+FLUX2: dict[str, Any] = {"guidance_embeds": False}
+KLEIN_4B = {**FLUX2, "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+KLEIN_9B = {**FLUX2, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
 QWEN_VAE = {"base_dim": 96, "z_dim": 16, "temperal_downsample": [False, True, True]}
 FLOWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float, int]] = {
     "SD3-medium": ("SD3", {**SD3, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
@@ -65,16 +68,21 @@ FLOWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float, int]] = {
                             "pos_embed_max_size": 192, "qk_norm": "rms_norm"}, KL, 8.06, 333),
     "FLUX.1-dev": ("Flux", {**FLUX, "guidance_embeds": True}, KL, 11.901408320, 512),
     "FLUX.1-schnell": ("Flux", FLUX, KL, 11.891178560, 512),
+    "FLUX.2-dev": ("Flux2", {}, {}, 32.2, 512),
+    "FLUX.2-klein-4B": ("Flux2Klein", KLEIN_4B, {}, 3.88, 512),
+    "FLUX.2-klein-9B": ("Flux2Klein", KLEIN_9B, {}, 9.08, 512),
     "Qwen-Image": ("QwenImage", {}, QWEN_VAE, 20.43, 512),
     "Z-Image-Turbo": ("ZImage", {}, KL, 6.15, 512),
 }  # fmt: skip
-"""Name -> class, configurations of transformer and autoencoder, billions of parameters, tokens of text."""
+"""Name -> family, configurations of transformer and autoencoder, billions of parameters, tokens of text."""
 PIPELINES = {
     "SD3": ("StableDiffusion3Pipeline", {"text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer",
             "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer",
             "text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5TokenizerFast"}),
     "Flux": ("FluxPipeline", {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer",
              "text_encoder_2": "T5EncoderModel", "tokenizer_2": "T5TokenizerFast"}),
+    "Flux2": ("Flux2Pipeline", {"text_encoder": "Mistral3ForConditionalGeneration", "tokenizer": "PixtralProcessor"}),
+    "Flux2Klein": ("Flux2KleinPipeline", {"text_encoder": "Qwen3ForCausalLM", "tokenizer": "Qwen2Tokenizer"}),
     "QwenImage": ("QwenImagePipeline", {"text_encoder": "Qwen2_5_VLForConditionalGeneration",
                   "tokenizer": "Qwen2Tokenizer"}),
     "ZImage": ("ZImagePipeline", {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2Tokenizer"}),
@@ -182,13 +190,21 @@ def write_index(kind: str, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
+def classes(family: str) -> tuple[str, str]:
+    """Of transformer and autoencoder."""
+    of = "Flux2" if family == "Flux2Klein" else family
+    autoencoders = {"QwenImage": "AutoencoderKLQwenImage", "Flux2": "AutoencoderKLFlux2"}
+    return f"{of}Transformer2DModel", autoencoders.get(of, "AutoencoderKL")
+
+
 def write_flow_configs(name: str, folder: Path) -> None:
     """Write the configurations of one of `FLOWS`: no weights, no tokenizers."""
     family, transformer, vae, _, _ = FLOWS[name]
     pipeline, texts = PIPELINES[family]
+    transformer_class, vae_class = classes(family)
     configs = {
-        "transformer": {"_class_name": f"{family}Transformer2DModel", **transformer},
-        "vae": {"_class_name": "AutoencoderKLQwenImage" if family == "QwenImage" else "AutoencoderKL", **vae},
+        "transformer": {"_class_name": transformer_class, **transformer},
+        "vae": {"_class_name": vae_class, **vae},
         "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0,
                       "use_dynamic_shifting": name == "FLUX.1-dev"},
     }  # fmt: skip

@@ -166,6 +166,59 @@ def z_image() -> Any:
     )  # fmt: skip
 
 
+def flux2_parts(*, guidance_embeds: bool) -> dict[str, Any]:
+    """Transformer, scheduler and autoencoder of FLUX.2: 4 channels at half the side, 16 in squares."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=3 * WIDTH, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, layers_per_block=1,
+    )  # fmt: skip
+    torch.nn.init.normal_(vae.bn.running_mean)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    torch.nn.init.normal_(transformer.transformer_blocks[0].attn.add_v_proj.weight)  # what the text says
+    return {"transformer": enliven(transformer), "scheduler": scheduler, "vae": vae}
+
+
+def flux2() -> Any:
+    """FLUX.2-dev: the language model's layers 10, 20 and 30, its prompts behind a system message. A tokenizer stands
+    for the `PixtralProcessor`, which asks for torchvision."""
+    from diffusers import Flux2Pipeline
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    words = qwen_tokenizer()
+    words.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}"
+        "{{ part['text'] if m['role'] == 'user' else part['text'][:4] }}{% endfor %}{% endfor %}"
+    )
+    text = {**LANGUAGE, "model_type": "mistral", "vocab_size": len(words), "num_hidden_layers": 30, "head_dim": 8}
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    return Flux2Pipeline(
+        **flux2_parts(guidance_embeds=True),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)),
+        tokenizer=words,
+    )  # fmt: skip
+
+
+def flux2_klein(*, is_distilled: bool) -> Any:
+    """FLUX.2-klein, or its base model: the language model's layers 9, 18 and 27."""
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    words = qwen_tokenizer()
+    text = Qwen3Config(**{**LANGUAGE, "num_hidden_layers": 27}, vocab_size=len(words), head_dim=8)
+    return Flux2KleinPipeline(
+        **flux2_parts(guidance_embeds=False), text_encoder=Qwen3ForCausalLM(text), tokenizer=words,
+        is_distilled=is_distilled,
+    )  # fmt: skip
+
+
 SD35 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
 """What makes SD3.5-medium of SD3; -large has no dual attention."""
 KINDS: dict[str, Any] = {
@@ -175,6 +228,9 @@ KINDS: dict[str, Any] = {
     "sd35-large": lambda: sd3(qk_norm="rms_norm"),
     "flux-dev": flux,
     "flux-schnell": lambda: flux(guidance_embeds=False),
+    "flux2-dev": flux2,
+    "flux2-klein": lambda: flux2_klein(is_distilled=True),
+    "flux2-klein-base": lambda: flux2_klein(is_distilled=False),
     "qwen-image": qwen_image,
     "z-image": z_image,
 }

@@ -69,7 +69,8 @@ def given(kind: str, noise_BCHW: torch.Tensor) -> torch.Tensor:
     return torch.stack(tokens, 1)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell", "qwen-image", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell", "flux2-dev", "flux2-klein", "qwen-image",
+                                  "z-image"])  # fmt: skip
 @pytest.mark.parametrize("size", [(16, 16), (24, 8), (20, 16)], ids=str)
 def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str, size: tuple[int, int]) -> None:
     size = tuple(side * UNIT.get(kind, 1) for side in size)
@@ -82,7 +83,7 @@ def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str,
         return {}
 
     for steps in (2 if kind == "qwen-image" else 1, 4, 7, 28):
-        pipe("red star", width=size[0], height=size[1], num_inference_steps=steps, output_type="latent",
+        pipe(prompt="red star", width=size[0], height=size[1], num_inference_steps=steps, output_type="latent",
              callback_on_step_end=note, **GUIDED.get(kind, told_scale)(1.0))  # fmt: skip
         schedule = model.schedule(steps)
         assert torch.equal(schedule.t_S.flip(0), seen["t"])
@@ -112,11 +113,11 @@ def test_what_is_drawn_of_a_seed_is_what_the_pipeline_draws(folders, kind: str) 
     pipe, model = stock(folders[kind]), opened(folders[kind]).at(width, height)
     noise = torch.randn(2, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(5))
     prompts = ["red star", "a dotted circle that is small"]
-    for guidance in (1.0, 3.5) if kind != "flux-schnell" else (1.0,):
+    for guidance in (1.0, 3.5) if kind not in ("flux-schnell", "flux2-klein") else (1.0,):
         condition = model.condition(prompts, guided=guidance > 1)
         z = sample(model.predictor(guidance), model.schedule(4), noise, condition)
         x = (model.decode(z) / 2 + 0.5).clamp(0, 1)
-        wanted = pipe(prompts, width=width, height=height, num_inference_steps=4, output_type="np",
+        wanted = pipe(prompt=prompts, width=width, height=height, num_inference_steps=4, output_type="np",
                       latents=given(kind, noise), **GUIDED.get(kind, told_scale)(guidance)).images  # fmt: skip
         np.testing.assert_allclose(x.permute(0, 2, 3, 1).numpy(), wanted, atol=2e-5)
 
@@ -133,6 +134,19 @@ def test_pictures_are_encoded_as_the_pipelines_encode_them(folders, kind: str) -
     torch.testing.assert_close(model.encode(x), wanted)
     again = diffusers.AutoencoderKL.from_pretrained(f"{folders[kind]}/vae")
     torch.testing.assert_close(model.decode(wanted), again.decode(wanted / 1.5 + 0.06).sample)
+
+
+def test_pictures_are_encoded_as_flux2_encodes_those_it_is_shown(folders) -> None:
+    pipe, model = stock(folders["flux2-klein"]), opened(folders["flux2-klein"])
+    x = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    torch.testing.assert_close(model.encode(x), pipe._encode_vae_image(x, None))
+    mean, std = model.posterior(x)
+    found = pipe.vae.encode(x).latent_dist
+    drawn = model.posterior(x)[0] + model.posterior(x)[1]
+    one_off = pipe._patchify_latents(found.mean + found.std) - pipe.vae.bn.running_mean.view(1, -1, 1, 1)
+    torch.testing.assert_close(mean + std, one_off / (pipe.vae.bn.running_var + 1e-4).sqrt().view(1, -1, 1, 1))
+    assert drawn.shape == mean.shape == (2, 16, 4, 6)
+    torch.testing.assert_close(model.decode(mean), pipe.vae.decode(found.mean).sample)
 
 
 def test_rows_stand_at_different_times_in_one_call(folders) -> None:
@@ -155,7 +169,7 @@ def test_networks_load_in_half_precision_and_the_autoencoder_does_not(folders) -
     z = torch.randn(1, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(3))
     seen: list[torch.Tensor] = []
     pipe.transformer.register_forward_hook(lambda net, args, out: seen.append(out[0]))
-    pipe("red star", width=16, height=16, num_inference_steps=3, guidance_scale=2.0, output_type="latent",
+    pipe(prompt="red star", width=16, height=16, num_inference_steps=3, guidance_scale=2.0, output_type="latent",
          latents=given("flux-dev", z))  # fmt: skip
     v = model.predictor(2.0)(z, model.schedule(3).t_S[-1:], model.condition(["red star"]))
     assert v.dtype == torch.float32
@@ -196,7 +210,7 @@ def test_a_long_prompt_says_what_was_left_out_of_it(folders) -> None:
         assert (one["prompt_cut"] or "").startswith("text_encoder reads 512 of ")
 
 
-SHORT = {"sd3": 7, "flux-dev": 5, "qwen-image": 6, "z-image": 20}
+SHORT = {"sd3": 7, "flux-dev": 5, "flux2-dev": 8, "flux2-klein": 5, "qwen-image": 6, "z-image": 20}
 
 
 @pytest.mark.parametrize("kind", list(SHORT))
@@ -210,7 +224,7 @@ def test_the_language_model_reads_as_many_tokens_as_it_is_told_to(folders, kind:
     z = sample(model.predictor(), model.schedule(2), noise, model.condition([prompt]))
     drawn = {
         many: stock(folders[kind])(
-            prompt, width=side, height=side, num_inference_steps=2, output_type="np", latents=given(kind, noise),
+            prompt=prompt, width=side, height=side, num_inference_steps=2, output_type="np", latents=given(kind, noise),
             max_sequence_length=many, **GUIDED.get(kind, told_scale)(1.0),
         ).images
         for many in (tokens, tokens + 2)
