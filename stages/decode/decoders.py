@@ -15,6 +15,7 @@ from typing import Any, Protocol, get_type_hints
 import torch
 
 from stages.decode.settings import Decoding, EmbeddingDecoding, IPAdapter
+from stages.engine.device import unasked_dtype
 from stages.engine.randomness import row_generator
 from stages.models import clip, kandinsky
 from stages.models.copies import here
@@ -151,7 +152,7 @@ class StockDecoder:
     def __init__(self, settings: EmbeddingDecoding, kind: Any, parts: tuple[str, ...], seed: int, device: str,
                  **left_out: Any) -> None:  # fmt: skip
         self.decode, self.seed, self.device = settings.decode, seed, device
-        self.dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        self.dtype = unasked_dtype(device)
         try:
             places = _places(settings, parts)
             networks = {part: places[part].load(_class(part), self.dtype) for part in parts}
@@ -266,7 +267,7 @@ class CascadeDecoder:
 
         self.decode, self.seed, self.device = settings.decode, seed, device
         # The other half precision overflows in the prior.
-        self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.dtype = unasked_dtype(device, torch.bfloat16)
         decode, decoders = settings.decode, _places(settings, CASCADE_DECODER)
         self.prior = self._pipe(StableCascadePriorPipeline, str(decode.prior), None, _cascade_priors(settings))
         self.decoder = self._pipe(StableCascadeDecoderPipeline, decode.model, decode.revision, decoders)

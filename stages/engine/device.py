@@ -28,3 +28,12 @@ def chosen_device(device: str | None) -> str:
     if device in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     return str(device)
+
+
+HALVED_ON = frozenset({"cuda"})
+"""Kinds of devices on which what no setting gives a type runs in half precision."""
+
+
+def unasked_dtype(device: str, half: torch.dtype = torch.float16) -> torch.dtype:
+    """The type of networks whose type no setting names (decoders, a trained prior): half precision on a GPU."""
+    return half if torch.device(device).type in HALVED_ON else torch.float32

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.contract import Row, failed
+from stages.engine.device import unasked_dtype
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator
 from stages.engine.room import Room
@@ -101,7 +102,7 @@ class Decoder:
 
         check_width(decode, len(negative_E))
         path = decode.model
-        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        dtype = unasked_dtype(device)
         try:
             places = _places(decode, allow_pickle)
             networks = {part: places[part].load(kind, dtype)

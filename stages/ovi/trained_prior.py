@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.contract import Row, ok
+from stages.engine.device import unasked_dtype
 from stages.engine.passthrough import in_batches
 from stages.engine.randomness import row_generator, row_normal
 from stages.models import kandinsky
@@ -48,7 +49,7 @@ def load_pipeline(method: TrainedPrior, context: Context) -> Any:
     """
     path = method.model or context.model
     revision = context.revision if path == context.model else None
-    dtype = torch.float16 if torch.device(context.device).type == "cuda" else torch.float32
+    dtype = unasked_dtype(context.device)
     prior = load_prior(method.prior, dtype, context.allow_pickle) if method.prior else None
     try:
         pipe = kandinsky.load_prior_pipeline(path, revision, dtype, context.allow_pickle, prior)
