@@ -64,6 +64,7 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     FireFlowMethod(),
     UniInvMethod(),
     ComparedLbo(name="lbo-1", fitted_by="anderson", passes=1, tolerance=0.0),
+    LboMethod(name="lbo-1-fitted", warm_start="fitted", passes=1, tolerance=0.0),
     RenoiseMethod(),
     ComparedLbo(name="lbo-2", fitted_by="anderson", passes=2, tolerance=0.0),
     FixedPointMethod(name="fixed-point-3", iterations=3),
@@ -96,7 +97,7 @@ EXTRA_STATE: tuple[InversionMethod, ...] = (
     NullTextMethod(),
 )
 AUDIT = (
-    "euler", "rf-solver", "fireflow", "uni-inv", "lbo-1", "renoise", "lbo-2", "fixed-point-3",
+    "euler", "rf-solver", "fireflow", "uni-inv", "lbo-1", "lbo-1-fitted", "renoise", "lbo-2", "fixed-point-3",
     "averaged-3", "anderson-3", "lbo-4", "lbo", "lbo+retries", "lbo-30", "anderson-1e-3", "anderson-5", "lbo-6",
     "lbo+ilb", "belm",
     "edict", "lbo+replay", "lbo-1+shown", "rf-inversion",

@@ -10,9 +10,11 @@ Both forms of the bias solve D_t(z_t) = z_prev, with g(x) = (z_prev - weight m(x
 * input: z_t = g(z_prev + b_t), and b_t is right when z_prev + b_t = z_t. No evaluation is spent on z_prev itself: with
   a warm start already the first one stands next to the solution, which is why this is the default.
 
-Warm start: a bias is a network output in disguise. The output that the last step ended with, m* = (z_prev - scale z_t)
-/ weight, is the next step's guess (`last`), or the last two are extended by a line (`linear`), under the next step's
-own coefficients. For the output bias the same is done with m* - m(z_prev, t).
+Warm start: a bias is a network output in disguise. The output that the last step ended with,
+m* = (z_prev - scale z_t) / weight, is the next step's guess (`last`), or the last two are extended by a line
+(`linear`), or by as much of that line as would have fitted the last step (`fitted`: m + s (m - m_before), s =
+<m - m_before, d> / |d|^2 with d the difference before, between 0 and 1.5; 0 as long as a row has none), under the next
+step's own coefficients. For the output bias the same is done with m* - m(z_prev, t).
 
 Legend as in `stages.inversion.engine`.
 """
@@ -29,12 +31,14 @@ from stages.inversion.fixed_point import History
 from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
 
-WarmStart = Literal["none", "last", "linear"]
+WarmStart = Literal["none", "last", "linear", "fitted"]
 
 ITERATE, DIFFERENTIATE, SEARCH = range(3)
 """What a row's next evaluation is for: an iterate, the gradient at the best point, a trial along that gradient."""
 IDLE = 1e-4
 """Below this weight of the output, z no longer tells it: rounding z alone moves m* by 1e-3. Ordinary steps: 1e-2."""
+MOST = 1.5
+"""Of the line that `fitted` goes along at most."""
 PATIENCE = 2
 """Evaluations without a new smallest residual before a row takes a gradient step."""
 
@@ -45,6 +49,7 @@ class Fit(NamedTuple):
     Attributes:
         steps_B: Steps that the row has behind it.
         last_BCHW, before_BCHW: m* of the last step (less m(z_prev) for the output bias), and of the one before it.
+        share_B: Of the line through them that would have fitted the last step.
         base_BCHW: m(z_prev), for the output bias. This and what follows is of the present step.
         history: Of Anderson acceleration.
         best_B, best_BCHW: The smallest residual, and where it was.
@@ -56,6 +61,7 @@ class Fit(NamedTuple):
     steps_B: torch.Tensor
     last_BCHW: torch.Tensor
     before_BCHW: torch.Tensor
+    share_B: torch.Tensor
     base_BCHW: torch.Tensor
     history: History
     best_B: torch.Tensor
@@ -107,7 +113,7 @@ class LatentBias(Rule[Fit]):
         zero_BCHW, zero_B = torch.zeros_like(z_BCHW), torch.zeros(len(z_BCHW), device=z_BCHW.device)
         count_B, worst_B = zero_B.long(), torch.full_like(zero_B, torch.inf)
         return Fit(
-            steps_B=count_B, last_BCHW=zero_BCHW, before_BCHW=zero_BCHW, base_BCHW=zero_BCHW,
+            steps_B=count_B, last_BCHW=zero_BCHW, before_BCHW=zero_BCHW, share_B=zero_B, base_BCHW=zero_BCHW,
             history=History.blank(z_BCHW, self.window), best_B=worst_B, best_BCHW=zero_BCHW,
             mode_B=torch.full_like(count_B, ITERATE), stalled_B=count_B, slope_BCHW=zero_BCHW, r_BCHW=zero_BCHW,
             length_B=zero_B,
@@ -115,7 +121,7 @@ class LatentBias(Rule[Fit]):
 
     def begin(self, prev_BCHW: torch.Tensor, step: Step, state: Fit) -> tuple[torch.Tensor, Fit]:
         fresh = self.blank(prev_BCHW)._replace(
-            steps_B=state.steps_B, last_BCHW=state.last_BCHW, before_BCHW=state.before_BCHW
+            steps_B=state.steps_B, last_BCHW=state.last_BCHW, before_BCHW=state.before_BCHW, share_B=state.share_B
         )
         if self.bias == "output" or self.warm_start == "none":
             return prev_BCHW, fresh
@@ -129,7 +135,11 @@ class LatentBias(Rule[Fit]):
             return torch.zeros_like(last_BCHW)
         if self.warm_start == "last":
             return last_BCHW
-        return torch.where(per_row(state.steps_B > 1, last_BCHW), 2 * last_BCHW - before_BCHW, last_BCHW)
+        if self.warm_start == "fitted":
+            line_BCHW = last_BCHW + per_row(state.share_B, last_BCHW) * (last_BCHW - before_BCHW)
+        else:
+            line_BCHW = 2 * last_BCHW - before_BCHW
+        return torch.where(per_row(state.steps_B > 1, last_BCHW), line_BCHW, last_BCHW)
 
     def is_base(self, point: Evaluation) -> torch.Tensor:
         """Rows whose evaluation is the output bias's base, at z_prev: no point of the fit."""
@@ -190,10 +200,20 @@ class LatentBias(Rule[Fit]):
         m_BCHW = torch.where(idle, point.m_BCHW, m_BCHW)
         if self.bias == "output":
             m_BCHW = m_BCHW - state.base_BCHW
+        if self.warm_start == "fitted":
+            state = state._replace(share_B=torch.where(done_B, fitted_share(m_BCHW, state), state.share_B))
         return state._replace(
             steps_B=state.steps_B + done_B, last_BCHW=torch.where(keep, m_BCHW, state.last_BCHW),
             before_BCHW=torch.where(keep, state.last_BCHW, state.before_BCHW),
         )  # fmt: skip
+
+
+def fitted_share(m_BCHW: torch.Tensor, state: Fit) -> torch.Tensor:
+    """share_B of the line through the last two outputs that leads nearest to this one; 0 where there are no two."""
+    way_BCHW = (state.last_BCHW - state.before_BCHW).flatten(1)
+    along_B = ((m_BCHW - state.last_BCHW).flatten(1) * way_BCHW).sum(1)
+    share_B = (along_B / way_BCHW.square().sum(1).clamp(min=1e-30)).clamp(0, MOST)
+    return torch.where(state.steps_B > 1, share_B, 0.0)
 
 
 def line_search(point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, Fit]:

@@ -235,8 +235,9 @@ class LboMethod(InversionMethod):
     update: Literal["safeguarded"] = "safeguarded"
     """How the bias is fitted: Anderson acceleration, and a gradient step where a row stalls. What else was tried is
     measured in ``benchmarks/inversion``."""
-    warm_start: Literal["none", "last", "linear"] = "linear"
-    """Start a step's bias from the last step's, or from the line through the last two."""
+    warm_start: Literal["none", "last", "linear", "fitted"] = "linear"
+    """Start a step's bias from the last step's, from the line through the last two, or from as much of that line as
+    would have fitted the last step, which is the best start where ``passes`` is 1."""
     passes: int = Field(10, ge=1)
     """Most network passes a step; a gradient counts as one more."""
     tolerance: float | None = Field(None, ge=0)

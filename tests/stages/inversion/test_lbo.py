@@ -62,11 +62,12 @@ def test_every_bias_comes_nearer_than_ddim_within_its_budget(bias) -> None:
     assert passes <= 12
 
 
-@pytest.mark.parametrize("start", ["none", "last", "linear"])
+@pytest.mark.parametrize("start", ["none", "last", "linear", "fitted"])
 def test_the_first_point_carries_the_last_output(start) -> None:
     schedule = ddim_schedule(CONFIG, 4)
     rule = LatentBias(warm_start=start, passes=1, tolerance=0.0)
     outputs = torch.randn((3, 1, *SHAPE), generator=torch.Generator().manual_seed(6))
+    outputs[2] = outputs[1] + 0.4 * (outputs[1] - outputs[0]) + 0.1 * outputs[2]  # nearly on a line
     z = torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(7))
     yes, state = torch.tensor([True]), rule.blank(z)
     for k in range(3):
@@ -78,7 +79,10 @@ def test_the_first_point_carries_the_last_output(start) -> None:
         state = rule.ended(point, state, yes, z_next)
         z = z_next
     point, _ = rule.begin(z, schedule.at(torch.tensor([3])), state)
-    expected = {"none": None, "last": outputs[2], "linear": 2 * outputs[2] - outputs[1]}[start]
+    before, now = (outputs[1] - outputs[0]).double().numpy().ravel(), (outputs[2] - outputs[1]).double().numpy().ravel()
+    share = min(max(now @ before / (before @ before), 0.0), 1.5)
+    shares = {"none": None, "last": 0.0, "linear": 1.0, "fitted": share}
+    expected = None if start == "none" else outputs[2] + shares[start] * (outputs[2] - outputs[1])
     step = schedule.at(torch.tensor([3]))
     wanted = z if expected is None else step.up(z, expected)
     torch.testing.assert_close(point, wanted, rtol=1e-3, atol=1e-3)
