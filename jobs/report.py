@@ -9,9 +9,9 @@ from jobs.kinds.chain import read_listing
 from jobs.page.html import shorten, tag
 from jobs.page.report import REPORT_FILE, StepPart, render, render_chain
 from jobs.page.view import View
-from jobs.schema import registry
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
+from jobs.schema.registry import stored_job
 from pipeline.access import granted
 
 
@@ -65,13 +65,3 @@ def own_panels(job: RowJob | None) -> list[Panel]:
     except Exception as error:
         message = f"The job's own panels are missing: {type(error).__name__}: {shorten(error, 200)}"
         return [Panel(job.job, lambda view: tag("p", message, class_="quiet"))]
-
-
-def stored_job(plan: Mapping[str, Any]) -> RowJob | None:
-    """The job as a plan remembers it; None where its kind is not installed or its settings have changed."""
-    config = dict(plan.get("config") or {})
-    try:
-        job = registry.find(config["job"]).model_validate({**config, "input": "unused"})
-    except (KeyError, ValueError):
-        return None
-    return job if isinstance(job, RowJob) else None

@@ -274,7 +274,5 @@ def description(job: RowJob, finished: Finished) -> str:
     import yaml
 
     text = (type(job).__doc__ or "").strip().split("\n\n")[0]
-    settings = yaml.safe_dump(
-        {"job": job.job, **job.own_settings(), "seed": job.seed}, sort_keys=False, allow_unicode=True
-    )
+    settings = yaml.safe_dump({"job": job.job, **job.own_keys(), "seed": job.seed}, sort_keys=False, allow_unicode=True)
     return f"{text}\n\n{job.card(finished)}## Settings\n\n```yaml\n{settings}```\n"

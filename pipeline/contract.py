@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 Row = dict[str, Any]
 """One row. Always has ``id`` (str). Rows that leave a stage also have ``status`` and ``error``."""
@@ -102,6 +103,53 @@ def speed(default: Any, **options: Any) -> Any:
         options: As `pydantic.Field` takes them.
     """
     return Field(default, json_schema_extra={"affects": "speed"}, **options)
+
+
+def renamed(was: str, *, to: str) -> dict[str, Any]:
+    """Options of a field that used to be called otherwise: job files may go on with the old name, and what is written
+    (plans, fingerprints) goes on with it, so that old outputs resume.
+
+    Args:
+        was: The old name.
+        to: The field's own name, which job files are told.
+    """
+    return {"validation_alias": AliasChoices(to, was), "serialization_alias": was}
+
+
+def keys_of(kind: type[BaseModel]) -> dict[str, str]:
+    """Field -> the key that a job file has for it."""
+    return {name: _names(name, option)[0] for name, option in kind.model_fields.items()}
+
+
+def old_keys_of(kind: type[BaseModel]) -> dict[str, str]:
+    """Key that a job file may still have -> what it is called now; see `renamed`."""
+    return {old: names[0] for names in map(_names, kind.model_fields, kind.model_fields.values()) for old in names[1:]}
+
+
+def _names(name: str, option: FieldInfo) -> list[str]:
+    """The key of a field, and those that it had before."""
+    alias = option.validation_alias
+    if isinstance(alias, AliasChoices):
+        return [str(choice) for choice in alias.choices]
+    return [alias if isinstance(alias, str) else name]
+
+
+def as_job_file(settings: BaseModel) -> dict[str, Any]:
+    """Settings as plain data under the keys of a job file, where `model_dump` has those of plans."""
+    keyed: dict[str, Any] = _keyed(settings, settings.model_dump(mode="json"))
+    return keyed
+
+
+def _keyed(value: Any, dumped: Any) -> Any:
+    if isinstance(value, BaseModel):
+        fields, keys = type(value).model_fields, keys_of(type(value))
+        written = {name: option.serialization_alias or option.alias or name for name, option in fields.items()}
+        return {keys[name]: _keyed(getattr(value, name), dumped[key]) for name, key in written.items() if key in dumped}
+    if isinstance(value, (list, tuple)):
+        return [_keyed(*pair) for pair in zip(value, dumped, strict=True)]
+    if isinstance(value, Mapping):
+        return {key: _keyed(value[key], part) for key, part in dumped.items()}
+    return dumped
 
 
 def speed_names(kind: type[BaseModel]) -> frozenset[str]:

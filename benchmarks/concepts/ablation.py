@@ -168,7 +168,7 @@ def evaluate(
         drawn = generate(
             model, prompts, tokens, torch.from_numpy(row["embeddings"][: len(tokens)]),
             seeds=[row_seed(2, row["id"], str(n)) for n in range(each)], steps=steps, guidance=guidance,
-            batch=64,
+            batch_size=64,
         )  # fmt: skip
         for pair, reading in zip(asked, oracle.read(drawn), strict=True):
             seen = judge(reading, target, pair, shape, color)

@@ -155,7 +155,7 @@ def main() -> None:
     encoded = encode_pictures(model, pictures)
     drawn = time.process_time()
     share = options.held_out / options.prompts
-    settings = Training(steps=options.steps, batch=32, lr=1e-3, noise_rows=2, held_out=share)
+    settings = Training(steps=options.steps, batch_size=32, lr=1e-3, noise_rows=2, held_out=share)
     latent = (int(z.shape[1]), int(z.shape[2]), int(z.shape[3]))
     shape = InverterShape(latent=latent, text=(text.shape[1], text.shape[2]), patch=2, width=128, layers=4, heads=4)
     pairs = Pairs(encoded.numpy().astype(np.float16), prompts)

@@ -150,8 +150,8 @@ def train(options: argparse.Namespace, names: Sequence[str], limit: float, found
     given = {name: Source((str(options.work / f"{name}.parquet"),), id="id").to_json() for name in names}
     held, real = (Source((str(options.work / f"{name}.parquet"),), id="id").to_json() for name in ("held-out", "real"))
     stage = JudgeCorpus(JudgeCorpusSettings(
-        held_out=held, real=real, corpora=given, epochs=options.epochs, batch=32, rare=world.RARE_SEEN, device="cpu",
-        added=2 * options.concepts * options.pictures, seed=options.seed, labels=("label",),
+        held_out=held, real=real, corpora=given, epochs=options.epochs, batch_size=32, rare=world.RARE_SEEN,
+        device="cpu", added=2 * options.concepts * options.pictures, seed=options.seed, labels=("label",),
     ))  # fmt: skip
     for trial, name in missing:
         if time.monotonic() > limit:

@@ -36,6 +36,7 @@ from jobs.commands.errors import (
     EXIT_INTERRUPTED,
     as_json_lines,
     errors,
+    note,
     printable,
     stderr,
     stop,
@@ -144,7 +145,7 @@ def run_job(
             stop("--calibrate belongs to --dry-run")
         if retry_failed and dry_run:
             stop("--retry-failed runs the job; `latentmill failed OUT` lists what it would do again")
-        described = reading.load(job, settings or ())
+        described = reading.load(job, settings or (), note)
         options = {**described.storage_options, **parsed(storage_options)}
         described = described.model_copy(update={"storage_options": options})
         target = output or described.output

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.commands.errors import EXIT_INCOMPLETE, errors, printable
+from jobs.commands.errors import EXIT_INCOMPLETE, errors, note, printable
 from jobs.commands.stores import StorageOptions, parsed
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _findings(
     if path is None:
         return
     try:
-        job = reading.load(path)
+        job = reading.load(path, tell=note)
     except reading.JobFileError as error:
         yield checks.Finding("job file", "fail", str(error), "correct it there")
         return

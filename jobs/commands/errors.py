@@ -87,6 +87,18 @@ def stop(message: str, code: int = EXIT_USAGE) -> NoReturn:
     raise typer.Exit(code)
 
 
+def note(message: str) -> None:
+    """Tell the user something that stands in the way of nothing."""
+    from rich.text import Text
+
+    if _AS_JSON.get():
+        from jobs.commands import json_lines
+
+        json_lines.write("message", {"message": message, "phase": "planning"})
+        return
+    stderr().print(Text.assemble(("note: ", "bold"), printable(message)), soft_wrap=True)
+
+
 def stderr() -> Console:
     """Where people are told things; standard output is for results."""
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.commands.errors import errors, stderr, stop
+from jobs.commands.errors import errors, note, stderr, stop
 from jobs.commands.options import Output, Overrides
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def submit(
 
         if not slurm:
             stop("submit to what? --slurm is what there is; to a running Ray: ray job submit (docs/clusters.md)")
-        described = reading.load(job, settings or ())
+        described = reading.load(job, settings or (), note)
         target = output or described.output
         if not target:
             stop("where should the dataset go? Set `output:` in the job file, or give --output DIR")

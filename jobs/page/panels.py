@@ -10,6 +10,7 @@ from jobs.page.amounts import duration, figure, size
 from jobs.page.html import Content, Exhibit, Html, escape, gallery, shorten, table, tag, words
 from jobs.page.view import View
 from jobs.schema.panel import Panel
+from jobs.schema.registry import stored_job
 
 if TYPE_CHECKING:
     from pipeline.output.commit import Record
@@ -226,7 +227,8 @@ def _columns(view: View) -> Html:
 
 def _settings(view: View) -> Html:
     plan = view.plan
-    facts: list[tuple[str, Any]] = list(_flat(view.config))
+    job = stored_job(plan)
+    facts: list[tuple[str, Any]] = list(_flat(view.config if job is None else job.own_keys()))
     facts += [(f"model: {role}", model.get("path", "")) for role, model in dict(plan.get("models", {})).items()]
     facts += [
         (name, plan[name])

@@ -16,7 +16,7 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 from jobs.schema.panel import Panel
 from pipeline.access import granted
 from pipeline.addresses import has_password, problem_with, shown
-from pipeline.contract import Settings, added
+from pipeline.contract import Settings, added, as_job_file
 from pipeline.input.source import Format, Source
 
 if TYPE_CHECKING:
@@ -225,5 +225,11 @@ class RowJob(Job):
 
     def own_settings(self) -> dict[str, Any]:
         """The job's own fields: with stage, source, seed, shard_rows and keep they decide what is written."""
-        common = set(RowJob.model_fields) - {"job"} | {"name"}
-        return self.model_dump(mode="json", exclude=common)
+        return self.model_dump(mode="json", exclude=_COMMON)
+
+    def own_keys(self) -> dict[str, Any]:
+        """The same under the names that a job file has for them now."""
+        return {key: value for key, value in as_job_file(self).items() if key not in _COMMON}
+
+
+_COMMON = set(RowJob.model_fields) - {"job"} | {"name"}

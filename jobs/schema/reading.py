@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from jobs.schema import registry
 from jobs.schema.base import Job
 from jobs.schema.steps import step_kinds, step_model
+from pipeline.contract import keys_of, old_keys_of
 
 Where = tuple[str | int, ...]
 _NOTHING = object()
@@ -50,13 +52,21 @@ def dotted(where: Where) -> str:
     return text
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Job:
+def warn(message: str) -> None:
+    """Tell Python users; commands print it."""
+    warnings.warn(message, FutureWarning, stacklevel=3)
+
+
+def load(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), tell: Callable[[str], None] = warn
+) -> Job:
     """Read and validate a job.
 
     Args:
         source: Path of a YAML file, or its content as a mapping.
         overrides: ``a.b=value`` settings that replace what the file says; values are YAML. A list's items are
             addressed by index, steps of a chain also by name.
+        tell: Called with a sentence for each key that has another name by now.
 
     Raises:
         JobFileError: With one line for each thing that is wrong.
@@ -64,7 +74,10 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     document = Document(dict(source)) if isinstance(source, Mapping) else read(Path(source))
     for override in overrides:
         document = _override(document, override)
-    return validate(document)
+    job = validate(document)
+    for where, now in _old_keys(document.data, type(job)):
+        tell(f"{document.locate(where)} is called {now!r} now; the old name is read as well")
+    return job
 
 
 def read(path: Path) -> Document:
@@ -135,28 +148,72 @@ def _override(document: Document, override: str) -> Document:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise JobFileError(f"--set {override}: the value is not valid YAML: {error}") from None
-    keys = path.split(".")
-    data = _with(document.data, keys, value, override)
-    return Document(data, document.name, document.lines)
+    where = _resolved(document.data, path.split("."), override)
+    return Document(_with(document.data, where, value), document.name, document.lines)
 
 
-def _with(data: Any, keys: Sequence[str], value: Any, override: str) -> Any:
+def _resolved(data: Any, keys: Sequence[str], override: str) -> Where:
+    """The place of a setting: items of lists by number, and keys by the name that the document has for them."""
+    kind = data.get("job") if isinstance(data, Mapping) else None
+    model = registry.find(kind) if kind in registry.kinds() else None
+    where, here = Where(), data
+    for key in keys:
+        part: str | int = key
+        if isinstance(here, (list, tuple)):
+            part = _item(here, key, override)
+        elif isinstance(here, Mapping) and key not in here and model is not None:
+            part = next((own for own in _synonyms(model, data, where, key) if own in here), key)
+        where, here = (*where, part), _child(here, part)
+    return where
+
+
+def _item(items: Sequence[Any], key: str, override: str) -> int:
+    named = {n: item.get("name", item.get("job")) for n, item in enumerate(items) if isinstance(item, Mapping)}
+    names = {str(name): n for n, name in named.items() if name is not None}
+    index = names.get(key, int(key) if key.isdigit() else -1)
+    if not 0 <= index < len(items):
+        choices = [*names, *map(str, range(len(items)))]
+        hint = registry.nearest(key, choices)
+        raise JobFileError(f"--set {override}: no item {key!r} here.{hint} There is: {', '.join(choices)}.")
+    return index
+
+
+def _synonyms(model: type[BaseModel], data: Any, where: Where, key: str) -> Iterator[str]:
+    """The old names of a key, or the new one of an old one."""
+    for block in _blocks(model, data, where):
+        for old, now in old_keys_of(block).items():
+            if key in (old, now):
+                yield now if key == old else old
+
+
+def _with(data: Any, where: Where, value: Any) -> Any:
     """A copy of nested mappings and lists with one value replaced."""
-    if not keys:
+    if not where:
         return value
-    key, rest = keys[0], keys[1:]
+    key, rest = where[0], where[1:]
     if isinstance(data, (list, tuple)):
-        named = {n: item.get("name", item.get("job")) for n, item in enumerate(data) if isinstance(item, Mapping)}
-        names = {str(name): n for n, name in named.items() if name is not None}
-        index = names.get(key, int(key) if key.isdigit() else -1)
-        if not 0 <= index < len(data):
-            choices = [*names, *map(str, range(len(data)))]
-            hint = registry.nearest(key, choices)
-            raise JobFileError(f"--set {override}: no item {key!r} here.{hint} There is: {', '.join(choices)}.")
-        return [_with(item, rest, value, override) if n == index else item for n, item in enumerate(data)]
+        return [_with(item, rest, value) if n == key else item for n, item in enumerate(data)]
     if not isinstance(data, Mapping):
         data = {"path": data} if isinstance(data, str) else {}  # the short form of an input block
-    return {**data, key: _with(data.get(key), rest, value, override)}
+    return {**data, key: _with(data.get(key), rest, value)}
+
+
+def _old_keys(data: Any, model: type[BaseModel], where: Where = ()) -> Iterator[tuple[Where, str]]:
+    """Keys of a valid document that have another name by now, and that name."""
+    here = data
+    for part in where:
+        here = here[part]
+    if isinstance(here, (list, tuple)):
+        for index in range(len(here)):
+            yield from _old_keys(data, model, (*where, index))
+    if not isinstance(here, Mapping):
+        return
+    old = {was: now for block in _blocks(model, data, where) for was, now in old_keys_of(block).items()}
+    current = {key for block in _blocks(model, data, where) for key in keys_of(block).values()}
+    for key in here:
+        if key in old and key not in current:
+            yield (*where, key), old[key]
+        yield from _old_keys(data, model, (*where, key))
 
 
 def validate(document: Document) -> Job:
@@ -187,8 +244,7 @@ def validate(document: Document) -> Job:
 def _explain(problem: Mapping[str, Any], data: Any, model: type[BaseModel], where: Where) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        allowed = sorted({name for block in _blocks(model, data, where[:-1]) for name in block.model_fields})
-        return f"unknown key.{registry.nearest(where[-1], allowed)} Allowed here: {', '.join(allowed)}."
+        return _unknown(str(where[-1]), list(_blocks(model, data, where[:-1])))
     if kind == "missing":
         return "this key is required."
     if kind == "literal_error":
@@ -199,6 +255,17 @@ def _explain(problem: Mapping[str, Any], data: Any, model: type[BaseModel], wher
         return str(context.get("message") or context.get("error") or problem["msg"])
     message = problem["msg"].removeprefix("Input should be ")
     return f"{_short(problem['input'])} will not do: should be {message}."
+
+
+def _unknown(key: str, blocks: Sequence[type[BaseModel]]) -> str:
+    old = {was: now for block in blocks for was, now in old_keys_of(block).items()}
+    allowed = sorted({name for block in blocks for name in keys_of(block).values()})
+    if key in old:
+        return f"the old name of {old[key]!r}, which is given as well: keep one of them."
+    near = registry.nearest(key, [*allowed, *old])
+    for was, now in old.items():
+        near = near.replace(repr(was), repr(now))
+    return f"unknown key.{near} Allowed here: {', '.join(allowed)}."
 
 
 def _in_data(where: Where, data: Any) -> Where:
@@ -234,13 +301,16 @@ def _blocks(model: type[BaseModel], data: Any, where: Where) -> Iterator[type[Ba
         if isinstance(step, Mapping) and step.get("job") in step_kinds():
             yield from _blocks(step_model(step["job"]), step, rest[1:])
         return
-    declared = model.model_fields.get(str(key))
-    if declared is None:
+    field = next((name for name, own in keys_of(model).items() if own == old_keys_of(model).get(str(key), key)), None)
+    if field is None:
         return
-    while rest and isinstance(rest[0], int):
-        inner = inner[rest[0]] if isinstance(inner, (list, tuple)) and rest[0] < len(inner) else None
-        rest = rest[1:]
-    for candidate in _models(declared.annotation):
+    annotation = model.model_fields[field].annotation
+    while rest and (isinstance(rest[0], int) or get_origin(annotation) is dict):
+        inner, rest, annotation = _child(inner, rest[0]), rest[1:], (get_args(annotation) or (annotation,))[-1]
+    candidates = list(_models(model.model_fields[field].annotation))
+    method = inner.get("method") if isinstance(inner, Mapping) else None
+    named = [one for one in candidates if "method" in one.model_fields and one.model_fields["method"].default == method]
+    for candidate in named or candidates:
         yield from _blocks(candidate, inner, rest)
 
 

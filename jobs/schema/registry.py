@@ -6,12 +6,12 @@ A new job is one line in `KINDS` and one module with a `RowJob` subclass; see do
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
-from jobs.schema.base import Job
+from jobs.schema.base import Job, RowJob
 
 KINDS: dict[str, str] = {
     "reference": "jobs.kinds.reference:Reference",
@@ -46,6 +46,16 @@ def find(kind: str) -> type[Job]:
     module, _, name = KINDS[kind].partition(":")
     job: type[Job] = getattr(importlib.import_module(module), name)
     return job
+
+
+def stored_job(plan: Mapping[str, Any]) -> RowJob | None:
+    """The job as a plan remembers it; None where its kind is not installed or its settings have changed."""
+    config = dict(plan.get("config") or {})
+    try:
+        job = find(config["job"]).model_validate({**config, "input": "unused"})
+    except (KeyError, ValueError):
+        return None
+    return job if isinstance(job, RowJob) else None
 
 
 def nearest(word: Any, allowed: Iterable[str]) -> str:

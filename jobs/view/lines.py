@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from jobs.report import stored_job
+from jobs.schema.registry import stored_job
 from jobs.view.columns import literal
 
 if TYPE_CHECKING:

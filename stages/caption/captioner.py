@@ -113,7 +113,7 @@ class Captioner:
         )
         self.model = model.to(device).eval().requires_grad_(False)
         self.ends = torch.tensor(sorted(_ends(self.model)), dtype=torch.int64)
-        self.batch = settings.batch or self._fitting_batch()
+        self.batch = settings.batch_size or self._fitting_batch()
 
     @torch.inference_mode()
     def captions(self, pictures: list[Image], keys: list[str]) -> list[Caption]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.contract import Settings, speed
+from pipeline.contract import Settings, renamed, speed
 from stages.models.names import ModelName
 
 
@@ -35,7 +35,7 @@ class Captioning(Settings):
     token, always."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Draw among the likeliest tokens that have so much of the probability together."""
-    batch: int | None = speed(None, ge=1)
+    batch_size: int | None = speed(None, ge=1, **renamed("batch", to="batch_size"))
     """Pictures at once. Left out: found from the device's memory."""
 
     @model_validator(mode="after")

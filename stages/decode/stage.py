@@ -40,7 +40,7 @@ class DecodeEmbeddings:
         return StageInfo((Column("image", "image"),), kind.identity(settings), metadata, {"embedding": "value"})
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        return in_batches(rows, self.decode.batch, self._drawn)
+        return in_batches(rows, self.decode.batch_size, self._drawn)
 
     def _drawn(self, rows: list[Row]) -> Iterator[Row]:
         good: list[Row] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipeline.contract import Settings
+from pipeline.contract import Settings, renamed
 from stages.models.names import FolderName
 from stages.models.settings import LatentModelSettings
 
@@ -28,7 +28,7 @@ class Training(Settings):
 
     steps: int = Field(10_000, ge=1)
     """Optimiser steps."""
-    batch: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, **renamed("batch", to="batch_size"))
     """Pictures in each."""
     lr: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW; 5 % of the steps warm up, the rest follows a cosine to zero."""
@@ -45,7 +45,7 @@ class Training(Settings):
 class BatchSettings(LatentModelSettings):
     """What both stages take: one frozen model, and how many pictures go through it at once."""
 
-    batch: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, **renamed("batch", to="batch_size"))
     """Pictures in one pass."""
 
 

@@ -23,7 +23,7 @@ class _Batched:
 
     def __init__(self, settings: BatchSettings) -> None:
         self.model = open_latent_model(settings)
-        self.batch = settings.batch
+        self.batch = settings.batch_size
 
     def shrink(self) -> bool:
         """Half the batch, after the device ran out of memory."""

@@ -122,7 +122,7 @@ def train_inverter(
     inverter.train()
     for step in range(first, settings.steps):
         generator = row_generator(seed, "inverter", f"step {step}")
-        chosen = trained[torch.randint(len(trained), (settings.batch,), generator=generator).numpy()]
+        chosen = trained[torch.randint(len(trained), (settings.batch_size,), generator=generator).numpy()]
         z_BCHW = pairs.latents(chosen, model.device)
         text_BTK, pooled_BP = text_conditions(model, pairs.texts(chosen))
         guess_BTK, guess_BP = inverter(z_BCHW)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from pipeline.contract import Settings, speed
+from pipeline.contract import Settings, renamed, speed
 
 REAL = "real"
 """What the training on real pictures alone is called."""
@@ -37,7 +37,7 @@ class Judging(Settings):
     """Side in pixels that pictures are brought to: the middle square, resized."""
     epochs: int = Field(30, ge=1)
     """Passes over the training pictures."""
-    batch: int = Field(64, ge=2)
+    batch_size: int = Field(64, ge=2, **renamed("batch", to="batch_size"))
     """Pictures a step."""
     rate: float = Field(0.003, gt=0)
     """AdamW's highest rate; it rises to it in the first tenth of the steps, and falls along a cosine."""

@@ -71,7 +71,7 @@ def train(
     random = np.random.default_rng(row_seed(seed, f"trial {trial}", "order"))
     net = build(settings.classifier, sum(heads.sizes)).to(device).train()
     y_ML = torch.from_numpy(heads.encode(mixture.labels()))
-    batch = min(settings.batch, len(mixture))
+    batch = min(settings.batch_size, len(mixture))
     steps = len(mixture) // batch
     optimiser = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=WEIGHT_DECAY)
     share = partial(rise_and_fall, steps=steps * settings.epochs)

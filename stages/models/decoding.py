@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipeline.contract import Settings
+from pipeline.contract import Settings, renamed
 from stages.models.names import ModelName
 
 
@@ -21,5 +21,5 @@ class Decode(Settings):
     """Guidance scale."""
     size: int | None = Field(None, ge=8)
     """Side of the pictures in pixels. Left out: the model's own."""
-    batch: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, **renamed("batch", to="batch_size"))
     """Pictures at once."""

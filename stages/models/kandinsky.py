@@ -132,7 +132,7 @@ class Decoder:
 
     def __call__(self, rows: Iterable[Row], key: str = "id") -> Iterator[Row]:
         """Adds `image` to rows with an `embedding`; the noise is drawn from what they hold under `key`."""
-        return in_batches(rows, self.decode.batch, lambda batch: self._finite(batch, key))
+        return in_batches(rows, self.decode.batch_size, lambda batch: self._finite(batch, key))
 
     def _finite(self, rows: list[Row], key: str) -> Iterator[Row]:
         finite = [bool(np.isfinite(row["embedding"]).all()) for row in rows]

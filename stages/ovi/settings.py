@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.contract import Settings, added, speed
+from pipeline.contract import Settings, added, renamed, speed
 from stages.engine.methods import Method, Methods
 from stages.models.decoding import Decode
 from stages.models.names import FolderName, ModelName
@@ -209,7 +209,7 @@ class TrainedPrior(PromptMethod):
     """Denoising steps."""
     guidance: float = Field(4.0, ge=0)
     """Guidance scale."""
-    batch: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, **renamed("batch", to="batch_size"))
     """Rows at once."""
 
 

@@ -38,7 +38,7 @@ def trained_prior(method: TrainedPrior, context: Context) -> RowMap:
         for row, z_E in zip(rows, z_BE.float().cpu(), strict=True):
             yield ok(row, embedding=z_E.numpy(), steps=passes, passes=passes)
 
-    return lambda rows: in_batches(rows, method.batch, inferred)
+    return lambda rows: in_batches(rows, method.batch_size, inferred)
 
 
 def load_pipeline(method: TrainedPrior, context: Context) -> Any:

@@ -141,7 +141,7 @@ def test_an_inverter_and_what_it_reads(models: dict[str, str], inputs: Path, mad
     plain = {"model": models["sd"], "device": "cpu"}
     job = {"job": "train-inverter", "input": str(inputs / "prompts.jsonl"), "steps": 2, **plain}
     network = {"patch": 4, "width": 16, "layers": 1, "heads": 2}
-    trained = made({**job, "network": network, "training": {"steps": 1, "batch": 1}}, "inverter")
+    trained = made({**job, "network": network, "training": {"steps": 1, "batch_size": 1}}, "inverter")
     inverted = made(pictures_job(models, inputs, "sd", methods=["ddim"], inverter=str(trained)), "seeds")
     read = {"job": "invert-text", "inverter": str(trained), **plain}
     texts = made({**read, "input": {"path": str(inputs / "pictures"), "format": "images"}}, "texts")

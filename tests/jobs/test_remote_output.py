@@ -71,7 +71,7 @@ def test_a_chain_and_all_commands_reach_the_store(
         {"job": "invert-prompts", "input": str(prompts), "model": "micro:prior", "reference": "${reference}",
          "methods": [{"method": "direct"}]},
         {"job": "train-inverter", "input": "${invert-prompts}", "model": "micro:stable-diffusion", "steps": 2,
-         "network": {"width": 32, "layers": 1, "heads": 2}, "training": {"steps": 3, "batch": 2},
+         "network": {"width": 32, "layers": 1, "heads": 2}, "training": {"steps": 3, "batch_size": 2},
          "checkpoint_seconds": 0},
         {"job": "invert-text", "input": "micro-world://train?rows=2&seed=0", "model": "micro:stable-diffusion",
          "inverter": "${train-inverter}"},

@@ -109,11 +109,11 @@ def test_pictures_for_an_inverter_and_what_it_reads_of_them(folder: str, tmp_pat
     TextInverter(InverterShape(text=(16, 32), **SMALL)).save(str(tmp_path))
 
     def drawn(dtype: str) -> dict[str, dict]:
-        settings = DrawPairsSettings(model=folder, steps=3, guidance=3.0, batch=2, device="cpu", dtype=dtype)
+        settings = DrawPairsSettings(model=folder, steps=3, guidance=3.0, batch_size=2, device="cpu", dtype=dtype)
         return by_id(DrawPairs(settings)([{"id": str(i), "prompt": "red star"} for i in range(2)]))
 
     def read(dtype: str) -> dict[str, dict]:
-        settings = InvertTextSettings(inverter=str(tmp_path), model=folder, device="cpu", batch=2, dtype=dtype)
+        settings = InvertTextSettings(inverter=str(tmp_path), model=folder, device="cpu", batch_size=2, dtype=dtype)
         rows = [{"id": str(i), "image": Image.new("RGB", (30, 20), (i * 60, 20, 90))} for i in range(2)]
         return by_id(InvertText(settings)(rows))
 
@@ -125,7 +125,7 @@ def test_pictures_for_an_inverter_and_what_it_reads_of_them(folder: str, tmp_pat
 def test_train_inverter(folder: str, dtype: str) -> None:
     def trained(dtype: str) -> dict:
         shape = InverterShape(text=(16, 32), **SMALL)
-        settings = Training(steps=10, batch=4, lr=3e-3, noise_rows=2, held_out=0.2)
+        settings = Training(steps=10, batch_size=4, lr=3e-3, noise_rows=2, held_out=0.2)
         return train_inverter(opened(folder, dtype), pairs(), shape, settings, seed=0)[1]
 
     found, wanted = trained(dtype), trained("float32")
@@ -157,7 +157,7 @@ def test_invert_prompts(prior: str, tmp_path: Path, dtype: str) -> None:
                 "constraint": {"neighbours": 1.0, "k": 2},
             },
         ]
-        decode = {"model": decoder, "steps": 2, "batch": 2}
+        decode = {"model": decoder, "steps": 2, "batch_size": 2}
         stage = InvertPrompts(InvertPromptsSettings(model=prior, methods=methods, reference=reference, decoder=decode))
         labels = ("ovi", "held")
         return by_id(stage([{"id": name, "prompt": "a red star", "method": name} for name in labels]))

@@ -88,7 +88,7 @@ def train_inverter(folder: Path) -> dict[str, Any]:
     (folder / "drawn.jsonl").write_text("\n".join(lines))
     return {
         "job": "train-inverter", "input": str(folder / "drawn.jsonl"), "model": "micro:stable-diffusion", "steps": 2,
-        "network": {"width": 32, "layers": 1, "heads": 2}, "training": {"steps": 12, "batch": 4, "noise_rows": 2},
+        "network": {"width": 32, "layers": 1, "heads": 2}, "training": {"steps": 12, "batch_size": 4, "noise_rows": 2},
         "checkpoint_seconds": 0.2, "shard_rows": 4,
     }  # fmt: skip
 

@@ -60,7 +60,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(sets: Path, **more: Any) -> dict[str, Any]:
     return {
         "job": "judge-corpus", "input": {"path": str(sets / "held.parquet"), "id": "id"},
-        "real": str(sets / "real.parquet"), "size": SIDE, "epochs": 8, "batch": 8, "rare": 5, "trials": 2,
+        "real": str(sets / "real.parquet"), "size": SIDE, "epochs": 8, "batch_size": 8, "rare": 5, "trials": 2,
         "corpora": {"good": str(sets / "good.parquet"), "wrong": str(sets / "wrong.parquet")}, **more,
     }  # fmt: skip
 

@@ -289,7 +289,7 @@ def test_train_inverter_job_writes_an_inverter_that_reads_pictures(folder, tmp_p
             "device": "cpu",
             "steps": 1,
             "network": {"patch": 4, "width": 16, "layers": 1, "heads": 2},
-            "training": {"steps": 4, "batch": 4, "noise_rows": 2, "held_out": 0.2},
+            "training": {"steps": 4, "batch_size": 4, "noise_rows": 2, "held_out": 0.2},
         }
     )
     prompts = ["red star", "blue heart", "", "green ring", "small robot", "large circle"]

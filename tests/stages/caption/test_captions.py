@@ -75,7 +75,7 @@ def test_a_caption_is_the_librarys_own_whatever_stands_beside_it(models: dict[st
         words = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
         wanted.append((words, new.index(end) if end in new else TOKENS, end not in new))
     for batch in (1, 8):
-        for row, (words, tokens, truncated) in zip(said(stage(models, kind, batch=batch)), wanted, strict=True):
+        for row, (words, tokens, truncated) in zip(said(stage(models, kind, batch_size=batch)), wanted, strict=True):
             if words:
                 assert (row["status"], row["caption"]) == ("ok", words)
                 assert (row["caption_tokens"], row["caption_truncated"]) == (tokens, truncated)
@@ -89,12 +89,12 @@ def test_a_caption_is_the_librarys_own_whatever_stands_beside_it(models: dict[st
 @pytest.mark.parametrize("kind", KINDS)
 def test_drawn_captions_depend_on_seed_and_row_alone(models: dict[str, str], kind: str) -> None:
     alone, together, other = (
-        [row.get("caption") for row in said(stage(models, kind, batch=batch, temperature=1.5, seed=seed))]
+        [row.get("caption") for row in said(stage(models, kind, batch_size=batch, temperature=1.5, seed=seed))]
         for batch, seed in ((1, 3), (8, 3), (8, 4))
     )
     assert alone == together
     assert alone != other
-    assert alone != [row.get("caption") for row in said(stage(models, kind, batch=8))]
+    assert alone != [row.get("caption") for row in said(stage(models, kind, batch_size=8))]
 
 
 @pytest.mark.parametrize("top_p", [None, 0.6])
@@ -141,7 +141,7 @@ def test_what_a_folder_says_of_generating_changes_no_choice(models: dict[str, st
 
 
 def test_a_picture_that_the_processor_refuses_fails_alone(models: dict[str, str], monkeypatch: Any) -> None:
-    made = stage(models, "llava", batch=4)
+    made = stage(models, "llava", batch_size=4)
     whole = Prompter.__call__
 
     def narrow(self: Prompter, given: list[Image.Image]) -> Any:
@@ -166,7 +166,7 @@ def test_scores_that_are_no_numbers_fail_the_row(models: dict[str, str]) -> None
 
 
 def test_out_of_memory_halves_the_batch(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = stage(models, "idefics3", batch=8)
+    made = stage(models, "idefics3", batch_size=8)
     expected = [row.get("caption") for row in said(made)]
     generate, sizes = made.captioner.model.generate, []
 

@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def settings(models: dict[str, str], kind: str, **more: Any) -> DecodeSettings:
-    decode: dict[str, Any] = {"model": models[kind], "steps": STEPS, "guidance": GUIDANCE, "size": 16, "batch": 2}
+    decode: dict[str, Any] = {"model": models[kind], "steps": STEPS, "guidance": GUIDANCE, "size": 16, "batch_size": 2}
     if kind in ("sd", "sdxl"):
         decode["ip_adapter"] = {"path": models[f"{kind}-adapter"], "scale": 0.7}
     if kind == "cascade":

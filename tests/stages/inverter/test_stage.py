@@ -16,11 +16,11 @@ from tests.stages.inverter.test_training import SMALL
 def test_pictures_are_drawn_from_seed_and_id_and_latents_are_theirs(folder, model):
     rows = [{"id": str(i), "prompt": p} for i, p in enumerate(("red star", "", "blue heart", "red star"))]
     rows[1]["prompt"] = None
-    settings = DrawPairsSettings(model=folder, steps=2, guidance=3.0, batch=2, device="cpu", seed=4)
+    settings = DrawPairsSettings(model=folder, steps=2, guidance=3.0, batch_size=2, device="cpu", seed=4)
     drawn = {row["id"]: row for row in DrawPairs(settings)(rows)}
     assert drawn["1"]["status"] == "failed"
     assert "prompt is empty" in drawn["1"]["error"]
-    alone = next(iter(DrawPairs(settings.model_copy(update={"batch": 1}))([dict(rows[3])])))
+    alone = next(iter(DrawPairs(settings.model_copy(update={"batch_size": 1}))([dict(rows[3])])))
     assert np.abs(alone["latent"] - drawn["3"]["latent"]).max() < 1e-4
     assert np.abs(drawn["0"]["latent"] - drawn["3"]["latent"]).max() > 1e-2  # the same prompt, another id
     pixels = torch.from_numpy(np.array(drawn["0"]["image"])).float().permute(2, 0, 1)[None] / 127.5 - 1
@@ -31,7 +31,7 @@ def test_pictures_are_drawn_from_seed_and_id_and_latents_are_theirs(folder, mode
 def test_pictures_to_text_latents(folder, tmp_path):
     inverter = TextInverter(InverterShape(text=(16, 32), **SMALL))
     inverter.save(str(tmp_path))
-    settings = InvertTextSettings(inverter=str(tmp_path), model=folder, device="cpu", batch=2)
+    settings = InvertTextSettings(inverter=str(tmp_path), model=folder, device="cpu", batch_size=2)
     info = InvertText.describe(settings)
     assert info.columns[0].shape == (16, 32)
     rows = [{"id": str(i), "image": Image.new("RGB", (30, 20), (i * 60, 20, 90))} for i in range(3)]

@@ -32,7 +32,7 @@ def pairs(count: int = 24) -> Pairs:
 
 
 def test_inverter_learns_and_beats_the_mean_latent(model):
-    settings = Training(steps=100, batch=8, lr=3e-3, noise_rows=2, held_out=0.2)
+    settings = Training(steps=100, batch_size=8, lr=3e-3, noise_rows=2, held_out=0.2)
     shape = InverterShape(text=(16, 32), **SMALL)
     inverter, measures = train_inverter(model, pairs(40), shape, settings, seed=0)
     assert measures["held_out"] == 8
@@ -55,7 +55,7 @@ def test_training_killed_and_resumed_ends_equal(dtype, tmp_path, monkeypatch: py
     path = str(tmp_path / "c.safetensors")
 
     def trained(steps_seen=None, **options):
-        settings = Training(steps=12, batch=4, noise_rows=2)
+        settings = Training(steps=12, batch_size=4, noise_rows=2)
         return train_inverter(model, pairs(), shape, settings, seed=1, **options)
 
     whole, _ = trained()
@@ -93,7 +93,7 @@ def test_float16_keeps_the_gradient_of_a_real_latents_mean(model, tmp_path, monk
             seen.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).double())
 
         monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", kept)
-        settings = Training(steps=1, batch=4, noise_rows=4, noise_weight=1e-4)
+        settings = Training(steps=1, batch_size=4, noise_rows=4, noise_weight=1e-4)
         train_inverter(of, pairs(), shape, settings, seed=1)
         return seen[0]
 
@@ -107,7 +107,7 @@ def test_float16_keeps_the_gradient_of_a_real_latents_mean(model, tmp_path, monk
 def test_a_batch_may_be_smaller_than_the_rows_of_the_noise_loss(model):
     shape = InverterShape(text=(16, 32), **SMALL)
     curves = [
-        train_inverter(model, pairs(), shape, Training(steps=2, batch=4, noise_rows=rows), seed=1)[1]["curve"]
+        train_inverter(model, pairs(), shape, Training(steps=2, batch_size=4, noise_rows=rows), seed=1)[1]["curve"]
         for rows in (4, 16)
     ]
     assert curves[0] == curves[1]
@@ -116,7 +116,7 @@ def test_a_batch_may_be_smaller_than_the_rows_of_the_noise_loss(model):
 def test_sdxl_inverters_give_the_pooled_condition_too(tmp_path):
     model = opened(build(tmp_path, "sdxl"))
     shape = InverterShape(text=(16, 56), pooled=20, **SMALL)
-    settings = Training(steps=3, batch=4, noise_rows=2)
+    settings = Training(steps=3, batch_size=4, noise_rows=2)
     inverter, _ = train_inverter(model, pairs(), shape, settings, seed=0)
     text, pooled = inverter(torch.zeros(2, 4, 8, 8))
     assert text.shape == (2, 16, 56)

@@ -63,7 +63,7 @@ def test_a_label_that_no_head_knows_is_never_right() -> None:
 def test_the_same_trial_gives_the_same_classifier_and_another_one_another() -> None:
     dark, bright = pictures("dark", 6, 20), pictures("bright", 6, 230)
     mixture = mix(dark, bright, range(6), 6, np.random.default_rng(0))
-    heads, settings = Heads([("dark",), ("bright",)]), Judging(size=8, epochs=4, batch=4)
+    heads, settings = Heads([("dark",), ("bright",)]), Judging(size=8, epochs=4, batch_size=4)
     nets = [train(mixture, heads, settings, seed=1, trial=trial, device="cpu")[0] for trial in ("0", "0", "1")]
     first, again, other = (torch.cat([p.flatten() for p in net.state_dict().values()]) for net in nets)
     assert torch.equal(first, again)

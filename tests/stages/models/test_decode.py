@@ -24,7 +24,7 @@ def rows():
 
 def decoded(folder, batch, given=None, **options):
     negative = torch.linspace(-1, 1, WIDTH)
-    decoder = kandinsky.Decoder(Decode(model=folder, steps=3, batch=batch, **options), negative, seed=4)
+    decoder = kandinsky.Decoder(Decode(model=folder, steps=3, batch_size=batch, **options), negative, seed=4)
     return {row["id"]: row for row in decoder(given or rows())}
 
 

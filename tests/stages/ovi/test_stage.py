@@ -30,7 +30,7 @@ def params(tmp_path_factory):
         "model": prior,
         "methods": METHODS,
         "reference": build_reference(folder / "made", prior),
-        "decoder": {"model": build_decoder(folder / "decoder"), "steps": 2, "batch": 3},
+        "decoder": {"model": build_decoder(folder / "decoder"), "steps": 2, "batch_size": 3},
         "scores": ["clip", "frechet"],
         "store_tokens": True,
     }

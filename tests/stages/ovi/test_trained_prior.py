@@ -16,7 +16,7 @@ def test_trained_prior_is_the_pipeline_one_prompt_at_a_time(context, prior, rows
     from diffusers import KandinskyV22PriorPipeline
 
     pipe = KandinskyV22PriorPipeline.from_pretrained(prior)
-    got = run(TrainedPrior(steps=3, guidance=2.0, batch=batch), context, rows)
+    got = run(TrainedPrior(steps=3, guidance=2.0, batch_size=batch), context, rows)
     for row in rows:
         generator = row_generator(3, row["id"], "prior")
         wanted = pipe(row["prompt"], num_inference_steps=3, guidance_scale=2.0, generator=generator).image_embeds[0]
