@@ -134,6 +134,12 @@ def _names(name: str, option: FieldInfo) -> list[str]:
     return [alias if isinstance(alias, str) else name]
 
 
+def given(kind: type[BaseModel], raw: Mapping[str, Any], name: str) -> Any:
+    """What unread settings say of a field, under its key or an old one; else its default."""
+    option = kind.model_fields[name]
+    return next((raw[key] for key in _names(name, option) if key in raw), option.default)
+
+
 def as_job_file(settings: BaseModel) -> dict[str, Any]:
     """Settings as plain data under the keys of a job file, where `model_dump` has those of plans."""
     keyed: dict[str, Any] = _keyed(settings, settings.model_dump(mode="json"))

@@ -86,7 +86,7 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     ComparedLbo(name="lbo-gauss-newton-6", fitted_by="gauss-newton", passes=6, tolerance=0.0),
     ComparedLbo(name="lbo-adam-6", fitted_by="adam", passes=6, tolerance=0.0),
     ComparedLbo(name="lbo-jacobian-free-4", fitted_by="jacobian-free", passes=4, tolerance=0.0),
-    LboMethod(name="lbo+ilb", ilb=Boost(steps=50)),
+    LboMethod(name="lbo+ilb", ilb=Boost(iterations=50)),
 )
 EXTRA_STATE: tuple[InversionMethod, ...] = (
     LboMethod(name="lbo+replay", replay=True),

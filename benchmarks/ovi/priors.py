@@ -52,6 +52,7 @@ def table_methods() -> dict[str, PromptMethod]:
     """The methods of the table, the most telling first."""
     both = {"mahalanobis": 0.1, "neighbours": 1.0}
     own = {"mahalanobis": 1.0, "units": "balanced", "around": "prompt"}
+    captioned = Constraint(**own, neighbours=1.0, nearest_by="caption")
     made = [
         TrainedPrior(),
         Kernel(name="kernel-typical", residual=0.5),
@@ -60,12 +61,12 @@ def table_methods() -> dict[str, PromptMethod]:
         Linear(rescale=True),
         Retrieval(name="retrieval-8", k=8),
         OVI(name="ovi-compact-both", compact=True, constraint=Constraint(**both)),
-        OVI(name="ovi-compact-captions", compact=True, constraint=Constraint(**own, neighbours=1.0, by="caption")),
+        OVI(name="ovi-compact-captions", compact=True, constraint=captioned),
         Kernel(name="kernel-typical-drawn", residual=0.5, sample=True),
         Linear(name="linear-drawn", sample=True),
-        Retrieval(name="captions-1", by="caption"),
-        Retrieval(name="captions-8", by="caption", k=8),
-        Direct(name="direct-captions", constraint=Constraint(**own, neighbours=1.0, by="caption")),
+        Retrieval(name="captions-1", nearest_by="caption"),
+        Retrieval(name="captions-8", nearest_by="caption", k=8),
+        Direct(name="direct-captions", constraint=captioned),
         MeanShift(),
         Procrustes(),
     ]

@@ -24,7 +24,7 @@ SIDE, LINE, MARGIN = 96, 20, 6
 STEPS: list[dict[str, Any]] = [
     {"name": "reference", "job": "reference", "input": "micro-world://train?rows=600&seed=0", "encoder": "micro:prior",
      "keep": ["caption", "image"], "shard_rows": 600},
-    {"name": "prompts", "job": "invert-prompts", "model": "micro:prior",
+    {"name": "prompts", "job": "invert-prompts", "encoder": "micro:prior",
      "reference": "${reference}", "decode": {"model": "micro:decoder", "steps": 20},
      "methods": ["text-embedding", {"method": "ovi", "constraint": {"neighbours": 3.0}}, "trained-prior"]},
     {"name": "few", "job": "reference", "input": "micro-world://train?rows=5&seed=3", "encoder": "micro:prior",
@@ -38,9 +38,9 @@ STEPS: list[dict[str, Any]] = [
      "model": "micro:stable-diffusion",
      "learning": {"steps": 100, "window": 25, "lr": 0.02, "context": "none"},
      "samples": {"subjects": ["blue star", "green square", "yellow heart", "black cross"],
-                 "prompt": "a {concept} {subject}", "count": 2, "steps": 20, "guidance": 4}},
+                 "prompt": "a {concept} {subject}", "draws": 2, "steps": 20, "guidance": 4}},
     {"name": "rare", "job": "rare-concepts", "input": "jobs/examples/rare-concepts", "model": "micro:stable-diffusion",
-     "clip": "micro:prior", "methods": ["random", "nao"], "count": 5, "steps": 25, "guidance": 4},
+     "encoder": "micro:prior", "methods": ["random", "nao"], "count": 5, "steps": 25, "guidance": 4},
     {"name": "corpus", "job": "select-corpus", "input": "${rare}", "encoder": "micro:prior", "count": 4, "near": 0.97},
 ]  # fmt: skip
 

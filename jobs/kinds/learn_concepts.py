@@ -15,7 +15,7 @@ from jobs.schema.base import RowJob
 from jobs.schema.concept_input import absolute, allowed, concept_source, folder_of
 from jobs.schema.panel import Panel
 from pipeline.access import filesystem as filesystem_of
-from pipeline.contract import StageSpec
+from pipeline.contract import StageSpec, renamed
 from stages.concepts.settings import ConceptLearning, LearnConceptsSettings, LegoSettings, Templates
 from stages.models.names import FolderName
 
@@ -46,7 +46,7 @@ class LearnConcepts(RowJob, ConceptLearning):
     job: Literal["learn-concepts"] = "learn-concepts"
     learning: LegoSettings = LegoSettings()
     prompts: Prompts = Prompts()
-    start: FolderName | None = None
+    inverter: FolderName | None = Field(None, **renamed("start", to="inverter"))
     """Folder of a trained inverter (job ``train-inverter``) that moves each word to a good start first."""
     pictures_root: FolderName | None = None
     """Folder that relative picture addresses start from. Left out: the folder of the input's first file."""
@@ -62,7 +62,7 @@ class LearnConcepts(RowJob, ConceptLearning):
             LearnConceptsSettings,
             settings=self.learning,
             templates=self.prompts,
-            inverter=self.start,
+            inverter=self.inverter,
             root=root,
             allow=allowed(self.input, root),
             checkpoints=None if self.output is None else f"{absolute(self.output)}/{CHECKPOINTS}",

@@ -178,7 +178,7 @@ class Reference(ComputedEmbeddings, RowJob):
             source=digest.hexdigest(),
             shard_rows=[record.rows_ok for record in records],
             dim=self._width(),
-            dtype=self.dtype,
+            dtype=self.store,
             encoder=identity(self.encoder, "image", self.revision) if self.encoder else None,
             text_encoder=identity(text, "text", revision) if text and speaks else None,
             shrinkage=self.shrinkage,

@@ -14,7 +14,7 @@ from jobs.page.html import Html, table
 from jobs.page.view import View
 from jobs.schema.base import RowJob
 from jobs.schema.panel import Panel
-from pipeline.contract import Settings, StageSpec, added
+from pipeline.contract import Settings, StageSpec, added, given, renamed
 from stages.selection.settings import EmbedCandidatesSettings, SelectionSettings
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
     job: Literal["select-corpus"] = "select-corpus"
     by: str = "concept"
     """Column with the class of a picture."""
-    score: str | None = "score"
+    score_column: str | None = Field("score", **renamed("score", to="score_column"))
     """Column with numbers, higher for better pictures. ``null``: there is none."""
     export: Literal["parquet", "imagefolder", "webdataset"] = "parquet"
     """What the training set is written as; `datasets.load_dataset` takes each."""
@@ -65,8 +65,7 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
     def _keeps_what_it_needs(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or not isinstance(value.get("keep", ()), Sequence):
             return value
-        fields = cls.model_fields
-        needed = ["image", *(value.get(name, fields[name].default) for name in ("by", "score"))]
+        needed = ["image", *(given(cls, value, name) for name in ("by", "score_column"))]
         if isinstance(mixture := value.get("mixture"), Mapping):
             needed.append(mixture.get("by"))
         keep = [name for name in value.get("keep", ()) if name not in needed]
@@ -77,7 +76,7 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
         for name in self.keep:
             if name in ("label", "class") or (name == "weight" and self.mixture is not None):
                 raise ValueError(f"keep: the training set has a column {name!r} of its own; map it with input.columns")
-        if self.by in ("id", "image", self.score):
+        if self.by in ("id", "image", self.score_column):
             raise ValueError(f"by: {self.by!r} holds no classes; name the column that does")
         return self
 
@@ -205,7 +204,8 @@ def gather(finished: pipeline.run.driver.Finished, job: SelectCorpus, path: str)
     nearest: list[tuple[str, float] | None] = []
     against = ["nearest", "nearest_cosine"] if job.against is not None else []
     by = [] if job.mixture is None else [job.mixture.by]
-    wanted = dict.fromkeys(["id", "status", job.by, *by, *([job.score] if job.score else []), "embedding", *against])
+    numbers = [job.score_column] if job.score_column else []
+    wanted = dict.fromkeys(["id", "status", job.by, *by, *numbers, "embedding", *against])
     width = 1
     with open(path, "wb") as file:
         for rows in finished.tables(list(wanted)):
@@ -213,7 +213,7 @@ def gather(finished: pipeline.run.driver.Finished, job: SelectCorpus, path: str)
             labels += [None if own is None else str(own) for own in rows[job.by].to_pylist()]
             told_of = rows[by[0]].to_pylist() if by else [None] * len(rows)
             origins += [None if own is None else str(own) for own in told_of]
-            scores += rows[job.score].to_pylist() if job.score else [None] * len(rows)
+            scores += rows[job.score_column].to_pylist() if job.score_column else [None] * len(rows)
             good += [own == "ok" for own in rows["status"].to_pylist()]
             if against:
                 told = zip(*(rows[name].to_pylist() for name in against), strict=True)
@@ -225,7 +225,7 @@ def gather(finished: pipeline.run.driver.Finished, job: SelectCorpus, path: str)
     try:
         score_N = np.array([np.nan if own is None else own for own in scores], np.float64)
     except (TypeError, ValueError):
-        message = f"score: the column {job.score!r} holds something else than numbers; name another, or score: null"
+        message = f"score_column: {job.score_column!r} holds something else than numbers; name another, or null"
         raise ValueError(message) from None
     z_NE = np.memmap(path, np.float32, "r", shape=(len(ids), width))
     return Pool(ids, labels, origins, score_N, nearest or [None] * len(ids), np.array(good), z_NE)
@@ -279,7 +279,7 @@ def chosen(pool: Pool, job: SelectCorpus) -> list[str | None]:
             members.setdefault(own, []).append(n)
     for rows in members.values():
         copies = [near[0] if (near := pool.nearest[n]) and near[1] >= job.copy_cosine else None for n in rows]
-        score_N = pool.score_N[rows] if job.score else None
+        score_N = pool.score_N[rows] if job.score_column else None
         group = Candidates([pool.ids[n] for n in rows], np.asarray(pool.z_NE[rows]), score_N, copies)
         for n, said in zip(rows, choose(group, job), strict=True):
             why[n] = said

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.contract import Settings, added, speed
+from pipeline.contract import Settings, added, renamed, speed
 from stages.concepts.templates import Named, checked
 from stages.models.names import FolderName
 from stages.models.settings import LatentModelSettings
@@ -78,7 +78,7 @@ class Samples(Settings):
     """Nouns that take the subject's place."""
     prompt: str | None = None
     """With ``{subject}`` and ``{concept}``; the concept's own prompt when left out."""
-    count: int = Field(2, ge=1)
+    draws: int = Field(2, ge=1, **renamed("count", to="draws"))
     """Pictures a subject."""
     steps: int = Field(30, ge=1)
     """Sampling steps."""

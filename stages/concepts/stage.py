@@ -114,7 +114,7 @@ class LearnConcepts:
         prompts = [
             prompt.format(subject=subject, concept=row["phrase"])
             for subject in samples.subjects
-            for _ in range(samples.count)
+            for _ in range(samples.draws)
         ]
         tokens = json.loads(row["tokens"])
         drawn = generate(
@@ -122,4 +122,4 @@ class LearnConcepts:
             seeds=[row_seed(self.settings.seed, row["id"], f"sample {number}") for number in range(len(prompts))],
             steps=samples.steps, guidance=samples.guidance,
         )  # fmt: skip
-        return sheet(drawn, columns=samples.count)
+        return sheet(drawn, columns=samples.draws)

@@ -34,7 +34,7 @@ class Captioner:
     """
 
     def __init__(self, settings: CaptionSettings, stored: StoredEmbeddings, device: str) -> None:
-        self.dtype = stored.dtype
+        self.dtype = stored.store
         self.encoder = clip.TextEncoder(settings.encoder, settings.revision, device, allow_pickle=stored.allow_pickle)
         self.width = clip.text_width(settings.encoder, settings.revision)
         self.given = None if settings.path is None else read_captions(settings.path, settings.id, settings.prompt)
@@ -74,7 +74,7 @@ def columns(settings: CaptionSettings, stored: StoredEmbeddings) -> tuple[Column
     width = clip.text_width(settings.encoder, settings.revision)
     told = "raw projected embedding of the caption, norm kept; null where there is none"
     given = () if settings.path is None else (Column("prompt", "string", doc="the caption"),)
-    return (*given, *TOKEN_COLUMNS, Column("text_embedding", "tensor", (width,), stored.dtype, doc=told))
+    return (*given, *TOKEN_COLUMNS, Column("text_embedding", "tensor", (width,), stored.store, doc=told))
 
 
 def models(settings: CaptionSettings, stored: StoredEmbeddings) -> dict[str, Mapping[str, str]]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.contract import Settings, added, speed
+from pipeline.contract import Settings, added, renamed, speed
 from stages.models.names import ModelName
 
 
@@ -20,7 +20,7 @@ class StoredEmbeddings(Settings):
     allow_pickle: bool | None = added()
     """Read weights that are there as pickles (``.bin``) alone. A pickle can run anything on the machine that reads
     it."""
-    dtype: Literal["float16", "float32"] = "float32"
+    store: Literal["float16", "float32"] = Field("float32", **renamed("dtype", to="store"))
     """How embeddings are stored."""
 
 

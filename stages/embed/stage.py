@@ -77,7 +77,7 @@ def _described(
         pickles = settings.allow_pickle
         models["image_encoder"] = identity(settings.encoder, "image", settings.revision, allow_pickle=pickles)
     columns = (
-        Column("embedding", "tensor", (dim,), settings.dtype, doc="raw projected image embedding, norm kept"),
+        Column("embedding", "tensor", (dim,), settings.store, doc="raw projected image embedding, norm kept"),
         Column("norm", "float32", doc="Euclidean norm of the embedding"),
     )
     if settings.captions is None:
@@ -109,7 +109,7 @@ class Embed:
         self.device = chosen_device(device)
         precision = getattr(torch, settings.precision)
         self.encoder = ImageEncoder(settings.encoder, settings.revision, self.device, precision, settings.allow_pickle)
-        self.dtype, self.threads = settings.dtype, settings.threads
+        self.dtype, self.threads = settings.store, settings.threads
         self.preparation = Preparation(self.encoder.processor, self.device)
         self.captioner = _captioner(settings, self.device)
         width = embedding_width(settings.encoder, settings.revision)
@@ -256,7 +256,7 @@ class Adopt:
         return in_batches(rows, 1024, self._checked)
 
     def _checked(self, rows: list[Row]) -> Iterator[Row]:
-        dim, dtype = self.settings.dim, self.settings.dtype
+        dim, dtype = self.settings.dim, self.settings.store
         good: list[Row] = []
         for row in rows:
             try:

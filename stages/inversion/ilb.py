@@ -154,7 +154,7 @@ def boost_joint(
     every: int,
     room: Room | None = None,
 ) -> Iterator[Row]:
-    """`ilb: joint`: a round trip, then `every` updates around its error, until `steps` are made.
+    """`ilb: joint`: a round trip, then `every` updates around its error, until `iterations` are made.
 
     Args:
         make: A problem for visits of so many updates.

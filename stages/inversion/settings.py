@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.contract import Settings, added, speed
+from pipeline.contract import Settings, added, renamed, speed
 from stages.engine.methods import Method, Methods
 from stages.models.names import FolderName
 from stages.models.settings import SamplingSettings
@@ -27,14 +27,14 @@ Extra = Literal["latent_2", "bias", "input_bias", "null_text", "picture_latent"]
 class Boost(Settings):
     """ILB (idea: Chen et al., 2026): move the image latent so that it decodes to the picture, then invert that.
     `decoder` is the decoder inversion of Hong et al. ("On Exact Inversion of DPM-Solvers", 2024), by default with half
-    their updates (theirs: `steps: 100, warmup: 10`); `joint` is ours."""
+    their updates (theirs: `iterations: 100, warmup: 10`); `joint` is ours."""
 
     form: Literal["decoder", "joint"] = "decoder"
     """``decoder`` (Hong et al., 2024): fit the latent to the picture through the decoder. ``joint`` (ours): fit what
     comes back from inversion and generation; the round trip is repeated every `every` updates."""
-    steps: int = Field(50, ge=1)
+    iterations: int = Field(50, ge=1, **renamed("steps", to="iterations"))
     """Adam updates."""
-    rate: float = Field(0.1, gt=0)
+    lr: float = Field(0.1, gt=0, **renamed("rate", to="lr"))
     """Adam's rate at its highest (Hong et al.'s); it rises over `warmup` updates and falls to zero along a cosine."""
     warmup: int = Field(5, ge=0)
     """Updates of the rise."""
@@ -195,7 +195,7 @@ class ExactMethod(InversionMethod):
     method: Literal["exact"] = "exact"
     iterations: int = Field(500, ge=1)
     """Most updates a step."""
-    rate: float = Field(0.5, gt=0)
+    lr: float = Field(0.5, gt=0, **renamed("rate", to="lr"))
     """Step size, reached after `warmup` updates and halved after 20 without gain."""
     warmup: int = Field(20, ge=0)
     """Updates over which the step size rises."""
@@ -205,7 +205,7 @@ class ExactMethod(InversionMethod):
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.exact import Exact
 
-        return Exact(self.iterations, self.rate, self.warmup, self.tolerance)
+        return Exact(self.iterations, self.lr, self.warmup, self.tolerance)
 
 
 class NewtonMethod(InversionMethod):
@@ -214,13 +214,13 @@ class NewtonMethod(InversionMethod):
     method: Literal["newton"] = "newton"
     iterations: int = Field(2, ge=1)
     """Network passes at each timestep; the authors' notebook takes 2."""
-    prior: float = Field(0.1, ge=0)
+    prior_weight: float = Field(0.1, ge=0, **renamed("prior", to="prior_weight"))
     """Weight of the pull towards the likely latents."""
 
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         from stages.inversion.newton import Newton
 
-        return Newton(self.iterations, self.prior)
+        return Newton(self.iterations, self.prior_weight)
 
 
 class LboMethod(InversionMethod):

@@ -314,7 +314,7 @@ class InvertImages:
         def make(visit: int | None) -> BoostProblem:
             return BoostProblem(
                 self.model.decode, slots=min(self.slots, room.rows), latent_shape=scheme.model.geometry.latent_shape,
-                size=scheme.model.geometry.picture_size, steps=boost.steps, visit=visit, rate=boost.rate,
+                size=scheme.model.geometry.picture_size, steps=boost.iterations, visit=visit, rate=boost.lr,
                 warmup=boost.warmup, device=self.device, scale=loss_scale([self.model.dtypes["vae"]]),
             )  # fmt: skip
 
@@ -327,7 +327,7 @@ class InvertImages:
             return boost_decoder(make, rows, room)
         return boost_joint(
             make, lambda some: in_batches(self._inverted(scheme, some), self.slots, back), rows,
-            steps=boost.steps, every=boost.every, room=room,
+            steps=boost.iterations, every=boost.every, room=room,
         )  # fmt: skip
 
     def _stored(self, value: torch.Tensor) -> np.ndarray:

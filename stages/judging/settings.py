@@ -39,7 +39,7 @@ class Judging(Settings):
     """Passes over the training pictures."""
     batch_size: int = Field(64, ge=2, **renamed("batch", to="batch_size"))
     """Pictures a step."""
-    rate: float = Field(0.003, gt=0)
+    lr: float = Field(0.003, gt=0, **renamed("rate", to="lr"))
     """AdamW's highest rate; it rises to it in the first tenth of the steps, and falls along a cosine."""
     flip: bool = True
     """Show half of the pictures mirrored, left for right. ``false`` where that changes what they are."""

@@ -137,7 +137,7 @@ class JudgeCorpus:
         with repeatable():
             net, loss = train(mixture, self.heads, settings, seed=settings.seed, trial=trial, device=self.device)
             if not math.isfinite(loss):
-                return failed(row, f"the training diverged: the loss is {loss}; lower the rate ({settings.rate:g})")
+                return failed(row, f"the training diverged: the loss is {loss}; lower `lr` ({settings.lr:g})")
             said_NL = predict(net, self.held_out.x_NHWC, self.heads, self.device)
         right_NL = said_NL == self.heads.encode(self.held_out.labels)
         usable = len(self.usable[key])

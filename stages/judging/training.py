@@ -73,7 +73,7 @@ def train(
     y_ML = torch.from_numpy(heads.encode(mixture.labels()))
     batch = min(settings.batch_size, len(mixture))
     steps = len(mixture) // batch
-    optimiser = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=WEIGHT_DECAY)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=WEIGHT_DECAY)
     share = partial(rise_and_fall, steps=steps * settings.epochs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
     mean = 0.0

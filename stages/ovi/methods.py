@@ -53,7 +53,7 @@ def _build(method: PromptMethod, context: Context) -> RowMap:
     match method:
         case TextEmbedding():
             return text_embedding
-        case Retrieval(by="caption"):
+        case Retrieval(nearest_by="caption"):
             reference, captions = context.need_captions(method)
             return mapped(by_caption(reference, captions, method.k))
         case MeanShift() | Linear() | Kernel() | Procrustes():
@@ -91,7 +91,8 @@ def direct(method: Direct, context: Context) -> RowMap:
     solved = optimised(method, context, Parametrization.direct(whitening))
     if not constraint.neighbours or constraint.around:
         return solved
-    nearest = _build(Retrieval(k=min(START_NEIGHBOURS, _offered(method, context)), by=constraint.by), context)
+    many = min(START_NEIGHBOURS, _offered(method, context))
+    nearest = _build(Retrieval(k=many, nearest_by=constraint.nearest_by), context)
     mean_E, inverse_EE = whitening.mean_E.cpu(), whitening.inverse_EE.cpu()
 
     def started(rows: list[Row]) -> Iterator[Row]:
@@ -121,7 +122,7 @@ def optimised(method: OVI | Direct, context: Context, parametrization: Parametri
 
 def _offered(method: Direct, context: Context) -> int:
     """How many images there are to start from."""
-    if method.constraint.by:
+    if method.constraint.nearest_by:
         return context.need_captions(method)[1].pairs.rows
     return context.need_reference(method).rows
 
@@ -147,6 +148,6 @@ def _search_of(method: OVI | Direct, context: Context) -> Search | None:
     constraint = method.constraint
     if not constraint.neighbours:
         return None
-    if constraint.by:
+    if constraint.nearest_by:
         return CaptionSearch(*context.need_captions(method), constraint.k)
     return open_search(context.need_reference(method), constraint.k, context.device)

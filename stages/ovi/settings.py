@@ -68,7 +68,7 @@ class Constraint(Settings):
     interval: int = Field(0, ge=0)
     """Steps between two searches for the neighbours, each with the embedding as it is; 0 searches once, with the text
     embedding, and is clearly the better one on the miniature world (docs/ovi.md)."""
-    by: Literal["caption"] | None = added()
+    nearest_by: Literal["caption"] | None = added(**renamed("by", to="nearest_by"))
     """``caption``: the neighbours are the pictures whose captions are nearest to the prompt. Left out: the pictures
     that are so themselves."""
     around: Literal["prompt"] | None = added()
@@ -86,14 +86,15 @@ class Constraint(Settings):
         of_distance = [name for name in ("around", "units", "floor") if getattr(self, name) is not None]
         if of_distance and not self.mahalanobis:
             raise ValueError(f"`{of_distance[0]}` belongs to `mahalanobis`, whose weight is 0: give it one")
-        if self.by and (not self.neighbours or self.interval):
-            raise ValueError("`by: caption` belongs to `neighbours`, searched once: give a weight, and no `interval`")
+        if self.nearest_by and (not self.neighbours or self.interval):
+            belongs = "`nearest_by: caption` belongs to `neighbours`, searched once"
+            raise ValueError(f"{belongs}: give a weight, and no `interval`")
         return self
 
     @property
     def needed_captions(self) -> int:
         """How many captioned images it asks for; 0: it can do without captions."""
-        return self.k if self.by else 1 if self.around else 0
+        return self.k if self.nearest_by else 1 if self.around else 0
 
 
 EARLY = Stop(watch="cosine", relative=0.02, patience=3, minimum=5)
@@ -114,7 +115,7 @@ class Retrieval(PromptMethod):
     method: Literal["retrieval"] = "retrieval"
     k: int = Field(1, ge=1)
     """Images whose mean is taken; 1 is the nearest image itself."""
-    by: Literal["caption"] | None = added()
+    nearest_by: Literal["caption"] | None = added(**renamed("by", to="nearest_by"))
     """``caption``: the pictures whose captions are nearest. Left out: the pictures that are."""
 
     @property
@@ -127,7 +128,7 @@ class Retrieval(PromptMethod):
 
     @property
     def needed_captions(self) -> int:
-        return self.k if self.by else 0
+        return self.k if self.nearest_by else 0
 
 
 class Captioned(PromptMethod):
@@ -201,7 +202,7 @@ class TrainedPrior(PromptMethod):
 
     method: Literal["trained-prior"] = "trained-prior"
     model: ModelName | None = None
-    """Prior pipeline, folder or hub id. Left out: the job's ``model``."""
+    """Prior pipeline, folder or hub id. Left out: the job's ``encoder``."""
     prior: ModelName | None = None
     """Another `PriorTransformer` for that pipeline, folder or hub id. One without a time embedding
     (``additional_embeddings: 3``, as ECLIPSE's) is run in one pass, without guidance and without un-whitening."""
@@ -344,7 +345,7 @@ AnyPromptMethod = Annotated[
 class PromptInversion(Settings):
     """What the job `invert-prompts` hands on to its stage as it is."""
 
-    model: ModelName = "micro:prior"
+    encoder: ModelName = Field("micro:prior", **renamed("model", to="encoder"))
     """Folder or hub id of the encoders: a Kandinsky 2.2 prior pipeline, or a CLIP, OpenCLIP or SigLIP model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""

@@ -63,7 +63,7 @@ class InvertPrompts:
 
     def __init__(self, settings: InvertPromptsSettings, device: str | None = None) -> None:
         self.settings, self.device = settings, chosen_device(device)
-        model, revision, self.scores = settings.model, settings.revision, settings.scores
+        model, revision, self.scores = settings.encoder, settings.revision, settings.scores
         self.text = clip.TextEncoder(model, revision, self.device, allow_pickle=settings.allow_pickle)
         self.reference = None
         if settings.reference is not None:
@@ -91,12 +91,12 @@ class InvertPrompts:
     @cached_property
     def image_encoder(self) -> clip.ImageEncoder:
         return clip.ImageEncoder(
-            self.settings.model, self.settings.revision, self.device, allow_pickle=self.settings.allow_pickle
+            self.settings.encoder, self.settings.revision, self.device, allow_pickle=self.settings.allow_pickle
         )
 
     @staticmethod
     def describe(settings: InvertPromptsSettings) -> StageInfo:
-        model, revision, pickles = settings.model, settings.revision, settings.allow_pickle
+        model, revision, pickles = settings.encoder, settings.revision, settings.allow_pickle
         width = clip.embedding_width(model, revision)
         columns = [
             Column("prompt", "string"), *TOKEN_COLUMNS, Column("method", "string"),
@@ -249,5 +249,5 @@ def _tokens_column(settings: InvertPromptsSettings) -> Column:
         raise ValueError(
             f"`store_tokens` needs OVI methods of one number of tokens, there are {sorted(counts) or 'none'}"
         )
-    width = clip.vision_width(settings.model, settings.revision)
+    width = clip.vision_width(settings.encoder, settings.revision)
     return Column("tokens", "tensor", (*counts, width), doc="OVI's tokens")

@@ -56,7 +56,7 @@ class AnchorFinder:
     def _counts(self) -> dict[str, int]:
         """The frequent captions and how often each stands there; spelling in capitals or small letters is one."""
         counts = Counter(" ".join(text.lower().split()) for text in _texts(self._settings.reference))
-        return {text: count for text, count in counts.items() if count >= self._settings.least}
+        return {text: count for text, count in counts.items() if count >= self._settings.min_rows}
 
     @cached_property
     def _encoder(self) -> TextEncoder:

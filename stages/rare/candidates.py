@@ -119,7 +119,7 @@ def _nao(method: NaoMethod, z_KN: torch.Tensor, draws: Draws) -> tuple[torch.Ten
     t_B = (1 - method.margin) * draws.place_B
     weight_BK = torch.zeros(draws.order_BK.shape)
     weight_BK[torch.arange(len(t_B)), towards_B] = t_B
-    paths = noise.norm_aware_centroid(z_KN, points=method.points, limit=method.updates)
+    paths = noise.norm_aware_centroid(z_KN, points=method.points, limit=method.iterations)
     return noise.along(paths.path_KPN, towards_B.to(z_KN.device), t_B.to(z_KN.device)), weight_BK
 
 

@@ -42,7 +42,7 @@ class Judge:
 
     def __init__(self, settings: RareConceptsSettings, device: torch.device) -> None:
         self.scores = settings.scores
-        self._clip, self._device = (settings.clip, settings.clip_revision), str(device)
+        self._clip, self._device = (settings.encoder, settings.encoder_revision), str(device)
         self._pickles = settings.allow_pickle
         self.oracle = None
         if "oracle" in self.scores:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.contract import Settings, added, speed
+from pipeline.contract import Settings, added, renamed, speed
 from stages.engine.methods import Method, Methods
 from stages.inversion.settings import AnyInversionMethod, LboMethod
 from stages.models.names import FolderName, ModelName
@@ -70,7 +70,7 @@ class NaoMethod(GrownMethod):
     method: Literal["nao"] = "nao"
     points: int = Field(50, ge=3)
     """Points a path."""
-    updates: int = Field(2000, ge=1)
+    iterations: int = Field(2000, ge=1, **renamed("updates", to="iterations"))
     """Most Adam updates of centroid and paths; they end earlier when the objective stands still."""
     margin: float = Field(0.2, ge=0, lt=0.5)
     """Positions are drawn from (0, 1 - margin), 0 being the centroid and 1 a seed of the concept: near a seed that is
@@ -85,7 +85,7 @@ class SeedSelectMethod(NoiseMethod):
     """Where the seed starts: a method with its default settings."""
     iterations: int | None = Field(None, ge=1)
     """AdamW updates. Left out: 30 from a random seed, 5 from another, as published."""
-    rate: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, **renamed("rate", to="lr"))
     """AdamW's rate, a tenth of it after three updates. Left out: 0.1 from a random seed, 0.05 from another."""
     steps: int | None = Field(None, ge=3)
     """Sampling steps while optimising; fewer are cheaper. Left out: the job's."""
@@ -96,9 +96,9 @@ class SeedSelectMethod(NoiseMethod):
 
     @property
     def budget(self) -> tuple[int, float]:
-        """Updates and rate."""
+        """Iterations and learning rate."""
         fresh = self.start == "random"
-        return self.iterations or (30 if fresh else 5), self.rate or (0.1 if fresh else 0.05)
+        return self.iterations or (30 if fresh else 5), self.lr or (0.1 if fresh else 0.05)
 
 
 GROWING: dict[str, type[NoiseMethod]] = {
@@ -161,7 +161,7 @@ class Anchors(Settings):
 
     reference: FolderName
     """Output of a ``reference`` run with captions that keeps their texts (``keep: [caption]``)."""
-    least: int = Field(20, ge=1)
+    min_rows: int = Field(20, ge=1, **renamed("least", to="min_rows"))
     """Rows that have a caption, from which on it is frequent."""
 
     @model_validator(mode="before")
@@ -183,9 +183,9 @@ class RareDrawing(SamplingSettings):
     prompt. Left out: rows name theirs."""
     candidates: int = Field(1, ge=1)
     """Pictures that are drawn for each one kept; the best by `score` stays."""
-    clip: ModelName = "micro:prior"
+    encoder: ModelName = Field("micro:prior", **renamed("clip", to="encoder"))
     """CLIP-family model that scores and that ``seed-select`` follows: a folder or hub id."""
-    clip_revision: str | None = None
+    encoder_revision: str | None = Field(None, **renamed("clip_revision", to="encoder_revision"))
     """Of that model on the hub."""
     oracle: ModelName | None = None
     """Folder of the oracle. Left out: the shipped one."""
@@ -195,7 +195,7 @@ class RareDrawing(SamplingSettings):
     """Output of an ``invert-images`` run with one method, for concepts whose row has no pictures."""
     by: str = "concept"
     """Its column with the concepts' names (``keep`` it there)."""
-    most: int = Field(16, ge=1)
+    max_pictures: int = Field(16, ge=1, **renamed("most", to="max_pictures"))
     """Pictures (or seeds) of a concept that are used: the first so many."""
     steps: int = Field(50, ge=1)
     """Sampling steps, of inversion and drawing."""

@@ -92,7 +92,7 @@ class RareConcepts:
             check_guide(guide, geometry, settings.guidance)
         models = geometry.fingerprints()
         encoder = partial(
-            identity, settings.clip, revision=settings.clip_revision, allow_pickle=settings.allow_pickle
+            identity, settings.encoder, revision=settings.encoder_revision, allow_pickle=settings.allow_pickle
         )  # fmt: skip
         if "text" in settings.scores or settings.follows_pictures:
             models["clip_image"] = encoder("image")
@@ -159,7 +159,7 @@ class RareConcepts:
             raise ConceptError(f"no method {label!r}: the job has {', '.join(self.methods)}")
         if guide not in self.guides:
             raise ConceptError(f"no guide {guide!r}: the job has {', '.join(self.guides)}")
-        concept = read_concept_row(_key(row), row, self.settings.most)
+        concept = read_concept_row(_key(row), row, self.settings.max_pictures)
         if problem := lacks(self.guides[guide], read_texts(concept.name, row)):
             raise ConceptError(f"concept {concept.name}: {problem}{self._sought(row)}")
         if "oracle" in self.settings.scores and asked_of(row) is None:
@@ -172,7 +172,7 @@ class RareConcepts:
         """What to add where no anchor was found."""
         if self.settings.anchors is None or str(row.get("anchor") or "").strip():
             return ""
-        least, path = self.settings.anchors.least, self.settings.anchors.reference
+        least, path = self.settings.anchors.min_rows, self.settings.anchors.reference
         return f"; no caption that {least} rows of {path} have is the prompt with one word replaced or left out"
 
     def _guide(self, row: Row) -> str:
@@ -187,7 +187,9 @@ class RareConcepts:
         own = [concept for concept in concepts if concept.pictures]
         rest = [concept for concept in concepts if not concept.pictures]
         found = invert(own, self.inversion, root=settings.root, fit=settings.fit, allow=settings.allow or ())
-        return found | (self.dataset.find(rest, self.model.geometry.latent_shape, settings.most) if rest else {})
+        if rest:
+            found = found | self.dataset.find(rest, self.model.geometry.latent_shape, settings.max_pictures)
+        return found
 
     def _lacks(self, concept: References, method: NoiseMethod) -> str | None:
         """Why a method cannot serve a concept."""
@@ -298,7 +300,7 @@ class RareConcepts:
         """Pictures of some rows' candidates, scored; each row with the best of its own."""
         for one in batch:
             if not one.finite:
-                yield failed(one.row, f"{one.method.label}: a seed is not finite; lower its rate, or use dtype float32")
+                yield failed(one.row, f"{one.method.label}: a seed is not finite; lower its `lr`, or use dtype float32")
 
         def drawn_alike(one: Candidates) -> tuple[str, tuple[bool, ...]]:
             return one.guide.label, one.texts.contrasts

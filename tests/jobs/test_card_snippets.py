@@ -150,13 +150,13 @@ def test_an_inverter_and_what_it_reads(models: dict[str, str], inputs: Path, mad
 
 def test_rare_concepts(models: dict[str, str], inputs: Path, made: Made) -> None:
     job = {"job": "rare-concepts", "input": {"path": str(inputs / "rare.jsonl"), "id": "name"}, "steps": 4, "count": 1}
-    out = made({**job, "model": models["sd"], "clip": models["prior"], "methods": ["slerp"], "device": "cpu"})
+    out = made({**job, "model": models["sd"], "encoder": models["prior"], "methods": ["slerp"], "device": "cpu"})
     run(snippets(out))
 
 
 def test_a_reference_and_prompts(models: dict[str, str], inputs: Path, made: Made) -> None:
     source = {"path": str(inputs / "pictures"), "format": "images"}
     reference = made({"job": "reference", "input": source, "encoder": models["prior"], "shrinkage": 0.5}, "reference")
-    job = {"job": "invert-prompts", "input": str(inputs / "prompts.jsonl"), "model": models["prior"]}
+    job = {"job": "invert-prompts", "input": str(inputs / "prompts.jsonl"), "encoder": models["prior"]}
     prompts = made({**job, "methods": ["text-embedding"]}, "prompts")
     run([*snippets(reference), *snippets(prompts)])

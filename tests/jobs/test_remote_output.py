@@ -68,7 +68,7 @@ def test_a_chain_and_all_commands_reach_the_store(
     prompts.write_text("".join(json.dumps({"prompt": f"a {c} star"}) + "\n" for c in ("red", "blue", "green", "pink")))
     steps = [
         {"job": "reference", "input": "micro-world://train?rows=40&seed=0", "encoder": "micro:prior"},
-        {"job": "invert-prompts", "input": str(prompts), "model": "micro:prior", "reference": "${reference}",
+        {"job": "invert-prompts", "input": str(prompts), "encoder": "micro:prior", "reference": "${reference}",
          "methods": [{"method": "direct"}]},
         {"job": "train-inverter", "input": "${invert-prompts}", "model": "micro:stable-diffusion", "steps": 2,
          "network": {"width": 32, "layers": 1, "heads": 2}, "training": {"steps": 3, "batch_size": 2},

@@ -32,7 +32,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "ddim"},
     {"method": "fixed-point", "iterations": 3},
     {"method": "lbo", "tolerance": 1e-5, "passes": 6},
-    {"method": "lbo", "name": "boosted", "passes": 6, "ilb": {"steps": 2, "warmup": 1}},
+    {"method": "lbo", "name": "boosted", "passes": 6, "ilb": {"iterations": 2, "warmup": 1}},
     {"method": "belm"},
     {"method": "null-text", "iterations": 2},
 ]
@@ -152,7 +152,7 @@ def test_prompts_are_inverted_and_decoded_as_on_the_cpu(tmp_path: Path, device: 
 
     prior = tiny_kandinsky.build_prior(tmp_path / "prior")
     told = InvertPromptsSettings(
-        model=prior, methods=PROMPT_METHODS, reference=build_captioned(tmp_path / "reference", prior, 200),
+        encoder=prior, methods=PROMPT_METHODS, reference=build_captioned(tmp_path / "reference", prior, 200),
         decoder={"model": tiny_kandinsky.build_decoder(tmp_path / "decoder"), "steps": 2, "batch": 2},
     )  # fmt: skip
     given = [

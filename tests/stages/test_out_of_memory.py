@@ -65,10 +65,10 @@ PHASES: dict[str, tuple[str, dict[str, Any]]] = {
     "predict": ("stages.models.unet:StableDiffusion.forward", {"method": "ddim"}),
     "beside the network": ("stages.inversion.engine:InversionProblem.advance", {"method": "ddim"}),
     "gradient": ("stages.inversion.engine:InversionProblem._differentiate_part", HARD),
-    "boost": ("stages.inversion.ilb:BoostProblem.step", {"method": "ddim", "ilb": {"steps": 3, "warmup": 1}}),
+    "boost": ("stages.inversion.ilb:BoostProblem.step", {"method": "ddim", "ilb": {"iterations": 3, "warmup": 1}}),
     "joint": (
         "stages.inversion.ilb:BoostProblem.step",
-        {"method": "ddim", "ilb": {"form": "joint", "steps": 2, "every": 1}},
+        {"method": "ddim", "ilb": {"form": "joint", "iterations": 2, "every": 1}},
     ),
     "null-text": ("stages.inversion.schemes:learn_null_text", {"method": "null-text", "iterations": 2}),
 }
@@ -163,7 +163,7 @@ def test_what_the_free_memory_tells_fits(folder: str, monkeypatch: pytest.Monkey
     """Slots, and rows a part of each kind of work, on a device with three megabytes: nothing is refused."""
     capacity = 3_000_000
     monkeypatch.setattr("stages.models.memory.free_bytes", lambda device: capacity)
-    boosted = {**HARD, "ilb": {"steps": 2, "warmup": 1}}
+    boosted = {**HARD, "ilb": {"iterations": 2, "warmup": 1}}
     settings = InvertImagesSettings(model=folder, methods=(boosted,), device="cpu", steps=2)
     caps = [capped(monkeypatch, PHASES[phase][0]) for phase in ("encode", "decode", "predict", "gradient", "boost")]
     for cap in caps:

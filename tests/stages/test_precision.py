@@ -31,7 +31,7 @@ METHODS = [
     {"method": "fixed-point", "name": "averaged", "acceleration": "averaged"},
     {"method": "exact", "iterations": 8, "warmup": 2},
     {"method": "lbo", "name": "replayed", "replay": True},
-    {"method": "lbo", "name": "boosted", "ilb": {"steps": 2}},
+    {"method": "lbo", "name": "boosted", "ilb": {"iterations": 2}},
     {"method": "null-text", "iterations": 2},
 ]  # fmt: skip
 HALF = pytest.mark.parametrize("dtype", list(NOISE))
@@ -158,7 +158,8 @@ def test_invert_prompts(prior: str, tmp_path: Path, dtype: str) -> None:
             },
         ]
         decode = {"model": decoder, "steps": 2, "batch_size": 2}
-        stage = InvertPrompts(InvertPromptsSettings(model=prior, methods=methods, reference=reference, decoder=decode))
+        told = {"encoder": prior, "methods": methods, "reference": reference, "decoder": decode}
+        stage = InvertPrompts(InvertPromptsSettings(**told))
         labels = ("ovi", "held")
         return by_id(stage([{"id": name, "prompt": "a red star", "method": name} for name in labels]))
 

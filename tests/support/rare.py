@@ -18,7 +18,7 @@ METHODS = [
     {"method": "random"},
     {"method": "slerp"},
     {"method": "linear"},
-    {"method": "nao", "points": 8, "updates": 20},
+    {"method": "nao", "points": 8, "iterations": 20},
     {"method": "seed-select", "iterations": 2, "steps": 3},
     {"method": "seed-select", "name": "from-slerp", "start": "slerp", "iterations": 1},
 ]
@@ -60,7 +60,7 @@ def stage(folder: str, clip: str, methods=METHODS, **changes) -> RareConcepts:
 
 
 def settings(folder: str, clip: str, methods=METHODS, **changes) -> RareConceptsSettings:
-    return RareConceptsSettings(model=folder, methods=methods, clip=clip, **{"device": "cpu", **OPTIONS, **changes})
+    return RareConceptsSettings(model=folder, methods=methods, encoder=clip, **{"device": "cpu", **OPTIONS, **changes})
 
 
 def method(name: str, **options) -> NoiseMethod:

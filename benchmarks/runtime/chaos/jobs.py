@@ -48,7 +48,7 @@ def invert_prompts(folder: Path) -> dict[str, Any]:
     (folder / "prompts.jsonl").write_text("\n".join(lines))
     methods = ["text-embedding", {"method": "ovi", "compact": True, "steps": 8}, {"method": "retrieval", "k": 2}]
     return {
-        "job": "invert-prompts", "input": str(folder / "prompts.jsonl"), "model": "micro:prior", "methods": methods,
+        "job": "invert-prompts", "input": str(folder / "prompts.jsonl"), "encoder": "micro:prior", "methods": methods,
         "reference": str(folder / "expected/reference"), "shard_rows": 5,
         "decode": {"model": "micro:decoder", "steps": 2}, "score": ["clip"],
     }  # fmt: skip
@@ -70,7 +70,7 @@ def learn_concepts(folder: Path) -> dict[str, Any]:
     return {
         "job": "learn-concepts", "input": str(folder / "concepts"), "model": "micro:stable-diffusion",
         "learning": {"steps": 12, "window": 4, "lr": 0.02, "context": "none"}, "checkpoint_seconds": 0.2,
-        "samples": {"subjects": ["blue star"], "prompt": "a {concept} {subject}", "count": 1, "steps": 2},
+        "samples": {"subjects": ["blue star"], "prompt": "a {concept} {subject}", "draws": 1, "steps": 2},
         "shard_rows": 2,
     }  # fmt: skip
 
@@ -78,7 +78,7 @@ def learn_concepts(folder: Path) -> dict[str, Any]:
 def rare_concepts(folder: Path) -> dict[str, Any]:
     return {
         "job": "rare-concepts", "input": str(EXAMPLES / "rare-concepts"), "model": "micro:stable-diffusion",
-        "clip": "micro:prior", "methods": ["random", "slerp"], "count": 2, "candidates": 1, "score": ["text"],
+        "encoder": "micro:prior", "methods": ["random", "slerp"], "count": 2, "candidates": 1, "score": ["text"],
         "steps": 2, "shard_rows": 4,
     }  # fmt: skip
 
@@ -140,7 +140,7 @@ def select_corpus(folder: Path) -> dict[str, Any]:
     write_pictures(folder / "pool.parquet", 0, 48)
     return {
         "job": "select-corpus", "input": {"path": str(folder / "pool.parquet"), "id": "id"}, "by": "kind",
-        "score": None, "encoder": "micro:prior", "count": 2, "shard_rows": 6,
+        "score_column": None, "encoder": "micro:prior", "count": 2, "shard_rows": 6,
     }  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def assert_editors_find_the_schema(file: Path) -> None:
 
 def named(job: Job) -> set[str]:
     steps = job.steps if isinstance(job, Chain) else (job,)
-    return {value for step in steps for key in ("model", "encoder") if (value := getattr(step, key, None))}
+    return {getattr(step, "model", None) or getattr(step, "encoder", None) for step in steps} - {None}
 
 
 def test_a_template_keeps_the_names_of_other_files() -> None:

@@ -33,8 +33,9 @@ def test_captions_lead_to_a_prior_without_training(
     said = {"job": "caption", "input": str(pictures), "model": model, "keep": ["image"], "max_tokens": 5,
             "shard_rows": 4, "max_failed_fraction": 0.9}  # fmt: skip
     seen = {"job": "reference", "input": out["said"], "encoder": prior, "captions": True, "max_failed_fraction": 0.9}
-    asked = {"job": "invert-prompts", "input": str(tmp_path / "prompts.txt"), "model": prior, "reference": out["seen"],
-             "methods": [{"method": "retrieval", "by": "caption", "k": 2}]}  # fmt: skip
+    asked = {"job": "invert-prompts", "input": str(tmp_path / "prompts.txt"), "encoder": prior,
+             "reference": out["seen"],
+             "methods": [{"method": "retrieval", "nearest_by": "caption", "k": 2}]}  # fmt: skip
     for name, job in (("said", said), ("seen", seen), ("asked", asked)):
         run_job(job, output=out[name])
     rows = {name: pq.read_table(f"{folder}/data").to_pylist() for name, folder in out.items()}

@@ -129,9 +129,9 @@ def test_prompts_are_inverted_by_what_the_dataset_says(pictures: Path, prior: st
     t, z = (np.array(column, np.float64) for column in zip(*both, strict=True))
     prompts = ["a red star number 7", "a blue circle", "photo of a heart"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    methods = [{"method": "linear", "ridge": 0.3}, {"method": "retrieval", "by": "caption", "name": "said"},
+    methods = [{"method": "linear", "ridge": 0.3}, {"method": "retrieval", "nearest_by": "caption", "name": "said"},
                {"method": "linear", "name": "typical", "residual": 0.5}, "kernel", "mean-shift"]  # fmt: skip
-    job = {"job": "invert-prompts", "input": str(tmp_path / "prompts.txt"), "model": prior, "methods": methods,
+    job = {"job": "invert-prompts", "input": str(tmp_path / "prompts.txt"), "encoder": prior, "methods": methods,
            "reference": str(tmp_path / "reference")}  # fmt: skip
     ended = run_job(job, output=str(tmp_path / "out"))
     assert (ended.state, ended.ok, ended.failed) == ("complete", 15, 0)

@@ -97,7 +97,7 @@ def test_pictures_of_any_shape_are_inverted_in_theirs(
         "job": "invert-images", "input": {"path": str(pictures)}, "prompt": "red star", "store": "float16",
         "model": build(tmp_path / "model", kind), "device": "cpu", "steps": 2, "fit": "bucket", "slots": 2,
         "size": size,
-        "methods": [{"method": "lbo", "tolerance": 1e-5, "passes": 30}, {"method": "belm", "ilb": {"steps": 2}}],
+        "methods": [{"method": "lbo", "tolerance": 1e-5, "passes": 30}, {"method": "belm", "ilb": {"iterations": 2}}],
     }, output=str(tmp_path / "out"))  # fmt: skip
     assert ended.state == "complete", ended
     rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))

@@ -223,7 +223,7 @@ def test_prompts_with_short_names():
 
 
 def test_samples_on_new_subjects_and_report_panels(folder, tree, tmp_path):
-    samples = {"subjects": ["heart", "star"], "count": 3, "steps": 1, "guidance": 1}
+    samples = {"subjects": ["heart", "star"], "draws": 3, "steps": 1, "guidance": 1}
     job = job_of(folder, tree, samples=samples)
     finished = run(job, tmp_path)
     row = next(row for row in finished.rows if row["id"] == "frozen-in-ice")
@@ -267,7 +267,7 @@ def test_settings_that_cannot_work_are_refused(folder):
 def test_the_job_is_its_stage_under_a_few_other_names(folder):
     job = LearnConcepts.model_validate(
         {"input": "/data/tree", "model": folder, "output": "/out", "seed": 3, "slots": 2, "learning": {"steps": 200},
-         "prompts": {"with": "a {concept} {subject}"}, "start": "inverter"}
+         "prompts": {"with": "a {concept} {subject}"}, "inverter": "inverter"}
     )  # fmt: skip
     params = job.stage().params
     assert params["settings"]["steps"] == 200

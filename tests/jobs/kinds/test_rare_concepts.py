@@ -94,7 +94,8 @@ def test_a_chain_from_pictures_to_a_corpus_regenerates_by_the_documented_lines(
                     "methods": [{"method": "lbo"}],
                 },
                 {
-                    "name": "corpus", "job": "rare-concepts", "model": folder, "clip": clip, "steps": 10, "guidance": 2,
+                    "name": "corpus", "job": "rare-concepts", "model": folder, "encoder": clip, "steps": 10,
+                    "guidance": 2,
                     "input": {"path": str(tmp_path / "concepts.jsonl"), "id": "name"}, "seeds": "${seeds}",
                     "methods": ["slerp", {"method": "seed-select", "start": "linear", "iterations": 1, "steps": 3}],
                     "count": 3, "candidates": 2, "slots": 4, "shard_rows": 5, "device": "cpu", "store": "float16",

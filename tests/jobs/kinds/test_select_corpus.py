@@ -176,7 +176,7 @@ def test_what_cannot_work_is_said_in_a_sentence(pool: Path, prior: str, tmp_path
             load(job(pool, prior, **wrong))
     for number, (wrong, said) in enumerate((
         ({"by": "concept"}, "concept"),
-        ({"score": "note"}, "the column 'note' holds something else than numbers"),
+        ({"score_column": "note"}, "score_column: 'note' holds something else than numbers"),
         ({"against": str(tmp_path)}, "reference"),
     )):  # fmt: skip
         with pytest.raises((ValueError, OSError, RuntimeError), match=said):

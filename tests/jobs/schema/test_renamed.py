@@ -33,23 +33,44 @@ def models() -> Iterator[type[BaseModel]]:
 
 RENAMED = {model: old for model in models() if (old := old_keys_of(model))}
 
-FILES = {
-    "decode": ("input: a\ndecode:\n  model: m\n  {}: 3\n", "batch", "batch_size"),
-    "caption": ("input: a\nmodel: m\n{}: 3\n", "batch", "batch_size"),
-}
-"""Kind -> a job file but for one key's name, the name it had, and the one it has."""
+IMAGES, PROMPTS = "job: invert-images\ninput: a\n", "job: invert-prompts\ninput: a\nreference: r\n"
+RARE, LEGO = "job: rare-concepts\ninput: a\n", "job: learn-concepts\ninput: a\n"
+FILES = [
+    ("job: decode\ninput: a\ndecode:\n  model: m\n  {}: 3\n", "batch", "batch_size"),
+    ("job: caption\ninput: a\nmodel: m\n{}: 3\n", "batch", "batch_size"),
+    ("job: chain\nsteps:\n- job: caption\n  name: b\n  input: a\n  model: m\n  {}: 3\n", "batch", "batch_size"),
+    ("job: train-inverter\ninput: a\ntraining:\n  {}: 3\n", "batch", "batch_size"),
+    ("job: judge-corpus\ninput: a\nreal: b\ncorpora:\n  c: d\n{}: 0.1\n", "rate", "lr"),
+    ("job: reference\ninput: a\nencoder: m\n{}: float16\n", "dtype", "store"),
+    ("job: select-corpus\ninput: a\nencoder: m\n{}: quality\n", "score", "score_column"),
+    (PROMPTS + "methods: [direct]\n{}: m\n", "model", "encoder"),
+    (PROMPTS + "methods:\n- method: retrieval\n  {}: caption\n", "by", "nearest_by"),
+    (PROMPTS + "methods:\n- method: ovi\n  constraint:\n    neighbours: 1\n    {}: caption\n", "by", "nearest_by"),
+    (PROMPTS + "methods:\n  method: trained-prior\n  {}: 3\n", "batch", "batch_size"),
+    (IMAGES + "methods:\n- method: lbo\n  ilb:\n    {}: 3\n", "steps", "iterations"),
+    (IMAGES + "methods:\n- method: lbo\n- method: exact\n  {}: 0.3\n", "rate", "lr"),
+    (IMAGES + "methods:\n- method: newton\n  {}: 0.3\n", "prior", "prior_weight"),
+    (RARE + "methods: [random]\n{}: m\n", "clip", "encoder"),
+    (RARE + "methods: [random]\n{}: main\n", "clip_revision", "encoder_revision"),
+    (RARE + "methods: [random]\n{}: 3\n", "most", "max_pictures"),
+    (RARE + "methods: [random]\nanchors:\n  reference: r\n  {}: 3\n", "least", "min_rows"),
+    (RARE + "methods:\n- method: nao\n  {}: 3\n", "updates", "iterations"),
+    (RARE + "methods:\n- method: seed-select\n  {}: 0.3\n", "rate", "lr"),
+    (LEGO + "{}: r\n", "start", "inverter"),
+    (LEGO + "samples:\n  subjects: [cat]\n  {}: 3\n", "count", "draws"),
+]
+"""A job file but for one key's name, the name it had, and the one it has."""
 
 
-def written(folder: Path, kind: str, *names: str) -> Path:
-    text = FILES[kind][0]
+def written(folder: Path, text: str, *names: str) -> Path:
     line = next(line for line in text.splitlines(keepends=True) if "{}" in line)
     path = folder / "job.yaml"
-    path.write_text(f"job: {kind}\n" + text.replace(line, "".join(line.format(name) for name in names)))
+    path.write_text(text.replace(line, "".join(line.format(name) for name in names)))
     return path
 
 
 def line_of(path: Path, key: str) -> int:
-    return next(n for n, line in enumerate(path.read_text().splitlines(), 1) if f"{key}:" in line)
+    return next(n for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip("- ").startswith(f"{key}:"))
 
 
 @pytest.mark.parametrize("model", RENAMED)
@@ -61,13 +82,14 @@ def test_a_field_is_called_by_its_new_name_and_written_by_its_old_one(model: typ
         assert model.model_fields[now].serialization_alias == old
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_old_and_new_name_make_the_same_plan_and_the_old_one_is_told(kind: str, tmp_path: Path) -> None:
-    _, old, now = FILES[kind]
+@pytest.mark.parametrize(("text", "old", "now"), FILES)
+def test_old_and_new_name_make_the_same_plan_and_the_old_one_is_told(
+    text: str, old: str, now: str, tmp_path: Path
+) -> None:
     said: list[str] = []
-    before = reading.load(path := written(tmp_path, kind, old), tell=said.append)
+    before = reading.load(path := written(tmp_path, text, old), tell=said.append)
     line = line_of(path, old)
-    after = reading.load(written(tmp_path, kind, now), tell=said.append)
+    after = reading.load(written(tmp_path, text, now), tell=said.append)
     assert before == after
     plan = json.dumps(before.model_dump(mode="json"))
     assert plan == json.dumps(after.model_dump(mode="json"))
@@ -78,10 +100,9 @@ def test_old_and_new_name_make_the_same_plan_and_the_old_one_is_told(kind: str, 
     assert f"{old} is called {now!r} now" in message
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_both_names_are_refused(kind: str, tmp_path: Path) -> None:
-    _, old, now = FILES[kind]
-    path = written(tmp_path, kind, now, old)
+@pytest.mark.parametrize(("text", "old", "now"), FILES)
+def test_both_names_are_refused(text: str, old: str, now: str, tmp_path: Path) -> None:
+    path = written(tmp_path, text, now, old)
     with pytest.raises(JobFileError) as caught:
         reading.load(path)
     message = str(caught.value)
@@ -89,18 +110,17 @@ def test_both_names_are_refused(kind: str, tmp_path: Path) -> None:
     assert message.endswith(f"{old}: the old name of {now!r}, which is given as well: keep one of them.")
 
 
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize(("text", "old", "now"), FILES)
 @pytest.mark.parametrize("typed", [0, 1])
-def test_a_misspelt_name_leads_to_the_new_one(kind: str, typed: int, tmp_path: Path) -> None:
-    _, old, now = FILES[kind]
+def test_a_misspelt_name_leads_to_the_new_one(text: str, old: str, now: str, typed: int, tmp_path: Path) -> None:
     wrong = f"{(old, now)[typed]}x"
     with pytest.raises(JobFileError, match=rf"{wrong}: unknown key\. Did you mean {now!r}\? Allowed here: .*\b{now}\b"):
-        reading.load(written(tmp_path, kind, wrong))
+        reading.load(written(tmp_path, text, wrong))
 
 
 def test_an_override_replaces_the_key_by_either_name(tmp_path: Path) -> None:
     for given in ("batch", "batch_size"):
-        path = written(tmp_path, "decode", given)
+        path = written(tmp_path, FILES[0][0], given)
         for name in ("batch", "batch_size"):
             job: Any = reading.load(path, [f"decode.{name}=5"], tell=lambda message: None)
             assert job.decode.batch_size == 5

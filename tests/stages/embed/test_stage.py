@@ -115,7 +115,7 @@ def test_order_and_split_change_no_byte(prior: str) -> None:
 
 
 def test_the_summary_is_of_what_was_stored(prior: str) -> None:
-    stage = Embed(EmbedSettings(encoder=prior, batch_size=4, dtype="float16"), device="cpu")
+    stage = Embed(EmbedSettings(encoder=prior, batch_size=4, store="float16"), device="cpu")
     stored_NE = np.stack([row["embedding"] for row in stage(_rows())])
     assert stored_NE.dtype == np.float16
     found = gaussian.Moments.from_arrays(stage.take_summary())
@@ -153,7 +153,7 @@ def test_out_of_memory_halves_the_batch(prior: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_given_embeddings_are_checked() -> None:
-    stage = Adopt(AdoptSettings(dim=3, dtype="float16"))
+    stage = Adopt(AdoptSettings(dim=3, store="float16"))
     rows = [
         {"id": "list", "embedding": [1.0, 2.0, 2.0]},
         {"id": "array", "embedding": np.array([0.0, 0.0, 4.0], np.float32)},
@@ -172,7 +172,7 @@ def test_given_embeddings_are_checked() -> None:
 
 
 def test_description_needs_no_weights(prior: str, tmp_path: Path) -> None:
-    info = Embed.describe(EmbedSettings(encoder=prior, dtype="float16", batch_size=4))
+    info = Embed.describe(EmbedSettings(encoder=prior, store="float16", batch_size=4))
     assert info.columns[0].shape == (24,)
     assert info.columns[0].dtype == "float16"
     other = Embed.describe(EmbedSettings(encoder=build_prior(tmp_path / "other", seed=1)))

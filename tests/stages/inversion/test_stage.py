@@ -19,8 +19,8 @@ from tests.support import tiny_stable_diffusion
 METHODS = [
     {"method": "ddim"},
     {"method": "lbo", "tolerance": 1e-5, "passes": 40},
-    {"method": "lbo", "name": "boosted", "ilb": {"steps": 8, "warmup": 1}},
-    {"method": "lbo", "name": "joint", "ilb": {"form": "joint", "steps": 4, "every": 2}},
+    {"method": "lbo", "name": "boosted", "ilb": {"iterations": 8, "warmup": 1}},
+    {"method": "lbo", "name": "joint", "ilb": {"form": "joint", "iterations": 4, "every": 2}},
     {"method": "lbo", "name": "replay", "replay": True, "passes": 1},
     {"method": "lbo", "name": "shown", "replay": "shown", "passes": 1},
     {"method": "belm"},

@@ -36,7 +36,7 @@ def test_models_that_lie_in_no_folder(tmp_path: Path) -> None:
     }
     assert list(hub.hub_ids(reading.load(image))) == ["org/model", "org/vae", "org/lora"]
     methods = ["ovi", {"method": "trained-prior", "prior": "org/prior"}]
-    prompts = {"job": "invert-prompts", "input": "x", "model": "micro:prior", "methods": methods}
+    prompts = {"job": "invert-prompts", "input": "x", "encoder": "micro:prior", "methods": methods}
     assert list(hub.hub_ids(reading.load({**prompts, "decode": {"model": str(tmp_path)}}))) == ["org/prior"]
 
 

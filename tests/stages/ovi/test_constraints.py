@@ -101,7 +101,7 @@ def test_neighbours_by_caption_are_the_pictures_with_the_nearest_captions(captio
     captions = captioned.reference.captions
     t, z = captions.index.vectors_NE, captioned.reference.index.vectors_NE[captions.rows_M]
     u = t / np.linalg.norm(t, axis=1, keepdims=True)
-    method = Direct(constraint=Constraint(mahalanobis=0.1, neighbours=2.0, k=3, by="caption"))
+    method = Direct(constraint=Constraint(mahalanobis=0.1, neighbours=2.0, k=3, nearest_by="caption"))
     found = run(method, captioned, rows)
     for row in rows:
         near = z[np.argsort(-(u @ row["text"]))[:3]]
@@ -122,8 +122,8 @@ def test_without_the_options_nothing_is_asked_of_captions(context, captioned, ro
         build(Direct(constraint=Constraint(mahalanobis=1, around="prompt")), context)
     for given, said in (
         ({"around": "prompt"}, "belongs to `mahalanobis`"),
-        ({"by": "caption"}, "belongs to `neighbours`"),
-        ({"by": "caption", "neighbours": 1, "interval": 3}, "no `interval`"),
+        ({"nearest_by": "caption"}, "belongs to `neighbours`"),
+        ({"nearest_by": "caption", "neighbours": 1, "interval": 3}, "no `interval`"),
     ):
         with pytest.raises(ValueError, match=said):
             Constraint(**given)

@@ -204,10 +204,10 @@ def test_retrieval_by_caption_is_the_mean_of_the_pictures_with_the_nearest_capti
     t, z = pairs
     order = np.argsort(-(_unit(_texts(rows)) @ _unit(t).T), axis=1)
     for k in (1, 5):
-        found = _embeddings(Retrieval(k=k, by="caption"), captioned, rows)
+        found = _embeddings(Retrieval(k=k, nearest_by="caption"), captioned, rows)
         np.testing.assert_allclose(found, z[order[:, :k]].mean(1), atol=1e-5)
     with pytest.raises(ValueError, match=r"k is 121, the reference .* has 120 rows with cap"):
-        build(Retrieval(k=121, by="caption"), captioned)
+        build(Retrieval(k=121, nearest_by="caption"), captioned)
 
 
 def test_procrustes_is_scipys_where_the_captions_span_the_space(captioned, rows, pairs):
@@ -226,7 +226,7 @@ def test_procrustes_is_scipys_where_the_captions_span_the_space(captioned, rows,
 
 
 def test_a_reference_that_does_not_serve_says_what_to_do(context, captioned, prior, output, tmp_path):
-    for method in (MeanShift(), Linear(), Kernel(), Procrustes(), Retrieval(by="caption")):
+    for method in (MeanShift(), Linear(), Kernel(), Procrustes(), Retrieval(nearest_by="caption")):
         with pytest.raises(ValueError, match=r"needs captions, and the reference .* has none: make one with `cap"):
             build(method, context)
     few = replace(context, reference=Reference.open(build_captioned(tmp_path / "few", prior, 20)))
@@ -240,7 +240,7 @@ def test_a_reference_that_does_not_serve_says_what_to_do(context, captioned, pri
     strange = Path(build_captioned(tmp_path / "strange", prior, 20))
     told = {**facts, "text_encoder": clip.identity(other, "text")}
     (strange / "reference/reference.json").write_text(json.dumps(told))
-    settings = InvertPromptsSettings(model=prior, methods=(Linear(),), reference=str(strange))
+    settings = InvertPromptsSettings(encoder=prior, methods=(Linear(),), reference=str(strange))
     with pytest.raises(ValueError, match=r"were embedded by .*other, the prompts are by .*: make the reference with"):
         InvertPrompts.describe(settings)
 

@@ -27,7 +27,7 @@ def params(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     prior = build_prior(folder / "prior")
     return {
-        "model": prior,
+        "encoder": prior,
         "methods": METHODS,
         "reference": build_reference(folder / "made", prior),
         "decoder": {"model": build_decoder(folder / "decoder"), "steps": 2, "batch_size": 3},

@@ -58,7 +58,7 @@ def test_keeping_the_rest_is_one_edit_of_the_words() -> None:
 
 
 def test_the_nearest_of_the_frequent_ones_is_taken(clip: str, tmp_path: Path) -> None:
-    finder = AnchorFinder(Anchors(reference=reference(tmp_path / "out", clip), least=5), "cpu")
+    finder = AnchorFinder(Anchors(reference=reference(tmp_path / "out", clip), min_rows=5), "cpu")
     found = finder.find("a yellow heart")
     t_AT = TextEncoder(clip)(["a yellow heart", "a yellow circle", "a red heart"]).double().numpy()
     cosines = [float(t_AT[0] @ t / np.linalg.norm(t_AT[0]) / np.linalg.norm(t)) for t in t_AT[1:]]
@@ -72,8 +72,8 @@ def test_the_nearest_of_the_frequent_ones_is_taken(clip: str, tmp_path: Path) ->
 def test_rows_say_which_anchor_was_found_and_their_own_one_wins(clip: str, tmp_path: Path) -> None:
     model = tiny_stable_diffusion.build(tmp_path / "sd", "sd")
     settings = RareConceptsSettings(
-        model=model, clip=clip, methods=(RandomMethod(),), guides=(PlainGuide(), AapbGuide()), steps=2,
-        scores=("text",), anchors=Anchors(reference=reference(tmp_path / "out", clip), least=6), device="cpu",
+        model=model, encoder=clip, methods=(RandomMethod(),), guides=(PlainGuide(), AapbGuide()), steps=2,
+        scores=("text",), anchors=Anchors(reference=reference(tmp_path / "out", clip), min_rows=6), device="cpu",
     )  # fmt: skip
     assert RareConcepts.describe(settings).models["anchors"]["path"] == str(tmp_path / "out")
     given = {"found": {"prompt": "a yellow heart"}, "own": {"prompt": "a yellow heart", "anchor": "a yellow star"},
@@ -119,7 +119,7 @@ def test_what_is_no_output_is_refused(clip: str, tmp_path: Path) -> None:
 def test_anchors_that_nobody_draws_by_are_refused(clip: str, tmp_path: Path) -> None:
     model = tiny_stable_diffusion.build(tmp_path / "sd", "sd")
     settings = RareConceptsSettings(
-        model=model, clip=clip, methods=(RandomMethod(),), scores=("text",),
+        model=model, encoder=clip, methods=(RandomMethod(),), scores=("text",),
         anchors=Anchors(reference=reference(tmp_path / "out", clip)),
     )  # fmt: skip
     with pytest.raises(ValueError, match="anchors: no guide draws by one"):

@@ -34,7 +34,7 @@ def test_new_seeds_are_the_formulas_at_their_weights() -> None:
     torch.testing.assert_close(weights.var(0), torch.full((3,), 1 / 18), atol=0.005, rtol=0)
     wanted = torch.einsum("bk,kchw->bchw", weights, z) / weights.square().sum(1).sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
-    made, weights = new_noise(method("nao", margin=0.4, updates=30), z, generators(50))
+    made, weights = new_noise(method("nao", margin=0.4, iterations=30), z, generators(50))
     assert bool(((weights > 0).sum(1) == 1).all())
     assert float(weights.max()) <= 0.6
     nearest = torch.nn.functional.cosine_similarity(made.flatten(1)[:, None], z.flatten(1)[None], dim=2).argmax(1)

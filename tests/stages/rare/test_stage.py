@@ -102,7 +102,7 @@ def test_bad_rows_say_what_to_do_and_the_others_go_on(folder: str, clip: str, tm
 
 
 def test_a_seed_that_overflows_fails_its_own_row(folder: str, clip: str) -> None:
-    wild = [METHODS[0], {"method": "seed-select", "iterations": 1, "rate": 1e39, "steps": 3}]
+    wild = [METHODS[0], {"method": "seed-select", "iterations": 1, "lr": 1e39, "steps": 3}]
     done = by_id(stage(folder, clip, wild)(rows(["random", "seed-select"])))
     for row in done.values():
         if row["method"] == "random":
