@@ -40,10 +40,10 @@ def submit(
     """Submit a job to Slurm: [bold]latentmill submit JOB.yaml -o OUT --slurm --nodes 4 --gpus-per-node 8[/bold].
 
     It starts a Ray on the allocation and runs the job there; preempted or near its time limit, it is queued again and
-    resumes. `latentmill status OUT` says how far it is.
+    resumes, unless three starts in a row added nothing. `latentmill status OUT` says how far it is.
     """
     with errors():
-        from jobs.commands.slurm import Allocation, script
+        from jobs.commands.slurm import Allocation, Run, script
         from jobs.schema import reading
 
         if not slurm:
@@ -57,10 +57,8 @@ def submit(
         allocation = Allocation(nodes, gpus_per_node, cpus_per_node, options)
         for step in _row_jobs(described, target):
             _check(step, allocation)
-        command = ["latentmill", "run-job", str(job.resolve()), "--output", _everywhere(target)]
-        command += [part for setting in settings or () for part in ("--set", setting)]
-        command += ["--retry-failed"] if retry_failed else []
-        written = script(f"latentmill-{job.stem}", command, allocation)
+        run = Run(str(job.resolve()), _everywhere(target), settings or (), retry_failed)
+        written = script(f"latentmill-{job.stem}", run, allocation)
         if show:
             typer.echo(written, nl=False)
             return

@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.commands.cli import app
-from jobs.commands.slurm import Allocation, script
+from jobs.commands.slurm import Allocation, Run, kept, script
+from jobs.run import run_job
 from jobs.schema.base import RowJob
 
 Tools = Callable[..., Path]
@@ -116,15 +117,17 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tools: Tools, nodes
     folder = tools("ray")
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
     file = tmp_path / "job.sh"
-    file.write_text(script("latentmill-toy", ["latentmill", "run-job", "a b.yaml"], Allocation(nodes)))
+    file.write_text(script("latentmill-toy", Run("a b.yaml", "out"), Allocation(nodes)))
     return file
 
 
-def started(file: Path, nodes: int = 1) -> subprocess.Popen[str]:
+def started(file: Path, nodes: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
     slurm = {"SLURM_JOB_ID": "6001", "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_CPUS_ON_NODE": "2"}
+    slurm |= {"SLURM_JOB_NAME": "latentmill-toy", **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {})}
     return subprocess.Popen(
-        ["bash", str(file)], env={**os.environ, **slurm}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        ["bash", str(file)], env={**os.environ, **slurm}, cwd=file.parent,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -133,7 +136,7 @@ def calls(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_it_is_shell(nodes: int) -> None:
-    text = script("latentmill-toy", ["latentmill", "run-job", "a b.yaml"], Allocation(nodes, 8, 32, ["--qos=high"]))
+    text = script("latentmill-toy", Run("a b.yaml", "out"), Allocation(nodes, 8, 32, ["--qos=high"]))
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "--severity=warning", "-"], input=text, text=True, check=True)
@@ -152,7 +155,7 @@ def test_the_run_s_exit_code_is_the_job_s(
     assert "--node-ip-address=127.0.0.1 --port=20002 --ray-client-server-port=20003" in head
     (workers,) = [line for line in done if line.startswith("srun")]
     assert workers.startswith("srun --nodes=2 --relative=1 --ntasks=2")
-    assert "latentmill run-job a b.yaml --address 127.0.0.1:20002" in done
+    assert "latentmill run-job a b.yaml --output out --address 127.0.0.1:20002" in done
     assert not any(line.startswith("scontrol") for line in done)
 
 
@@ -173,6 +176,56 @@ def test_near_the_limit_it_is_queued_again_and_a_cancelled_one_is_not(
     assert process.returncode == 130
     assert (tmp_path / "stopped").exists()
     assert ("scontrol requeue 6001" in calls(tmp_path)) is again
+
+
+def test_starts_that_keep_nothing_new_come_to_an_end(
+    tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three in a row; progress begins the count anew, and so does another job with the number of an old one."""
+    tools("latentmill", "exit 130")
+    file = written(tmp_path, monkeypatch, tools)
+    tools("python", f'[ "$1" = -m ] && {{ cat {tmp_path}/holds; exit; }}; echo 127.0.0.1')
+
+    def starts(*holds: str) -> list[int]:
+        codes = []
+        for number, held in enumerate(holds):
+            (tmp_path / "holds").write_text(held)
+            process = started(file, restarts=number)
+            said, _ = process.communicate(timeout=60)
+            codes.append(process.returncode)
+            assert ("not started again: the last 3 starts added neither" in said) is (process.returncode == 1)
+        return codes
+
+    assert starts("no plan", "0 shards", "0 shards", "1 shards", "1 shards", "1 shards", "1 shards") == [130] * 6 + [1]
+    assert starts("1 shards", "1 shards", "1 shards") == [130] * 3
+    (line,) = {line for line in calls(tmp_path) if line.startswith("python -m")}
+    assert line == "python -m jobs.commands.slurm a b.yaml out"
+    tools("python", '[ "$1" = -m ] && exit 1; echo 127.0.0.1')  # a store that cannot be asked
+    process = started(file, restarts=7)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    tools("latentmill", "exit 0")
+    started(file, restarts=8).communicate(timeout=60)
+    assert not (tmp_path / "latentmill-toy-6001.starts").exists()
+
+
+def test_what_an_output_holds_changes_with_a_commit_and_with_a_checkpoint(
+    job: str, tmp_path: Path, in_process: None
+) -> None:
+    run = Run(job, str(tmp_path / "out"), ["shard_rows=1"])
+    assert kept(run) == "no plan"
+    (tmp_path / "rows.txt").write_text("one\ntwo\n")
+    first = run_job(job, output=run.output, overrides=run.settings, limit=1)
+    assert first.state == "complete"
+    held = [kept(run), kept(run)]
+    (tmp_path / "out/_checkpoints").mkdir()
+    for word in ("step 1", "step 2"):
+        (tmp_path / "out/_checkpoints/inverter.safetensors").write_text(word)
+        held.append(kept(run))
+        time.sleep(0.02)
+    assert held[0] == held[1]
+    assert len(set(held)) == 3
+    assert held[0].startswith("1 shards, 0 checkpoints")
 
 
 def test_a_ray_that_does_not_start_ends_it(tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
