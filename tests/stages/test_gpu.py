@@ -96,10 +96,10 @@ def test_inversion_gives_what_it_gives_on_the_cpu(
 
 
 @on_devices
-@pytest.mark.parametrize("kind", ["sd35-medium", "flux-dev"])
+@pytest.mark.parametrize("kind", ["sd35-medium", "flux-dev", "flux2-klein"])
 def test_a_rectified_flow_gives_what_it_gives_on_the_cpu(tmp_path: Path, device: str, kind: str) -> None:
     folder = tiny_flows.build(tmp_path, kind)
-    both = [inverted(folder, where, [{"method": "lbo"}]) for where in (device, "cpu")]
+    both = [inverted(folder, where, [{"method": "lbo"}], size=16) for where in (device, "cpu")]
     agree(*both, "latent", 5e-3)
 
 
