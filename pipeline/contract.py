@@ -194,6 +194,16 @@ class Stage(Protocol):
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]: ...
 
 
+class Tally(Protocol):
+    """Counts the rows of one task, as the stage gives them back; of none but those, and of each once."""
+
+    def add(self, row: Row) -> None:
+        """A row of the task, well or failed, in any order; with whatever the stage put into it beside its columns."""
+
+    def summary(self) -> dict[str, Any]:
+        """Name -> numpy array, when all rows have come."""
+
+
 @dataclass(frozen=True)
 class StageSpec:
     """How to build a stage: an import path ``package.module:Class`` and the JSON form of its settings.
@@ -203,13 +213,15 @@ class StageSpec:
     the attribute takes ``params`` as keyword arguments in both places. A class that was moved says in ``known_as``
     under which import path plans and fingerprints go on to know it.
 
-    It may offer ``take_summary() -> dict[str, numpy.ndarray]``, called after each shard: it returns, and resets, what
-    the stage wants kept beside the shard's commit record. It may offer ``shrink() -> bool``, called after an
+    It may offer ``tally() -> Tally | None``, called before each shard, whose summary is kept beside the shard's commit
+    record: of its rows, whatever others came between them, and however often it was begun. And ``take_summary() ->
+    dict[str, numpy.ndarray]``, called after each shard: it returns, and resets, what else is to be kept there. It may
+    offer ``shrink() -> bool``, called after an
     out-of-memory error: it halves its slots (its batch) and returns True, or False when it cannot get smaller; the
     rows that were inside are then given to it again. It may say in ``holds`` how many rows it works on or keeps at a
     time: then rows of one shard after another come in one call, for as long as there are any, and at least so many at a
-    time, so that no place in it stays empty. Its summary is then taken while it works, in another thread, and may only
-    count work, whosever it was. After any exception the stage is called anew, so a call must not
+    time, so that no place in it stays empty. ``take_summary`` is then called while it works, in other threads, one at a
+    time, and may only count work, whosever it was. After any exception the stage is called anew, so a call must not
     depend on how the last one ended.
     """
 

@@ -1,9 +1,10 @@
-"""What the borders of shards cost an inversion: `invert-images` on the shipped model, its rows in small shards, by a
-worker that has as many in hand as the pool would give it, by one that takes one after the other, and by the stage alone
-on the same rows. One process without Ray, one thread a library, in turns. Prints a table and writes
-benchmarks/inversion/results/borders.json.
+"""What the borders of shards cost an inversion: `invert-images` or `invert-prompts` on the shipped models, its rows in
+small shards, by a worker that has as many in hand as the pool would give it, by one that takes one after the other, and
+by the stage alone on the same rows. One process without Ray, one thread a library, in turns. Prints a table and writes
+benchmarks/inversion/results/borders.json, or borders-prompts.json.
 
     OMP_NUM_THREADS=1 python -m benchmarks.inversion.borders [--rows 192] [--shard-rows 8] [--slots 16] [--rounds 2]
+    OMP_NUM_THREADS=1 python -m benchmarks.inversion.borders --prompts --rows 512
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ import torch
 
 from benchmarks.inversion.table import RESULTS
 from benchmarks.ovi.setting import machine
-from jobs.kinds.invert_images import InvertImages as Job
+from jobs.schema.base import RowJob
+from jobs.schema.reading import load
 from pipeline.output.dataset import Output
 from pipeline.output.planfile import read_shards
 from pipeline.run.cluster import _Member
@@ -31,26 +34,20 @@ from pipeline.run.plan import write_plan
 from pipeline.run.tasks import Resources, Task
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder
-from stages.inversion.stage import InvertImages
+from stages.engine.solver import Occupancy
 
 
-class Apart(InvertImages):
-    """The stage as it is called once a shard."""
-
-    holds = 0  # type: ignore[assignment]
-
-
-def planned(job: Job, folder: Path, shard_rows: int) -> tuple[Worker, list[Task]]:
+def planned(job: RowJob, folder: Path, shard_rows: int) -> tuple[Worker, list[Task]]:
     spec = RunSpec(job.stage(), job.source(), str(folder), shard_rows=shard_rows)
     write_plan(spec, draft(spec), Folder.at(f"{spec.output}/_latentmill"), 0.0)
     output = Output.open(spec.output)
     return Worker(_worker_job(spec, output, Resources())), [Task.of(shard) for shard in read_shards(output.own)]
 
 
-def in_hand(worker: Worker, tasks: list[Task]) -> None:
+def in_hand(worker: Worker, tasks: list[Task], *, apart: bool) -> None:
     """All tasks, as the pool hands them out to a single worker."""
     member = _Member.__new__(_Member)
-    member.tasks, member.holds = {}, worker.holds
+    member.tasks, member.holds = {}, 0 if apart else worker.holds
     left = tasks[::-1]
     with ThreadPoolExecutor(16) as threads:
         while left or member.tasks:
@@ -63,7 +60,7 @@ def in_hand(worker: Worker, tasks: list[Task]) -> None:
                 del member.tasks[future]
 
 
-def alone(stage: InvertImages, worker: Worker, tasks: list[Task]) -> None:
+def alone(worker: Worker, tasks: list[Task]) -> None:
     """The stage on the same rows, with what reads them but nothing that writes."""
     from pipeline.run.reading import Reading
 
@@ -72,20 +69,45 @@ def alone(stage: InvertImages, worker: Worker, tasks: list[Task]) -> None:
             if item is not None and isinstance(item[1], list):
                 yield from (found.row for found in item[1])
 
-    assert all(row["status"] == "ok" for row in stage(rows()))
+    assert all(row["status"] == "ok" for row in worker.stage(rows()))
 
 
-def measured(stage: InvertImages, work: Callable[[], None], rows: int) -> dict[str, float]:
+def occupancy_of(stage: Any) -> Occupancy:
+    """That of its only method."""
+    if hasattr(stage, "_occupancy"):
+        return stage._occupancy["lbo"]  # type: ignore[no-any-return]
+    return stage.spent._occupancy["ovi"]  # type: ignore[no-any-return]
+
+
+def measured(worker: Worker, work: Callable[[], None], rows: int) -> dict[str, float]:
     spent, begun = time.process_time(), time.perf_counter()
     work()
     spent, begun = time.process_time() - spent, time.perf_counter() - begun
-    steps, busy = stage._occupancy["lbo"].slot_steps, stage._occupancy["lbo"].busy_slot_steps
-    return {"cpu_seconds": spent, "seconds": begun, "images_per_cpu_second": rows / spent, "occupancy": busy / steps,
-            "network_batches": steps // stage.slots}  # fmt: skip
+    slots = occupancy_of(worker.stage)
+    return {"cpu_seconds": spent, "seconds": begun, "rows_per_cpu_second": rows / spent, "occupancy": slots.share,
+            "network_batches": slots.steps}  # fmt: skip
+
+
+def pictures(asked: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "job": "invert-images",
+        "input": {"path": f"micro-world://heldout?rows={asked.rows}",
+                  "columns": {"image": "image", "prompt": "caption"}},
+        "methods": ["lbo"], "steps": asked.steps, "slots": asked.slots, "reconstruct": False, "pictures": False,
+    }  # fmt: skip
+
+
+def prompts(asked: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "job": "invert-prompts",
+        "input": {"path": f"micro-world://heldout?rows={asked.rows}", "columns": {"prompt": "caption"}},
+        "methods": [{"method": "ovi", "slots": asked.slots}],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inversion.borders")
+    parser.add_argument("--prompts", action="store_true")
     parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--shard-rows", type=int, default=8)
     parser.add_argument("--slots", type=int, default=16)
@@ -93,30 +115,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    job = Job.model_validate({
-        "job": "invert-images",
-        "input": {"path": f"micro-world://heldout?rows={asked.rows}",
-                  "columns": {"image": "image", "prompt": "caption"}},
-        "methods": ["lbo"], "steps": asked.steps, "slots": asked.slots, "reconstruct": False, "pictures": False,
-    })  # fmt: skip
+    job = load(prompts(asked) if asked.prompts else pictures(asked))
+    assert isinstance(job, RowJob)
     found: dict[str, list[dict[str, float]]] = {"one after the other": [], "in hand together": [], "stage alone": []}
     for _ in range(asked.rounds):
         for name, rounds in found.items():
             with tempfile.TemporaryDirectory() as scratch:
                 worker, tasks = planned(job, Path(scratch), asked.shard_rows)
-                stage: Any = worker.stage
-                if name == "one after the other":
-                    stage.__class__ = Apart
+                apart = name == "one after the other"
+                if apart:
                     worker._stream._joins = False
-                elif name == "stage alone":
-                    rounds.append(measured(stage, lambda: alone(stage, worker, tasks), asked.rows))  # noqa: B023
-                    continue
-                rounds.append(measured(stage, lambda: in_hand(worker, tasks), asked.rows))  # noqa: B023
-    best = {name: max(rounds, key=lambda one: one["images_per_cpu_second"]) for name, rounds in found.items()}
-    print("| rows through | batches of the network | slots busy | images/CPU s |\n|---|---|---|---|")
+                work = partial(alone, worker, tasks)
+                if name != "stage alone":
+                    work = partial(in_hand, worker, tasks, apart=apart)
+                rounds.append(measured(worker, work, asked.rows))
+    best = {name: max(rounds, key=lambda one: one["rows_per_cpu_second"]) for name, rounds in found.items()}
+    print("| rows through | batches of the network | slots busy | rows/CPU s |\n|---|---|---|---|")
     for name, one in best.items():
-        print(f"| {name} | {one['network_batches']} | {one['occupancy']:.3f} | {one['images_per_cpu_second']:.2f} |")
-    (RESULTS / "borders.json").write_text(
+        print(f"| {name} | {one['network_batches']} | {one['occupancy']:.3f} | {one['rows_per_cpu_second']:.2f} |")
+    (RESULTS / f"borders{'-prompts' if asked.prompts else ''}.json").write_text(
         json.dumps({"machine": machine(), **vars(asked), "best": best, "all": found}, indent=1) + "\n"
     )
 

@@ -6,7 +6,7 @@ The output has one row for each (prompt, method): compare methods with ``GROUP B
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -68,7 +68,8 @@ class InvertPrompts(PromptInversion, RowJob):
     products: ClassVar[tuple[str, ...]] = (SUMMARY_FILE,)
 
     def finish(self, finished: pipeline.run.driver.Finished) -> None:
-        summary = summarise(finished.tables(), finished.summaries(), self.reference)
+        labels = [method.label for method in self.methods]
+        summary = summarise(finished.tables(), finished.summaries(), labels, self.reference)
         with finished.output.open_file(SUMMARY_FILE, "wb") as file:
             file.write(json.dumps(summary, indent=2).encode())
 
@@ -78,13 +79,15 @@ class InvertPrompts(PromptInversion, RowJob):
 
 
 def summarise(
-    tables: Iterable[Any], summaries: Iterable[Mapping[str, Any]], reference: str | None
+    tables: Iterable[Any], summaries: Iterable[Mapping[str, Any]], labels: Sequence[str], reference: str | None
 ) -> dict[str, dict[str, float | None]]:
-    """Method -> rows, failed, means of its measures, seconds a prompt, slot occupancy, Frechet distances.
+    """Method -> rows that are well, failed ones, means of its measures, seconds a prompt, slot occupancy, Frechet
+    distances.
 
     Args:
         tables: Committed tables.
-        summaries: What `stages.ovi.summary.Summary.take` left.
+        summaries: What `stages.ovi.summary` left of each shard.
+        labels: Of the methods.
         reference: The job's reference, for the Frechet distances.
     """
     import numpy as np
@@ -92,42 +95,45 @@ def summarise(
 
     from index import gaussian
     from stages.ovi.scoring import frechet
-    from stages.ovi.summary import TOTALS
+    from stages.ovi.summary import SPENT
 
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[str, dict[str, float | None]] = {label: {} for label in labels}
+    counts = {label: {"rows": 0.0, "failed": 0.0} for label in labels}
     sums: dict[tuple[str, str], list[float]] = {}
     for shard in tables:
-        for label in pc.unique(shard.column("method").drop_null()).to_pylist():
-            part = shard.filter(pc.equal(shard.column("method"), label))
-            found.setdefault(label, {})
+        for label in labels:
+            mine = shard.filter(
+                pc.ends_with(shard.column("id"), f"/{label}")
+            )  # a failed row has its method there alone
+            part = mine.filter(pc.equal(mine.column("status"), "ok"))
+            counts[label]["rows"] += len(part)
+            counts[label]["failed"] += pc.sum(pc.equal(mine.column("status"), "failed")).as_py() or 0
             for name in MEASURES:
                 if name in part.column_names:
                     values = part.column(name).drop_null().cast("float64").to_numpy()
                     held = sums.setdefault((label, name), [0.0, 0.0])
                     held[0] += float(values.sum())
                     held[1] += len(values)
-    totals: dict[str, Any] = {}
+    totals = {label: np.zeros(len(SPENT)) for label in labels}
     moments: dict[str, Any] = {}
     for summary in summaries:
         groups: dict[str, dict[str, Any]] = {}
         for key, array in summary.items():
             kind, _, rest = key.partition(".")
-            if kind == "totals":
-                totals[rest] = totals.get(rest, 0) + np.asarray(array)
-            else:
+            if kind == "moments":
                 name, _, field = rest.rpartition(".")
                 groups.setdefault(name, {})[field] = array
+            else:  # older code's `totals` had two counts before
+                totals[rest] = totals[rest] + np.asarray(array)[-len(SPENT) :]
         for name, arrays in groups.items():
             part = gaussian.Moments.from_arrays(arrays)
             moments[name] = gaussian.merge([moments[name], part]) if name in moments else part
     for (label, name), (total, count) in sums.items():
         found[label][name] = total / count if count else None
     for label, values in totals.items():
-        spent = dict(zip(TOTALS, values.tolist(), strict=True))
-        rows = spent["rows"]
-        found.setdefault(label, {}).update(
-            rows=rows,
-            failed=spent["failed"],
+        spent, rows = dict(zip(SPENT, values.tolist(), strict=True)), counts[label]["rows"]
+        found[label].update(
+            counts[label],
             seconds_per_prompt=spent["seconds"] / rows if rows else None,
             decode_seconds_per_prompt=spent["decode_seconds"] / rows if rows and spent["decode_seconds"] else None,
             occupancy=spent["busy_slot_steps"] / spent["slot_steps"] if spent["slot_steps"] else None,
@@ -138,7 +144,7 @@ def summarise(
         target = Reference.open(reference).gaussian
         for name, statistics in moments.items():
             kind, _, label = name.partition(".")
-            found.setdefault(label, {})[f"frechet_{kind}"] = frechet(statistics, target)
+            found[label][f"frechet_{kind}"] = frechet(statistics, target)
     return found
 
 

@@ -6,6 +6,7 @@ the device waits for none of them. Rows come back from the stage in any order an
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Container, Iterator
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import machine
-from pipeline.contract import Row
+from pipeline.contract import Row, Tally
 from pipeline.input.source import SourceError
 from pipeline.output import commit, parquet
 from pipeline.output.commit import Record
@@ -56,6 +57,7 @@ class Worker:
         self._writer = Writer(job, self._folder, self.schema)
         self._through = Counter[int]()  # shard in hand -> its rows that are through the stage
         self._ended = 0.0
+        self._taking = threading.Lock()
 
     @property
     def holds(self) -> int:
@@ -72,10 +74,14 @@ class Worker:
         """Rows of the input read so far, in all tasks."""
         return self._reader.read
 
-    def _rows(self, task: Task, only: Container[int] | None = None) -> Iterator[tuple[int, Row]]:
+    def _rows(
+        self, task: Task, tally: Tally | None, only: Container[int] | None = None
+    ) -> Iterator[tuple[int, Row]]:  # fmt: skip
         """(position, finished row) in any order, exactly one for each planned row (of those at the places `only`)."""
         for row, out in self._stream.rows(task, only):
             self._through[task.shard] += 1
+            if tally is not None and out is not None:
+                tally.add(out)
             yield row.position, _passed_by(row) if isinstance(row, Found) else self._finished(row, out or {})
 
     def _finished(self, waiting: Waiting, out: Row) -> Row:
@@ -90,8 +96,8 @@ class Worker:
             row["error"] = "failed without a reason"
         return {**row, **waiting.kept}
 
-    def _tables(self, task: Task) -> Iterator[Future[pa.Table]]:
-        return self._writer.tables(in_order(self._rows(task), task, self._writer.group_rows))
+    def _tables(self, task: Task, tally: Tally | None = None) -> Iterator[Future[pa.Table]]:
+        return self._writer.tables(in_order(self._rows(task, tally), task, self._writer.group_rows))
 
     def _condemned(self, task: Task) -> Iterator[tuple[int, Row]]:
         """The row that kills workers: read, but neither decoded nor given to the stage."""
@@ -100,7 +106,7 @@ class Worker:
         for position, raw in enumerate(self._reader.undecoded(task), task.start):
             yield position, {**self._reader.kept(raw, "", None), "id": raw.id, **failure}
 
-    def _again(self, task: Task) -> Iterator[pa.Table]:
+    def _again(self, task: Task, tally: Tally | None) -> Iterator[pa.Table]:
         """The task's rows as they were committed, but for those that had failed, which are done anew.
 
         Raises:
@@ -111,7 +117,7 @@ class Worker:
         ids = dict(zip(range(task.start, task.stop), old["id"].to_pylist(), strict=True))
         statuses = zip(ids, old["status"].to_pylist(), strict=True)
         failed = frozenset(position for position, status in statuses if status == "failed")
-        fresh = dict(self._condemned(task) if task.condemned else self._rows(task, failed)) if failed else {}
+        fresh = dict(self._condemned(task) if task.condemned else self._rows(task, tally, failed)) if failed else {}
         for position, row in fresh.items():
             if row["id"] != ids[position]:
                 raise SourceError(f"the input has {row['id']!r} where {ids[position]!r} was; it changed since the run")
@@ -124,15 +130,15 @@ class Worker:
                 part = pa.concat_tables([part, new]).take(order)
             yield part
 
-    def _made(self, task: Task) -> Iterator[pa.Table | Future[pa.Table]]:
+    def _made(self, task: Task, tally: Tally | None) -> Iterator[pa.Table | Future[pa.Table]]:
         """The task's rows, in order."""
         if task.pieces:
             return self._joined(task.pieces)
         if task.again and task.again.file:
-            return self._again(task)
+            return self._again(task, tally)
         if task.condemned:
             return iter([self._writer.table([row for _, row in self._condemned(task)])])
-        return self._tables(task)
+        return self._tables(task, tally)
 
     def process(self, task: Task) -> Record | Piece:
         """Map a task's rows and commit them (or write them as a piece).
@@ -154,14 +160,15 @@ class Worker:
             self._take_summary()  # what an attempt that failed left behind
         token = machine.here.token()[:12]
         part = "" if task.whole else f".{task.start}-{task.stop}"
-        piece = self._writer.write(task, self._name(task, f"{part}.{token}.parquet"), self._made(task))
+        tally = self._tally()
+        piece = self._writer.write(task, self._name(task, f"{part}.{token}.parquet"), self._made(task, tally))
         if task.pieces:
             piece = replace(
                 piece,
                 summary=tuple(name for p in task.pieces for name in p.summary),
                 summary_bytes=tuple(size for p in task.pieces for size in p.summary_bytes),
             )
-        elif summary := self._take_summary() if not task.condemned else None:
+        elif summary := self._summary(tally) if not task.condemned else None:
             name = self._name(task, f"{part}.{token}.npz")
             size = commit.write_summary(self._folder, name, summary)
             piece = replace(piece, summary=(name,), summary_bytes=(size,))
@@ -201,9 +208,20 @@ class Worker:
         for piece in sorted(pieces, key=lambda piece: piece.start):
             yield parquet.read(self._folder, f"{commit.ATTEMPTS}/{piece.file}").cast(self.schema)
 
-    def _take_summary(self) -> dict[str, Any] | None:
+    def _tally(self) -> Tally | None:
+        """For a task's rows, if the stage has them counted."""
+        new = getattr(self.stage, "tally", None)
+        tally: Tally | None = new() if new is not None else None
+        return tally
+
+    def _summary(self, tally: Tally | None) -> dict[str, Any]:
+        """What is kept beside a task's record; may be nothing."""
+        return {**self._take_summary(), **(tally.summary() if tally is not None else {})}
+
+    def _take_summary(self) -> dict[str, Any]:
         take = getattr(self.stage, "take_summary", None)
-        summary: dict[str, Any] | None = take() if take is not None else None
+        with self._taking:  # tasks in hand end in threads of their own
+            summary: dict[str, Any] = take() if take is not None else {}
         return summary
 
     def calibrate(self, task: Task) -> tuple[int, float, int, int]:

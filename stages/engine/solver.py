@@ -72,9 +72,9 @@ def solve(
 ) -> Iterator[Row]:
     """Solve every row's problem by continuous batching; rows come out as they finish.
 
-    Rows that arrive with status "failed" pass through untouched and take no slot. When the device runs out of memory
-    and the problem can `resize`, the rows in flight start again with half the slots; their random numbers are their
-    own, so the result is the same.
+    Rows that arrive with status "failed" pass through untouched and take no slot; so does `PAUSE`. When the device runs
+    out of memory and the problem can `resize`, the rows in flight start again with half the slots; their random numbers
+    are their own, so the result is the same.
 
     Args:
         problem: Holds the slots.

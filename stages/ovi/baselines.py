@@ -27,8 +27,8 @@ def text_embedding(rows: Iterable[Row]) -> Iterator[Row]:
     )
 
 
-def retrieval(reference: Reference, k: int) -> RowMap:
-    """The mean of the k image embeddings that are nearest to the text by cosine.
+def retrieval(reference: Reference, k: int, batch: int = BATCH) -> RowMap:
+    """The mean of the k image embeddings that are nearest to the text by cosine, for so many rows at once.
 
     Raises:
         ValueError: The reference has fewer than k rows.
@@ -40,7 +40,7 @@ def retrieval(reference: Reference, k: int) -> RowMap:
         mean_BE = reference.index.gather(reference.positions(t_BE, k)).mean(1)
         return (ok(row, embedding=z_E, passes=0) for row, z_E in zip(rows, mean_BE, strict=True))
 
-    return lambda rows: in_batches(rows, BATCH, means)
+    return lambda rows: in_batches(rows, batch, means)
 
 
 def rescaled(method: RowMap, norm: float) -> RowMap:

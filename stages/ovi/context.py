@@ -56,7 +56,8 @@ class Context:
         vision: The image encoder's network; loaded when a method asks.
         text: Prompts -> text embeddings, for warm starts.
         reference: Real image embeddings.
-        occupancy: Method label -> how full its slots were; whoever empties it starts the count anew.
+        occupancy: Method label -> how full its slots were.
+        slots: Method label -> rows at once, of those that optimise.
     """
 
     model: str
@@ -68,6 +69,7 @@ class Context:
     reference: Reference | None
     allow_pickle: bool | None = None
     occupancy: dict[str, Occupancy] = field(default_factory=dict)
+    slots: dict[str, int] = field(default_factory=dict)
 
     def need_reference(self, method: PromptMethod) -> Reference:
         if self.reference is None:

@@ -53,13 +53,10 @@ def _build(method: PromptMethod, context: Context) -> RowMap:
     match method:
         case TextEmbedding():
             return text_embedding
-        case Retrieval(nearest_by="caption"):
-            reference, captions = context.need_captions(method)
-            return mapped(by_caption(reference, captions, method.k))
+        case Retrieval():
+            return _nearest(method, context, BATCH)
         case MeanShift() | Linear() | Kernel() | Procrustes():
             return prior(method, context)
-        case Retrieval():
-            return retrieval(context.need_reference(method), method.k)
         case TrainedPrior():
             return trained_prior(method, context)
         case Direct():
@@ -76,7 +73,13 @@ def ovi(method: OVI, context: Context) -> RowMap:
     if method.warm_start is None:
         return solved
     starts = WarmStarts.open(method.warm_start, (method.tokens, tower.width), context.text)
-    return lambda rows: solved(starts(rows))
+    return lambda rows: solved(starts(rows, context.slots[method.label]))
+
+
+def _nearest(method: Retrieval, context: Context, batch: int) -> RowMap:
+    if method.nearest_by == "caption":
+        return mapped(by_caption(*context.need_captions(method), method.k), batch)
+    return retrieval(context.need_reference(method), method.k, batch)
 
 
 def direct(method: Direct, context: Context) -> RowMap:
@@ -91,8 +94,8 @@ def direct(method: Direct, context: Context) -> RowMap:
     solved = optimised(method, context, Parametrization.direct(whitening))
     if not constraint.neighbours or constraint.around:
         return solved
-    many = min(START_NEIGHBOURS, _offered(method, context))
-    nearest = _build(Retrieval(k=many, nearest_by=constraint.nearest_by), context)
+    images = Retrieval(k=min(START_NEIGHBOURS, _offered(method, context)), nearest_by=constraint.nearest_by)
+    nearest = _nearest(images, context, method.slots)  # so that rows that have to wait are no more than the slots take
     mean_E, inverse_EE = whitening.mean_E.cpu(), whitening.inverse_EE.cpu()
 
     def started(rows: list[Row]) -> Iterator[Row]:
@@ -101,7 +104,7 @@ def direct(method: Direct, context: Context) -> RowMap:
             kept = {name: value for name, value in row.items() if name not in ("embedding", "status", "error")}
             yield {**kept, "start": start_E.numpy()}
 
-    return lambda rows: solved(in_batches(nearest(rows), BATCH, started))
+    return lambda rows: solved(in_batches(nearest(rows), method.slots, started))
 
 
 def optimised(method: OVI | Direct, context: Context, parametrization: Parametrization) -> RowMap:
@@ -110,10 +113,12 @@ def optimised(method: OVI | Direct, context: Context, parametrization: Parametri
     problem = OviProblem(
         parametrization, method, seed=context.seed, whitening=whitening, search=_search_of(method, context)
     )  # fmt: skip
+    context.slots[method.label] = problem.slots
     # On a GPU, asking after every step whether a row is done makes the host wait for the device each time.
     poll = 4 if torch.device(context.device).type == "cuda" else 1
 
     def solved(rows: Iterable[Row]) -> Iterator[Row]:
+        problem.forget()  # an earlier call may have ended in the middle
         occupancy = context.occupancy.setdefault(method.label, Occupancy())
         return solve(problem, rows, occupancy=occupancy, poll=poll)
 

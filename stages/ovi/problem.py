@@ -158,6 +158,11 @@ class OviProblem:
                 raise ValueError("`accelerate: graph` needs the bank in device memory, or `interval: 0`")
             self._advance = capture(self._evaluate_and_update)
 
+    def forget(self) -> None:
+        """All slots are empty."""
+        self.rows = [None] * self.slots
+        self.active_B.zero_()
+
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
         device, shape = self.parametrization.device, self.parametrization.shape
         which_B = slot_mask(self.slots, slots, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
 from stages.engine.device import chosen_device
+from stages.engine.turns import in_turns
 from stages.models import clip, kandinsky
 from stages.models.captions import PROMPT_COLUMNS, PROMPT_READS, TOKEN_COLUMNS, prompt_of, token_counts
 from stages.models.fingerprint import describe_model
@@ -20,11 +22,14 @@ from stages.ovi import scoring
 from stages.ovi.context import Context, require_captions
 from stages.ovi.methods import build
 from stages.ovi.settings import OVI, InvertPromptsSettings, TrainedPrior
-from stages.ovi.summary import Summary
+from stages.ovi.summary import Moments, Spent
 
 _READS: dict[str, Form] = {**PROMPT_READS, **dict.fromkeys(scoring.ASKED, "value")}
 CHUNK = 256
-_INTERNAL = frozenset({"key", "variable", "start", "text", "picture_embedding"})
+"""Most rows that are read, or finished, at once."""
+KNOWN = 4096
+"""Prompts whose text embeddings are kept: the rows of a prompt, one a method and draw, come one after another."""
+_INTERNAL = frozenset({"key", "own_id", "variable", "start", "text"})
 
 _MEASURES = (
     Column("text_cosine", "float32", doc="cosine of embedding and text embedding"),
@@ -86,7 +91,14 @@ class InvertPrompts:
         self.oracle = None
         if "oracle" in self.scores:
             self.oracle = scoring.open_oracle(settings.oracle)
-        self.summary = Summary(self.methods, context.occupancy)
+        self.spent = Spent(self.methods, context.occupancy)
+        self.slots = sum(context.slots.values())
+        # No more than the slots give back in a while: what waits to be many holds its shards open.
+        self.chunk = min(CHUNK, max(context.slots.values(), default=CHUNK))
+        if self.settings.decoder is not None:
+            self.chunk = max(self.chunk, self.settings.decoder.batch_size)
+        self._known: dict[str, tuple[np.ndarray, dict[str, int | bool]]] = {}
+        self._read = 0.0  # seconds of this call that rows, and their texts' embeddings, were waited for
 
     @cached_property
     def image_encoder(self) -> clip.ImageEncoder:
@@ -127,20 +139,49 @@ class InvertPrompts:
             models |= kandinsky.identity(settings.decoder, pickles)
         return StageInfo(tuple(columns), models, reads=_READS)
 
+    @property
+    def holds(self) -> int:
+        """Most rows at a time: read, waiting for their method's turn, in the slots, and waiting to be finished."""
+        return self.chunk + 2 * self.slots + len(self.methods) * self.chunk
+
     def take_summary(self) -> dict[str, np.ndarray]:
-        return self.summary.take()
+        return self.spent.take()
+
+    def tally(self) -> Moments | None:
+        """Of a shard's rows."""
+        return Moments() if "frechet" in self.scores else None
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """One row out for each in; the shard's rows are held together, so that each method's slots stay full."""
-        groups: dict[str, list[Row]] = {}
-        for row in rows:
-            problem = self._problem(row)
-            if problem:
-                yield failed(row, problem)
+        """One row out for each in. The methods take turns, each with its slots full for as long as rows come."""
+        self._read = 0.0
+        unfinished: dict[str, list[Row]] = {label: [] for label in self.methods}
+        first = next(iter(self.methods))
+        begun = time.perf_counter()
+        for label, row in in_turns(
+            self._timed(self._prepared(rows)), self.methods, lambda row: row["method"] if "key" in row else first,
+            max(self.slots, 1),
+        ):  # fmt: skip
+            self.spent.add(label, "seconds", time.perf_counter() - begun - self._read)
+            if "key" not in row:
+                yield row
             else:
-                groups.setdefault(row["method"], []).append(row)
-        for label, group in groups.items():
-            yield from self._by_method(label, group)
+                unfinished[label].append(row)
+            if len(unfinished[label]) >= self.chunk:
+                yield from self._finished(label, unfinished[label])
+                unfinished[label] = []
+            self._read, begun = 0.0, time.perf_counter()
+        for label, left in unfinished.items():
+            yield from self._finished(label, left)
+
+    def _timed(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows; what they are waited for counts for no method."""
+        while True:
+            begun = time.perf_counter()
+            row = next(rows, None)
+            self._read += time.perf_counter() - begun
+            if row is None:
+                return
+            yield row
 
     def _problem(self, row: Row) -> str | None:
         prompt = prompt_of(row)
@@ -152,47 +193,64 @@ class InvertPrompts:
             return f"no method {row.get('method')!r}: the job has {', '.join(self.methods)}"
         return None
 
-    def _by_method(self, label: str, group: list[Row]) -> Iterator[Row]:
-        started = time.perf_counter()
-        prompts = [str(prompt_of(row)) for row in group]
-        text_BE = self.text(prompts)
-        counted = token_counts(prompts, [(self.text.tokenizer, self.text.length)])
-        ids = {}
-        given = []
-        for row, prompt, text_E, counts in zip(group, prompts, text_BE, counted, strict=True):
-            key = str(row["id"]).removesuffix(f"/{label}")
-            ids[key] = row["id"]
-            given.append({**row, "id": key, "key": key, "prompt": prompt, "text": text_E.numpy(), **counts})
-        for chunk in batches(self.methods[label](given), CHUNK):
-            self.summary.add(label, "seconds", time.perf_counter() - started)
-            done, lost = _parted(chunk)
-            done = scoring.embedding_measures(done, self.reference)
-            self.summary.add(label, "rows", len(done))
-            self.summary.add(label, "failed", len(lost))
-            if "frechet" in self.scores:
-                self.summary.observe(f"embeddings.{label}", [row["embedding"] for row in done])
-            if self.decoder is not None:
-                started = time.perf_counter()
-                done, undrawn = _parted(self.decoder(done, key="key"))
-                self.summary.add(label, "decode_seconds", time.perf_counter() - started)
-                lost += undrawn
-                done = self._scored(label, done)
-            for row in [*lost, *done]:
-                yield self._output(row, ids[row["key"]])
-            started = time.perf_counter()
+    def _prepared(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Rows as the methods take them, under ids without their method; those that no method can take have failed."""
+        for chunk in batches(rows, self.chunk):
+            good: list[Row] = []
+            for row in chunk:
+                problem = self._problem(row)
+                if problem:
+                    yield failed(row, problem)
+                else:
+                    good.append(row)
+            begun = time.perf_counter()
+            prompts = [str(prompt_of(row)) for row in good]
+            texts = self._texts(prompts)
+            for label, count in Counter(row["method"] for row in good).items():
+                self.spent.add(label, "seconds", (time.perf_counter() - begun) * count / len(good))
+            for row, prompt in zip(good, prompts, strict=True):
+                text_E, counts = texts[prompt]
+                own_id = str(row["id"])
+                key = own_id.removesuffix(f"/{row['method']}")
+                yield {**row, "id": key, "own_id": own_id, "key": key, "prompt": prompt, "text": text_E, **counts}
 
-    def _output(self, row: Row, own_id: str) -> Row:
+    def _texts(self, prompts: list[str]) -> dict[str, tuple[np.ndarray, dict[str, int | bool]]]:
+        """Of each distinct prompt the text embedding (E,) and its `TOKEN_COLUMNS`."""
+        known = self._known
+        if new := list(dict.fromkeys(prompt for prompt in prompts if prompt not in known)):
+            counted = token_counts(new, [(self.text.tokenizer, self.text.length)])
+            known |= {
+                prompt: (text_E, counts)
+                for prompt, text_E, counts in zip(new, self.text(new).numpy(), counted, strict=True)
+            }
+        found = {prompt: known[prompt] for prompt in prompts}
+        for prompt in list(known)[: max(0, len(known) - KNOWN)]:
+            del known[prompt]
+        return found
+
+    def _finished(self, label: str, rows: list[Row]) -> Iterator[Row]:
+        """A method's rows measured and, if asked, decoded and scored."""
+        done, lost = _parted(rows)
+        done = scoring.embedding_measures(done, self.reference)
+        if self.decoder is not None:
+            begun = time.perf_counter()
+            done, undrawn = _parted(self.decoder(done, key="key"))
+            self.spent.add(label, "decode_seconds", time.perf_counter() - begun)
+            lost += undrawn
+            done = self._scored(done)
+        for row in [*lost, *done]:
+            yield self._output(row)
+
+    def _output(self, row: Row) -> Row:
         """The row under its own id, without what only the methods needed."""
         kept = {name: value for name, value in row.items() if name not in _INTERNAL}
         if self.settings.store_tokens and "variable" in row:
             kept["tokens"] = row["variable"]
-        return {**kept, "id": own_id}
+        return {**kept, "id": row["own_id"]}
 
-    def _scored(self, label: str, rows: list[Row]) -> list[Row]:
+    def _scored(self, rows: list[Row]) -> list[Row]:
         if "clip" in self.scores or "frechet" in self.scores:
             rows = scoring.clip_scores(rows, self.image_encoder)
-        if "frechet" in self.scores:
-            self.summary.observe(f"pictures.{label}", [row["picture_embedding"] for row in rows])
         if self.oracle is None:
             return rows
         good, bad = [], []

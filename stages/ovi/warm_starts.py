@@ -14,7 +14,6 @@ from torch import nn
 
 from pipeline.contract import Row
 from stages.engine.passthrough import in_batches
-from stages.ovi.context import BATCH
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class WarmStarts:
         t_ME = nn.functional.normalize(text(table["prompt"].to_pylist()), dim=-1)
         return WarmStarts(t_ME, flat.reshape(-1, *shape))
 
-    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows, each with the `start` that the prompt nearest to it offers."""
-        return in_batches(rows, BATCH, self._started)
+    def __call__(self, rows: Iterable[Row], batch: int) -> Iterator[Row]:
+        """The rows, each with the `start` that the prompt nearest to it offers; so many of them at once."""
+        return in_batches(rows, batch, self._started)
 
     def _started(self, rows: list[Row]) -> Iterator[Row]:
         t_BE = torch.from_numpy(np.stack([row["text"] for row in rows])).float()

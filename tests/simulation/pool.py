@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.contract import Row
+from pipeline.contract import Row, Tally
 from pipeline.failures import Fault
 from pipeline.output import commit
 from pipeline.output.schema import decode_schema, measures, merge_measures, table
@@ -117,17 +117,22 @@ class _Worker(Worker):
         self._writer, self._fleet = _Writer(job, self._folder, self.schema, fleet), fleet
         self._through, self._ended = Counter(), 0.0
 
-    def _tables(self, task: Task) -> Iterator[Any]:
+    def _tables(self, task: Task, tally: Tally | None = None) -> Iterator[Any]:
         yield from ()
 
-    def _rows(self, task: Task, only: Container[int] | None = None) -> Iterator[tuple[int, Row]]:
+    def _rows(
+        self, task: Task, tally: Tally | None, only: Container[int] | None = None
+    ) -> Iterator[tuple[int, Row]]:  # fmt: skip
         factor, moody = self.job.stage.params["factor"], self._fleet.fails()
         for position, (name, line, _) in enumerate(_lines(task), task.start):
             if only is None or position in only:
                 yield position, _row(name, line, factor, moody)
 
-    def _take_summary(self) -> dict[str, Any] | None:
-        return {"count": np.array([1])} if self._fleet.summaries else None
+    def _tally(self) -> Tally | None:
+        return None
+
+    def _take_summary(self) -> dict[str, Any]:
+        return {"count": np.array([1])} if self._fleet.summaries else {}
 
 
 class _Heart:

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 
 from pipeline.contract import Column, Row, StageInfo, StageSpec, failed, ok
 from pipeline.input.source import SourceError
-from pipeline.output.commit import ATTEMPTS, Record
-from pipeline.output.dataset import Output
-from pipeline.output.planfile import read_shards
-from pipeline.run.draft import draft
-from pipeline.run.driver import _worker_job
+from pipeline.output.commit import ATTEMPTS, Record, read_summary
 from pipeline.run.guard import Poisoned
-from pipeline.run.plan import write_plan
-from pipeline.run.tasks import Resources, Task
-from pipeline.run.worker import Worker
-from pipeline.storage import Folder
+from pipeline.run.tasks import Again, Task
 from tests.support.faulty import spec_for
+from tests.support.in_hand import Planned
 
 SHARD, SHARDS = 6, 8
 LINES = [f"line {i}" for i in range(SHARD * SHARDS)]
 SLOTS = 4
+
+
+class Numbers:
+    """The numbers of the rows that are well, as they come."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def add(self, row: Row) -> None:
+        if row["status"] == "ok":
+            self.seen.append(row["number"])
+
+    def summary(self) -> dict[str, np.ndarray]:
+        return {"numbers": np.array(self.seen)}
 
 
 class Slots:
@@ -43,6 +50,12 @@ class Slots:
     @staticmethod
     def describe(mode: str = "") -> StageInfo:
         return StageInfo((Column("number", "int64"), Column("steps", "int64")))
+
+    def tally(self) -> Numbers:
+        return Numbers()
+
+    def take_summary(self) -> dict[str, np.ndarray]:
+        return {"calls": np.array(self.calls)}
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
         self.calls += 1
@@ -66,36 +79,14 @@ class Slots:
                 yield failed(row, "odd") if number % 10 == 9 else ok(row, number=number, steps=1 + 7 * number % 11)
 
 
-class Bench:
-    """A planned run and its worker."""
+class Bench(Planned):
+    """A planned run of `Slots` and its worker."""
 
     def __init__(self, folder: Path, mode: str = "", lines: list[str] = LINES) -> None:
         folder.mkdir(exist_ok=True)
         stage = StageSpec("tests.pipeline.run.test_stream:Slots", {"mode": mode})
-        spec = replace(spec_for(folder, lines, shard_rows=SHARD), stage=stage)
-        write_plan(spec, draft(spec), Folder.at(f"{spec.output}/_latentmill"), 0.0)
-        self.output = Output.open(spec.output)
-        self.worker = Worker(_worker_job(spec, self.output, Resources()))
-        self.tasks = [Task.of(shard) for shard in read_shards(self.output.own)]
+        super().__init__(replace(spec_for(folder, lines, shard_rows=SHARD), stage=stage))
         self.stage: Slots = self.worker.stage  # type: ignore[assignment]
-
-    def all(self, tasks: list[Task] | None = None) -> list[Record | BaseException]:
-        """What becomes of tasks that are all in hand at once."""
-        tasks, stream, begin = tasks or self.tasks, self.worker._stream, threading.Event()
-        stream._thread.submit(begin.wait)  # the stage waits until all are there, in this order
-        with ThreadPoolExecutor(len(tasks)) as threads:
-            done = []
-            for number, task in enumerate(tasks, 1):
-                done.append(threads.submit(self.worker.process, task))
-                with stream._changed:
-                    stream._changed.wait_for(lambda: len(stream._open) == number)  # noqa: B023
-            begin.set()
-            return [one.exception() or one.result() for one in done]  # type: ignore[misc]
-
-    def rows(self, record: Record | BaseException) -> list[Row]:
-        assert isinstance(record, Record), record
-        rows: list[Row] = pq.read_table(f"{self.output.path}/{ATTEMPTS}/{record.file}").to_pylist()
-        return rows
 
 
 def test_each_shard_has_its_own_rows_whatever_is_beside_them(tmp_path: Path) -> None:
@@ -172,3 +163,53 @@ def test_what_a_stage_makes_waits_for_a_writer_that_is_slow(
     rows = bench.worker._stream.rows(bench.tasks[0])
     next(rows)
     assert len(list(rows)) == SHARD - 1
+
+
+def numbers(bench: Bench, record: Record | BaseException) -> list[int]:
+    """What a task's summaries tell of its rows."""
+    assert isinstance(record, Record), record
+    return [int(n) for name in record.summary for n in read_summary(bench.output.folder, name)["numbers"]]
+
+
+@pytest.mark.parametrize("mode", ["", "apart", "raise"])
+def test_a_summary_is_of_its_own_shards_rows_whatever_is_beside_them(tmp_path: Path, mode: str) -> None:
+    bench = Bench(tmp_path, mode)
+    for record in bench.all():
+        well = [row["number"] for row in bench.rows(record) if row["status"] == "ok"]
+        assert sorted(numbers(bench, record)) == well
+
+
+def test_an_attempt_that_failed_leaves_nothing_in_the_summaries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    before = bench.worker._writer.write
+
+    def refused(task: Task, *given: object) -> object:
+        done = before(task, *given)  # type: ignore[arg-type]
+        if task.shard in (1, 4):
+            raise OSError("the store is away")
+        return done
+
+    monkeypatch.setattr(bench.worker._writer, "write", refused)
+    ended = bench.all()
+    assert [isinstance(end, OSError) for end in ended] == [shard in (1, 4) for shard in range(SHARDS)]
+    monkeypatch.undo()
+    ended[1], ended[4] = bench.all([bench.tasks[1], bench.tasks[4]])
+    told = Counter(number for record in ended for number in numbers(bench, record))
+    assert told == Counter(i for i in range(len(LINES)) if i % 10 != 9)
+
+
+def test_rows_done_again_and_parts_of_a_shard_are_told_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "raise")
+    first, *_ = bench.all()
+    assert isinstance(first, Record)
+    assert sorted(numbers(bench, first)) == [0, 1, 2, 3, 4]
+    bench.stage.mode = ""
+    again = Again(f"{ATTEMPTS}/{first.file}", first.size, 1, first.summary, first.summary_bytes)
+    (second,) = bench.all([replace(bench.tasks[0], again=again)])
+    assert sorted(numbers(bench, second)) == [0, 1, 2, 3, 4, 5]
+    task = bench.tasks[2]
+    pieces = bench.all([replace(task, stop=4, whole=False), replace(task, start=4, whole=False)])
+    whole = bench.worker.process(replace(task, pieces=tuple(pieces)))  # type: ignore[arg-type]
+    assert sorted(numbers(bench, whole)) == list(range(12, 18))

@@ -6,9 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from jobs.kinds.invert_prompts import InvertPrompts as InvertPromptsJob
 from jobs.kinds.invert_prompts import summarise
+from pipeline.output.commit import read_summary
+from pipeline.run.draft import RunSpec
 from stages.ovi.settings import InvertPromptsSettings
 from stages.ovi.stage import InvertPrompts as Stage
+from tests.support.in_hand import Planned
 from tests.support.tiny_kandinsky import WIDTH, build_decoder, build_prior, build_reference
 
 METHODS = [
@@ -50,8 +54,10 @@ PROMPTS = ["a red star", "blue circle <b>", "striped ring", "photo of ice " * 40
 
 @pytest.fixture(scope="module")
 def solved(stage):
-    found = list(stage(rows(PROMPTS)))
-    return {row["id"]: row for row in found}, stage.take_summary()
+    found, tally = list(stage(rows(PROMPTS))), stage.tally()
+    for row in found:
+        tally.add(row)
+    return {row["id"]: row for row in found}, {**stage.take_summary(), **tally.summary()}
 
 
 def test_what_does_not_fit_is_told_before_anything_is_loaded(params, tmp_path):
@@ -64,7 +70,7 @@ def test_what_does_not_fit_is_told_before_anything_is_loaded(params, tmp_path):
         described(decoder={"model": build_decoder(tmp_path / "decoder", width=25)})
     other = build_prior(tmp_path / "other", seed=4)
     with pytest.raises(ValueError, match="embeddings of different encoders cannot be compared"):
-        described(model=other)
+        described(encoder=other)
 
 
 def test_prompts_that_the_encoder_cuts_are_told(solved):
@@ -81,7 +87,7 @@ def test_one_row_out_for_each_row_in_with_the_declared_columns(solved, params):
     declared = {column.name for column in Stage.describe(InvertPromptsSettings(**params)).columns}
     for row in found.values():
         assert row["status"] == "ok"
-        assert set(row) - {"id", "status", "error"} <= declared
+        assert set(row) - {"id", "status", "error"} - declared == {"picture_embedding"}  # for the tally
         assert row["embedding"].shape == (WIDTH,)
         assert row["image"].size == (16, 16)
         unit = row["embedding"] / np.linalg.norm(row["embedding"])
@@ -122,10 +128,10 @@ def test_bad_rows_fail_alone_and_say_why(stage):
 
 def test_the_summary_adds_up_over_shards(solved, params):
     found, summary = solved
-    columns = ["method", "text_cosine", "nearest_cosine", "clip_score", "steps"]
+    columns = ["id", "status", "method", "text_cosine", "nearest_cosine", "clip_score", "steps"]
     table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in found.values()])
-    whole = summarise([table], [summary], params["reference"])
-    assert list(whole) == [row["method"] for i, row in found.items() if i.startswith("p0/")]
+    whole = summarise([table], [summary], LABELS, params["reference"])
+    assert list(whole) == LABELS
     for label in LABELS:
         assert whole[label]["rows"] == len(PROMPTS)
         mean = np.mean([row["text_cosine"] for row in found.values() if row["method"] == label])
@@ -133,9 +139,93 @@ def test_the_summary_adds_up_over_shards(solved, params):
         assert whole[label]["frechet_pictures"] >= 0
         assert whole[label]["seconds_per_prompt"] > 0
     assert 0 < whole["ovi"]["occupancy"] <= 1
-    twice = summarise([table, table], [summary, summary], params["reference"])
+    twice = summarise([table, table], [summary, summary], LABELS, params["reference"])
     assert twice["ovi"]["rows"] == 2 * len(PROMPTS)
     assert twice["near"]["text_cosine"] == pytest.approx(whole["near"]["text_cosine"])
+
+
+def test_what_older_code_left_of_a_shard_is_read(params):
+    old = {"totals.ovi": np.array([3.0, 1, 6, 0, 40, 30]), "totals.direct": np.array([3.0, 0, 1.5, 0, 8, 8])}
+    new = {"spent.ovi": np.array([2.0, 1, 60, 55]), "spent.direct": np.zeros(4)}
+    table = pa.table({"id": ["a/ovi", "a/direct", "b/ovi"], "status": ["ok", "ok", "failed"]})
+    told = summarise([table, table], [old, new], ["ovi", "direct"], None)
+    assert told["ovi"] == {
+        "rows": 2, "failed": 2, "seconds_per_prompt": 4, "decode_seconds_per_prompt": 0.5, "occupancy": 0.85
+    }  # fmt: skip
+    assert told["direct"]["occupancy"] == 1
+
+
+MANY = 24
+UNEQUAL = [
+    {"method": "ovi", "steps": 12, "slots": 3, "stop": {"target": 0.35}, "name": "short"},
+    {"method": "text-embedding"},
+    {"method": "direct", "steps": 30, "slots": 4},
+]
+
+
+@pytest.fixture
+def planned(params, tmp_path):
+    """A worker on shards of 6 rows; `apart`: it takes one after the other."""
+
+    def plan(name, **options):
+        job = InvertPromptsJob.model_validate({
+            "job": "invert-prompts", "input": {"path": str(tmp_path / "prompts.txt"), "columns": {"prompt": "text"}},
+            "encoder": params["encoder"], "reference": params["reference"], "decode": params["decoder"],
+            "score": ["clip", "frechet"], "methods": UNEQUAL,
+        })  # fmt: skip
+        words = ["red", "blue", "star", "ring", "ice", "small", "striped", "heart", "plain"]
+        draw = np.random.default_rng(3)
+        lines = [" ".join(draw.choice(words, draw.integers(1, 6))) for _ in range(MANY)]
+        (tmp_path / "prompts.txt").write_text("".join(f"{line} {i}\n" for i, line in enumerate(lines)))
+        return Planned(RunSpec(job.stage(), job.source(), str(tmp_path / name), shard_rows=6), **options)
+
+    return plan
+
+
+def test_shards_in_hand_together_give_what_they_give_one_after_the_other(planned, params):
+    """The same rows, pictures and statistics of every shard, and slots that stay full over their borders."""
+    alone, joined = planned("alone", apart=True), planned("joined")
+    apart, together = alone.all(), joined.all()
+    assert len(together) == MANY * len(UNEQUAL) // 6
+    steps = set()
+    for one, other in zip(apart, together, strict=True):
+        a, b = alone.table(one), joined.table(other)
+        exact = ["id", "prompt", "method", "status", "steps", "passes", "stopped", "nearest_id", "prompt_tokens"]
+        assert a.select(exact).equals(b.select(exact))
+        steps |= set(a["steps"].to_pylist())
+        for name in ("embedding", "loss", "text_cosine", "norm", "mahalanobis", "clip_score"):
+            values = (np.array(table[name].to_pylist(), float) for table in (a, b))
+            assert np.allclose(*values, rtol=1e-4, atol=1e-4, equal_nan=True), (
+                name
+            )  # batches of other sizes round otherwise
+        left, right = (summaries(bench, record) for bench, record in ((alone, one), (joined, other)))
+        moments = sorted(name for name in left if name.startswith("moments"))
+        assert len(moments) == 4 * 2 * len(UNEQUAL)
+        assert moments == sorted(name for name in right if name.startswith("moments"))
+        for name in moments:
+            assert np.allclose(left[name], right[name], rtol=1e-3, atol=1e-3), name
+    assert len(steps) > 6
+    labels = ["short", "text-embedding", "direct"]
+    whole = [
+        summarise(map(bench.table, records), (summaries(bench, r) for r in records), labels, params["reference"])
+        for bench, records in ((alone, apart), (joined, together))
+    ]
+    for label, slots in (("short", 3), ("direct", 4)):
+        assert whole[0][label]["rows"] == whole[1][label]["rows"] == MANY
+        rows_of = [row for r in together for row in joined.rows(r) if row["method"] == label]
+        longest = max(row["steps"] + 1 for row in rows_of)  # the start is evaluated too
+        idle = [sum(idle_slots(bench, r, label) for r in rs) for bench, rs in ((alone, apart), (joined, together))]
+        assert idle[1] <= (slots - 1) * longest < idle[0]  # once, when no row is left
+
+
+def idle_slots(bench, record, label):
+    _, _, slots, busy = summaries(bench, record)[f"spent.{label}"]
+    return slots - busy
+
+
+def summaries(bench, record):
+    (name,) = record.summary
+    return read_summary(bench.output.folder, name)
 
 
 def test_end_to_end_on_ray(params, tmp_path, local_ray):
@@ -173,7 +263,7 @@ def test_end_to_end_on_ray(params, tmp_path, local_ray):
     assert good[0]["category"] == "c"
     summary = json.loads((tmp_path / "out" / "methods.json").read_text())
     assert summary["ovi"]["rows"] == 5
-    assert summary["ovi"]["failed"] == 0
+    assert summary["ovi"]["failed"] == 1  # the empty prompt's
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Prompt by method" in page
     assert "blue circle &lt;b&gt;" in page

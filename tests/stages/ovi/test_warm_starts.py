@@ -17,7 +17,7 @@ def test_warm_starts_take_the_tokens_of_the_nearest_prompt(context, rows, tmp_pa
     table = {"prompt": [PROMPTS[3], PROMPTS[1]], "tokens": flat, "status": ["ok", "ok"]}
     pq.write_table(pa.table(table), tmp_path / "data" / "part-00000-of-00001.parquet")
     starts = WarmStarts.open(str(tmp_path), (4, 32), context.text)
-    got = {row["id"]: row["start"] for row in starts(rows)}
+    got = {row["id"]: row["start"] for row in starts(rows, 3)}
     np.testing.assert_array_equal(got["p1"].ravel(), tokens[1])
     np.testing.assert_array_equal(got["p3"].ravel(), tokens[0])
     run(OVI(steps=2, warm_start=str(tmp_path)), context, rows)
