@@ -80,6 +80,12 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
             raise ValueError(f"by: {self.by!r} holds no classes; name the column that does")
         return self
 
+    @property
+    def asked(self) -> dict[str, str]:
+        origin = None if self.mixture is None else self.mixture.by
+        named = {"mixture.by": origin, "score_column": self.score_column, "by": self.by}
+        return {"image": "input.columns.image", **{column: key for key, column in named.items() if column is not None}}
+
     def stage(self) -> StageSpec:
         return StageSpec.of("stages.selection.stage:EmbedCandidates", self.part(EmbedCandidatesSettings))
 

@@ -202,6 +202,11 @@ class RowJob(Job):
         """The stage that maps the rows: an import path and JSON-able parameters. Loads no weights."""
         raise NotImplementedError(f"{type(self).__name__} does not name a stage")
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """Kept column -> the key that it stands for, where a key beside ``keep`` names it."""
+        return {}
+
     products: ClassVar[tuple[str, ...]] = ()
     """Files and folders that `finish` makes in the output; `verify` checks them, and a lost one is made again."""
 

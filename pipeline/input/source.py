@@ -6,7 +6,7 @@ A `Source` is JSON-able, so that it can be written into the plan and sent to a w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -41,6 +41,17 @@ class SourceError(ValueError):
     """The input cannot be read as described; the message names the file or column and what to do."""
 
     fault = Fault.CHANGED
+
+
+class MissingColumn(SourceError):
+    """A file lacks a column that is asked for."""
+
+    def __init__(self, path: str, column: str, there: Sequence[str]) -> None:
+        self.path, self.column, self.there = path, column, tuple(there)
+        super().__init__(f"{path}: has no column {column!r}; it has {', '.join(there)}")
+
+    def __reduce__(self) -> tuple[type[MissingColumn], tuple[str, str, tuple[str, ...]]]:
+        return MissingColumn, (self.path, self.column, self.there)
 
 
 class Damaged(SourceError):

@@ -139,10 +139,11 @@ class Settling:
 
     Attributes:
         columns: Name in the output -> name in the input, of the columns whose type the input decides.
+        keys: Name in the output -> the key of the job file that asks for it; messages name it.
     """
 
-    def __init__(self, columns: Mapping[str, str]) -> None:
-        self.columns = columns
+    def __init__(self, columns: Mapping[str, str], keys: Mapping[str, str]) -> None:
+        self.columns, self.keys = columns, keys
         self._typed: dict[str, tuple[pa.Field, str]] = {}
         self._values = {name: Values() for name in columns}
         self._rows = 0
@@ -162,9 +163,10 @@ class Settling:
             before, where = self._typed.get(name, (field, path))
             both = merged(before, field)
             if both is None:
+                key = self.keys[name]
                 raise SourceError(
-                    f"keep: the column {column!r} is {before.type} in {where} and {field.type} in {path}; "
-                    "write it with one type, or leave it out of keep"
+                    f"{key}: the column {column!r} is {before.type} in {where} and {field.type} in {path}; "
+                    f"write it with one type{', or leave it out of keep' * (key == 'keep')}"
                 )
             self._typed[name] = both, path if both.type != before.type else where
 
@@ -193,8 +195,8 @@ class Settling:
     def notes(self) -> list[str]:
         """Columns that some files lack: their rows hold null there."""
         return [
-            f"keep: the column {self.columns[name]!r} is not in {len(paths):,} file{'s' * (len(paths) > 1)} "
-            f"({paths[0]}{', ...' * (len(paths) > 1)}); it is null in their rows"
+            f"{self.keys[name]}: the column {self.columns[name]!r} is not in {len(paths):,} "
+            f"file{'s' * (len(paths) > 1)} ({paths[0]}{', ...' * (len(paths) > 1)}); it is null in their rows"
             for name, paths in self._lacking.items()
             if paths
         ]

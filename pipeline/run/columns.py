@@ -23,6 +23,8 @@ CAPTIONED_FILES = 20
 CAPTIONS = ("caption", "text", "prompt")
 """Names that captions go by, in this order."""
 Reads = Mapping[str, Form] | None
+Keep = Mapping[str, str]
+"""Kept column -> the key of the job file that asks for it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Seen:
         return typed_field(name, found)
 
 
-def look(source: Source, keep: tuple[str, ...], limit: int | None, reads: Reads) -> Seen:
+def look(source: Source, keep: Keep, limit: int | None, reads: Reads) -> Seen:
     """Read the beginning of a resolved input, and as much more as it takes to find the columns that are asked for.
 
     Args:
@@ -84,11 +86,11 @@ def look(source: Source, keep: tuple[str, ...], limit: int | None, reads: Reads)
     return seen
 
 
-def _asked(source: Source, keep: tuple[str, ...]) -> list[tuple[str, str]]:
+def _asked(source: Source, keep: Keep) -> list[tuple[str, str]]:
     """(Key of the job file, the input's column) for every column that is named."""
-    named = [(f"the input's columns ({name})", column) for name, column in source.columns.items()]
-    named += [("keep", name) for name in keep if name not in {*source.columns, *source.variants}]
-    return named + ([("id", source.id)] if source.id is not None else [])
+    named = [(f"input.columns.{name}", column) for name, column in source.columns.items()]
+    named += [(key, name) for name, key in keep.items() if name not in {*source.columns, *source.variants}]
+    return named + ([("input.id", source.id)] if source.id is not None else [])
 
 
 def _check(source: Source, asked: list[tuple[str, str]], available: list[str]) -> None:
@@ -97,10 +99,10 @@ def _check(source: Source, asked: list[tuple[str, str]], available: list[str]) -
             raise SourceError(f"{key}: the input has no column {column!r}; {_offer(column, available)}")
     for name in source.images:
         if source.columns and name not in source.columns:
-            raise SourceError(f"images: {name!r} is not one of the mapped columns {', '.join(source.columns)}")
+            raise SourceError(f"input.images: {name!r} is not one of the mapped columns {', '.join(source.columns)}")
 
 
-def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: tuple[str, ...], reads: Reads) -> None:
+def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: Keep, reads: Reads) -> None:
     """Whether a file has the columns that every file has to have (kept ones may be missing), and each once.
 
     A name that stands twice in a header or schema means two columns, and there is no telling which is meant.
@@ -108,8 +110,8 @@ def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: tuple[s
     Raises:
         SourceError: It has not; the message names the file.
     """
-    for key, column in _asked(source, keep):
-        if column not in schema.names and key != "keep":
+    for key, column in _asked(source, {}):
+        if column not in schema.names:
             raise SourceError(f"{key}: {file.path} has no column {column!r}; {_offer(column, schema.names)}")
     named = {column: key for key, column in _asked(source, keep)}
     if not source.columns:
@@ -129,10 +131,10 @@ class Watched:
         kept: Settles those types.
     """
 
-    def __init__(self, source: Source, keep: tuple[str, ...], reads: Reads) -> None:
+    def __init__(self, source: Source, keep: Keep, reads: Reads) -> None:
         self._source, self.keep, self.reads = source, keep, reads
         columns = {name: source.columns.get(name, name) for name in keep if name not in source.variants}
-        self.kept = Settling(columns)
+        self.kept = Settling(columns, keep)
 
     def look(self, rows: int | None) -> Look | None:
         """What a file's scan shows its rows to, where they have a say; only the first ``rows`` of them count."""

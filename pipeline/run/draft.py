@@ -39,6 +39,7 @@ class RunSpec:
         seed: Recorded, part of the fingerprint.
         shard_rows: Rows a shard: what one worker takes at a time.
         keep: Columns of a row (names after mapping, else the input's names) copied to the output.
+        asked: Key of the job file that a kept column stands for, where it is not ``keep``; messages name it.
         limit: Only the first so many rows of the input.
         storage_options: fsspec's, for the output. Not recorded.
         speed: Names of settings, in `config` and the stage's, that change no byte: a resumed run may have others.
@@ -51,6 +52,7 @@ class RunSpec:
     seed: int = 0
     shard_rows: int = 1000
     keep: tuple[str, ...] = ()
+    asked: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     speed: frozenset[str] = frozenset()
@@ -64,7 +66,7 @@ class Draft:
         source: Resolved.
         wanted: What is read of each row.
         schema: The output's, as far as the beginning of the input tells the kept columns' types.
-        kept: Names of the columns copied from the input.
+        kept: Names of the columns copied from the input, and the key of the job file that asks for each.
         fields: What goes into the fingerprint beside the input's content, by dotted name.
         bytes_per_row: Estimate.
         notes: What the user should know of the input, by what has been seen so far.
@@ -74,7 +76,7 @@ class Draft:
     wanted: Wanted
     info: StageInfo
     schema: pa.Schema
-    kept: tuple[str, ...]
+    kept: Mapping[str, str]
     fields: Mapping[str, Any]
     bytes_per_row: float
     notes: tuple[str, ...] = ()
@@ -91,7 +93,8 @@ def draft(spec: RunSpec) -> Draft:
     source = resolve(spec.source)
     info = spec.stage.describe()
     wanted = wanted_columns(source, spec.keep)
-    seen = look(source, spec.keep, spec.limit, info.reads)
+    asked = {name: spec.asked.get(name, "keep") for name in spec.keep}
+    seen = look(source, asked, spec.limit, info.reads)
     check_pictures(source, seen, info.reads)
     check_texts(source, seen, info.reads)
     kept = {name: (wanted or {}).get(name, name) for name in spec.keep}
@@ -107,7 +110,7 @@ def draft(spec: RunSpec) -> Draft:
     size = sum(columns_of.sample_bytes(seen.rows, column) for column in kept.values())
     settled, size = _fields(spec, source, info, schema), size + _row_bytes(info)
     notes = (*unused_captions(source, seen, info.reads), *_unpinned(info), *info.notes)
-    return Draft(source, wanted, info, schema, spec.keep, settled, size, notes)
+    return Draft(source, wanted, info, schema, asked, settled, size, notes)
 
 
 def _refuse_addresses(column: pa.Field) -> None:

@@ -476,7 +476,7 @@ def calibrate(
     drafted = draft(replace(spec, limit=rows))
     shard = next(survey(drafted.source, rows, rows, Survey(), lambda file, scan: None))
     job = WorkerJob(
-        stage=spec.stage, source=drafted.source, wanted=drafted.wanted, kept=drafted.kept,
+        stage=spec.stage, source=drafted.source, wanted=drafted.wanted, kept=tuple(drafted.kept),
         schema=encode_schema(drafted.schema), columns=drafted.info.columns, output=spec.output,
         storage_options=spec.storage_options, granted=access.held(), reads=drafted.info.reads,
         decode_threads=resources.decode_threads, encode_threads=resources.encode_threads, gpus=resources.gpus,

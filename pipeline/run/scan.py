@@ -38,7 +38,7 @@ class ScanTask:
 
     source: Source
     file: InputFile
-    keep: tuple[str, ...] | None = None
+    keep: Mapping[str, str] | None = None
     reads: Mapping[str, Form] | None = None
     most: int | None = None
 

@@ -118,13 +118,10 @@ def read_captions(path: str, id_column: str, prompt_column: str) -> dict[str, st
         as_texts = pacsv.ConvertOptions(column_types={id_column: pa.string(), prompt_column: pa.string()})
         read = ds.CsvFileFormat(convert_options=as_texts) if form == "csv" else form  # an id of 007 is no number
         data = ds.dataset(here(path), format=read)
-        missing = [name for name in (id_column, prompt_column) if name not in data.schema.names]
-        if missing:
-            names = ", ".join(data.schema.names)
-            raise CaptionError(
-                f"captions: {path} has no column {missing[0]!r}; it has {names}. Name the columns with "
-                "captions: {path: ..., id: ..., prompt: ...}"
-            )
+        for key, name in (("id", id_column), ("prompt", prompt_column)):
+            if name not in data.schema.names:
+                there = ", ".join(data.schema.names)
+                raise CaptionError(f"captions.{key}: {path} has no column {name!r}; it has {there}")
         table = data.to_table([id_column, prompt_column])
     except (OSError, pa.ArrowInvalid) as error:
         raise CaptionError(f"captions: {path} cannot be read: {str(error).splitlines()[0]}") from None

@@ -112,7 +112,7 @@ class InvertText(_Batched):
     def _with_picture(self, row: Row) -> Row:
         if row.get(self.image) is not None:
             return row
-        return failed(row, f"no picture in the column {self.image!r}")
+        return failed(row, f"image: no picture in the column {self.image!r}")
 
     @torch.no_grad()
     def _invert(self, rows: list[Row]) -> Iterator[Row]:

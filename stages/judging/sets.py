@@ -18,7 +18,7 @@ from pipeline.input.files import list_files
 from pipeline.input.files import resolve as settled
 from pipeline.input.read import prepare, read_rows, reader_of
 from pipeline.input.rows import Raw, Span
-from pipeline.input.source import Source, SourceError
+from pipeline.input.source import MissingColumn, Source, SourceError
 
 Label = tuple[str, ...]
 """The labels of a picture, one a column."""
@@ -151,6 +151,10 @@ def _rows(name: str, source: Source, digest: Any = None) -> Iterator[tuple[Raw, 
             for raw in read_rows(source, (span,), 0, scan.rows, source.columns):
                 if raw.twin is None:
                     yield raw, folder
+    except MissingColumn as error:
+        if error.column == source.columns.get("image"):
+            raise SetError(f"{name}: {error}; map it with {name}.columns.image") from None
+        raise SetError(f"labels: {name}: {error}") from None
     except SourceError as error:
         raise SetError(f"{name}: {error}") from None
 

@@ -70,7 +70,7 @@ class InvertedDataset:
         by_name = sorted({concept.name for concept in concepts if not concept.seeds})
         if by_name and self.by not in names:
             problem = (
-                f"{self.path} has no column {self.by!r} with concept names; keep it in the inversion "
+                f"by: {self.path} has no column {self.by!r} with concept names; keep it in the inversion "
                 f"(keep: [{self.by}]), or list ids in the column 'seeds'"
             )
             return dict.fromkeys((concept.key for concept in concepts), problem)

@@ -30,7 +30,7 @@ from pipeline.input.rows import (
     picked,
     picture_type,
 )  # fmt: skip
-from pipeline.input.source import Damaged, Source, SourceError
+from pipeline.input.source import Damaged, MissingColumn, Source, SourceError
 from pipeline.input.streams import open_input
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _read_columns(source: Source, schema: pa.Schema, wanted: Wanted, path: str) 
     missing = [name for name in needed if name not in schema.names]
     lost = [name for name in missing if name == source.id or name in source.columns.values()]
     if lost:
-        raise SourceError(f"{path}: has no column {lost[0]!r}; it has {', '.join(schema.names)}")
+        raise MissingColumn(path, lost[0], schema.names)
     needed = [name for name in needed if name not in missing]  # a kept column that this file lacks is null in its rows
     if is_output(schema):
         own = [name for name in ("status", "error", "duplicate_of") if name in schema.names]

@@ -81,7 +81,7 @@ def _elsewhere(tasks: Iterable[ScanTask]) -> Iterator[Scanned]:
 
 def _surveyed(source: Source, scans: Scans, folder: Path) -> tuple[list[Any], Survey, Any]:
     """Shards as the plan's tables give them back, the totals, and the type that a kept column takes."""
-    source, totals, columns = resolve(source), Survey(), Watched(resolve(source), ("n",), None)
+    source, totals, columns = resolve(source), Survey(), Watched(resolve(source), {"n": "keep"}, None)
     with Tables(Folder.at(str(folder))) as tables:
         for shard in survey(source, EVERY, None, totals, tables.file, columns, scans):
             tables.shard(shard)
