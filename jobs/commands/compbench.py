@@ -91,7 +91,8 @@ def _miniature_reference(folder: Path, address: str | None) -> str:
     """The reference of the miniature world, made below the output folder where there is none yet."""
     from jobs.run import run_job
 
-    pictures = {"job": "reference", "input": "micro-world://train?rows=3000&seed=0", "encoder": "micro:prior"}
+    pictures = {"job": "reference", "input": "micro-world://train?rows=3000&seed=0", "encoder": "micro:prior",
+                "captions": True}  # fmt: skip
     return run_job(pictures, output=str(folder / "reference"), address=address).output
 
 

@@ -16,7 +16,7 @@ from stages.models.vision_tower import VisionTower
 from stages.ovi.baselines import rescaled, retrieval, text_embedding
 from stages.ovi.constraints import CaptionSearch, Search, Whitening, floored, open_search
 from stages.ovi.context import BATCH, Context, RowMap
-from stages.ovi.priors import by_caption, linear, mapped, prior
+from stages.ovi.priors import by_caption, kernelled, linear, mapped, prior
 from stages.ovi.problem import OviProblem, Parametrization
 from stages.ovi.settings import (
     OVI,
@@ -144,7 +144,8 @@ def whitening_of(method: OVI | Direct, context: Context) -> Whitening | None:
         if constraint.floor is not None:
             factor_EE = floored(reference.gaussian.covariance_EE, constraint.floor)
         return Whitening.of(reference.mean, factor_EE, context.device)
-    conditional = linear(method, context)
+    kernel = constraint.around == "kernel"
+    conditional = kernelled(method, context, Kernel()) if kernel else linear(method, context)
     factor_EE = floored(conditional.regression.left_EE, constraint.floor or OWN_FLOOR)
     return Whitening.of(reference.mean, factor_EE, context.device, conditional.mean)
 

@@ -69,6 +69,19 @@ def linear(method: PromptMethod, context: Context, ridge: float | None = None) -
         return Conditional(lambda t_BT: t_BT, captions.fit.under(ridge))
 
 
+def kernelled(method: PromptMethod, context: Context, settings: Kernel) -> Conditional:
+    """The same on a kernel's features of the texts; fitted once on each machine.
+
+    Args:
+        method: That asks for it.
+
+    Raises:
+        ValueError: The reference has no captions, or too few for the ridge.
+    """
+    with _told(method):
+        return Conditional(*kernel.kept(*context.need_captions(method), settings))
+
+
 @contextmanager
 def _told(method: PromptMethod) -> Iterator[None]:
     """What there is too little of names the method."""
@@ -130,8 +143,7 @@ def prior(method: MeanShift | Linear | Kernel | Procrustes, context: Context) ->
         case Linear():
             conditional = linear(method, context, method.ridge)
         case Kernel():
-            with _told(method):
-                conditional = Conditional(*kernel.kept(reference, captions, method))
+            conditional = kernelled(method, context, method)
     if method.residual:
         return typical(conditional, reference, captions, method, context.seed)
     return drawn(conditional, context.seed) if method.sample else mapped(conditional.mean)

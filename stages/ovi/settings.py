@@ -71,9 +71,9 @@ class Constraint(Settings):
     nearest_by: Literal["caption"] | None = added(**renamed("by", to="nearest_by"))
     """``caption``: the neighbours are the pictures whose captions are nearest to the prompt. Left out: the pictures
     that are so themselves."""
-    around: Literal["prompt"] | None = added()
-    """``prompt``: the distance is to the prompt's own Gaussian, the one that `linear` draws from. Left out: to that of
-    all images."""
+    around: Literal["prompt", "kernel"] | None = added()
+    """``prompt``: the distance is to the prompt's own Gaussian, the one that `linear` draws from; ``kernel``: the one
+    that `kernel` draws from, at its defaults. Left out: to that of all images."""
     units: Literal["balanced"] | None = added()
     """``balanced``: of `mahalanobis`, such that with 1 the pull of the text carries an embedding as far as a typical
     image lies from the mean, and with w to 1 / w^2 of that (squared) distance, whatever the encoder and its width."""

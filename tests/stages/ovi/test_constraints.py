@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from sklearn.kernel_approximation import Nystroem
 
 from index import gaussian
 from index.reference import Reference
+from stages.ovi import kernel
 from stages.ovi.constraints import Whitening, floored
 from stages.ovi.methods import build, whitening_of
 from stages.ovi.problem import OviProblem, Parametrization
-from stages.ovi.settings import OVI, Constraint, Direct, Stop
+from stages.ovi.settings import OVI, Constraint, Direct, Kernel, Stop
 from tests.support.captioned import build_captioned
 from tests.support.prompt_methods import run
 
@@ -74,22 +77,46 @@ def test_a_floor_lifts_the_thin_axes_alone():
     np.testing.assert_allclose(now, np.maximum(was, 0.05 * was.mean()), rtol=1e-9)
 
 
-def test_around_the_prompt_the_minimum_solves_its_own_equation(captioned, rows):
+def _features(around, captions):
+    """What the mean is linear in, how many of it there are, and the ridge that is chosen."""
+    t = captions.index.vectors_NE.astype(np.float64)
+    if around == "prompt":
+        return (lambda x: x), t.shape[1], captions.fit.ridge
+    u = t / np.linalg.norm(t, axis=1, keepdims=True)
+    a = 0.7 / (1 - np.square(u.mean(0)).sum())
+    features = Nystroem(kernel=lambda x, y: np.exp(a * (x @ y - 1)), n_components=len(u)).fit(u)
+    values = np.linalg.eigvalsh(np.exp(a * (u @ u.T - 1)))
+    return (
+        lambda x: features.transform(x / np.linalg.norm(x, axis=1, keepdims=True)),
+        int((values > kernel.NEGLIGIBLE * values[-1]).sum()),
+        None,
+    )
+
+
+@pytest.mark.parametrize("around", ["prompt", "kernel"])
+def test_around_the_prompt_the_minimum_solves_its_own_equation(captioned, rows, around, tmp_path, monkeypatch):
     """Gradient of 1 - cos plus the weighted distance to the prompt's own Gaussian, by numpy, is zero at the end."""
-    constraint = Constraint(mahalanobis=0.5, around="prompt", floor=0.01)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where fits are kept
+    constraint = Constraint(mahalanobis=0.5, around=around, floor=0.01)
     found = run(Direct(constraint=constraint, **LONG), captioned, rows)
     captions, images = captioned.reference.captions, captioned.reference.index.vectors_NE
-    t = captions.index.vectors_NE.astype(np.float64)
+    features, count, chosen = _features(around, captions)
+    if chosen is None:
+        chosen = kernel.kept(captioned.reference, captions, Kernel())[1].ridge
+    t = features(captions.index.vectors_NE.astype(np.float64))
     z = images[captions.rows_M].astype(np.float64)
-    ridge = captions.fit.ridge * np.trace(np.cov(t.T)) / 24
+    covariance = np.cov(t.T)
+    ridge = chosen * np.trace(covariance) / count
     centred = t - t.mean(0)
-    weights = np.linalg.solve(centred.T @ centred / 149 + ridge * np.eye(24), centred.T @ (z - z.mean(0)) / 149)
-    left = np.cov((z - z.mean(0) - centred @ weights).T) * 149 / (149 - captions.fit.freedom(captions.fit.ridge))
+    weights = np.linalg.solve(covariance + ridge * np.eye(t.shape[1]), centred.T @ (z - z.mean(0)) / 149)
+    spectrum = np.linalg.eigvalsh(covariance)
+    freedom = (spectrum / (spectrum + ridge)).sum()
+    left = np.cov((z - z.mean(0) - centred @ weights).T) * 149 / (149 - freedom)
     values, axes = np.linalg.eigh(left)
     precision = (axes / np.maximum(values, 0.01 * values.mean())) @ axes.T
     for row in rows:
         own = row["text"].astype(np.float64)
-        centre = z.mean(0) + (own - t.mean(0)) @ weights
+        centre = z.mean(0) + (features(own[None])[0] - t.mean(0)) @ weights
         z_E = found[row["id"]]["embedding"].astype(np.float64)
         u, s = own / np.linalg.norm(own), z_E / np.linalg.norm(z_E)
         pull = (u - (u @ s) * s) / np.linalg.norm(z_E)
@@ -118,8 +145,9 @@ def test_without_the_options_nothing_is_asked_of_captions(context, captioned, ro
     statistics = gaussian.moments(np.array(context.reference.index.vectors_NE))
     assert torch.equal(whitening.cholesky_EE, gaussian.fit(statistics).cholesky_EE.float())
     assert "units" not in plain.model_dump(mode="json")["constraint"]
-    with pytest.raises(ValueError, match="needs captions"):
-        build(Direct(constraint=Constraint(mahalanobis=1, around="prompt")), context)
+    for around in ("prompt", "kernel"):
+        with pytest.raises(ValueError, match="needs captions"):
+            build(Direct(constraint=Constraint(mahalanobis=1, around=around)), context)
     for given, said in (
         ({"around": "prompt"}, "belongs to `mahalanobis`"),
         ({"nearest_by": "caption"}, "belongs to `neighbours`"),
