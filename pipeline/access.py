@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.addresses import WEB, is_local, store_of
+from pipeline.addresses import WEB, account_of, is_local, shown, store_of
 
 Reach = Literal["protocol", "store"]
 
@@ -90,7 +90,31 @@ def options_for(address: str, least: Literal["any", "store"] = "any") -> dict[st
 
 def filesystem(address: str) -> tuple[Any, str]:
     """fsspec's filesystem for an address, and the path on it."""
+    return connect(address, options_for(address))
+
+
+def connect(address: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """fsspec's filesystem for an address with these options, and the path on it.
+
+    Raises:
+        ImportError: Its client is not installed.
+        ValueError: There is no such protocol, or address and options name two accounts.
+    """
     import fsspec
 
-    opened: tuple[Any, str] = fsspec.url_to_fs(address, **options_for(address))
+    opened: tuple[Any, str] = fsspec.url_to_fs(address, **fitting(address, options))
     return opened
+
+
+def fitting(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without what the address says itself: fsspec takes an Azure account from one of them alone.
+
+    Raises:
+        ValueError: They name another account, whose keys are none of this address's.
+    """
+    host, account = account_of(address), options.get("account_name")
+    if host is None or account is None:
+        return dict(options)
+    if host.partition(".")[0] != account:
+        raise ValueError(f"{shown(address)}: the account in `storage_options` is another one, {account}")
+    return {key: value for key, value in options.items() if key != "account_name"}

@@ -11,10 +11,13 @@ from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit
 
 LONGEST = 200
+"""Characters that are told of a stranger's words."""
 WEB = ("http", "https")
 PORTS = {"http": 80, "https": 443}
-SAME = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "local": "file"}
-"""Protocols that go by two names."""
+SAME = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs", "local": "file"}
+"""Protocols that go by several names."""
+_ACCOUNT = re.compile(r"^(?:abfss?|az)://[^/@:]+@([^/]+)")
+"""``abfss://container@account.dfs.core.windows.net/...``: what stands before the @ is no secret."""
 _SIGNS = re.compile(r"[\x00-\x20\x7f\\]")
 _PASSWORD = re.compile(r"^[\w+.-]+://[^/?#]*:[^/?#]*@")
 
@@ -113,6 +116,20 @@ def names_host(places: Iterable[str], address: str) -> bool:
     return any(not is_local(place) and _parts(place)[0] in WEB and _parts(place)[1] == host for place in places)
 
 
+def account_of(address: str) -> str | None:
+    """The host of Azure's that ``abfss://container@host/...`` names; None where it names none."""
+    found = _ACCOUNT.match(address)
+    return found[1].lower() if found else None
+
+
+def beside(address: str, other: str) -> str:
+    """An address as a listing of `other`'s store has it, with the account that `other` names and listings leave out."""
+    host = account_of(other)
+    protocol, _, rest = address.partition("://")
+    container, slash, path = rest.partition("/")
+    return f"{protocol}://{container}@{host}{slash}{path}" if host and not account_of(address) else address
+
+
 def has_password(address: str) -> bool:
     """Whether it is ``protocol://user:password@...``."""
     return _PASSWORD.match(address) is not None
@@ -125,7 +142,9 @@ def unsigned(address: str) -> str:
 
 def shown(address: str) -> str:
     """An address that may be anything, even a picture written as text: at a length to be read, and without secrets."""
-    address = re.sub(r"://[^/?#]*@", "://***@", unsigned(address))
+    address = unsigned(address)
+    if not account_of(address):
+        address = re.sub(r"://[^/?#]*@", "://***@", address)
     return address if len(address) <= LONGEST else f"{address[:60]}... ({len(address):,} characters)"
 
 

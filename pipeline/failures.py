@@ -10,6 +10,8 @@ LASTING_STATUS = frozenset({501, 505, 511})
 """HTTP answers from 500 on that no other attempt changes."""
 PASSING_STATUS = frozenset({408, 425, 429})
 """Those below 500 that another may change: a timeout, too early, too many requests."""
+BEHIND_THE_END = 416
+"""The HTTP answer to a range that begins where the file has ended."""
 PASSING_ERRNO = frozenset({
     errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN,
     errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.EPIPE, errno.EBUSY,
@@ -57,7 +59,7 @@ def passing(error: BaseException) -> bool:
     What fsspec raises for an answer of 503 may be a FileNotFoundError: the causes count.
     """
     for cause in _causes(error):
-        status = _status(cause)
+        status = status_of(cause)
         if status is not None:
             return passing_status(status)
         if isinstance(cause, (Away, ConnectionError, TimeoutError)) or getattr(cause, "errno", None) in PASSING_ERRNO:
@@ -65,6 +67,11 @@ def passing(error: BaseException) -> bool:
         if not isinstance(cause, OSError) and PASSING_NAMES & {kind.__name__ for kind in type(cause).__mro__}:
             return True
     return False
+
+
+def behind_the_end(error: BaseException) -> bool:
+    """Whether a store says that a file ends before the part that was asked for."""
+    return any(status_of(cause) == BEHIND_THE_END for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -77,8 +84,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     yield from reversed(chain)
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that a store's client tells of."""
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that a store's client tells of, if it does."""
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
     for told in (getattr(error, "status", None), getattr(error, "status_code", None), getattr(error, "code", None),

@@ -10,32 +10,44 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, TypeVar
 
-import fsspec
 from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import machine
-from pipeline.access import options_for
-from pipeline.failures import passing
+from pipeline import azure, machine
+from pipeline.access import connect, options_for
+from pipeline.addresses import LONGEST
+from pipeline.failures import behind_the_end, passing, status_of
 
 T = TypeVar("T")
+FORBIDDEN = (401, 403)
 DIGEST_BYTES, BLOCK_BYTES, END_BYTES = 16, 4 << 20, 1 << 16
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.2
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_ITS_NUMBERS = re.compile(r"\n(?:RequestId|ErrorCode):")
 CLIENTS = frozenset({"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google"})
 """Packages of store clients whose own exceptions are no OSErrors."""
 
 
-def of_a_client(error: Exception) -> bool:
-    """Whether it is a store client's own exception: the store refused, or credentials are missing."""
-    return type(error).__module__.partition(".")[0] in CLIENTS
+def of_a_client(error: BaseException | None) -> bool:
+    """Whether it is a store client's own exception, or a plain one that a client made of its own: the store refused,
+    or credentials are missing.
+    """
+    home = type(error).__module__.partition(".")[0]
+    return home in CLIENTS or (home == "builtins" and error is not None and of_a_client(error.__cause__))
+
+
+def told_by_a_client(error: BaseException) -> str:
+    """What a store's client says, in a line; of Azure's without the answer's text, which repeats it as XML."""
+    cause = error.__cause__ if type(error).__module__ == "builtins" and error.__cause__ else error
+    return f"{type(cause).__name__}: {' '.join(_ITS_NUMBERS.split(str(cause))[0].split())[:LONGEST]}"
 
 
 class _AsOSError:
@@ -45,7 +57,8 @@ class _AsOSError:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, OSError) and of_a_client(error):
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            kind = PermissionError if status_of(error.__cause__ or error) in FORBIDDEN else OSError
+            raise kind(told_by_a_client(error)) from error
 
 
 _as_os_error = _AsOSError()
@@ -186,10 +199,10 @@ class Folder:
             storage_options: fsspec's; left out: those that were granted for the address (`pipeline.access`).
 
         Raises:
-            ValueError: No filesystem is installed for the address's protocol.
+            ValueError: No filesystem is installed for the address's protocol, or its options do not fit it.
         """
         try:
-            fs, root = fsspec.url_to_fs(url, **(storage_options or options_for(url)))
+            fs, root = connect(url, storage_options or options_for(url))
         except ImportError as error:
             raise ValueError(f"{url}: {error}") from None
         return Folder(url, fs, root.rstrip("/") or "/", isinstance(fs, LocalFileSystem))
@@ -233,7 +246,15 @@ class Folder:
         return found if len(found) == size - start else None
 
     def _part(self, name: str, start: int, stop: int) -> bytes:
-        return bytes(patiently(lambda: self._fresh(name).cat_file(self.path(name), start=start, end=stop)))
+        def part() -> bytes:
+            try:
+                return bytes(self._fresh(name).cat_file(self.path(name), start=start, end=stop))
+            except Exception as error:
+                if behind_the_end(error):
+                    return b""
+                raise
+
+        return patiently(part)
 
     def listing(self, name: str) -> dict[str, int]:
         """File name -> size of the files directly in a subfolder, sorted; empty if there is none."""
@@ -365,8 +386,9 @@ class Folder:
         self.remove(name)
 
     def copy(self, name: str, target: str) -> None:
-        """Copy a file on an object store, which does it by itself."""
-        patiently(lambda: self.fs.cp_file(self.path(name), self.path(target)))  # `copy` would list both first
+        """Copy a file on an object store, which does it by itself; it is whole on return."""
+        copy = partial(azure.copy, self.fs) if "abfs" in self.fs.protocol else self.fs.cp_file
+        patiently(lambda: copy(self.path(name), self.path(target)))  # fsspec's `copy` would list both first
 
     def remove(self, name: str) -> None:
         """Delete a file; it is fine if it is gone already."""

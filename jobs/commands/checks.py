@@ -186,7 +186,7 @@ def _of_step(name: str, step: RowJob, output: str, earlier: list[str], address: 
 
 def _tried(name: str, look: Any, todo: str) -> Iterator[Finding]:
     """What it finds; what it raises is a finding too."""
-    from pipeline.storage import of_a_client
+    from pipeline.storage import of_a_client, told_by_a_client
 
     try:
         for state, found, more in look():
@@ -197,7 +197,7 @@ def _tried(name: str, look: Any, todo: str) -> Iterator[Finding]:
     except Exception as error:
         if not of_a_client(error):
             raise
-        yield Finding(name, "fail", f"{type(error).__name__}: {error}", todo)
+        yield Finding(name, "fail", told_by_a_client(error), todo)
 
 
 def _drafted(step: RowJob, output: str) -> Iterator[tuple[State, str, str]]:

@@ -53,11 +53,11 @@ def errors() -> Iterator[None]:
             raise
         stop("\n".join([str(error), *getattr(error, "__notes__", [])]), EXIT_INCOMPLETE)
     except Exception as error:
-        from pipeline.storage import of_a_client
+        from pipeline.storage import of_a_client, told_by_a_client
 
         if not of_a_client(error) or os.environ.get("LATENTMILL_TRACEBACK"):
             raise
-        stop(f"{type(error).__name__}: {error}")
+        stop(told_by_a_client(error))
 
 
 @contextmanager

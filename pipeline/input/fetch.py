@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 
 from pipeline import web
-from pipeline.addresses import LONGEST, Refused, names_host, placed, shown
+from pipeline.addresses import LONGEST, SAME, Refused, names_host, placed, shown
 from pipeline.failures import Away, passing
 from pipeline.input.rows import Encoded
 from pipeline.input.source import Source
@@ -109,7 +109,7 @@ def _meant(path: str) -> str:
     protocol = fsspec.core.split_protocol(path)[0] or "file"
     if protocol in ("http", "https"):
         return f"http://{path.partition('://')[2].partition('/')[0].lower()}"
-    return {"local": "file", "s3a": "s3"}.get(protocol, protocol)
+    return SAME.get(protocol, protocol)
 
 
 def _reason(error: BaseException) -> str:

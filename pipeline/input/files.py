@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
-import fsspec
-
-from pipeline.addresses import unsigned
+from pipeline.access import connect
+from pipeline.addresses import beside, unsigned
 from pipeline.input.source import FORMATS, GENERATED, SUFFIXES, Format, Source, SourceError
 from pipeline.input.streams import COMPRESSED
 from pipeline.input.walk import LeftOut, followed, printable, underscored, walk
@@ -91,7 +90,7 @@ class _Place:
 
 def _place(entry: str, source: Source) -> _Place:
     try:
-        fs, path = fsspec.url_to_fs(source.whole(entry), **source.storage_options)
+        fs, path = connect(source.whole(entry), source.storage_options)
     except (ImportError, ValueError) as error:
         raise SourceError(f"{entry}: {error}") from None
     path = path.rstrip("/") or "/"
@@ -255,7 +254,7 @@ def list_files(source: Source, left: LeftOut | None = None) -> Iterator[InputFil
                 left.link("files", base)
             found = True
             name = path[len(common) :].lstrip("/") if path.startswith(common) else path
-            address = place.fs.unstrip_protocol(path) if _remote(place.fs) else path
+            address = beside(place.fs.unstrip_protocol(path), entry) if _remote(place.fs) else path
             yield InputFile(printable(name), address, int(info["size"] or 0), version_of(info))
         if not found:
             raise SourceError(f"{entry}: no {source.format} file there")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fsspec
-
+from pipeline.access import connect
 from pipeline.input.files import InputFile
 from pipeline.input.read import scanned_again
 from pipeline.input.rows import Pin, Span
@@ -45,7 +44,7 @@ class Pins:
         self._same.add(key)
 
     def _now(self, span: Span) -> InputFile:
-        filesystem, path = fsspec.url_to_fs(self._source.whole(span.path), **self._source.storage_options)
+        filesystem, path = connect(self._source.whole(span.path), self._source.storage_options)
         filesystem.invalidate_cache(path.rpartition("/")[0])
         try:
             info = patiently(lambda: filesystem.info(path))

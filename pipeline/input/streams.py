@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 
+from pipeline.access import connect, fitting
 from pipeline.failures import passing
 from pipeline.input.source import Damaged, Source, SourceError
 from pipeline.storage import patiently
@@ -48,12 +49,13 @@ def open_input(path: str, source: Source, ahead: int | None = None) -> IO[bytes]
     if "://" not in path and codec is None:
         return open(path, "rb")
     if codec is None and ahead is not None:
-        filesystem, name = fsspec.url_to_fs(source.whole(path), **source.storage_options)
+        filesystem, name = connect(source.whole(path), source.storage_options)
         return patiently(lambda: filesystem.open(name, "rb", block_size=ahead))
     told = None if codec == "zstd" else codec
 
     def opened() -> IO[bytes]:
-        file = fsspec.open(source.whole(path), "rb", compression=told, **source.storage_options)
+        whole = source.whole(path)
+        file = fsspec.open(whole, "rb", compression=told, **fitting(whole, source.storage_options))
         return patiently(file.open)
 
     return io.BufferedReader(_Zstd(opened)) if codec == "zstd" else opened()

@@ -24,7 +24,7 @@ from pipeline.output.dataset import Output
 from pipeline.output.lock import Lock, OutputLocked, holder
 from pipeline.output.verify import verify
 from pipeline.run.driver import Resources, run
-from pipeline.storage import Folder
+from pipeline.storage import END_BYTES, Folder
 from tests.support.faulty import commit_plain, data, run_plain, spec_for
 
 
@@ -234,6 +234,15 @@ def check_shards(
     assert [record.shard for record in output.records()] == list(range(shards))
     report = verify(spec.output, options)
     assert (report.ok, report.found) == (True, shards), report.problems
+
+
+def check_end(folder: Folder) -> None:
+    """A store refuses a range that begins behind a file's end: the file was cut, and the store is there."""
+    for size in (0, 1, 100):
+        folder.write("file", b"x" * size)
+        assert folder.end("file", size) == b"x" * size
+        assert folder.end("file", size + 1) is None
+        assert folder.end("file", size + 2 * END_BYTES) is None
 
 
 def check_lock(folder: Folder) -> None:

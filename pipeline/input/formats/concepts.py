@@ -12,6 +12,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.access import connect
+from pipeline.addresses import beside
 from pipeline.input.files import InputFile
 from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, picked, untold
 from pipeline.input.source import SUFFIXES, Source, SourceError
@@ -96,9 +98,7 @@ def _parsed(text: bytes) -> Any:
 
 def _folders(source: Source, path: str) -> Iterator[tuple[str, Pictures]]:
     """``with``, ``without``, ``<subject>/with``, ``<subject>/without`` and the pictures in each, in a fixed order."""
-    import fsspec
-
-    fs, own = fsspec.url_to_fs(source.whole(path), **source.storage_options)
+    fs, own = connect(source.whole(path), source.storage_options)
     folder = own.rpartition("/")[0]
     if not folder:
         raise SourceError(f"{path}: put concept.yaml into a folder of its own, beside the folders with/ and without/")
@@ -117,17 +117,17 @@ def _folders(source: Source, path: str) -> Iterator[tuple[str, Pictures]]:
         yield (
             kind,
             [
-                (_address(fs, info), int(info["size"] or 0), version_of(info))
+                (_address(fs, info, path), int(info["size"] or 0), version_of(info))
                 for info in infos
                 if info["type"] != "directory" and info["name"].lower().endswith(SUFFIXES["images"])
             ],
         )
 
 
-def _address(fs: Any, info: dict[str, Any]) -> str:
-    """The address under which fsspec opens it again."""
+def _address(fs: Any, info: dict[str, Any], other: str) -> str:
+    """The address under which fsspec opens it again; `other` is one of the same store."""
     local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-    return str(info["name"] if local else fs.unstrip_protocol(info["name"]))
+    return str(info["name"] if local else beside(fs.unstrip_protocol(info["name"]), other))
 
 
 CONCEPTS = Format(_scan, _rows, untold)

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from pipeline.storage import Folder
-from tests.support.weather import SHARDS, Google, check_lock, check_run, check_shards, gcs_server, weather_before
+from tests.support.weather import (
+    SHARDS,
+    Google,
+    check_end,
+    check_lock,
+    check_run,
+    check_shards,
+    gcs_server,
+    weather_before,
+)
 
 gcsfs = pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator.server")
@@ -45,6 +54,10 @@ def test_what_a_commit_needs(store: tuple[dict[str, Any], Any]) -> None:
     folder.remove("new")
     assert list(folder.names()) == ["a", "data"]
     check_lock(folder)
+
+
+def test_the_end_of_a_file_tells_its_size(store: tuple[dict[str, Any], Any]) -> None:
+    check_end(Folder.at("gs://bucket/ends", store[0]))
 
 
 def test_a_refusal_is_told_in_a_sentence(store: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from pipeline.storage import Folder
 from tests.pipeline.run.test_retry import BAD, IDS, LINES, Moody, start
 from tests.support.faulty import data, spec_for
 from tests.support.in_process import without_ray
-from tests.support.weather import SHARDS, check_lock, check_run, check_shards, s3_server, weather_before
+from tests.support.weather import SHARDS, check_end, check_lock, check_run, check_shards, s3_server, weather_before
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -41,6 +41,10 @@ def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict
     fs = s3fs.S3FileSystem(**options)
     check_run(tmp_path, "s3", fs, options, proxy)
     assert "secret" not in fs.cat_file("bucket/out/_latentmill/plan.json").decode()
+
+
+def test_the_end_of_a_file_tells_its_size(store: tuple[dict[str, Any], Any]) -> None:
+    check_end(Folder.at("s3://bucket/ends", store[0]))
 
 
 def test_lock_on_a_store(store: tuple[dict[str, Any], Any]) -> None:
