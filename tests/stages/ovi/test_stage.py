@@ -238,7 +238,7 @@ def test_end_to_end_on_ray(params, tmp_path, local_ray):
     config = {
         "job": "invert-prompts",
         "input": {"path": str(prompts), "id": "id"},
-        "model": params["model"],
+        "encoder": params["encoder"],
         "reference": params["reference"],
         "methods": ["text-embedding", {"method": "ovi", "steps": 3}],
         "decode": {"model": params["decoder"]["model"], "steps": 2},
