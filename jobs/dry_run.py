@@ -13,6 +13,7 @@ from jobs.kinds.chain import Chain
 from jobs.page.amounts import size
 from jobs.run import described, run_spec
 from jobs.schema.base import Job, Resources, RowJob
+from jobs.schema.defaults import unnamed
 from jobs.schema.reading import JobFileError
 from pipeline.storage import Folder
 from stages.models import hub
@@ -66,6 +67,7 @@ class DryRun:
             "lacking": self.lacking,
             "memory": self.memory,
             "resources": self.job.resources.model_dump(mode="json"),
+            "defaults": unnamed(self.job)[0],
             "calibration": self.calibration and asdict(self.calibration),
             "workers": self.workers,
             "seconds": self.seconds,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from jobs.commands.errors import printable
 from jobs.page.amounts import count, duration, price, short, size
+from jobs.schema.defaults import as_yaml
 
 if TYPE_CHECKING:
     from jobs.dry_run import DryRun
@@ -25,6 +27,8 @@ def show(plans: Sequence[DryRun]) -> None:
         for name, text in facts(dry):
             table.add_row(name, Text(text))
         Console().print(table)
+        lines = ["# in force, and not in the file (add to a block that is there already):", *as_yaml(dry.job), ""]
+        Console(highlight=False).print(Text(printable("\n".join(lines)), style="dim"), soft_wrap=True)
 
 
 def facts(dry: DryRun) -> Iterator[tuple[str, str]]:

@@ -230,11 +230,12 @@ class RowJob(Job):
 
     def own_settings(self) -> dict[str, Any]:
         """The job's own fields: with stage, source, seed, shard_rows and keep they decide what is written."""
-        return self.model_dump(mode="json", exclude=_COMMON)
+        return self.model_dump(mode="json", exclude=COMMON)
 
     def own_keys(self) -> dict[str, Any]:
         """The same under the names that a job file has for them now."""
-        return {key: value for key, value in as_job_file(self).items() if key not in _COMMON}
+        return {key: value for key, value in as_job_file(self).items() if key not in COMMON}
 
 
-_COMMON = set(RowJob.model_fields) - {"job"} | {"name"}
+COMMON = set(RowJob.model_fields) - {"job"} | {"name"}
+"""Keys that every job has."""

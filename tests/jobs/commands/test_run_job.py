@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from jobs.commands.cli import app
@@ -93,6 +94,25 @@ def test_a_plan_for_people(tmp_path: Path, toy_job: type[RowJob]) -> None:
     assert words[words.index("rows") + 1] == "6"
     assert "2 of 3 rows" in done.output
     assert "changed, length, vector, grey" in " ".join(words)
+
+
+def test_a_plan_says_what_the_file_does_not(tmp_path: Path, toy_job: type[RowJob]) -> None:
+    """Its lines, written into the file, change nothing: the fingerprint is the same."""
+    path = job_file(tmp_path)
+    arguments = ["run-job", str(path), "-o", str(tmp_path / "out"), "--dry-run"]
+    (planned,) = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
+    lines = runner.invoke(app, arguments).output.partition("# in force, ")[2].partition("\n")[2]
+    told = yaml.safe_load(lines)
+    assert told == planned["defaults"]
+    assert (told["factor"], told["mode"], told["seed"], told.get("shard_rows")) == (1.0, "upper", 0, None)
+    content = yaml.safe_load(path.read_text())
+    content["input"] = {"path": content["input"], **told.pop("input")}
+    content["resources"] |= told.pop("resources")
+    content |= told
+    path.write_text(yaml.safe_dump(content))
+    (again,) = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
+    assert again["plan"] == planned["plan"]
+    assert again["defaults"] == {}
 
 
 def test_calibration_gives_time_and_cost(tmp_path: Path, toy_job: type[RowJob], local_ray: str) -> None:
