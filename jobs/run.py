@@ -19,7 +19,7 @@ from jobs.schema import reading
 from jobs.schema.base import Job, RowJob
 from jobs.schema.reading import JobFileError
 from pipeline.access import granted
-from pipeline.contract import Settings, speed_names
+from pipeline.contract import Settings, renamed_in, speed_names
 from pipeline.output.progress import Progress
 from pipeline.storage import Folder
 from stages.models import hub
@@ -266,6 +266,7 @@ def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
         asked=job.asked,
         limit=limit,
         storage_options=job.storage_options,
+        renamed=renamed_in(job),
         speed=speed_names(type(job)) | speed_names(getattr(stage.load_class(), "Settings", Settings)),
     )
 

@@ -148,14 +148,30 @@ def as_job_file(settings: BaseModel) -> dict[str, Any]:
 
 def _keyed(value: Any, dumped: Any) -> Any:
     if isinstance(value, BaseModel):
-        fields, keys = type(value).model_fields, keys_of(type(value))
-        written = {name: option.serialization_alias or option.alias or name for name, option in fields.items()}
+        keys, written = keys_of(type(value)), _written(type(value))
         return {keys[name]: _keyed(getattr(value, name), dumped[key]) for name, key in written.items() if key in dumped}
     if isinstance(value, (list, tuple)):
         return [_keyed(*pair) for pair in zip(value, dumped, strict=True)]
     if isinstance(value, Mapping):
         return {key: _keyed(value[key], part) for key, part in dumped.items()}
     return dumped
+
+
+def _written(kind: type[BaseModel]) -> dict[str, str]:
+    """Field -> its name in plans."""
+    return {name: option.serialization_alias or option.alias or name for name, option in kind.model_fields.items()}
+
+
+def renamed_in(settings: BaseModel) -> dict[str, str]:
+    """Dotted name in a plan -> dotted key in a job file, where they differ."""
+    found: dict[str, str] = {}
+    keys = keys_of(type(settings))
+    for name, own in _written(type(settings)).items():
+        if own != keys[name]:
+            found[own] = keys[name]
+        if isinstance(value := getattr(settings, name), BaseModel):
+            found |= {f"{own}.{old}": f"{keys[name]}.{now}" for old, now in renamed_in(value).items()}
+    return found
 
 
 def speed_names(kind: type[BaseModel]) -> frozenset[str]:
@@ -167,7 +183,7 @@ def speed_names(kind: type[BaseModel]) -> frozenset[str]:
         for name, option in model.model_fields.items():
             extra = option.json_schema_extra
             if isinstance(extra, dict) and extra.get("affects") == "speed":
-                names.add(option.serialization_alias or option.alias or name)
+                names.add(_written(model)[name])
             left += [found for found in _models(option.annotation) if found not in seen]
     return frozenset(names)
 

@@ -42,6 +42,7 @@ class RunSpec:
         asked: Key of the job file that a kept column stands for, where it is not ``keep``; messages name it.
         limit: Only the first so many rows of the input.
         storage_options: fsspec's, for the output. Not recorded.
+        renamed: Name of a setting in `config` -> what job files call it now; messages say that.
         speed: Names of settings, in `config` and the stage's, that change no byte: a resumed run may have others.
     """
 
@@ -55,6 +56,7 @@ class RunSpec:
     asked: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     speed: frozenset[str] = frozenset()
 
 

@@ -247,7 +247,7 @@ def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
     found = differences(plan["fields"], json.loads(json.dumps(dict(drafted.fields))), spec.speed, models)
     found = found or check_input(drafted.source, own_folder(folder), spec.limit)
     if found:
-        raise PlanMismatch(spec.output, found)
+        raise PlanMismatch(spec.output, found, spec.renamed)
     return True
 
 

@@ -42,9 +42,12 @@ class PlanMismatch(PlanError):
         fields: Differing field -> (value in the output folder, value now).
     """
 
-    def __init__(self, output: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
+    def __init__(
+        self, output: str, fields: Mapping[str, tuple[Any, Any]], renamed: Mapping[str, str] | None = None
+    ) -> None:
         self.output, self.fields = output, dict(fields)
-        lines = "\n".join(f"  {name}: {_apart(old, new)}" for name, (old, new) in self.fields.items())
+        now = {f"config.{old}": f"config.{name}" for old, name in (renamed or {}).items()}
+        lines = "\n".join(f"  {now.get(name, name)}: {_apart(old, new)}" for name, (old, new) in self.fields.items())
         super().__init__(
             f"{output} holds a run that was planned differently:\n{lines}\n"
             "Change it back to resume, or name another output folder." + (MORE_ROWS if "limit" in self.fields else "")

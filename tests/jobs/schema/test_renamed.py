@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from jobs.schema import reading, registry
 from jobs.schema.reading import JobFileError
-from pipeline.contract import as_job_file, keys_of, old_keys_of
+from pipeline.contract import as_job_file, keys_of, old_keys_of, renamed_in
 from tests.support import ROOT
 
 
@@ -124,6 +124,13 @@ def test_an_override_replaces_the_key_by_either_name(tmp_path: Path) -> None:
         for name in ("batch", "batch_size"):
             job: Any = reading.load(path, [f"decode.{name}=5"], tell=lambda message: None)
             assert job.decode.batch_size == 5
+
+
+def test_a_plan_s_names_are_told_by_those_of_the_job_file() -> None:
+    job = reading.load({"job": "decode", "input": "a", "decode": {"model": "m"}})
+    assert renamed_in(job) == {"decode.batch": "decode.batch_size"}
+    lego = reading.load({"job": "learn-concepts", "input": "a", "samples": {"subjects": ["cat"]}})
+    assert renamed_in(lego) == {"samples.count": "samples.draws", "start": "inverter"}
 
 
 def test_python_users_are_warned() -> None:

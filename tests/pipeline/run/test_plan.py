@@ -69,3 +69,5 @@ def test_a_mismatch_is_told_by_what_differs() -> None:
         "  input file 0.png: has been written anew since then (1 rows, 696 bytes)",
         "  order: was ['a', 'b'], is ['b', 'a']",
     ]
+    told = str(PlanMismatch("out", {"config.decode.batch": (4, 8)}, {"decode.batch": "decode.batch_size"}))
+    assert told.splitlines()[1] == "  config.decode.batch_size: was 4, is 8"
