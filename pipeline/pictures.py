@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 BYTES_A_PIXEL = 4
 """Of a decoded picture: in what Pillow keeps red, green and blue."""
+RASTER = (
+    "JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "TGA", "DIB", "ICO", "ICNS", "PCX", "PSD",
+    "SGI", "DDS", "QOI", "XBM",
+)  # fmt: skip
+"""Of Pillow's formats those that hold pixels. PostScript is a program, which Pillow has Ghostscript run."""
 _lifted = threading.Lock()
 """Held while Pillow's limit, which is the process's, is off."""
 
@@ -77,12 +82,12 @@ def _opened(data: bytes) -> Image:
     from PIL import Image
 
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=RASTER)
     except Image.DecompressionBombError:
         with _lifted:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
-                return Image.open(io.BytesIO(data))
+                return Image.open(io.BytesIO(data), formats=RASTER)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
 
@@ -92,6 +97,8 @@ def _instead(data: bytes) -> str:
     start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in start:
         return ": it is SVG, which has no pixels; render it first"
+    if start.startswith(b"%!ps"):
+        return ": it is PostScript, a program that nobody runs here; render it first"
     return ": it is an HTML page" if start.startswith((b"<!doctype html", b"<html", b"<head")) else ""
 
 

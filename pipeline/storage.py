@@ -213,7 +213,7 @@ class Folder:
         Raises:
             ValueError: It leads out.
         """
-        if ".." in name.split("/"):
+        if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"{self.url}: names {name[:200]!r}, which lies outside; no run leaves such a folder")
         return f"{self.root}/{name}" if name else self.root
 

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from pipeline.output.failed import FailedRow
 
 SHOWN = 20
+FORMULA = ("=", "+", "-", "@")
 
 
 def failed(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")],
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print all as CSV: step, id, shard, error.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print all as CSV: step, id, shard, error; ' before what is a formula.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, a line a row.")] = False,
     storage_options: StorageOptions = None,
 ) -> None:
@@ -48,11 +51,17 @@ def failed(
                 for row in failed_rows(output):
                     plain = [step["name"], row.id, row.shard, row.error]
                     if as_csv:
-                        table.writerow(printable(str(cell)) for cell in plain)
+                        table.writerow(_cell(str(value)) for value in plain)
                     else:
                         typer.echo(json.dumps(dict(zip(("step", "id", "shard", "error"), plain, strict=True))))
             else:
                 _show(output, failed_rows(output), step["name"])
+
+
+def _cell(text: str) -> str:
+    """A cell of CSV. A spreadsheet runs what begins as a formula: such words of a row get an apostrophe before them."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _show(output: Output, rows: Iterator[FailedRow], step: str) -> None:

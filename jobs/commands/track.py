@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeline.addresses import unsigned
 from pipeline.output.progress import Progress
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def tracking(
 
     Args:
         output: Of the job; its last part is the run's name.
-        settings: The job file's content; the options of stores, which hold keys, are left out.
+        settings: The job file's content; options of stores, which hold keys, and queries of web addresses are left out.
         say: Takes a line for the user.
 
     Raises:
@@ -157,4 +158,6 @@ def _line(error: Exception) -> str:
 def _without_keys(settings: Any) -> Any:
     if isinstance(settings, Mapping):
         return {key: _without_keys(value) for key, value in settings.items() if key != "storage_options"}
-    return [_without_keys(value) for value in settings] if isinstance(settings, list) else settings
+    if isinstance(settings, list):
+        return [_without_keys(value) for value in settings]
+    return unsigned(settings) if isinstance(settings, str) else settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -91,7 +92,8 @@ class LearnConcepts(RowJob, ConceptLearning):
         usage, output = read_geometry(self).usage, finished.output.path
         row, folder = rows[0], folders(rows)[0]
         tokens, words = json.loads(row["tokens"]), json.loads(row["words"])
-        prompt = json.loads(row["settings"])["templates"]["with_"].format(subject=words[-1], concept=row["phrase"])
+        template = json.loads(row["settings"])["templates"]["with_"]
+        prompt = " ".join(template.format(subject=words[-1], concept=row["phrase"]).split())  # a line, whoever wrote it
         files = [
             f"pipe.load_textual_inversion({_loaded(f'{output}/{_file(folder, token, number)}')}{_encoder(number)})"
             for token in tokens
@@ -99,7 +101,8 @@ class LearnConcepts(RowJob, ConceptLearning):
             for number in range(len(self._widths()))
         ]
         return _CARD.format(
-            names=", ".join(usage.names), load=usage.pipeline, files="\n".join(files), prompt=prompt, output=output,
+            names=", ".join(usage.names), load=usage.pipeline, files="\n".join(files), output=output,
+            prompt=json.dumps(prompt, ensure_ascii=False), asked=shlex.quote(prompt),
             name=row["name"], fetch="import fsspec\n" if "://" in output else "",
             read="from safetensors.torch import load\n" if "://" in output else "",
         )  # fmt: skip
@@ -130,13 +133,13 @@ from diffusers import {names}
 {read}
 {load}
 {files}
-pipe("{prompt}").images[0].save("concept.png")
+pipe({prompt}).images[0].save("concept.png")
 ```
 
 With SDXL, `learned_embeds.safetensors` is for the first text encoder and `learned_embeds_2.safetensors` for the second.
 
 ```sh
-latentmill try-concept {output} {name} "{prompt}"     # a sheet with and without the concept
+latentmill try-concept {output} {name} {asked}     # a sheet with and without the concept
 ```
 
 """

@@ -7,9 +7,10 @@ it is a chain or maps rows. Nothing here imports Ray, torch or datasets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
@@ -22,6 +23,9 @@ from pipeline.input.source import Format, Source
 if TYPE_CHECKING:
     import pipeline.run.driver
     from pipeline.contract import StageSpec
+
+
+_SIGNED = re.compile(r"https?://\S+\?\S+", re.IGNORECASE)
 
 
 class Input(Settings):
@@ -84,6 +88,21 @@ class Input(Settings):
         """The same as the plain description that the pipeline reads."""
         given = {name: getattr(self, name) for name in type(self).model_fields}
         return Source(**{**given, "allow": self.allow or ()})
+
+
+def _refuse_secrets(settings: Any, key: str = "") -> None:
+    """What a job names besides input and output is written into its plan and card as it stands."""
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            _refuse_secrets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(settings, (list, tuple)):
+        for value in settings:
+            _refuse_secrets(value, key)
+    elif isinstance(settings, str) and (has_password(settings) or _SIGNED.fullmatch(settings)):
+        raise ValueError(
+            f"{key}: {shown(settings)} has a password or a query (?...), which plan and card would show; "
+            "fetch it first, and name the file, or its folder on a store"
+        )
 
 
 def _refuse_password(address: str) -> None:
@@ -227,6 +246,11 @@ class RowJob(Job):
     def panels(self) -> list[Panel]:
         """The job's own panels of the report page, below the general ones."""
         return []
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> Self:
+        _refuse_secrets(self.own_settings())
+        return self
 
     def own_settings(self) -> dict[str, Any]:
         """The job's own fields: with stage, source, seed, shard_rows and keep they decide what is written."""

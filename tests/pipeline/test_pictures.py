@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import EpsImagePlugin, Image, ImageCms
 
-from pipeline.pictures import PictureError, decode_picture
+from pipeline.pictures import RASTER, PictureError, decode_picture
 
 LIMIT = 1_000_000
 
@@ -147,3 +149,22 @@ def test_the_limit_is_the_job_s_and_not_pillow_s(monkeypatch: pytest.MonkeyPatch
     assert Image.MAX_IMAGE_PIXELS == 10
     with pytest.raises(PictureError, match="picture of 8x8 pixels is above the limit of 50"):
         decode_picture(buffer.getvalue(), 50)
+
+
+def test_a_strangers_program_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: PostScript in a picture's place was run, by Ghostscript where it is installed."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho ran >> {tmp_path}/ran\nexec sleep 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\nshowpage\n%%EOF\n"
+    with pytest.raises(PictureError, match="it is PostScript"):
+        decode_picture(program, 10**6)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("form", sorted({*RASTER} - {"ICNS", "PSD", "QOI", "XBM"}))
+def test_what_holds_pixels_is_read(form: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (10, 200, 30)).save(file, form)
+    assert decode_picture(file.getvalue(), 10**6).size == (64, 64)

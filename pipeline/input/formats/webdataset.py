@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.input.files import InputFile, printable
+from pipeline.input.formats.arrays import read_header
 from pipeline.input.formats.beside import Member, check_downloads, members
 from pipeline.input.rows import Begins, Encoded, FileScan, Format, Look, Raw, Span, Wanted, own_id, picked, untold
 from pipeline.input.source import SUFFIXES, Source, SourceError
@@ -314,8 +316,24 @@ def _member(extension: str, content: bytes | None) -> Any:
     if last == "json":
         return json.loads(content)
     if last == "npy":
-        return np.load(io.BytesIO(content), allow_pickle=False)
+        return _array(content)
     return content
+
+
+def _array(content: bytes) -> np.ndarray:
+    """
+    Raises:
+        ValueError: It is no array of numpy's, or promises more than it holds.
+    """
+    file = io.BytesIO(content)
+    try:
+        shape, _, dtype = read_header(file)
+        if len(content) - file.tell() < math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its header promises {shape} of {dtype}")
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:
+        raise ValueError(f"is no .npy file of {len(content):,} bytes: {error}") from None
 
 
 WEBDATASET = Format(_scan, _rows, untold)

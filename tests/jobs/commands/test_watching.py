@@ -141,3 +141,13 @@ def test_a_tracker_that_fails_ends_no_run(job: list[str], monkeypatch: pytest.Mo
     refused = CliRunner().invoke(app, [*job, "--track", "wandb"])
     assert refused.exit_code == 2
     assert "--track wandb: ZeroDivisionError: division by zero" in " ".join(refused.stderr.split())
+
+
+def test_a_signature_is_told_to_no_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings = {"input": {"path": ["https://host/in.jsonl?X-Amz-Signature=hush"]}, "prompt": "why? because"}
+    with track.tracking("wandb", "out", settings, print):
+        pass
+    ((_, started),) = wandb.of("init")
+    assert started["config"] == {"input": {"path": ["https://host/in.jsonl"]}, "prompt": "why? because"}

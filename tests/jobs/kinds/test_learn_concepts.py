@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -332,3 +333,31 @@ def test_a_word_on_a_store_is_handed_over_as_tensors():
     assert found.keys() == word.keys()
     assert torch.equal(found["<dotted-1>"], word["<dotted-1>"])
     assert eval(_loaded("/out/learned_embeds.safetensors")) == "/out/learned_embeds.safetensors"
+
+
+def test_a_strangers_words_are_words_in_the_card(folder, tree, tmp_path):
+    """Before: who copied the card's lines ran what the concept's author had written into them."""
+    evil = """robot").images; open("ran", "w"); ("$(touch ran) `touch ran` it's\n```\n# mine"""
+    job = job_of(folder, tree).model_copy(update={"output": str(tmp_path / "out")})
+    settings = json.dumps({"templates": {"with_": "a {subject} {concept}"}})
+    row = {"id": "a", "status": "ok", "name": "a", "tokens": '["<a-1>"]', "words": json.dumps(["ice", evil]),
+           "phrase": "in <a-1>", "settings": settings}  # fmt: skip
+    card = job.card(Output(tmp_path / "out", [row], {}))
+    assert [line for line in card.splitlines() if line.startswith("```")] == ["```python", "```", "```sh", "```"]
+    line = next(line for line in card.splitlines() if line.startswith("pipe("))
+    asked = []
+    exec(line, {"pipe": lambda prompt: asked.append(prompt) or Drawn(), "open": None})
+    command = next(line for line in card.splitlines() if line.startswith("latentmill try-concept"))
+    words = shlex.split(command, comments=True)
+    assert asked == [words[-1]] == [" ".join(f"a {evil} in <a-1>".split())]
+
+
+class Drawn:
+    """What a pipeline gives back."""
+
+    @property
+    def images(self):
+        return [self]
+
+    def save(self, name):
+        """Nowhere."""

@@ -314,3 +314,17 @@ def test_a_password_in_an_address_is_refused(tmp_path: Path) -> None:
         Source(("https://user:hush@host/in.jsonl",))
     with pytest.raises(SourceError, match="differ only"):
         Source(("https://host/get?file=1", "https://host/get?file=2"))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://models.example/1.safetensors?token=hush", "HTTP://x/y?Signature=hush", "s3://key:hush@bucket/a"],
+)
+def test_what_a_job_names_holds_no_secret(address: str) -> None:
+    """Before: a token in a model's address stood in plan, card and report."""
+    job = {"job": "reference", "input": "in.jsonl", "encoder": "micro:prior", "output": "out"}
+    for plain in ("https://models.example/1.safetensors", "is it https://host/?"):
+        assert load({**job, "encoder": plain})
+    with pytest.raises(JobFileError, match=r"encoder: .* (has a password or a query|holds a password)") as told:
+        load({**job, "encoder": address})
+    assert "hush" not in str(told.value)

@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from jobs.schema.reading import JobFileError, read
@@ -114,3 +115,41 @@ def test_a_store_s_files_have_the_same_limit(monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.setattr("pipeline.input.formats.text.LONGEST_LINE", 7)
     with pytest.raises(SourceError, match="line 1 is longer than 7 bytes"):
         list(read_lines(source, source.path[0], 0))
+
+
+def _header(shape: str, said: str = "<f8") -> bytes:
+    """A file of numpy's that promises an array, and holds none of it."""
+    told = f"{{'descr': '{said}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(told).to_bytes(2, "little") + told
+
+
+ARRAYS = {
+    "more than there is": _header("(1000000, 4)"),
+    "more than a machine counts": _header(f"(0, {10**20})"),
+    "less than nothing": _header("(-1, -4)"),
+    "an archive": b"PK\x03\x04 of nothing",
+    "no bytes": b"",
+    "objects": _header("(1, 1)", "|O"),
+    "no header": b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000,
+}
+
+
+def test_arrays_that_are_none_fail_their_rows(tmp_path: Path) -> None:
+    """Before: three of these ended the run with a traceback."""
+    members = {f"{number}.npy": content for number, content in enumerate(ARRAYS.values())}
+    good = io.BytesIO()
+    np.save(good, np.ones(4))
+    texts = {f"{number}.txt": b"words" for number in range(len(ARRAYS) + 1)}
+    _tar(tmp_path / "in.tar", dict(sorted({**members, f"{len(ARRAYS)}.npy": good.getvalue(), **texts}.items())))
+    rows = rows_of(tmp_path / "in.tar", tmp_path / "out", keep={"npy": "npy"})
+    assert [row["status"] for row in rows] == ["failed"] * len(ARRAYS) + ["ok"], [row["error"] for row in rows]
+    assert all(".npy file" in row["error"] for row in rows[:-1])
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "rows of nothing", "as many rows as wrap around"])
+def test_a_file_of_arrays_that_are_none_is_refused(tmp_path: Path, name: str) -> None:
+    """Before: a header of 2**62 rows of 4 was planned, since numpy's product of them is 0."""
+    more = {"rows of nothing": _header(f"({10**12}, 0)"), "as many rows as wrap around": _header(f"({2**62}, 4)")}
+    (tmp_path / "in.npy").write_bytes((ARRAYS | more)[name])
+    with pytest.raises(SourceError, match=r"in\.npy: (is no \.npy file|needs a C-ordered|is cut short|holds)"):
+        make_plan(spec_of(tmp_path / "in.npy", tmp_path / "out"))
