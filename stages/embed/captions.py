@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.contract import Column, Form, Row
 from stages.embed.settings import CaptionSettings, StoredEmbeddings
 from stages.models import clip
-from stages.models.captions import PROMPT_READS, TOKEN_COLUMNS, prompt_of, token_counts
+from stages.models.captions import PROMPT_READS, TOKEN_COLUMNS, count_told, prompt_of
 from stages.models.copies import here
 
 BATCH = 32  # of one shape always, so that an embedding does not depend on how rows were split
@@ -40,7 +40,7 @@ class Captioner:
         self.given = None if settings.path is None else read_captions(settings.path, settings.id, settings.prompt)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """The rows, those with a caption with ``text_embedding`` and what `token_counts` tells.
+        """The rows, those with a caption with ``text_embedding`` and `TOKEN_COLUMNS`.
 
         An embedding that does not fit the dtype it is stored in is left out.
         """
@@ -50,23 +50,24 @@ class Captioner:
         out = [
             {**row, **({} if self.given is None else {"prompt": text})} for row, text in zip(rows, texts, strict=True)
         ]
-        with np.errstate(over="ignore"):
-            t_BT = self._embed(captions).astype(self.dtype)
-        counts = token_counts(captions, [(self.encoder.tokenizer, self.encoder.length)])
-        for i, t_T, counted in zip(held, t_BT, counts, strict=True):
-            out[i] |= {**counted, "text_embedding": t_T if np.isfinite(t_T).all() else None}
+        t_BT, counts = self._embed(captions)
+        for i, t_T, count in zip(held, t_BT, counts, strict=True):
+            told = count_told([(count, self.encoder.length)])
+            out[i] |= {**told, "text_embedding": t_T if np.isfinite(t_T).all() else None}
         return out
 
     def _caption(self, row: Row) -> str | None:
         text = prompt_of(row) if self.given is None else self.given.get(str(row["id"]))
         return text if text and text.strip() else None
 
-    def _embed(self, captions: list[str]) -> np.ndarray:
+    def _embed(self, captions: list[str]) -> tuple[np.ndarray, list[int]]:
+        """t_BT as it is stored, and how many tokens each caption has."""
         filled = captions + [""] * (-len(captions) % BATCH)
         if not filled:
-            return np.empty((0, self.width), np.float32)
-        t_BT: np.ndarray = self.encoder(filled, batch=BATCH).numpy()
-        return t_BT[: len(captions)]
+            return np.empty((0, self.width), self.dtype), []
+        t_BT, counts = self.encoder.counted(filled, batch=BATCH)
+        with np.errstate(over="ignore"):
+            return t_BT.numpy()[: len(captions)].astype(self.dtype), counts[: len(captions)]
 
 
 def columns(settings: CaptionSettings, stored: StoredEmbeddings) -> tuple[Column, ...]:

@@ -62,8 +62,13 @@ def token_counts(prompts: Sequence[str], readers: Sequence[Reader | tuple[Any, i
     found = []
     for prompt in prompts:
         counts = [(len(tokenizer(prompt, verbose=False)["input_ids"]), limit) for tokenizer, limit, *_ in readers]
-        found.append({
-            "prompt_tokens": max(count for count, _ in counts),
-            "prompt_truncated": any(count > limit for count, limit in counts),
-        })  # fmt: skip
+        found.append(count_told(counts))
     return found
+
+
+def count_told(counts: Sequence[tuple[int, int]]) -> dict[str, int | bool]:
+    """`TOKEN_COLUMNS` of a prompt, of how many tokens each encoder finds and how many it takes."""
+    return {
+        "prompt_tokens": max(count for count, _ in counts),
+        "prompt_truncated": any(count > limit for count, limit in counts),
+    }

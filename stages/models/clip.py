@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -202,20 +203,39 @@ class TextEncoder:
         positions = getattr(self.model.config, "max_position_embeddings", 77)
         self.length = min(positions, self.tokenizer.model_max_length)
 
-    @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], batch: int = 256) -> torch.Tensor:
         """t_BE, float32 on the CPU. Prompts longer than the encoder's context are cut, as its pipelines cut them."""
-        out = []
+        return self.counted(prompts, batch)[0]
+
+    @torch.inference_mode()
+    def counted(self, prompts: Sequence[str], batch: int = 256) -> tuple[torch.Tensor, list[int]]:
+        """The same, and how many tokens each prompt has, uncut, with those of its start and end."""
+        out, counts = [], []
         for start in range(0, len(prompts), batch):
-            part = self.tokenizer(
-                list(prompts[start : start + batch]), padding="max_length", truncation=True, max_length=self.length,
-                return_tensors="pt",
-            ).to(self.device)  # fmt: skip
+            ids_BL, mask_BL, of_part = self._tokens(prompts[start : start + batch])
+            counts += of_part
             if self._siglip:  # trained without a mask
-                out.append(self.model(input_ids=part.input_ids).pooler_output)
+                out.append(self.model(input_ids=ids_BL.to(self.device)).pooler_output)
             else:
-                out.append(self._causal(part.input_ids, part.attention_mask))
-        return torch.cat(out).float().cpu().clone()
+                out.append(self._causal(ids_BL.to(self.device), mask_BL.to(self.device)))
+        return torch.cat(out).float().cpu().clone(), counts
+
+    def _tokens(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Ids and mask, cut and padded to the context as the tokenizer itself does it, and how many there were before:
+        told from one pass over the text, and a second over those that are too long."""
+        tokenizer, length = self.tokenizer, self.length
+        read = tokenizer(list(prompts), verbose=False)["input_ids"]
+        counts = [len(ids) for ids in read]
+        if long := [b for b, count in enumerate(counts) if count > length]:
+            cut = tokenizer([prompts[b] for b in long], truncation=True, max_length=length)["input_ids"]
+            for b, ids in zip(long, cut, strict=True):
+                read[b] = ids
+        held_B = torch.tensor([len(ids) for ids in read])[:, None]
+        place_L = torch.arange(length)
+        mask_BL = place_L < held_B if tokenizer.padding_side == "right" else place_L >= length - held_B
+        ids_BL = torch.full(mask_BL.shape, tokenizer.pad_token_id)
+        ids_BL[mask_BL] = torch.tensor(list(chain.from_iterable(read)))
+        return ids_BL, mask_BL.long(), counts
 
     def _causal(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """t_BE. A token sees none behind it, so what stands behind a prompt's end changes nothing and is left out: to

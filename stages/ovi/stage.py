@@ -15,7 +15,7 @@ from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
 from stages.engine.device import chosen_device
 from stages.engine.turns import in_turns
 from stages.models import clip, kandinsky
-from stages.models.captions import PROMPT_COLUMNS, PROMPT_READS, TOKEN_COLUMNS, prompt_of, token_counts
+from stages.models.captions import PROMPT_COLUMNS, PROMPT_READS, TOKEN_COLUMNS, count_told, prompt_of
 from stages.models.fingerprint import describe_model
 from stages.models.names import shipped
 from stages.ovi import scoring
@@ -218,10 +218,10 @@ class InvertPrompts:
         """Of each distinct prompt the text embedding (E,) and its `TOKEN_COLUMNS`."""
         known = self._known
         if new := list(dict.fromkeys(prompt for prompt in prompts if prompt not in known)):
-            counted = token_counts(new, [(self.text.tokenizer, self.text.length)])
+            text_BE, counts = self.text.counted(new)
             known |= {
-                prompt: (text_E, counts)
-                for prompt, text_E, counts in zip(new, self.text(new).numpy(), counted, strict=True)
+                prompt: (text_E, count_told([(count, self.text.length)]))
+                for prompt, text_E, count in zip(new, text_BE.numpy(), counts, strict=True)
             }
         found = {prompt: known[prompt] for prompt in prompts}
         for prompt in list(known)[: max(0, len(known) - KNOWN)]:

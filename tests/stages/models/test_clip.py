@@ -58,3 +58,22 @@ def test_prompts_are_read_to_their_ends_and_mean_what_they_mean_at_full_length(p
     )
     encoder(prompts[:2])
     assert seen[0][1] < encoder.length
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_and_their_counts_are_the_tokenizers_own(prior, side):
+    encoder = clip.TextEncoder(prior)
+    tokenizer = encoder.tokenizer
+    tokenizer.padding_side = side
+    prompts = ["", "two blue rings", *(" ".join(["a"] * n) for n in range(1, 2 * encoder.length))]
+    ids_BL, mask_BL, counts = encoder._tokens(prompts)
+    wanted = tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=encoder.length, return_tensors="pt"
+    )  # fmt: skip
+    assert torch.equal(ids_BL, wanted.input_ids)
+    assert torch.equal(mask_BL, wanted.attention_mask)
+    alone = [len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts]
+    assert counts == alone
+    assert min(alone) < encoder.length < max(alone)
+    assert encoder.length in alone
+    assert encoder.counted(prompts, batch=7)[1] == alone
