@@ -1,25 +1,32 @@
-"""The pictures on the pages of the jobs, from one chain of small jobs on the miniature models.
+"""The pictures on the pages of the jobs, from chains of small jobs on the miniature models.
 
-``python -m benchmarks.pages.pictures`` writes docs/figures/job-*.webp. What came out is drawn, nothing is picked.
+``python -m benchmarks.pages.pictures [pages chain inverter corpora]`` writes docs/figures/job-*.webp. What came out is
+drawn, nothing is picked. ``corpora`` draws what ``benchmarks.rare.judge`` found; the others run their jobs.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import micro
 from jobs.run import run_job
+from micro import world
 
 FIGURES = Path("docs/figures")
 PROMPTS = ("a red star", "two blue circles", "a green cross above a yellow square", "a dotted pink heart")
 SIDE, LINE, MARGIN = 96, 20, 6
+JUDGED = Path("benchmarks/rare/results/judge.json")
+CORPORA = {"real": "real pictures alone", "plain": "drawn", "aapb": "drawn by a guide",
+           "plain-right": "drawn, those that are right", "renderer": "rendered (control)"}  # fmt: skip
 
 STEPS: list[dict[str, Any]] = [
     {"name": "reference", "job": "reference", "input": "micro-world://train?rows=600&seed=0", "encoder": "micro:prior",
@@ -43,6 +50,25 @@ STEPS: list[dict[str, Any]] = [
      "encoder": "micro:prior", "methods": ["random", "nao"], "count": 5, "steps": 25, "guidance": 4},
     {"name": "corpus", "job": "select-corpus", "input": "${rare}", "encoder": "micro:prior", "count": 4, "near": 0.97},
 ]  # fmt: skip
+
+CHAIN: list[dict[str, Any]] = [
+    {"name": "pictures", "job": "reference", "input": "micro-world://train?rows=600&seed=0", "encoder": "micro:prior",
+     "keep": ["caption", "image"], "captions": True, "shard_rows": 600},
+    {"name": "prompts", "job": "invert-prompts", "encoder": "micro:prior", "reference": "${pictures}",
+     "methods": ["linear"]},
+    {"name": "drawn", "job": "decode", "encoder": "micro:prior", "decode": {"model": "micro:decoder", "steps": 20},
+     "draws": 4, "keep": ["prompt"]},
+]  # fmt: skip
+"""Pictures that have captions, prompts against them, and what a decoder draws."""
+INVERTER: list[dict[str, Any]] = [
+    {"name": "trained", "job": "train-inverter", "model": "micro:stable-diffusion", "steps": 12, "guidance": 3.0,
+     "batch_size": 50, "network": {"width": 128, "layers": 4, "heads": 4},
+     "training": {"steps": 1200, "batch_size": 32, "lr": 1e-3, "noise_rows": 2}, "seed": 0},
+    {"name": "texts", "job": "invert-text", "model": "micro:stable-diffusion", "inverter": "${trained}",
+     "input": {"path": "micro-world://train?rows=6&seed=5", "images": ["image"]}, "keep": ["image"]},
+]  # fmt: skip
+TRAINED_ON = 900
+"""Captions that name every attribute."""
 
 
 Row = dict[str, Any]
@@ -166,16 +192,83 @@ def draw_rare(chain: Path) -> None:
     sheet(lines, [], "job-select-corpus")
 
 
+def draw_chain(chain: Path) -> None:
+    """What the first step read, and what the last one drew."""
+    seen = [opened(row["image"]) for row in rows(chain / "pictures")[:4]]
+    groups = by(rows(chain / "drawn"), "prompt")
+    lines = [(key[0], [opened(row["image"]) for row in group]) for key, group in groups.items()]
+    sheet([("four of 600 pictures", seen), *lines], [], "job-chain")
+
+
+def draw_texts(chain: Path) -> None:
+    """Pictures, and what the model draws of the text latents that were read off them."""
+    from stages.engine.randomness import row_generator
+    from stages.inverter.training import text_conditions
+    from stages.models.families import open_latent_model
+    from stages.models.pictures import to_picture
+    from stages.models.settings import LatentModelSettings
+
+    model, found = open_latent_model(LatentModelSettings(model="micro:stable-diffusion")), rows(chain / "texts")
+    shape_TK = model.geometry.text_shape
+    text_BTK = torch.stack([torch.tensor(row["text_latent"]).reshape(shape_TK) for row in found])
+    empty_BTK = text_conditions(model, [""])[0].expand_as(text_BTK)
+    lines: list[Line] = [("picture", [opened(row["image"]) for row in found])]
+    for number in range(2):
+        generators = [row_generator(number, row["id"], "picture") for row in found]
+        condition = {"text_BLE": text_BTK, "null_text_BLE": empty_BTK}
+        z_BCHW = model.draw(condition, steps=25, guidance=3.0, generators=generators)
+        lines.append((f"draw {number}", [to_picture(image) for image in model.decode(z_BCHW)]))
+    sheet(lines, [], "job-train-inverter")
+
+
+def draw_corpora() -> None:
+    """What a classifier tells right with each corpus, as `benchmarks.rare.judge` left it."""
+    from matplotlib import pyplot
+
+    from stages.judging.measures import GROUPS, judgement
+
+    found = json.loads(JUDGED.read_text())
+    told = judgement(found["shares"], found["groups"], "plain")
+    figure, axes = pyplot.subplots(figsize=(6.4, 2.4), dpi=110, layout="constrained")
+    for number, (name, groups) in enumerate(told.items()):
+        places = [group + 0.16 * (number - 2) for group in range(len(GROUPS))]
+        means = [groups[group]["mean"] for group in GROUPS]
+        ends = [[abs(groups[g]["mean"] - groups[g][end]) for g in GROUPS] for end in ("low", "high")]
+        axes.bar(places, means, 0.15, yerr=ends, label=CORPORA[name], error_kw={"linewidth": 0.8})
+    axes.set_xticks(range(len(GROUPS)), ["classes never seen", "rare classes", "frequent classes"])
+    axes.set_ylabel("share told right")
+    axes.legend(fontsize=7, loc="upper left")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    Image.open(picture).convert("RGB").save(FIGURES / "job-judge-corpus.webp", quality=85, method=6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("which", nargs="*", default=["pages", "chain", "inverter", "corpora"])
     parser.add_argument("--work", type=Path, default=Path("out/pages"), help="where the jobs write; resumed")
-    work = parser.parse_args().work
+    given = parser.parse_args()
+    work: Path = given.work
     work.mkdir(parents=True, exist_ok=True)
     (work / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    steps = [{**step, "input": str(work / "prompts.txt")} if step["name"] == "prompts" else step for step in STEPS]
-    run_job({"job": "chain", "steps": steps}, output=str(work / "chain"))
-    for draw in (draw_reference, draw_prompts, draw_decode, draw_images, draw_words, draw_rare):
-        draw(work / "chain")
+    captions = [world.caption_of(n, "heldout", detail="full") for n in range(TRAINED_ON)]
+    (work / "drawn.txt").write_text("\n".join(captions) + "\n")
+    chains = {
+        "pages": (STEPS, (draw_reference, draw_prompts, draw_decode, draw_images, draw_words, draw_rare)),
+        "chain": (CHAIN, (draw_chain,)),
+        "inverter": (INVERTER, (draw_texts,)),
+    }
+    inputs = {"prompts": "prompts.txt", "trained": "drawn.txt"}
+    for name, (steps, draws) in chains.items():
+        if name in given.which:
+            own = [{**step, "input": str(work / inputs[step["name"]])} if step["name"] in inputs else step
+                   for step in steps]  # fmt: skip
+            folder = work / ("chain" if name == "pages" else name)
+            run_job({"job": "chain", "steps": own}, output=str(folder))
+            for draw in draws:
+                draw(folder)
+    if "corpora" in given.which:
+        draw_corpora()
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ driver="" stopped="" queue_again=""
 
 # shellcheck disable=SC2317  # called by the trap
 end() {{
+    trap "" TERM USR1
     jobs -p | xargs -r kill 2> /dev/null || true
     pkill -f "$temp/session_" || true  # what `ray start` left, and nobody else's Ray
     wait
@@ -155,15 +156,17 @@ trap end EXIT
 trap 'stopped=1; [ -z "$driver" ] || kill -TERM "$driver"' TERM
 trap 'stopped=1 queue_again=1; [ -z "$driver" ] || kill -TERM "$driver"' USR1
 
+pkill -f "$temp/session_" && sleep 2  # of an earlier start of this job that Slurm killed before its end
+rm -rf "$temp"
 ray start --head --node-ip-address="$ip" --port="$port" --ray-client-server-port=$((port + 1)) --temp-dir="$temp" \
     --include-dashboard=false --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus={gpus} > /dev/null
 
 others=$((SLURM_JOB_NUM_NODES - 1))
 if [ "$others" -gt 0 ]; then
     # shellcheck disable=SC2016  # what is to be expanded on the other nodes
-    srun --nodes="$others" --relative=1 --ntasks="$others" --ntasks-per-node=1 --cpu-bind=none --no-kill \
-        --kill-on-bad-exit=0 bash -c 'exec ray start --block --address="$0" --num-cpus="$SLURM_CPUS_ON_NODE" \
-        --num-gpus={gpus} > /dev/null' "$ip:$port" &
+    srun --quiet --nodes="$others" --relative=1 --ntasks="$others" --ntasks-per-node=1 --cpu-bind=none --no-kill \
+        --kill-on-bad-exit=0 bash -c 'exec ray --logging-level=warning start --block --address="$0" \
+        --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus={gpus} > /dev/null' "$ip:$port" &
 fi
 
 {command} --address "$ip:$port" &
@@ -175,6 +178,9 @@ while kill -0 "$driver" 2> /dev/null; do  # a signal ended the wait, not the dri
     status=0
     wait "$driver" || status=$?
 done
+driver=""
+trap - EXIT
+end  # first: whom Slurm queues again it kills at once
 if [ -n "$queue_again" ] && [ "$status" -ne 0 ]; then
     echo "the time limit is near: queued again, the next start resumes"
     scontrol requeue "$SLURM_JOB_ID"

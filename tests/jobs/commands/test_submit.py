@@ -154,7 +154,7 @@ def test_the_run_s_exit_code_is_the_job_s(
     (head,) = [line for line in done if line.startswith("ray start")]
     assert "--node-ip-address=127.0.0.1 --port=20002 --ray-client-server-port=20003" in head
     (workers,) = [line for line in done if line.startswith("srun")]
-    assert workers.startswith("srun --nodes=2 --relative=1 --ntasks=2")
+    assert workers.startswith("srun --quiet --nodes=2 --relative=1 --ntasks=2")
     assert "latentmill run-job a b.yaml --output out --address 127.0.0.1:20002" in done
     assert not any(line.startswith("scontrol") for line in done)
 
@@ -226,6 +226,25 @@ def test_what_an_output_holds_changes_with_a_commit_and_with_a_checkpoint(
     assert held[0] == held[1]
     assert len(set(held)) == 3
     assert held[0].startswith("1 shards, 0 checkpoints")
+
+
+def test_no_ray_of_an_earlier_start_is_in_the_way(
+    tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm kills whom it queues again: what the script left running then would hold the port of the next start. So it
+    clears up before it asks for that, and what a start that was killed left is cleared up by the next."""
+    tools("latentmill", f'trap "exit 130" TERM; touch {tmp_path}/runs; while :; do sleep 0.05; done')
+    file = written(tmp_path, monkeypatch, tools)
+    tools("pkill", "exit 0")
+    process = started(file)
+    while not (tmp_path / "runs").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    done = [line for line in calls(tmp_path) if line.startswith(("pkill", "ray", "scontrol"))]
+    assert [line.partition(" ")[0] for line in done] == ["pkill", "ray", "pkill", "scontrol"]
+    assert {line for line in done if line.startswith("pkill")} == {"pkill -f /tmp/ray-6001/session_"}
 
 
 def test_a_ray_that_does_not_start_ends_it(tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
