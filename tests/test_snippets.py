@@ -76,7 +76,7 @@ def test_every_job_file_is_one(tmp_path: Path) -> None:
             if isinstance(yaml.safe_load(text), dict) and "job" in yaml.safe_load(text):
                 file = tmp_path / f"{page.stem}-{number}.yaml"
                 file.write_text(text)
-                kinds.add(load(file).job)
+                kinds.add(load(file, tell=pytest.fail).job)  # no old name of a key
     assert kinds >= {"invert-images", "rare-concepts", "chain"}
 
 

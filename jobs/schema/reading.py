@@ -6,6 +6,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -148,12 +149,13 @@ def _override(document: Document, override: str) -> Document:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise JobFileError(f"--set {override}: the value is not valid YAML: {error}") from None
-    where = _resolved(document.data, path.split("."), override)
-    return Document(_with(document.data, where, value), document.name, document.lines)
+    data, where = _resolved(document.data, path.split("."), override)
+    return Document(_with(data, where, value), document.name, document.lines)
 
 
-def _resolved(data: Any, keys: Sequence[str], override: str) -> Where:
-    """The place of a setting: items of lists by number, and keys by the name that the document has for them."""
+def _resolved(data: Any, keys: Sequence[str], override: str) -> tuple[Any, Where]:
+    """The document with short forms on the way to a setting written out, and the setting's place: items of lists by
+    number, and keys by the name that the document has for them."""
     kind = data.get("job") if isinstance(data, Mapping) else None
     model = registry.find(kind) if kind in registry.kinds() else None
     where, here = Where(), data
@@ -163,8 +165,20 @@ def _resolved(data: Any, keys: Sequence[str], override: str) -> Where:
             part = _item(here, key, override)
         elif isinstance(here, Mapping) and key not in here and model is not None:
             part = next((own for own in _synonyms(model, data, where, key) if own in here), key)
+        elif model is not None and isinstance(here, str):
+            data = _with(data, where, _long_form(list(_blocks(model, data, where)), here))
         where, here = (*where, part), _child(here, part)
-    return where
+    return data, where
+
+
+def _long_form(blocks: Sequence[type[BaseModel]], short: str) -> Any:
+    """What a word or a path stands for where a block may stand too."""
+    if any("method" in block.model_fields for block in blocks):
+        return {"method": short}
+    for block in blocks:
+        with suppress(ValidationError):
+            return block.model_validate(short).model_dump(mode="json", exclude_unset=True)
+    return short
 
 
 def _item(items: Sequence[Any], key: str, override: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,20 @@ def test_overrides_replace_nested_values(tmp_path: Path, toy_job: type[RowJob]) 
     assert job.resources.workers == Workers(min=1, max=4)
     assert "--set seed: write it as key=value" in complaint(path, "seed")
     assert "seeed: unknown key. Did you mean 'seed'?" in complaint(path, "seeed=3")
+
+
+def test_overrides_write_short_forms_out() -> None:
+    """Before, only `input` was: the others became ``{path: ...}``, which no such block has."""
+    rare = {"job": "rare-concepts", "input": "a", "methods": ["random", "nao"], "anchors": "r", "inversion": "lbo"}
+    job: Any = reading.load(rare, ["anchors.min_rows=3", "methods.1.points=9", "inversion.passes=4"])
+    assert (job.anchors.reference, job.anchors.min_rows) == (reading.load(rare).anchors.reference, 3)  # type: ignore[attr-defined]
+    assert (job.methods[1].method, job.methods[1].points) == ("nao", 9)
+    assert (job.inversion.method, job.inversion.passes) == ("lbo", 4)
+    reference = {"job": "reference", "input": ["a", "b"], "encoder": "m", "captions": "c.csv"}
+    job = reading.load(reference, ["captions.id=key"])
+    assert (job.captions.path, job.captions.id) == ("c.csv", "key")
+    images: Any = reading.load({"job": "invert-images", "input": "a", "methods": "lbo"}, ["methods.passes=3"])
+    assert [method.passes for method in images.methods] == [3]
 
 
 def test_overrides_reach_steps_by_name_and_by_number(tmp_path: Path, toy_job: type[RowJob]) -> None:

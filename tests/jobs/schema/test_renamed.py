@@ -149,6 +149,13 @@ def test_editors_offer_the_new_names_alone(model: type[BaseModel]) -> None:
     assert not set(RENAMED[model]) & offered
 
 
+def test_shipped_job_files_speak_the_new_words() -> None:
+    said: list[str] = []
+    for path in (Path(ROOT) / "jobs/examples").glob("*.yaml"):
+        reading.load(path, [] if "input:" in path.read_text() else ["input=a"], said.append)
+    assert said == []
+
+
 def test_the_docs_list_every_renamed_key() -> None:
     text = (Path(ROOT) / "docs/jobs.md").read_text()
     listed = set(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE))
