@@ -265,8 +265,13 @@ class Regression:
     left_EE: torch.Tensor
     ridge: float
 
+    def to(self, device: str) -> Regression:
+        """The same, on a device that has float64."""
+        names = ("mean_text_T", "mean_image_E", "weights_ET", "left_EE")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     def __call__(self, t_BT: torch.Tensor) -> torch.Tensor:
-        """Conditional means (B, E), float64, of raw text embeddings on the CPU."""
+        """Conditional means (B, E), float64, of raw text embeddings on its device."""
         return self.mean_image_E + (t_BT.double() - self.mean_text_T) @ self.weights_ET.mT
 
     @cached_property

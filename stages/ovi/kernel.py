@@ -7,7 +7,7 @@ unit vectors are called u. All in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -48,8 +48,12 @@ class Nystroem:
         kept_C = values_C > NEGLIGIBLE * values_C[-1]
         return Nystroem(centres_CT, axes_CC[:, kept_C] / values_C[kept_C].sqrt(), a)
 
+    def to(self, device: str) -> Nystroem:
+        """The same, on a device that has float64."""
+        return replace(self, centres_CT=self.centres_CT.to(device), root_CF=self.root_CF.to(device))
+
     def __call__(self, t_BT: torch.Tensor) -> torch.Tensor:
-        """Features (B, F) of raw texts."""
+        """Features (B, F) of raw texts on its device."""
         kernel_BC = (self.a * (normalize(t_BT.double(), dim=-1) @ self.centres_CT.mT - 1)).exp()
         return kernel_BC @ self.root_CF
 

@@ -1,5 +1,6 @@
 """Priors without training: from the joint statistics of a captioned reference, or from its nearest captions (ours, but
-where a function names its source). All arithmetic in float64.
+where a function names its source). All arithmetic in float64; what is fitted works on the job's device, the nearest
+captions' pictures are put together on the CPU.
 
 Legend: B rows, T width of the text embeddings, E of the image embeddings, K neighbours; unit vectors are called u.
 """
@@ -28,7 +29,7 @@ from stages.ovi.settings import Kernel, Linear, MeanShift, Procrustes, PromptMet
 PAIRS_AT_ONCE = 4096  # captions with their pictures, for maps of their own: 84 MB at a width of 1280
 
 Prior = Callable[[torch.Tensor], torch.Tensor]
-"""Raw text embeddings t_BT to image embeddings z_BE, both float64 on the CPU."""
+"""Raw text embeddings t_BT to image embeddings z_BE, both float64 on the CPU, wherever the work is done."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,24 @@ class Conditional:
 
     Attributes:
         features: Of raw text embeddings; the mean is linear in them.
-        regression: From the features to images.
+        regression: From the features to images. Both on one device, which does the work.
     """
 
-    features: Prior
+    features: Callable[[torch.Tensor], torch.Tensor]
     regression: joint.Regression
 
     def mean(self, t_BT: torch.Tensor) -> torch.Tensor:
-        """E[z | t] (B, E)."""
-        return self.regression(self.features(t_BT.double()))
+        """E[z | t] (B, E), on the CPU."""
+        return self._mean(t_BT).cpu()
+
+    def _mean(self, t_BT: torch.Tensor) -> torch.Tensor:
+        return self.regression(self.features(t_BT.double().to(self.regression.weights_ET.device)))
 
     def sample(self, t_BT: torch.Tensor, seed: int, ids: list[str]) -> torch.Tensor:
-        """A draw for each row (B, E), by seed and row id."""
+        """A draw for each row (B, E), by seed and row id, on the CPU."""
         root_EE = self.regression.root_EE
-        noise_BE = row_normal((len(root_EE),), seed, ids, "prior").double()
-        return self.mean(t_BT) + noise_BE @ root_EE
+        noise_BE = row_normal((len(root_EE),), seed, ids, "prior").double().to(root_EE.device)
+        return (self._mean(t_BT) + noise_BE @ root_EE).cpu()
 
 
 def linear(method: PromptMethod, context: Context, ridge: float | None = None) -> Conditional:
@@ -66,7 +70,7 @@ def linear(method: PromptMethod, context: Context, ridge: float | None = None) -
     """
     _, captions = context.need_captions(method)
     with _told(method):
-        return Conditional(lambda t_BT: t_BT, captions.fit.under(ridge))
+        return Conditional(lambda t_BT: t_BT, captions.fit.under(ridge).to(context.device))
 
 
 def kernelled(method: PromptMethod, context: Context, settings: Kernel) -> Conditional:
@@ -79,7 +83,8 @@ def kernelled(method: PromptMethod, context: Context, settings: Kernel) -> Condi
         ValueError: The reference has no captions, or too few for the ridge.
     """
     with _told(method):
-        return Conditional(*kernel.kept(*context.need_captions(method), settings))
+        features, regression = kernel.kept(*context.need_captions(method), settings)
+    return Conditional(features.to(context.device), regression.to(context.device))
 
 
 @contextmanager

@@ -141,8 +141,11 @@ PROMPT_METHODS: list[dict[str, Any]] = [
     {"method": "kernel"},
     {"method": "trained-prior", "steps": 2},
     {"method": "direct", "steps": 3},
-    {"method": "ovi", "steps": 3, "slots": 1, "constraint": {"mahalanobis": 0.1, "neighbours": 1.0, "k": 2}},
-]
+    {
+        "method": "ovi", "steps": 3, "slots": 1,
+        "constraint": {"mahalanobis": 0.1, "around": "kernel", "neighbours": 1.0, "k": 2},
+    },
+]  # fmt: skip
 
 
 @on_devices

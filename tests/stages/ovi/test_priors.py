@@ -16,7 +16,7 @@ from sklearn.gaussian_process.kernels import RBF
 from sklearn.kernel_approximation import Nystroem as Approximation
 from sklearn.linear_model import Ridge
 
-from index import fits
+from index import fits, joint
 from index.reference import Reference
 from jobs.schema.reading import load
 from stages.models import clip
@@ -25,6 +25,7 @@ from stages.ovi.methods import build
 from stages.ovi.settings import InvertPromptsSettings, Kernel, Linear, MeanShift, Procrustes, Retrieval
 from stages.ovi.stage import InvertPrompts
 from tests.support.captioned import build_captioned
+from tests.support.cards import card
 from tests.support.prompt_methods import run
 from tests.support.tiny_kandinsky import build_prior
 
@@ -148,6 +149,27 @@ def test_a_kernel_is_fitted_once_on_a_machine(captioned, rows, tmp_path, monkeyp
     assert len(made) == 2
     _embeddings(Kernel(centres=41), captioned, rows)
     assert len(made) == 3
+
+
+def test_what_is_fitted_works_where_the_job_does(captioned, rows, monkeypatch):
+    """On a card that refuses what was not brought along; its arithmetic is the CPU's."""
+    seen, plain = set(), joint.Regression.__call__
+
+    def watched(self, t_BT):
+        seen.add(t_BT.device.type)
+        return plain(self, t_BT)
+
+    monkeypatch.setattr(joint.Regression, "__call__", watched)
+    away = replace(captioned, device=card())
+    for method in (
+        Linear(), Linear(sample=True), Linear(residual=0.5), Kernel(centres=40), Kernel(centres=40, sample=True),
+    ):  # fmt: skip
+        wanted = _embeddings(method, captioned, rows)
+        assert seen == {"cpu"}
+        seen.clear()
+        np.testing.assert_allclose(_embeddings(method, away, rows), wanted, rtol=1e-5, atol=1e-5)
+        assert seen == {"card"}
+        seen.clear()
 
 
 def test_a_fit_is_of_the_captions_that_are_there(captioned, prior, rows, tmp_path):
