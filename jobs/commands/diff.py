@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.commands.errors import EXIT_INCOMPLETE, errors, printable
+from jobs.commands.errors import EXIT_INCOMPLETE, cell, errors, printable
 from jobs.commands.single import single
 from jobs.commands.stores import StorageOptions, reaching
 
@@ -48,7 +48,7 @@ def diff(
             def tell(found: Difference) -> None:
                 if table is not None:
                     numbers = ["" if value is None else f"{value:.9g}" for value in (found.max_abs, found.relative)]
-                    table.writerow([*map(printable, (found.id, found.what, found.a, found.b)), *numbers])
+                    table.writerow([*map(cell, (found.id, found.what, found.a, found.b)), *numbers])
 
             if table is not None:
                 table.writerow(HEAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+FORMULA = ("=", "+", "-", "@")
+_NUMBER = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?")
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 
 
@@ -104,6 +107,12 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+def cell(text: str) -> str:
+    """A cell of CSV. A spreadsheet runs what begins as a formula: such words of a row get an apostrophe before them."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(FORMULA) and not _NUMBER.fullmatch(text) else text
 
 
 def printable(text: str) -> str:

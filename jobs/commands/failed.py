@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.commands.errors import errors, printable
+from jobs.commands.errors import cell, errors, printable
 from jobs.commands.stores import StorageOptions, reaching
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.output.failed import FailedRow
 
 SHOWN = 20
-FORMULA = ("=", "+", "-", "@")
 
 
 def failed(
@@ -51,17 +50,11 @@ def failed(
                 for row in failed_rows(output):
                     plain = [step["name"], row.id, row.shard, row.error]
                     if as_csv:
-                        table.writerow(_cell(str(value)) for value in plain)
+                        table.writerow(cell(str(value)) for value in plain)
                     else:
                         typer.echo(json.dumps(dict(zip(("step", "id", "shard", "error"), plain, strict=True))))
             else:
                 _show(output, failed_rows(output), step["name"])
-
-
-def _cell(text: str) -> str:
-    """A cell of CSV. A spreadsheet runs what begins as a formula: such words of a row get an apostrophe before them."""
-    text = printable(text)
-    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _show(output: Output, rows: Iterator[FailedRow], step: str) -> None:

@@ -21,11 +21,11 @@ def show(plans: Sequence[DryRun]) -> None:
     from rich.text import Text
 
     for dry in plans:
-        table = Table(title=f"{dry.name} -> {dry.output}", title_justify="left", show_header=False, box=None)
+        table = Table(title=Text(f"{dry.name} -> {dry.output}"), title_justify="left", show_header=False, box=None)
         table.add_column(style="dim")
         table.add_column(overflow="fold")
         for name, text in facts(dry):
-            table.add_row(name, Text(text))
+            table.add_row(name, Text(printable(text)))
         Console().print(table)
         lines = ["# in force, and not in the file (add to a block that is there already):", *as_yaml(dry.job), ""]
         Console(highlight=False).print(Text(printable("\n".join(lines)), style="dim"), soft_wrap=True)

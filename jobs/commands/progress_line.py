@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from jobs.commands.errors import printable
 from jobs.page.amounts import duration, rate
 from pipeline.output.progress import Progress
 
@@ -69,7 +70,7 @@ def plain(stream: TextIO | None = None, interval: float = PLAIN_INTERVAL) -> Cal
         nonlocal last_time, last_phase
         now = time.monotonic()
         if snapshot.message:
-            print(snapshot.message, file=stream or sys.stdout, flush=True)
+            print(printable(snapshot.message), file=stream or sys.stdout, flush=True)
         elif snapshot.phase != last_phase or now - last_time >= interval:
             last_time, last_phase = now, snapshot.phase
             print(line(snapshot), file=stream or sys.stdout, flush=True)
@@ -88,7 +89,7 @@ def _live(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
 
         def write(snapshot: Progress) -> None:
             if snapshot.message:
-                console.print(Text(snapshot.message, style="dim"))
+                console.print(Text(printable(snapshot.message), style="dim"))
                 if snapshot.phase == "planning":
                     return
             text = Text(no_wrap=True, overflow="ellipsis")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands.errors import errors
+from jobs.commands.errors import errors, printable
 from jobs.commands.stores import StorageOptions, reaching
 
 if TYPE_CHECKING:
@@ -105,18 +105,23 @@ def print_table(query: str, found: Sequence[Hit]) -> None:
     """The rows in the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from jobs.page.html import shorten
 
+    def plain(text: Any, limit: int) -> Text:
+        """Words of a row: brackets in a plain string would be rich's markup, a link or an error."""
+        return Text(printable(shorten(text, limit)))
+
     names = list(dict.fromkeys(name for hit in found for name in hit.columns))
-    table = Table(title=shorten(query, 80), title_justify="left")
+    table = Table(title=plain(query, 80), title_justify="left")
     for name in ("", "cosine"):
         table.add_column(name, justify="right")
     for name in ("id", *names):
         table.add_column(name)
     for rank, hit in enumerate(found, start=1):
-        cells = [shorten(hit.columns.get(name, ""), 60) for name in names]
-        table.add_row(str(rank), f"{hit.cosine:.4f}", shorten(hit.id, 60), *cells)
+        cells = [plain(hit.columns.get(name, ""), 60) for name in names]
+        table.add_row(str(rank), f"{hit.cosine:.4f}", plain(hit.id, 60), *cells)
     Console().print(table)
 
 

