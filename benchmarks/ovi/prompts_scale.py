@@ -65,7 +65,7 @@ def main() -> None:
             "methods": [METHODS[options.method]],
             "shard_rows": max(100, options.prompts // 20),
             "resources": {"workers": options.workers, "cpus": 1},
-            **({"model": options.model} if options.model else {}),
+            **({"encoder": options.model} if options.model else {}),
         }
         memory: list[float] = []
         stop = threading.Event()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.commands.errors import errors
+from jobs.commands.errors import errors, note
 from pipeline.extras import miniature
 
 DEFAULT_JOB = Path(__file__).parents[1] / "examples" / "compbench-micro.yaml"
@@ -77,7 +77,7 @@ def run(
         config["draws"] = draws
     if methods is not None:
         config["methods"] = _chosen(config["methods"], methods)
-    done = run_job(load(config), output=str(folder / "rows"), address=address)
+    done = run_job(load(config, tell=note), output=str(folder / "rows"), address=address)
     if done.state != "complete":
         raise ValueError(f"{folder / 'rows'} is {done.state}: {done.reason}; run the command again to resume")
     summary = json.loads((folder / "rows" / "methods.json").read_text())
