@@ -50,15 +50,21 @@ def told_by_a_client(error: BaseException) -> str:
     return f"{type(cause).__name__}: {' '.join(_ITS_NUMBERS.split(str(cause))[0].split())[:LONGEST]}"
 
 
+def _refused(error: Exception) -> None:
+    """A store's refusal is an OSError, whichever client tells of it: it is raised as one."""
+    if not isinstance(error, OSError) and of_a_client(error):
+        kind = PermissionError if status_of(error.__cause__ or error) in FORBIDDEN else OSError
+        raise kind(told_by_a_client(error)) from error
+
+
 class _AsOSError:
-    """A store's refusal is an OSError, whichever client tells of it."""
+    """`_refused` of what is raised within."""
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, OSError) and of_a_client(error):
-            kind = PermissionError if status_of(error.__cause__ or error) in FORBIDDEN else OSError
-            raise kind(told_by_a_client(error)) from error
+        if isinstance(error, Exception):
+            _refused(error)
 
 
 _as_os_error = _AsOSError()
@@ -72,8 +78,11 @@ def patiently(action: Callable[[], T]) -> T:
     """
     for attempt in range(ATTEMPTS):
         try:
-            with _as_os_error:
+            try:  # not `_as_os_error`, which costs more than much of what is asked
                 return action()
+            except Exception as error:
+                _refused(error)
+                raise
         except FINAL as error:
             if not passing(error) or attempt == ATTEMPTS - 1:
                 raise
@@ -213,31 +222,35 @@ class Folder:
         Raises:
             ValueError: It leads out.
         """
-        if name.startswith("/") or ".." in name.split("/"):
+        if name.startswith("/") or (".." in name and ".." in name.split("/")):
             raise ValueError(f"{self.url}: names {name[:200]!r}, which lies outside; no run leaves such a folder")
         return f"{self.root}/{name}" if name else self.root
 
     def exists(self, name: str) -> bool:
-        return bool(patiently(lambda: self._fresh(name).exists(self.path(name))))
+        path = self.path(name)
+        return bool(patiently(lambda: self._fresh(path).exists(path)))
 
     def size(self, name: str) -> int | None:
         """Bytes, or None if it is not there."""
+        path = self.path(name)
         try:
-            return int(patiently(lambda: self._fresh(name).size(self.path(name))))
+            return int(patiently(lambda: self._fresh(path).size(path)))
         except FileNotFoundError:
             return None
 
-    def _fresh(self, name: str) -> Any:
+    def _fresh(self, path: str) -> Any:
+        """The filesystem, which knows nothing of earlier of what lies beside a path."""
         if not self.local:
-            self.fs.invalidate_cache(self.path(name).rpartition("/")[0])
+            self.fs.invalidate_cache(path.rpartition("/")[0])
         return self.fs
 
     def read(self, name: str) -> bytes:
+        path = self.path(name)
         if self.local:
-            with open(self.path(name), "rb") as handle:
+            with open(path, "rb") as handle:
                 return handle.read()
         at_once = {"max_concurrency": 1} if "s3" in self.fs.protocol else {}  # s3fs asks for the size first otherwise
-        return bytes(patiently(lambda: self._fresh(name).cat_file(self.path(name), **at_once)))
+        return bytes(patiently(lambda: self._fresh(path).cat_file(path, **at_once)))
 
     def end(self, name: str, size: int) -> bytes | None:
         """The last bytes of a file on a store, in one request; None if it does not have this size."""
@@ -246,9 +259,11 @@ class Folder:
         return found if len(found) == size - start else None
 
     def _part(self, name: str, start: int, stop: int) -> bytes:
+        path = self.path(name)
+
         def part() -> bytes:
             try:
-                return bytes(self._fresh(name).cat_file(self.path(name), start=start, end=stop))
+                return bytes(self._fresh(path).cat_file(path, start=start, end=stop))
             except Exception as error:
                 if behind_the_end(error):
                     return b""
@@ -260,8 +275,9 @@ class Folder:
         """File name -> size of the files directly in a subfolder, sorted; empty if there is none."""
         if self.local:
             return dict(sorted(self._scan(name)))
+        path = self.path(name)
         try:
-            infos = patiently(lambda: self._fresh(f"{name}/x").ls(self.path(name), detail=True, refresh=True))
+            infos = patiently(lambda: self._fresh(f"{path}/x").ls(path, detail=True, refresh=True))
         except FileNotFoundError:
             return {}
         files = {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in infos if info["type"] == "file"}
@@ -371,9 +387,10 @@ class Folder:
 
     def open(self, name: str) -> Any:
         """Open for reading, seekable."""
+        path = self.path(name)
         if self.local:
-            return open(self.path(name), "rb")
-        return patiently(lambda: self._fresh(name).open(self.path(name), "rb"))
+            return open(path, "rb")
+        return patiently(lambda: self._fresh(path).open(path, "rb"))
 
     def move(self, name: str, target: str) -> None:
         """Give a file another name. An object store copies; a crash between leaves both, which readers accept."""
@@ -412,7 +429,7 @@ class Folder:
     def names(self) -> Iterator[str]:
         """Names directly in the folder, files and folders."""
         try:
-            infos = patiently(lambda: self._fresh("x").ls(self.root, detail=False))
+            infos = patiently(lambda: self._fresh(self.path("x")).ls(self.root, detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return
         for path in sorted(infos):

@@ -39,6 +39,8 @@ from pipeline.storage import Folder
 
 ATTEMPTS, RECORDS, SUMMARIES = f"{OWN}/attempts", f"{OWN}/records", f"{OWN}/summaries"
 NAMED_ERRORS, LONGEST_ERROR = 20, 300
+_RECORD = re.compile(r"(?:([0-9a-f]+)-)?(\d{6,})(?:\.g(\d+))?\.json")
+_EPOCH = re.compile(r"(?:[0-9a-f]{12}-)?e(\d+)-")
 
 
 class CommitError(OSError):
@@ -123,7 +125,7 @@ def attempt_name(run: str, epoch: int, shard: int, rest: str) -> str:
 
 def epoch_of(name: str) -> int:
     """The epoch that an attempt's or summary's name bears; 0 if it has none."""
-    match = re.match(r"(?:[0-9a-f]{12}-)?e(\d+)-", name)
+    match = _EPOCH.match(name)
     return int(match[1]) if match else 0
 
 
@@ -134,7 +136,7 @@ def record_name(shard: int, run: str, generation: int = 0) -> str:
 
 def recorded(name: str, run: str) -> tuple[int, int] | None:
     """Shard and generation that a file among the records is for; None if it is no record of this run."""
-    match = re.fullmatch(r"(?:([0-9a-f]+)-)?(\d{6,})(?:\.g(\d+))?\.json", name)
+    match = _RECORD.fullmatch(name)
     return (int(match[2]), int(match[3] or 0)) if match and (match[1] or "") == run else None
 
 

@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
@@ -315,7 +315,7 @@ class Output:
     def save_progress(self, progress: Progress) -> None:
         """Leave a snapshot for `status`."""
         self.check()
-        self.folder.write(PROGRESS, json.dumps(asdict(progress)).encode())
+        self.folder.write(PROGRESS, json.dumps(vars(progress)).encode())
 
     def open_file(self, name: str, mode: str = "rb") -> Any:
         """Open a file below the folder, for instance ``report.html``; parents are made when writing."""

@@ -25,6 +25,7 @@ from pipeline.storage import Folder
 LOCKS = f"{OWN}/locks"
 NAME = f"{OWN}/lock.json"
 """Where older code kept its lock; it counts as epoch 0."""
+_EPOCH = re.compile(r"(\d+)\.json")
 RENEW_S = 10.0
 LEASE_S = 120.0
 """How long a holder that cannot be asked has to be silent before its folder is taken."""
@@ -48,7 +49,7 @@ def lock_name(epoch: int) -> str:
 
 
 def _epochs(folder: Folder) -> list[int]:
-    found = (re.fullmatch(r"(\d+)\.json", name) for name in folder.listing(LOCKS))
+    found = (_EPOCH.fullmatch(name) for name in folder.listing(LOCKS))
     return [int(match[1]) for match in found if match]
 
 

@@ -38,6 +38,7 @@ from pipeline.storage import Folder
 LOG = f"{OWN}/log"
 _GENERATION_BITS = 20
 _LAST = (1 << _GENERATION_BITS) - 1
+_NAME = re.compile(r"(?:([0-9a-f]{12})-)?e(\d+)-(\d+)\.parquet")
 _SCHEMA = pa.schema([("shard", pa.int64()), ("generation", pa.int32()), ("record", pa.string())])
 
 
@@ -47,7 +48,7 @@ def log_name(run: str, epoch: int, number: int) -> str:
 
 def logged(name: str, run: str) -> tuple[int, int] | None:
     """Epoch and number of a file in the log; None if it is none of this run."""
-    match = re.fullmatch(r"(?:([0-9a-f]{12})-)?e(\d+)-(\d+)\.parquet", name)
+    match = _NAME.fullmatch(name)
     return (int(match[2]), int(match[3])) if match and (match[1] or "") == run else None
 
 
@@ -69,9 +70,13 @@ def encode(rows: Iterable[tuple[int, int, Record | None]]) -> bytes:
     ordered = sorted(rows, key=lambda row: key(row[0], row[1]))
     columns = [[shard for shard, _, _ in ordered], [generation for _, generation, _ in ordered],
                [None if record is None else record.to_json() for _, _, record in ordered]]  # fmt: skip
+    return _packed(pa.table(columns, schema=_SCHEMA))
+
+
+def _packed(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
-    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, **options)
+    pq.write_table(table, sink, **options)
     return sink.getvalue().to_pybytes()
 
 
@@ -205,6 +210,8 @@ class Log:
 
     def generations(self, but: Collection[int]) -> dict[int, int]:
         """Shard -> the latest generation that a row names, for all but some shards."""
+        if not len(self._keys):
+            return {}
         shards, first = np.unique(self._keys >> _GENERATION_BITS, return_index=True)
         wanted = ~np.isin(shards, np.fromiter(but, np.int64, len(but)))
         latest = _LAST - (self._keys[first[wanted]] & _LAST)

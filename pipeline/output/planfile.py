@@ -47,12 +47,16 @@ def load_plan(folder: Folder) -> dict[str, Any] | None:
         OutputError: It is damaged.
     """
     try:
-        plan: dict[str, Any] = json.loads(folder.read(PLAN))
-        decode_schema(plan["schema"])
+        return _plan(folder.read(PLAN))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise OutputError(f"{folder.url}/{PLAN} is damaged ({error}); name another output folder") from None
+
+
+def _plan(content: bytes) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads(content)
+    decode_schema(plan["schema"])
     return plan
 
 

@@ -191,9 +191,10 @@ def write_plan(
         "reads": drafted.info.reads and dict(drafted.info.reads),
         "schema": encode_schema(columns.settled(drafted.schema)),
     }
-    if not folder.create("plan.json", json.dumps(content, indent=1, default=str).encode()):
+    text = json.dumps(content, indent=1, default=str)
+    if not folder.create("plan.json", text.encode()):
         raise LockLost(LOST)
-    loaded: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    loaded: dict[str, Any] = json.loads(text)
     return loaded
 
 
@@ -211,6 +212,8 @@ def differences(
         speed: Names of settings that change no byte.
         models: Where the models lie now whose fingerprints are among the fields.
     """
+    if old == new:
+        return {}
     old, new = _deciding(old, speed), _deciding(new, speed)
     names = [*old, *(name for name in new if name not in old)]
     found = {n: (old.get(n), new.get(n)) for n in names if not _alike(_said(old.get(n)), _said(new.get(n)), models)}

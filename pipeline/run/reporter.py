@@ -62,10 +62,11 @@ class Reporter:
 
     def _emit(self, progress: Progress, save: bool) -> None:
         now = machine.here.clock()
-        self._last, self._shown = replace(progress, message=None), now
+        self._last = progress if progress.message is None else replace(progress, message=None)
+        self._shown = now
         if self._tell is not None:
             self._tell(progress)
         if self.output is not None and (save or now - self._saved > SAVE_S):
             self._saved = now
             with suppress(OSError):  # the store is away, or the disk full: the next turn tries again
-                self.output.save_progress(replace(progress, message=None))
+                self.output.save_progress(self._last)

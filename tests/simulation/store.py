@@ -97,6 +97,7 @@ class Bucket:
         self.watch: Callable[[Process | None, str, str, bytes], None] = lambda process, verb, path, content: None
         self.requests = 0
         self.conditional = True
+        self.files = SimStore(self)
 
     def still(self) -> Bucket:
         """The same objects, for one who looks: asking takes no time, and nothing fails."""
@@ -114,7 +115,7 @@ class Bucket:
 
     def request(self, effect: Callable[[], T]) -> T:
         """Ask the store for something; the caller waits for the answer."""
-        process, world, weather = self._caller(), self.world, self.weather
+        process, world, weather = getattr(current(), "process", None), self.world, self.weather
         self.requests += 1
         if process is None:
             return effect()

@@ -301,15 +301,16 @@ class Simulated(Machine):
         return current().process
 
     def wall(self) -> float:
-        host = self._process.host
-        return UNIX_S + host.ahead + self._process.world.now * host.rate
+        process = self._process
+        return UNIX_S + process.host.ahead + process.world.now * process.host.rate
 
     def clock(self) -> float:
-        return self._process.world.now * self._process.host.rate
+        process = self._process
+        return process.world.now * process.host.rate
 
     def sleep(self, seconds: float) -> None:
-        world = self._process.world
-        world.pause(world.now + seconds / self._process.host.rate)
+        process = self._process
+        process.world.pause(process.world.now + seconds / process.host.rate)
 
     def token(self) -> str:
         return f"{self._process.world.random.getrandbits(128):032x}"
