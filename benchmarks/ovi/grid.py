@@ -109,8 +109,12 @@ def wanted(labels: Sequence[str], categories: Sequence[str], draws: Sequence[int
     return ((label, category, draw) for draw in draws for label in labels for category in categories)
 
 
-def tables(cells: dict[str, Cell], categories: Sequence[str]) -> str:
-    """The command's own tables of all cells of some categories; draws of a prompt are averaged first."""
+def tables(cells: dict[str, Cell], categories: Sequence[str], limit: int | None = None) -> str:
+    """The command's own tables of all cells of some categories; draws of a prompt are averaged first.
+
+    Args:
+        limit: Prompts a category that count, so that methods which were drawn for more of them stand beside the others.
+    """
     drawn: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     summary: dict[str, dict[str, list[float]]] = {}
     pictures: dict[str, int] = {}
@@ -118,6 +122,7 @@ def tables(cells: dict[str, Cell], categories: Sequence[str]) -> str:
         label, category, _ = key.split("/")
         if category not in categories:
             continue
+        cell = {name: values[:limit] for name, values in cell.items()}
         pictures[label] = pictures.get(label, 0) + len(cell["bound"])
         for prompt, value in zip(prompts.load(category), cell["bound"], strict=False):
             drawn.setdefault((label, category, "bound"), {}).setdefault(prompt.id, []).append(value)
@@ -136,12 +141,12 @@ def tables(cells: dict[str, Cell], categories: Sequence[str]) -> str:
     return f"{tabulate(scores, means)}\n{note}\n\n{compare(scores)}"
 
 
-def written(file: Path, every: dict[str, Cell]) -> None:
+def written(file: Path, every: dict[str, Cell], limit: int | None = None) -> None:
     """The cells that hold something, and their tables."""
     cells = {key: cell for key, cell in every.items() if cell}
     file.write_text(json.dumps({"machine": machine(), "cells": cells}) + "\n")
     parts = [
-        f"# {title}\n\n{tables(cells, of)}"
+        f"# {title}\n\n{tables(cells, of, limit)}"
         for title, of in {"The six categories": prompts.COMPBENCH, "Rare and never seen": ("rare", "never")}.items()
         if any(key.split("/")[1] in of for key in cells)
     ]
@@ -155,7 +160,7 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="of the job's, with commas")
     parser.add_argument("--categories", default=",".join(prompts.COMPBENCH))
     parser.add_argument("--draws", default="0", help="which of the command's draws, with commas")
-    parser.add_argument("--limit", type=int, help="prompts a category")
+    parser.add_argument("--limit", type=int, help="prompts a category, drawn or in the table")
     parser.add_argument("--until", help="start no cell after this time of the day, HH:MM")
     parser.add_argument("--table", action="store_true", help="write the tables again, of what there is")
     options = parser.parse_args()
@@ -178,7 +183,7 @@ def main() -> None:
             cell.setdefault(name, []).extend(values)
         written(file, cells)
         print(time.strftime("%H:%M:%S"), label, category, draw, flush=True)
-    written(file, cells)
+    written(file, cells, options.limit if options.table else None)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Many prompts end to end through `run_job`: rows a second, and the peak memory of the workers.
 
+python -m benchmarks.ovi.prompts_scale --method linear --prompts 100000 --reference out/captioned
 python -m benchmarks.ovi.prompts_scale --method direct --prompts 100000
 python -m benchmarks.ovi.prompts_scale --method ovi --prompts 10000
 """
@@ -20,16 +21,18 @@ from jobs.run import run_job
 from micro import world
 
 METHODS = {
+    "linear": {"method": "linear"},
     "direct": {"method": "direct"},
     "ovi": {"method": "ovi", "compact": True},
 }
 
 
-def write_prompts(path: Path, count: int) -> None:
+def write_prompts(path: Path, count: int) -> int:
+    """Captions of held-out scenes, one a line; returns how many differ."""
     words = np.random.default_rng(0)
-    with path.open("w") as file:
-        for index in range(count):
-            file.write(world.caption(world.sample_scene(index, "heldout"), words) + "\n")
+    captions = [world.caption(world.sample_scene(index, "heldout"), words) for index in range(count)]
+    path.write_text("".join(f"{caption}\n" for caption in captions))
+    return len(set(captions))
 
 
 def watch(stop: threading.Event, every: float, found: list[float]) -> None:
@@ -49,7 +52,11 @@ def watch(stop: threading.Event, every: float, found: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--reference", default="out/bench-reference", help="of benchmarks/index/reference.yaml")
+    parser.add_argument(
+        "--reference",
+        default="out/bench-reference",
+        help="of benchmarks/{index/reference,ovi/captioned}.yaml",
+    )
     parser.add_argument("--model")
     parser.add_argument("--method", choices=METHODS, default="direct")
     parser.add_argument("--prompts", type=int, default=100_000)
@@ -57,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
-        write_prompts(prompts, options.prompts)
+        distinct = write_prompts(prompts, options.prompts)
         config = {
             "job": "invert-prompts",
             "input": {"path": str(prompts)},
@@ -81,6 +88,7 @@ def main() -> None:
         "machine": machine(),
         "state": done.state,
         "prompts": options.prompts,
+        "distinct": distinct,
         "ok": done.ok,
         "seconds": seconds,
         "prompts_per_second": done.ok / seconds,

@@ -39,6 +39,7 @@ def test_a_cell_holds_the_numbers_of_the_commands_rows(in_process: None, tmp_pat
              "retrieval-8/numeracy/1": {**cell, "bound": [1.0, 1.0, 1.0]},
              "retrieval-8/rare/0": cell}  # fmt: skip
     assert "| retrieval-8 | 0.833 ± 0.327 | 0.833 ± 0.327 |" in grid.tables(cells, ["numeracy"])
+    assert "| retrieval-8 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in grid.tables(cells, ["numeracy"], limit=1)
     assert "Pictures: retrieval-8: 6." in grid.tables(cells, ["numeracy"])
 
 
