@@ -58,3 +58,12 @@ def test_many_files_are_deleted_though_some_are_gone(tmp_path: Path, address: st
         folder.remove_all(names[start : start + folder.at_once])
     assert folder.listing("a") == {}
     assert folder.exists("b")
+
+
+@pytest.mark.parametrize("address", ["", "memory://top"])
+def test_files_directly_in_a_folder_are_listed(tmp_path: Path, address: str) -> None:
+    folder = Folder.at(address or str(tmp_path))
+    folder.write("a", b"1")
+    folder.write("b/c", b"22")
+    assert (folder.listing(""), folder.listing("b")) == ({"a": 1}, {"c": 2})
+    assert folder.lacks("a.probe") == []
