@@ -86,7 +86,7 @@ def _degraded(pictures: np.ndarray, kind: str, vae: AutoencoderKL) -> np.ndarray
     elif kind == "blur":
         import torch.nn.functional as F
 
-        taps = torch.exp(-torch.arange(-3, 4, dtype=torch.float32) ** 2 / 2)
+        taps = torch.exp(-(torch.arange(-3, 4, dtype=torch.float32) ** 2) / 2)
         taps = taps / taps.sum()
         x = F.conv2d(x, taps.view(1, 1, 1, 7).repeat(3, 1, 1, 1), padding=(0, 3), groups=3)
         x = F.conv2d(x, taps.view(1, 1, 7, 1).repeat(3, 1, 1, 1), padding=(3, 0), groups=3)
@@ -106,7 +106,22 @@ def judge_oracle(judge: oracle.Oracle, vae: AutoencoderKL, count: int) -> list[L
         part = min(count, 500)
         found = oracle.accuracy(judge, _degraded(pictures[:part], kind, vae), scenes[:part])
         lines += [Line(f"oracle, {kind}: {name}", found[name]) for name in least]
-    return lines
+    return [
+        *lines,
+        *(Line(f"oracle, one {kind} object: all of it", _read_right(judge, kind), 0.95) for kind in UNUSUAL),
+    ]
+
+
+UNUSUAL = ("rare", "never")
+
+
+def _read_right(judge: oracle.Oracle, kind: str, each: int = 20) -> float:
+    """Share of rendered pictures of one object, all combinations of a kind alike, that are read as what they are."""
+    combos = [combo for combo in world.combinations(kind) for _ in range(each)]
+    scenes = [world.compose(np.random.default_rng([29, n]), [combo]) for n, combo in enumerate(combos)]
+    readings = judge.read(np.stack([world.render(scene) for scene in scenes]))
+    asked = [[dict(zip(("shape", "color", "texture"), combo, strict=True))] for combo in combos]
+    return float(np.mean([oracle.score(found, one).success for found, one in zip(readings, asked, strict=True)]))
 
 
 def judge_clip(

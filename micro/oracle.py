@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from functools import partial
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,32 @@ def cell_loss(cells_BGGK: torch.Tensor, labels_BTF: np.ndarray) -> torch.Tensor:
     return loss
 
 
+EVERY = 8000
+"""Scenes from which the judge learns the combinations that the models rarely or never saw."""
+
+
+def every_scene(index: int, seed: int = 0) -> world.Scene:
+    """A scene like those of the training split, but for its combinations: all 256 of them are alike."""
+    rng = np.random.default_rng([5, seed, index])
+    combos = tuple(product(world.SHAPES, world.COLORS, world.TEXTURES))
+    count = int(rng.choice(3, p=(0.5, 0.3, 0.2))) + 1
+    return world.compose(rng, [combos[i] for i in rng.integers(len(combos), size=count)])
+
+
+def widen_oracle(oracle: Oracle, work: Path, recipe: Recipe) -> Oracle:
+    """Teach a judge all combinations alike, so that it knows a rare one that is drawn right when it sees it."""
+    device = pick_device()
+    scenes = [every_scene(index) for index in range(EVERY)]
+    pictures = np.stack([world.render(scene) for scene in scenes])
+    labels = np.stack([data.labels(scene) for scene in scenes])
+    grounds = np.array([tuple(world.BACKGROUNDS).index(scene.background) for scene in scenes])
+    reader = oracle.reader.train().to(device)
+    loss_of = partial(_loss, reader, pictures, labels, grounds)
+    return Oracle(train("oracle-wide", reader, loss_of, EVERY, recipe, work, seed=2))
+
+
 def train_oracle(work: Path, recipe: Recipe) -> Oracle:
+    """The judge of what the training split holds; `widen_oracle` goes on from it."""
     device = pick_device()
     count = world.TRAIN_SIZE
     pictures = data.split_pictures(work, "train", count)
@@ -248,13 +274,18 @@ def train_oracle(work: Path, recipe: Recipe) -> Oracle:
     torch.manual_seed(1)
     reader = Reader().to(device)
 
-    def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        rows = np.sort(rows)
-        cells, ground = reader(degrade(pictures_to_tensor(pictures[rows], device), rng))
-        loss = cell_loss(cells.permute(0, 2, 3, 1), labels[rows])
-        return loss + 0.3 * F.cross_entropy(ground, torch.from_numpy(grounds[rows]).to(device))
-
+    loss_of = partial(_loss, reader, pictures, labels, grounds)
     return Oracle(train("oracle", reader, loss_of, count, recipe, work, seed=1))
+
+
+def _loss(
+    reader: Reader, pictures: np.ndarray, labels: np.ndarray, grounds: np.ndarray, rows: np.ndarray,
+    rng: np.random.Generator,
+) -> torch.Tensor:  # fmt: skip
+    rows, device = np.sort(rows), next(reader.parameters()).device
+    cells, ground = reader(degrade(pictures_to_tensor(pictures[rows], device), rng))
+    loss = cell_loss(cells.permute(0, 2, 3, 1), labels[rows])
+    return loss + 0.3 * F.cross_entropy(ground, torch.from_numpy(grounds[rows]).to(device))
 
 
 def accuracy(oracle: Oracle, pictures: np.ndarray, scenes: Sequence[world.Scene]) -> dict[str, float]:

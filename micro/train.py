@@ -54,6 +54,7 @@ from micro.training import Recipe, pick_device
 
 RECIPES = {
     "oracle": Recipe(steps=2500, batch=64, lr=2e-3),
+    "oracle-wide": Recipe(steps=250, batch=64, lr=1e-3, warmup=20, ema=0.98),
     "vae-crops": Recipe(steps=3500, batch=32, lr=1.5e-3, final_lr=0.3),
     "vae": Recipe(steps=1500, batch=12, lr=6e-4, warmup=50, final_lr=0.02),
     "movq": Recipe(steps=400, batch=16, lr=3e-4, warmup=50),
@@ -111,7 +112,8 @@ def _zero_embed(work: Path) -> np.ndarray:
 
 
 def _oracle(work: Path, recipes: dict[str, Recipe]) -> None:
-    oracle.train_oracle(work, recipes["oracle"]).save(work / "oracle")
+    judge = oracle.train_oracle(work, recipes["oracle"])
+    oracle.widen_oracle(judge, work, recipes["oracle-wide"]).save(work / "oracle")
 
 
 def _vae(work: Path, recipes: dict[str, Recipe]) -> None:
@@ -275,6 +277,7 @@ def assemble_all(work: Path, folder: Path) -> None:
 
 
 _PARTS = {
+    "oracle": ("oracle", "oracle-wide"),
     "vae": ("vae-crops", "vae"),
     "autoencoder16": ("autoencoder16-code", "autoencoder16-windows", "autoencoder16"),
     "flux": ("t5", "flux", "flux-guidance"),
