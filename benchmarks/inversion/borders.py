@@ -101,7 +101,7 @@ def prompts(asked: argparse.Namespace) -> dict[str, Any]:
     return {
         "job": "invert-prompts",
         "input": {"path": f"micro-world://heldout?rows={asked.rows}", "columns": {"prompt": "caption"}},
-        "methods": [{"method": "ovi", "slots": asked.slots}],
+        "methods": [{"method": "ovi", "compact": True, "slots": asked.slots}],
     }
 
 
