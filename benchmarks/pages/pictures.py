@@ -1,6 +1,6 @@
 """The pictures on the pages of the jobs, from chains of small jobs on the miniature models.
 
-``python -m benchmarks.pages.pictures [pages chain inverter corpora]`` writes docs/figures/job-*.webp. What came out is
+``python -m benchmarks.pages.pictures [pages chain corpora]`` writes docs/figures/job-*.webp. What came out is
 drawn, nothing is picked. ``corpora`` draws what ``benchmarks.rare.judge`` found; the others run their jobs.
 """
 
@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import micro
 from jobs.run import run_job
-from micro import world
 
 FIGURES = Path("docs/figures")
 PROMPTS = ("a red star", "two blue circles", "a green cross above a yellow square", "a dotted pink heart")
@@ -60,15 +58,6 @@ CHAIN: list[dict[str, Any]] = [
      "draws": 4, "keep": ["prompt"]},
 ]  # fmt: skip
 """Pictures that have captions, prompts against them, and what a decoder draws."""
-INVERTER: list[dict[str, Any]] = [
-    {"name": "trained", "job": "train-inverter", "model": "micro:stable-diffusion", "steps": 12, "guidance": 3.0,
-     "batch_size": 50, "network": {"width": 128, "layers": 4, "heads": 4},
-     "training": {"steps": 1200, "batch_size": 32, "lr": 1e-3, "noise_rows": 2}, "seed": 0},
-    {"name": "texts", "job": "invert-text", "model": "micro:stable-diffusion", "inverter": "${trained}",
-     "input": {"path": "micro-world://train?rows=6&seed=5", "images": ["image"]}, "keep": ["image"]},
-]  # fmt: skip
-TRAINED_ON = 900
-"""Captions that name every attribute."""
 
 
 Row = dict[str, Any]
@@ -200,27 +189,6 @@ def draw_chain(chain: Path) -> None:
     sheet([("four of 600 pictures", seen), *lines], [], "job-chain")
 
 
-def draw_texts(chain: Path) -> None:
-    """Pictures, and what the model draws of the text latents that were read off them."""
-    from stages.engine.randomness import row_generator
-    from stages.inverter.training import text_conditions
-    from stages.models.families import open_latent_model
-    from stages.models.pictures import to_picture
-    from stages.models.settings import LatentModelSettings
-
-    model, found = open_latent_model(LatentModelSettings(model="micro:stable-diffusion")), rows(chain / "texts")
-    shape_TK = model.geometry.text_shape
-    text_BTK = torch.stack([torch.tensor(row["text_latent"]).reshape(shape_TK) for row in found])
-    empty_BTK = text_conditions(model, [""])[0].expand_as(text_BTK)
-    lines: list[Line] = [("picture", [opened(row["image"]) for row in found])]
-    for number in range(2):
-        generators = [row_generator(number, row["id"], "picture") for row in found]
-        condition = {"text_BLE": text_BTK, "null_text_BLE": empty_BTK}
-        z_BCHW = model.draw(condition, steps=25, guidance=3.0, generators=generators)
-        lines.append((f"draw {number}", [to_picture(image) for image in model.decode(z_BCHW)]))
-    sheet(lines, [], "job-train-inverter")
-
-
 def draw_corpora() -> None:
     """What a classifier tells right with each corpus, as `benchmarks.rare.judge` left it."""
     from matplotlib import pyplot
@@ -245,24 +213,20 @@ def draw_corpora() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", nargs="*", default=["pages", "chain", "inverter", "corpora"])
+    parser.add_argument("which", nargs="*", default=["pages", "chain", "corpora"])
     parser.add_argument("--work", type=Path, default=Path("out/pages"), help="where the jobs write; resumed")
     given = parser.parse_args()
     work: Path = given.work
     work.mkdir(parents=True, exist_ok=True)
     (work / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    captions = [world.caption_of(n, "heldout", detail="full") for n in range(TRAINED_ON)]
-    (work / "drawn.txt").write_text("\n".join(captions) + "\n")
     chains = {
         "pages": (STEPS, (draw_reference, draw_prompts, draw_decode, draw_images, draw_words, draw_rare)),
         "chain": (CHAIN, (draw_chain,)),
-        "inverter": (INVERTER, (draw_texts,)),
     }
-    inputs = {"prompts": "prompts.txt", "trained": "drawn.txt"}
     for name, (steps, draws) in chains.items():
         if name in given.which:
-            own = [{**step, "input": str(work / inputs[step["name"]])} if step["name"] in inputs else step
-                   for step in steps]  # fmt: skip
+            prompts = str(work / "prompts.txt")
+            own = [{**step, "input": prompts} if step["name"] == "prompts" else step for step in steps]
             folder = work / ("chain" if name == "pages" else name)
             run_job({"job": "chain", "steps": own}, output=str(folder))
             for draw in draws:
