@@ -158,6 +158,7 @@ def memory_of(job: RowJob) -> str:
         return ""
     from stages.models.families import open_without_weights
     from stages.models.memory import power_of_two, rows_on, weight_bytes
+    from stages.models.transformer import FlowTransformer
 
     model = open_without_weights(job)
     weights, guided = weight_bytes(model), getattr(job, "guidance", 1) > 1
@@ -167,19 +168,36 @@ def memory_of(job: RowJob) -> str:
     }
     each = row["predict", False] * (2 if guided else 1)
     gpus = job.resources.gpus
-    fits = [rows_on(int(min(gpus, 1) * 10**9 * card), weights, each) for card in CARDS]
+    shared_out = gpus >= 2 and isinstance(model, FlowTransformer)
+    lies = {card: model.layout(int(gpus), card * 10**9) if shared_out else [weights] for card in CARDS}
+    fits = [
+        min((rows_on(int(min(gpus, 1) * 10**9 * card), own, each) for own in lies[card]), default=0) for card in CARDS
+    ]
     slots = [str(power_of_two(rows)) if rows else "none" for rows in fits]
     told = {key: size(value) for key, value in row.items()}
+    of = f"{CARDS[0]}, {CARDS[1]}, {CARDS[2]} GB" + ("" if gpus >= 1 else f", of which a worker has {gpus:g}")
+    if shared_out:
+        of = f"{int(gpus)} cards of {of} ({_lying(lies)})"
     return (
         f"weights {size(weights)} without text encoders; a row {told['predict', False]} in a pass "
         f"({told['predict', True]} with its gradient), {told['decode', False]} in decoding "
-        f"({told['decode', True]}); slots where `slots` is left out: {', '.join(slots)} of {CARDS[0]}, {CARDS[1]}, "
-        f"{CARDS[2]} GB{'' if gpus >= 1 else f', of which a worker has {gpus:g}'}"
+        f"({told['decode', True]}); slots where `slots` is left out: {', '.join(slots)} of {of}"
         + ("" if any(fits) else f"; {size(weights + each)} FIT NONE OF THEM: take more than {gpus:g} GPU a worker, "
            "a quantization_config, or a smaller size")
-        + ("" if gpus <= 1 else f"; a worker runs on one GPU, and of its {gpus:g} the others WOULD BE IDLE: ask for "
-           "gpus: 1 and more workers")
+        + ("" if gpus <= 1 or shared_out else f"; this model runs on one GPU, and of its {gpus:g} the others WOULD BE "
+           "IDLE: ask for gpus: 1 and more workers")
     )  # fmt: skip
+
+
+def _lying(lies: Mapping[int, Sequence[int]]) -> str:
+    """What lies where, on the smallest cards that take it."""
+    fitting = next((own for own in lies.values() if own), None)
+    if fitting is None:
+        return "the transformer fits none of them"
+    return (
+        f"the transformer over all, {' + '.join(size(own) for own in fitting)}; with the autoencoder on the first, "
+        "text encoders on the last"
+    )
 
 
 def lacking_here(resources: Resources) -> str:

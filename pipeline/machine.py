@@ -26,7 +26,7 @@ class Machine:
     """This one.
 
     Attributes:
-        gpu_share: Of its GPU's memory that this process may fill: others have the rest.
+        gpu_share: GPUs that this process was given; below 1 it may fill that part of one, whose rest others have.
     """
 
     gpu_share = 1.0

@@ -138,7 +138,8 @@ class Resources(Settings):
     cpus: float = Field(1, gt=0)
     """CPUs a worker."""
     gpus: float = Field(0, ge=0)
-    """GPUs a worker; a fraction shares one GPU between workers."""
+    """GPUs a worker; a fraction shares one GPU between workers, and over several the transformer of a rectified flow is
+    laid."""
     memory: ByteSize | None = None
     """Memory a worker reserves, for instance ``8GB``."""
     decode_threads: int = Field(2, ge=1)

@@ -47,7 +47,7 @@ class Worker:
         self.job = job
         self.schema = decode_schema(job.schema)
         self._folder = Folder.at(job.output, job.storage_options)
-        if 0 < job.gpus < 1:
+        if job.gpus:
             machine.here.gpu_share = job.gpus
         pa.array([None])  # imports pandas, if there is one: a third of a second that no shard has to pay
         self.stage = job.stage.build()

@@ -19,15 +19,23 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free, card = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
-    own = int(machine.here.gpu_share * card) - used
+    own = int(min(1.0, machine.here.gpu_share) * card) - used
     return max(0, min(int(free) + torch.cuda.memory_reserved(device) - used, own))
 
 
+def chosen_devices(device: str | None) -> tuple[str, ...]:
+    """The devices by their names, separated by commas; ``auto`` or None takes the GPUs that this process was given."""
+    if device not in (None, "auto"):
+        return tuple(name.strip() for name in str(device).split(","))
+    if not torch.cuda.is_available():
+        return ("cpu",)
+    count = min(gpu_count(), int(machine.here.gpu_share))
+    return tuple(f"cuda:{number}" for number in range(count)) if count > 1 else ("cuda",)
+
+
 def chosen_device(device: str | None) -> str:
-    """The device by its name; ``auto`` or None takes the GPU where there is one."""
-    if device in (None, "auto"):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return str(device)
+    """The first of them: the one that works where the work is not shared out."""
+    return chosen_devices(device)[0]
 
 
 HALVED_ON = frozenset({"cuda"})

@@ -39,7 +39,7 @@ class Flux(FlowTransformer):
         """The network is told the guidance: there is no negative side."""
         self.geometry.check_guidance(1.0, negative)
         text_BLE, pooled_BE, _ = self.pipeline.encode_prompt(
-            prompt=list(prompts), device=self.device, max_sequence_length=self.length
+            prompt=list(prompts), device=self.reads_on, max_sequence_length=self.length
         )
         return {"text_BLE": text_BLE, "pooled_BE": pooled_BE}
 

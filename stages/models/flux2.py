@@ -60,7 +60,7 @@ class Flux2Family(FlowTransformer):
     def text(self, prompts: Sequence[str]) -> torch.Tensor:
         """text_BLE, as the pipeline makes it."""
         text_BLE: torch.Tensor = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=self.length
+            list(prompts), device=self.reads_on, max_sequence_length=self.length
         )[0]
         return text_BLE
 

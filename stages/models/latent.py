@@ -319,6 +319,9 @@ class LatentModel(Protocol):
         """What one row adds to the device's memory at the peak of a call (with its backward pass: `gradient`), beside
         the weights. A guided `predict` is two rows."""
 
+    def lies(self, call: Literal["predict", "encode", "decode"]) -> Mapping[torch.device, float]:
+        """The devices that a call's network lies on, in its order -> the share of its weights on each."""
+
     def recompute(self, call: Literal["predict", "decode"]) -> bool:
         """From now on the backward pass of a call computes the network's blocks again instead of keeping what is in
         them (`stages.models.recompute`). False: nothing changes."""

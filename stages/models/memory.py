@@ -152,20 +152,30 @@ DIFFERENTIATED: tuple[Literal["predict", "decode"], ...] = ("predict", "decode")
 def row_bytes(model: LatentModel, work: str) -> int:
     """What a row of a kind of `WORK` adds to a device's memory at its peak: that of its largest call, since no call's
     activations outlive it (seed-select computes each call again on the way back)."""
-    calls = Counter(WORK[work])
-    return max(count * model.activation_bytes(call, gradient=gradient) for (call, gradient), count in calls.items())
+    return max(row_bytes_on(model, work).values())
+
+
+def row_bytes_on(model: LatentModel, work: str) -> dict[torch.device, int]:
+    """The same of each device that the model lies on. What is kept for a gradient lies where the blocks do; without
+    one a card holds a block's activations at a time, the same on each."""
+    needs: dict[torch.device, int] = {}
+    for (call, gradient), count in Counter(WORK[work]).items():
+        each = count * model.activation_bytes(call, gradient=gradient)
+        for device, share in model.lies(call).items():
+            needs[device] = max(needs.get(device, 1), int(each * share) if gradient else each)
+    return needs
 
 
 def fitting(model: LatentModel, work: str, rows: int = 1) -> int:
-    """Rows of a kind of work that the free memory of the model's device takes, 1 at least; `ANY` where there is no
+    """Rows of a kind of work that the free memory of the model's devices takes, 1 at least; `ANY` where there is no
     telling. Where not so many `rows` fit, what can be computed again on the way back is from now on."""
-    free = free_bytes(model.device)
-    if free is None or work not in WORK:
+    if work not in WORK or free_bytes(model.device) is None:
         return ANY
-    each = row_bytes(model, work)
-    while rows * each > SHARE * free and relieve(model, work):
-        each = row_bytes(model, work)
-    return rows_in(free, each)
+    needs = row_bytes_on(model, work)
+    free = {device: free_bytes(device) or 0 for device in needs}
+    while any(rows * each > SHARE * free[device] for device, each in needs.items()) and relieve(model, work):
+        needs = row_bytes_on(model, work)
+    return min(rows_in(free[device], each) for device, each in needs.items())
 
 
 def relieve(model: LatentModel, work: str) -> bool:

@@ -51,7 +51,8 @@ def check_quantization(
             raise ValueError(
                 f"quantization_config: {part} asks for {method}, which is not installed: pip install {METHODS[method]}"
             )
-        if method == "bitsandbytes" and torch.device(device if device != "auto" else "cuda").type == "cpu":
+        first = "cuda" if device == "auto" else device.split(",")[0]
+        if method == "bitsandbytes" and torch.device(first).type == "cpu":
             raise ValueError(
                 f"quantization_config: {part} asks for bitsandbytes, which diffusers runs on GPUs alone; "
                 "leave out `device: cpu`, or take quant_method: torchao"

@@ -70,7 +70,7 @@ class QwenImage(FlowTransformer):
     def _texts(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """(L, E) of each prompt, as long as it is."""
         text_BLE, mask_BL = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=self.length
+            list(prompts), device=self.reads_on, max_sequence_length=self.length
         )
         if mask_BL is None:
             return list(text_BLE)

@@ -43,7 +43,8 @@ class StableDiffusion3(FlowTransformer):
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         text_BLE, null_BLE, pooled_BE, null_pooled_BE = self.pipeline.encode_prompt(
-            prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=guided,
+            prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.reads_on,
+            do_classifier_free_guidance=guided,
             negative_prompt=None if negative is None else [negative] * len(prompts), max_sequence_length=self.length,
         )  # fmt: skip
         nulls = {"null_text_BLE": null_BLE, "null_pooled_BE": null_pooled_BE} if guided else {}

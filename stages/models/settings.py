@@ -38,7 +38,8 @@ class LatentModelSettings(Settings):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen networks; what is computed with them (latents, words, optimisers) stays float32."""
     device: str = speed("auto")
-    """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
+    """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one, and all that a worker was given. Several,
+    ``cuda:0,cuda:1``: the transformer of a rectified flow lies over them."""
     size: int | None = Field(None, ge=8)
     """Side of the pictures in pixels; the model's own when left out."""
     allow_pickle: bool | None = added()

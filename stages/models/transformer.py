@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
-from stages.engine.device import chosen_device
+from stages.engine.device import chosen_devices
 from stages.engine.room import Rooms
-from stages.models import autoencoder, quantized
+from stages.models import autoencoder, cards, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
 from stages.models.flow_schedule import FlowGrid, check_flow
@@ -66,6 +66,8 @@ class FlowTransformer:
     """Of a prompt that the pipeline gives its language model (the last encoder), unless told otherwise."""
     most_tokens: ClassVar[int] = 512
     """That it can be told to."""
+    mixed: ClassVar[frozenset[str]] = frozenset()
+    """Lists of the transformer's blocks whose results it puts together itself: on one card (`stages.models.cards`)."""
     latents: ClassVar[str] = "seed"
     """See `Usage`."""
 
@@ -268,28 +270,66 @@ class FlowTransformer:
         import diffusers
         import transformers
 
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        index = cls._index(settings)
+        index, devices = cls._index(settings), chosen_devices(settings.device)
         loaded: dict[str, Any] = dict(cls.left_out)
-        for part, network in geometry.parts.items():
+        stay = cls.encoders if isinstance(settings, SamplingSettings) and settings.offload else ()
+        homes = {part: devices[-1 if part in cls.encoders else 0] for part in geometry.parts.keys() - set(stay)}
+        lies: cards.DeviceMap = {}
+        # The transformer last: it shares what room the others leave.
+        for part in sorted(geometry.parts, key=lambda part: part == "transformer"):
             library: Any = transformers if part in cls.encoders else diffusers
-            loaded[part] = network.load(
-                getattr(library, _class_of(index, part)), torch.float32 if part == "vae" else dtype,
-                **quantized.loading(settings.quantization_config, part, by_transformers=part in cls.encoders),
-            )  # fmt: skip
+            kind: Any = getattr(library, _class_of(index, part))
+            dtype: torch.dtype = torch.float32 if part == "vae" else getattr(torch, settings.dtype)
+            named = quantized.loading(settings.quantization_config, part, by_transformers=part in cls.encoders)
+            if len(devices) > 1 and part == "transformer":
+                lies = cls._spread(settings, on_meta(kind, cls._configurations(settings)[0], dtype), devices)
+                named |= {} if geometry.loras else {"device_map": lies}
+            elif len(devices) > 1 and named:
+                named["device_map"] = {"": homes.get(part, devices[-1])}
+            loaded[part] = geometry.parts[part].load(kind, dtype, **named)
+            if part in homes and not lies and not geometry.loras:
+                quantized.place(loaded[part], homes[part])
         for part in cls.encoders.keys() - geometry.parts.keys():
             loaded |= {part: None, cls.encoders[part]: None}
-        kind: Any = getattr(diffusers, cls.index)
-        pipeline = kind.from_pretrained(here(settings.model), revision=settings.revision, **loaded)
+        pipeline = getattr(diffusers, cls.index).from_pretrained(
+            here(settings.model), revision=settings.revision, **loaded
+        )
         for lora in geometry.loras:
             add_lora(pipeline, lora)
         sampler: Any = getattr(diffusers, FLOW_SCHEDULERS[0])
         pipeline.scheduler = sampler.from_config(dict(geometry.scheduler))
         pipeline.set_progress_bar_config(disable=True)
-        stay = cls.encoders if isinstance(settings, SamplingSettings) and settings.offload else ()
-        for part in geometry.parts.keys() - set(stay):
-            quantized.place(getattr(pipeline, part), chosen_device(settings.device))
+        for part, home in homes.items():
+            if lies and part == "transformer":
+                cards.dispatch(pipeline.transformer, lies)
+            else:
+                quantized.place(getattr(pipeline, part), home)
         return cls(pipeline, geometry)
+
+    @classmethod
+    def _spread(cls, settings: LatentModelSettings, on_meta: Any, devices: Sequence[str]) -> cards.DeviceMap:
+        """Where the transformer's parts lie on several cards.
+
+        Raises:
+            ValueError: They do not fit, or it cannot be shared out.
+        """
+        is_quantised = "transformer" in (settings.quantization_config or {})
+        if is_quantised and settings.loras:
+            raise ValueError(
+                f"model {settings.model!r}: a quantised transformer takes no `loras` on several cards: leave out one "
+                "of `loras` and `quantization_config`, or take one card a worker"
+            )
+        room = cards.room_on(devices)
+        if is_quantised:  # how small it becomes is not known here: in these proportions
+            room = [free * cards.weights_of(on_meta) // max(1, *room) for free in room]
+        try:
+            return cards.spread(on_meta, devices, room, cls.mixed)
+        except ValueError as error:
+            raise ValueError(
+                f"model {settings.model!r}: its transformer does not fit on {', '.join(devices)} beside what lies "
+                f"there ({error}): take more `resources.gpus` a worker, `offload: text-encoders`, or a "
+                "`quantization_config`"
+            ) from None
 
     @classmethod
     def without_weights(cls, settings: LatentModelSettings, geometry: Geometry) -> Self:
@@ -361,11 +401,17 @@ class FlowTransformer:
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], *, guided: bool = False, negative: str | None = None) -> Condition:
         here = [getattr(self.pipeline, part) for part in self.encoders if part in self.geometry.parts]
-        with visiting(here, self.device):
-            return self.encode_prompts(prompts, guided=guided, negative=negative)
+        with visiting(here, self.reads_on):
+            found = self.encode_prompts(prompts, guided=guided, negative=negative)
+        return {name: value.to(self.device) for name, value in found.items()}
+
+    @property
+    def reads_on(self) -> torch.device:
+        """Where prompts are encoded: the last of the cards that the model lies on."""
+        return list(self.lies("predict"))[-1]
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
-        """See `LatentModel.condition`; the text encoders are on the device."""
+        """See `LatentModel.condition`; the text encoders are on `reads_on`, and what they give may be there."""
         raise NotImplementedError
 
     def text_condition(self, text_BLE: torch.Tensor, pooled_BE: torch.Tensor | None = None) -> Condition:
@@ -426,6 +472,16 @@ class FlowTransformer:
         x = torch.empty(1, *(pixels if call == "encode" else shape), device="meta")
         run = autoencoder.encode if call == "encode" else autoencoder.decode
         return peak_bytes(self.vae, lambda net: run(net, x), x, gradient=gradient)
+
+    def layout(self, count: int, card: int) -> list[int]:
+        """Bytes of transformer and autoencoder on each of so many empty cards of one size; empty: they do not fit."""
+        try:
+            return cards.layout(self.transformer, count, card, cards.weights_of(self.vae), self.mixed)
+        except ValueError:
+            return []
+
+    def lies(self, call: Literal["predict", "encode", "decode"]) -> Mapping[torch.device, float]:
+        return cards.laid_out(self.transformer if call == "predict" else self.vae)
 
     def recompute(self, call: Literal["predict", "decode"]) -> bool:
         return recompute(self.transformer if call == "predict" else self.vae)

@@ -21,6 +21,7 @@ class ZImage(FlowTransformer):
 
     index = "ZImagePipeline"
     transformer_class = "ZImageTransformer2DModel"
+    mixed = frozenset({"noise_refiner", "context_refiner"})
     encoders = {"text_encoder": "tokenizer"}
     grid = FlowGrid(linear="float32")
 
@@ -58,7 +59,7 @@ class ZImage(FlowTransformer):
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         texts, nulls = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, do_classifier_free_guidance=guided,
+            list(prompts), device=self.reads_on, do_classifier_free_guidance=guided,
             negative_prompt=[negative or ""] * len(prompts), max_sequence_length=self.length,
         )  # fmt: skip
         found = dict(zip(("text_BLE", "mask_BL"), padded(texts, self.length), strict=True))

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -34,15 +35,18 @@ class OnCard(torch.Tensor):
     """A tensor that says it lies on a card. Its numbers: `raw`, on the CPU."""
 
     raw: torch.Tensor
+    place: torch.device
 
     @staticmethod
-    def __new__(cls, raw: torch.Tensor, device: torch.device) -> OnCard:
+    def __new__(cls, raw: torch.Tensor, device: torch.device | None = None, requires_grad: bool = False) -> OnCard:
+        if isinstance(raw, OnCard):  # accelerate makes a weight of one again
+            return raw.detach().requires_grad_(requires_grad)  # type: ignore[return-value]
         with torch.inference_mode(False):  # views of weights are no tensors of an inference
             made = torch.Tensor._make_wrapper_subclass(
                 cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
-                device=device,
+                device=torch.device(NAME, 0),
             )  # fmt: skip
-        made.raw = raw
+        made.raw, made.place = raw, device
         return made
 
     @classmethod
@@ -50,6 +54,17 @@ class OnCard(torch.Tensor):
         if torch.is_inference_mode_enabled() and func._can_decompose():  # elsewhere autograd has done so
             return func.decompose(*args, **kwargs or {})
         return carried_out(func, args, kwargs or {})
+
+    @property  # type: ignore[override]
+    def device(self) -> torch.device:
+        """Python's answer: autograd knows one card alone."""
+        return self.place
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        target = torch._C._nn._parse_to(*args, **{key: kwargs[key] for key in kwargs.keys() - {"copy"}})[0]
+        if target is not None and target.type == NAME and (target.index or 0) != self.place.index:
+            return _Carried.apply(self, torch.device(NAME, target.index or 0)).to(*args, **kwargs)
+        return super().to(*args, **kwargs)
 
     @property  # type: ignore[override]
     def data(self) -> torch.Tensor:
@@ -65,6 +80,40 @@ class OnCard(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:
         return f"{self.raw!r} on {self.device}"
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """`torch.nn.functional.scaled_dot_product_attention`, as its documentation writes it out; PyTorch's own would make
+    its masks on the first card, whatever card it works on."""
+    if not isinstance(query, OnCard):
+        return ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if enable_gqa:
+        key, value = (one.repeat_interleave(query.shape[-3] // one.shape[-3], -3) for one in (key, value))
+    weights = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        weights = weights.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
+    return weights.softmax(-1) @ value
+
+
+ATTENTION = functional.scaled_dot_product_attention
+
+
+class _Carried(torch.autograd.Function):
+    """From card to card, and the gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: OnCard, device: torch.device) -> OnCard:
+        ctx.home = x.place
+        return OnCard(x.raw.clone(), device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: OnCard) -> tuple[OnCard, None]:  # type: ignore[override]
+        return OnCard(grad.raw.clone(), ctx.home), None
 
 
 class _Module(_DummyBackendModule):
@@ -118,12 +167,12 @@ def carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation on the CPU, of tensors that lie where CUDA would take them."""
     given = list(_leaves((*args, *kwargs.values())))
     asked = kwargs.get("device")
+    if func is aten._to_copy.default and isinstance(args[0], OnCard) and asked is not None and asked.type == NAME:
+        asked = args[0].place  # for another type alone: to another card `OnCard.to` brings it
     device = _common(func, args, given) if asked is None else torch.device(asked)
     if device.type == NAME and device.index is None:
         device = torch.device(NAME, 0)
     _check_generators(func, given, device)
-    if func is aten._fused_sdp_choice.default:
-        return torch.nn.attention.SDPBackend.MATH.value
     here = {"device": torch.device("cpu")} if device.type == NAME and asked is not None else {}
     raw_args, raw_kwargs = _each(_raw, args), {key: _each(_raw, value) for key, value in (kwargs | here).items()}
     made = func(*raw_args, **raw_kwargs)
