@@ -156,7 +156,7 @@ trap end EXIT
 trap 'stopped=1; [ -z "$driver" ] || kill -TERM "$driver"' TERM
 trap 'stopped=1 queue_again=1; [ -z "$driver" ] || kill -TERM "$driver"' USR1
 
-pkill -f "$temp/session_" && sleep 2  # of an earlier start of this job that Slurm killed before its end
+pkill -KILL -f "$temp/session_" && sleep 2  # of an earlier start of this job that Slurm killed before its end
 rm -rf "$temp"
 ray start --head --node-ip-address="$ip" --port="$port" --ray-client-server-port=$((port + 1)) --temp-dir="$temp" \
     --include-dashboard=false --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus={gpus} > /dev/null
