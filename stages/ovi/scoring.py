@@ -121,11 +121,17 @@ def oracle_scores(rows: list[Row], oracle: Oracle) -> list[Row]:
 
 
 def frechet(statistics: Moments, gaussian: Gaussian) -> float | None:
-    """Squared Frechet distance of some embeddings' Gaussian to the reference's; None for fewer than two embeddings.
+    """Squared Frechet distance of some embeddings' Gaussian to the reference's; None where they are too few, or too much
+    alike, to have one (of two embeddings the shrinkage is 0, and the covariance singular).
 
     Covariances of few rows are shrunk (Ledoit-Wolf), so the distance of a small sample is biased: compare only samples
     of one size.
     """
     from index.gaussian import fit
 
-    return fit(statistics).frechet(gaussian) if statistics.rows >= 2 else None
+    if statistics.rows < 2:
+        return None
+    try:
+        return fit(statistics).frechet(gaussian)
+    except ValueError:
+        return None

@@ -1,7 +1,8 @@
 """What describes a job stays as it was, key by key: outputs planned earlier are resumed, their fingerprints hold.
 
 ``old_plans/fields.json`` holds a job of each kind and what commit 7532baf put into its fingerprint (``ROOT`` stands for
-the checkout, ``INPUT`` for a folder with the input). An option that is new since then is declared with
+the checkout, ``INPUT`` for a folder with the input), but for the fingerprint of the miniature world's oracle, which was
+trained anew: a run that it scored is another run. An option that is new since then is declared with
 `pipeline.contract.added` and does not show here.
 """
 
