@@ -52,6 +52,8 @@ class JacobianFreeBias(LatentBias):
 class GradientBias(LatentBias):
     """Base of the updates that need gradients from their first point on. No gradient is begun beyond the budget."""
 
+    patient = False
+
     @property
     def least(self) -> int:
         return super().least + 1
@@ -79,7 +81,7 @@ class GaussNewtonBias(GradientBias):
     def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
         tried_B = self.spent(point) % 3 == 0
         x_BCHW, state = line_search(
-            point, state._replace(mode_B=torch.where(tried_B, SEARCH, DIFFERENTIATE)), point.g_BCHW
+            point, state._replace(mode_B=torch.where(tried_B, SEARCH, DIFFERENTIATE)), point.g_BCHW, ~tried_B
         )
         return x_BCHW, state._replace(mode_B=torch.where(tried_B, DIFFERENTIATE, SEARCH))
 

@@ -133,7 +133,7 @@ def solve(
             if room is not None:
                 room.rows = min(room.rows, problem.slots)
             continue
-        finished = [slot for slot in done_B.nonzero().flatten().tolist() if slot in held]
+        finished = [slot for slot, done in enumerate(done_B.tolist()) if done and slot in held]
         if finished:
             occupancy.rows += len(finished)
             for slot in finished:

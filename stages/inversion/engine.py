@@ -14,13 +14,14 @@ map at x; S steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from pipeline.contract import Row, failed
+from stages.engine.device import LateFlags
 from stages.engine.gradients import scaled_gradient
 from stages.engine.room import Room
 from stages.engine.slots import held, per_row, slot_mask
@@ -36,6 +37,7 @@ class Evaluation:
         residual_B: |r| / |z_prev|.
         made_B: Passes that each row has made at this step, this evaluation included; a gradient counts as one more.
         gradient_BCHW: Gradient of the rule's loss at x, for the rows that wanted it (zero elsewhere); None: no row did.
+        counts_B: Rows that this evaluation is for; the others wait for a gradient at the next; None: no row waits.
         stagnant_B: Rows whose residual lies in the noise of the network's type and has ceased to fall; None: no row's.
     """
 
@@ -47,7 +49,12 @@ class Evaluation:
     residual_B: torch.Tensor
     made_B: torch.Tensor
     gradient_BCHW: torch.Tensor | None = None
+    counts_B: torch.Tensor | None = None
     stagnant_B: torch.Tensor | None = None
+
+    def counted(self, which_B: torch.Tensor) -> torch.Tensor:
+        """Those of some rows that this evaluation is for."""
+        return which_B if self.counts_B is None else which_B & self.counts_B
 
     @cached_property
     def g_BCHW(self) -> torch.Tensor:
@@ -69,12 +76,14 @@ class Rule(Generic[State]):
         advice: What a user can do about a row that this method cannot invert.
         checks: A step's last evaluation is at the step's own time, so that it gives a residual of the step; rows of a
             rule without it leave with none.
+        patient: A row that wants a gradient may get it at a later evaluation (`Evaluation.counts_B`).
     """
 
     limit: int = 1
     tolerance: float | None = None
     advice: str = "lower the guidance, or use method lbo"
     checks: bool = True
+    patient: bool = False
 
     def blank(self, z_BCHW: torch.Tensor) -> State:
         """The state that rows start with; z only gives number, shape and device."""
@@ -124,6 +133,8 @@ def choose(which_B: torch.Tensor, new: State, old: State) -> State:
 
 
 def _choose(which_B: torch.Tensor, new: Any, old: Any) -> Any:
+    if new is old:
+        return old
     if isinstance(new, torch.Tensor):
         return torch.where(per_row(which_B, new), new, old)
     parts = tuple(_choose(which_B, *pair) for pair in zip(new, old, strict=True))
@@ -147,6 +158,8 @@ class Walk(Generic[State]):
         noise: Relative residual below which rounding in the network may be all there is. A row below it whose residual
             has not fallen by 30 % in two evaluations is stagnant: a rule that seeks less ends the step there.
         room: Rows whose gradient is taken at once; kept by who makes the next walk.
+        late: The host learns a step later which rows want a gradient, and those wait for it: an evaluation in vain, and
+            no wait of the host for the device. None: on a GPU.
     """
 
     def __init__(
@@ -161,10 +174,12 @@ class Walk(Generic[State]):
         half: bool = False,
         noise: float = 0.0,
         room: Room | None = None,
+        late: bool | None = None,
     ) -> None:
         self.room = room or Room()
         self.predict, self.t_S, self.rule, self.half, self.noise = predict, t_S, rule, half, noise
         self.device = torch.device(device)
+        self.late = rule.patient and (self.device.type == "cuda" if late is None else late)
         self.latent_shape = latent_shape
         self.resize(slots)
 
@@ -185,6 +200,7 @@ class Walk(Generic[State]):
         self.backwards_B = torch.zeros_like(self.k_B)
         self.residual_BS = torch.zeros((slots, len(self.t_S)), device=self.device)
         self.condition: Condition = {}
+        self.asking = LateFlags(slots, self.device)
 
     # --- a subclass's
 
@@ -233,34 +249,47 @@ class Walk(Generic[State]):
 
     def enter(self, enter_B: torch.Tensor) -> None:
         """Some rows begin the equation that they stand at."""
-        start_BCHW, state = self.rule.begin(self.prev_BCHW, self.equation(), self.state)
+        self.now = self.equation()
+        start_BCHW, state = self.rule.begin(self.prev_BCHW, self.now, self.state)
         self.x_BCHW = torch.where(per_row(enter_B, start_BCHW), start_BCHW, self.x_BCHW)
         self.state = choose(enter_B, state, self.state)
         self.made_B.masked_fill_(enter_B, 0)
         self.best_B.masked_fill_(enter_B, torch.inf)
 
-    def _evaluate(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """m at x for every slot, and the gradient of the rule's loss for the rows that want one."""
+    def _evaluate(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """m at x for every slot, the gradient of the rule's loss for rows that get one, and `Evaluation.counts_B`."""
         wants_B = self.rule.wants_gradient(self.made_B, self.state)
         t_B = self.rule.time(step, self.made_B, self.state)
+        getting, counts_B = ([], None) if wants_B is None else self._served(wants_B & self.active_B)
+        going_B = self.active_B if counts_B is None else self.active_B & counts_B
         for count_B in (self.made_B, self.forwards_B):
-            count_B += self.active_B
-        if wants_B is not None:
-            wants_B = wants_B & self.active_B
-        if wants_B is None or not bool(wants_B.any()):
-            return self._predict_held(t_B), None
+            count_B += going_B
+        if not getting:
+            return self._predict_held(t_B), None, counts_B
+        getting_B = slot_mask(self.slots, getting, self.device)
         for count_B in (self.made_B, self.backwards_B):
-            count_B += wants_B
-        if bool(wants_B.all()):
-            return self._differentiate(torch.arange(self.slots, device=self.device), step)
+            count_B += getting_B
+        with_it = torch.tensor(getting, device=self.device)
+        if len(getting) == self.slots:
+            return *self._differentiate(with_it, step), counts_B
         # Some rows only: they go by themselves, so that the others don't pay for a backward pass.
         m_BCHW, gradient_BCHW = torch.zeros_like(self.x_BCHW), torch.zeros_like(self.x_BCHW)
-        with_it, without = wants_B.nonzero().flatten(), (self.active_B & ~wants_B).nonzero().flatten()
         m_BCHW[with_it], gradient_BCHW[with_it] = self._differentiate(with_it, step)
-        if len(without):
+        others = [slot for slot, row in enumerate(self.rows) if row is not None and slot not in getting]
+        if others:
+            without = torch.tensor(others, device=self.device)
             with torch.no_grad():
                 m_BCHW[without] = self.predict(self.x_BCHW[without], t_B[without], take(self.condition, without))
-        return m_BCHW, gradient_BCHW
+        return m_BCHW, gradient_BCHW, counts_B
+
+    def _served(self, wants_B: torch.Tensor) -> tuple[list[int], torch.Tensor | None]:
+        """The slots of the rows that get a gradient now, and which rows do not wait for one (None: none waits)."""
+        if not self.late:
+            return wants_B.nonzero().flatten().tolist(), None
+        getting = self.asking.slots()  # they have wanted it since the last evaluation
+        waits_B = wants_B & ~slot_mask(self.slots, getting, self.device) if getting else wants_B
+        self.asking.send(waits_B)
+        return getting, ~waits_B
 
     @torch.no_grad()
     def _predict_held(self, t_B: torch.Tensor) -> torch.Tensor:
@@ -291,17 +320,18 @@ class Walk(Generic[State]):
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        step = self.equation()
-        m_BCHW, gradient_BCHW = self._evaluate(step)
+        step = self.now
+        m_BCHW, gradient_BCHW, counts_B = self._evaluate(step)
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
         residual_B = r_BCHW.flatten(1).norm(dim=1) / self.prev_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
         point = Evaluation(
-            self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW,
-            self._stagnant(residual_B),
+            self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW, counts_B,
         )  # fmt: skip
+        point = replace(point, stagnant_B=self._stagnant(point))
         x_BCHW, self.state = self.rule.update(point, self.state)
-        self.broken_B |= self.active_B & ~x_BCHW.flatten(1).isfinite().all(dim=1)
-        going_B = self.active_B & ~self.broken_B
+        counted_B = point.counted(self.active_B)
+        self.broken_B |= counted_B & ~(x_BCHW.flatten(1).isfinite().all(dim=1) & ~residual_B.isnan())
+        going_B = counted_B & ~self.broken_B
         moved_B = going_B & self.rule.done(point)
         self.x_BCHW = torch.where(per_row(going_B, x_BCHW), x_BCHW, self.x_BCHW)
         rows = torch.arange(self.slots, device=self.device)
@@ -310,11 +340,11 @@ class Walk(Generic[State]):
         self.active_B = self.active_B & ~finished_B
         return ~self.active_B
 
-    def _stagnant(self, residual_B: torch.Tensor) -> torch.Tensor:
-        """See `Evaluation`; counts this evaluation."""
-        fell_B = residual_B < 0.7 * self.best_B
-        self.stalled_B = torch.where(fell_B, 0, self.stalled_B + 1)
-        self.best_B = torch.minimum(self.best_B, residual_B)
+    def _stagnant(self, point: Evaluation) -> torch.Tensor:
+        """See `Evaluation`; counts this evaluation, which for a row that waits is the one at its best point again."""
+        fell_B = point.residual_B < 0.7 * self.best_B
+        self.stalled_B = torch.where(fell_B, 0, self.stalled_B + point.counted(self.active_B))
+        self.best_B = torch.minimum(self.best_B, point.residual_B)
         return (self.stalled_B >= 2) & (self.best_B <= self.noise)
 
     def unload(self, slots: Sequence[int]) -> list[Row]:

@@ -84,7 +84,7 @@ class History(NamedTuple):
         unit_BWN = df_BWN * inverse_BW[..., None]
         # Invalid columns are zero: a one on their diagonal gives them the weight 0. The rest is kept from singularity.
         gram_BWW = unit_BWN @ unit_BWN.mT + torch.diag_embed(torch.where(valid_BW, 1e-9, 1.0))
-        theta_BW = torch.linalg.solve(gram_BWW, unit_BWN @ f_BN.double()[..., None])[..., 0] * inverse_BW
+        theta_BW = torch.linalg.solve_ex(gram_BWW, unit_BWN @ f_BN.double()[..., None])[0][..., 0] * inverse_BW
         moved_BN = (theta_BW[..., None] * (dx_BWN + df_BWN)).sum(1)
         return (x_BN + f_BN - moved_BN.to(x_BN.dtype)).contiguous()
 

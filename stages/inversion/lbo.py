@@ -88,6 +88,7 @@ class LatentBias(Rule[Fit]):
     """
 
     advice = "lower the guidance, take more steps, or use method ddim"
+    patient = True
 
     def __init__(
         self,
@@ -120,9 +121,12 @@ class LatentBias(Rule[Fit]):
         )  # fmt: skip
 
     def begin(self, prev_BCHW: torch.Tensor, step: Step, state: Fit) -> tuple[torch.Tensor, Fit]:
-        fresh = self.blank(prev_BCHW)._replace(
-            steps_B=state.steps_B, last_BCHW=state.last_BCHW, before_BCHW=state.before_BCHW, share_B=state.share_B
-        )
+        # What is written before it is read stays as it is.
+        fresh = state._replace(
+            history=state.history.forget(torch.ones_like(state.steps_B, dtype=torch.bool)),
+            best_B=torch.full_like(state.best_B, torch.inf), best_BCHW=torch.zeros_like(state.best_BCHW),
+            mode_B=torch.full_like(state.mode_B, ITERATE), stalled_B=torch.zeros_like(state.stalled_B),
+        )  # fmt: skip
         if self.bias == "output" or self.warm_start == "none":
             return prev_BCHW, fresh
         known_B = per_row(state.steps_B > 0, prev_BCHW)
@@ -152,8 +156,8 @@ class LatentBias(Rule[Fit]):
         return super().done(point) & ~self.is_base(point)
 
     def update(self, point: Evaluation, state: Fit) -> tuple[torch.Tensor, Fit]:
-        base_B, done_B = self.is_base(point), self.done(point)
-        gained_B = ~base_B & (point.residual_B < state.best_B)
+        base_B, done_B = self.is_base(point), point.counted(self.done(point))
+        gained_B = point.counted(~base_B & (point.residual_B < state.best_B))
         state = state._replace(
             best_B=torch.where(gained_B, point.residual_B, state.best_B),
             best_BCHW=torch.where(per_row(gained_B, point.x_BCHW), point.x_BCHW, state.best_BCHW),
@@ -169,13 +173,15 @@ class LatentBias(Rule[Fit]):
     def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
         """The safeguarded update: the point that each row evaluates next."""
         state = state._replace(history=state.history.push(point.x_BCHW, point.g_BCHW))
-        x_BCHW, state = line_search(point, state, state.history.mix().view_as(point.x_BCHW))
+        asked_B = state.mode_B == DIFFERENTIATE
+        served_B = point.counted(asked_B)
+        x_BCHW, state = line_search(point, state, state.history.mix().view_as(point.x_BCHW), served_B)
         iterated_B = (state.mode_B == ITERATE) & ~self.is_base(point)
         searched_B = state.mode_B == SEARCH
         stalled_B = torch.where(gained_B, 0, state.stalled_B + iterated_B)
         # A gradient costs three passes with its trial: not begun when the budget ends before that.
         stuck_B = iterated_B & (stalled_B >= PATIENCE) & (point.made_B + 3 <= self.limit)
-        following_B = torch.where(state.mode_B == DIFFERENTIATE, SEARCH, torch.where(stuck_B, DIFFERENTIATE, ITERATE))
+        following_B = torch.where(served_B, SEARCH, torch.where(stuck_B | asked_B, DIFFERENTIATE, ITERATE))
         x_BCHW = torch.where(per_row(stuck_B, x_BCHW), state.best_BCHW, x_BCHW)
         return x_BCHW, state._replace(
             mode_B=following_B, stalled_B=stalled_B.masked_fill(searched_B, 0),
@@ -216,7 +222,9 @@ def fitted_share(m_BCHW: torch.Tensor, state: Fit) -> torch.Tensor:
     return torch.where(state.steps_B > 1, share_B, 0.0)
 
 
-def line_search(point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, Fit]:
+def line_search(
+    point: Evaluation, state: Fit, x_BCHW: torch.Tensor, differentiated_B: torch.Tensor
+) -> tuple[torch.Tensor, Fit]:  # fmt: skip
     """Steepest descent on |r|^2 / 2 with the step length that is exact for a linear residual: one trial evaluation
     gives the residual's change along the gradient (Gauss-Newton in one direction; ours).
 
@@ -235,7 +243,6 @@ def line_search(point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> tuple[to
     steepness_B = slope_BCHW.flatten(1).square().sum(1)
     length_B = point.r_BCHW.flatten(1).square().sum(1) / steepness_B.clamp(min=1e-30)
     length_B = torch.where(steepness_B == 0, 0.0, length_B)  # a gradient that overflowed leads nowhere
-    differentiated_B = state.mode_B == DIFFERENTIATE
     keep = per_row(differentiated_B, x_BCHW)
     x_BCHW = torch.where(keep, point.x_BCHW - per_row(length_B, x_BCHW) * slope_BCHW, x_BCHW)
     return x_BCHW, state._replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.engine.solver import solve
+from stages.engine.solver import Occupancy, solve
 from stages.inversion.engine import Evaluation, InversionProblem
 from stages.inversion.exact import Exact
 from stages.inversion.fixed_point import Anderson, FixedPoint
@@ -100,6 +100,33 @@ def test_where_the_fixed_point_expands_the_gradient_helps() -> None:
     done, safe, _ = invert(LatentBias(passes=40, tolerance=1e-5), **strong)
     assert safe < plain / 2, (safe, plain)
     assert sum(row["backwards"] for row in done) > 0
+
+
+@pytest.mark.parametrize("bias", ["output", "input"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_row_that_waits_for_its_gradient_comes_out_the_same(bias: str, slots: int) -> None:
+    """Where the host learns a step late who wants one: bit by bit, for one more step a gradient."""
+
+    def inverted(late: bool) -> tuple[list[dict], int]:
+        occupancy = Occupancy()
+        rule = LatentBias(bias=bias, passes=40, tolerance=1e-5)  # type: ignore[arg-type]
+        problem = InversionProblem(
+            network(6.0), ddim_schedule(CONFIG, 4), rule, slots=slots, latent_shape=SHAPE, late=late
+        )
+        done = sorted(solve(problem, rows(), occupancy=occupancy), key=lambda row: row["id"])
+        return done, occupancy.busy_slot_steps
+
+    (at_once, few), (later, more) = inverted(False), inverted(True)
+    for row, other in zip(at_once, later, strict=True):
+        assert (row["forwards"], row["backwards"]) == (other["forwards"], other["backwards"])
+        if slots == 1:
+            assert torch.equal(row["noise"], other["noise"])
+            assert torch.equal(row["residual"], other["residual"])
+        else:  # batches of other sizes round otherwise
+            torch.testing.assert_close(row["noise"], other["noise"], rtol=1e-3, atol=1e-3)
+    gradients = sum(row["backwards"] for row in at_once)
+    assert gradients > 4
+    assert more == few + gradients
 
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5])

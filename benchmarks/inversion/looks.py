@@ -1,0 +1,112 @@
+"""How often the host waits for the device in a step of `lbo`, and how many operations a step is, beside the network:
+counted on the CPU, with a small network in the U-Net's place, 64 rows of 50 steps in 16 slots, which end at different
+times. Prints a table, and writes benchmarks/inversion/results/looks.json.
+
+    python -m benchmarks.inversion.looks
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu.instruments import HostReads
+from benchmarks.inversion.table import RESULTS
+from stages.engine.solver import Occupancy, solve
+from stages.inversion.engine import InversionProblem
+from stages.inversion.lbo import LatentBias
+from stages.models.schedule import ddim_schedule
+
+SHAPE, ROWS, SLOTS, STEPS = (2, 4, 4), 64, 16, 50
+CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False,
+          "steps_offset": 1}  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, whatever the device makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Watched(InversionProblem):  # type: ignore[type-arg]
+    """Leaves out what loading and unloading read."""
+
+    reads: HostReads
+    aside = Counter[str]()
+
+    def load(self, *given: Any) -> None:
+        before = self.reads.counts.copy()
+        super().load(*given)
+        self.aside += self.reads.counts - before
+
+    def unload(self, slots: Any) -> Any:
+        before = self.reads.counts.copy()
+        rows = super().unload(slots)
+        self.aside += self.reads.counts - before
+        return rows
+
+
+def network(strength: float) -> Any:
+    count = 2 * 4 * 4
+    mixing = torch.randn((count, count), generator=torch.Generator().manual_seed(3)) * strength / count**0.5
+
+    def predict(z: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.tanh(z.flatten(1) @ mixing + condition["c"] + t.float()[:, None] / 1000).view_as(z)
+
+    return predict
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(4)
+    z, c = torch.randn((count, *SHAPE), generator=draw), torch.randn((count, 32), generator=draw) * 0.3
+    return [{"id": str(i), "z": z[i], "condition": {"c": c[i]}} for i in range(count)]
+
+
+def counted(strength: float, *, late: bool) -> dict[str, float]:
+    schedule, occupancy = ddim_schedule(CONFIG, STEPS), Occupancy()
+    options: dict[str, Any] = {"latent_shape": SHAPE, "late": late}
+    problem = Watched(network(strength), schedule, LatentBias(passes=40, tolerance=1e-5), slots=SLOTS, **options)
+    problem.reads, problem.aside = HostReads(), Counter()
+    with problem.reads:
+        done = list(solve(problem, rows(ROWS), occupancy=occupancy))
+    waits = (problem.reads.counts - problem.aside).total()
+    one = InversionProblem(network(strength), schedule, LatentBias(tolerance=0.0), slots=SLOTS, **options)
+    one.load(list(range(SLOTS)), rows(SLOTS))
+    one.step()
+    with Operations() as operations:
+        one.step()
+    with torch.no_grad(), Operations() as networks:
+        one.predict(one.x_BCHW, one.k_B, one.condition)
+    return {
+        "late": late, "strength": strength, "waits_a_step": waits / occupancy.steps, "steps": occupancy.steps,
+        "rows_a_step": ROWS / occupancy.steps, "gradients": sum(row["backwards"] for row in done),
+        "forwards": sum(row["forwards"] for row in done), "evaluations": occupancy.busy_slot_steps,
+        "operations_a_step": operations.count - networks.count,
+    }  # fmt: skip
+
+
+def main() -> None:
+    found = [counted(strength, late=late) for strength in (0.8, 6.0) for late in (False, True)]
+    print("| network | asked | waits a step | rows out a step | evaluations | gradients | operations a step |")
+    print("|---|---|---|---|---|---|---|")
+    for one in found:
+        name, asked = "expanding" if one["strength"] > 1 else "easy", "a step late" if one["late"] else "at once"
+        print(
+            f"| {name} | {asked} | {one['waits_a_step']:.2f} | {one['rows_a_step']:.2f} | {one['evaluations']:.0f} | "
+            f"{one['gradients']:.0f} | {one['operations_a_step']:.0f} |"
+        )
+    (RESULTS / "looks.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
