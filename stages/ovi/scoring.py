@@ -121,8 +121,8 @@ def oracle_scores(rows: list[Row], oracle: Oracle) -> list[Row]:
 
 
 def frechet(statistics: Moments, gaussian: Gaussian) -> float | None:
-    """Squared Frechet distance of some embeddings' Gaussian to the reference's; None where they are too few, or too much
-    alike, to have one (of two embeddings the shrinkage is 0, and the covariance singular).
+    """Squared Frechet distance of some embeddings' Gaussian to the reference's; None where they are too few, or too
+    much alike, to have one (of two embeddings the shrinkage is 0, and the covariance singular).
 
     Covariances of few rows are shrunk (Ledoit-Wolf), so the distance of a small sample is biased: compare only samples
     of one size.
