@@ -371,11 +371,13 @@ class Schedule:
         return max((epoch for epoch, (_, owner) in self._renewed.items() if owner is process), default=0)
 
     def _overtaken(self, process: Process) -> bool:
-        """Whether a driver had the folder when it published, and stood still before it could say so while another took
-        the folder: what is there now is the other's."""
+        """Whether a driver had the folder when it published, or found all published, and stood still before it could
+        say so while another took the folder: what is there now is the other's."""
         mine = self._epoch(process)
         published = self._published.get(process)
-        return published is not None and any(when > published and epoch > mine for when, epoch in self._taken)
+        if published is None:
+            return any(when < process.woke and epoch > mine for when, epoch in self._taken)
+        return any(when > published and epoch > mine for when, epoch in self._taken)
 
     def _look(self) -> None:
         """The dataset is what was planned, after a run that said so."""
