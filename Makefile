@@ -30,7 +30,8 @@ quickstart: $(READY)
 	$(BIN)/latentmill run-job jobs/examples/quickstart.yaml --output $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not fault" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not fault and not card" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m card -n 2 tests/stages
 	$(BIN)/python -m pytest -m fault
 
 lint: $(READY)

@@ -17,6 +17,14 @@ from tests.support.toy_job import Toy, known
 pytest.register_assert_rewrite("tests.support.weather", "tests.support.card_lines")  # asserted in several files
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that runs tests on cards alone (`-m card`) knows them from the start."""
+    if config.option.markexpr == "card":
+        from tests.support.cards import card
+
+        card()
+
+
 @pytest.fixture
 def toy_job() -> Iterator[type[Toy]]:
     """The kind ``toy``, registered for one test."""

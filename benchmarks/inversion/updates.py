@@ -16,6 +16,7 @@ from stages.engine.slots import per_row
 from stages.inversion.engine import Evaluation, Rule
 from stages.inversion.lbo import DIFFERENTIATE, SEARCH, Fit, LatentBias, line_search
 from stages.inversion.settings import LboMethod
+from stages.models.schedule import Step
 
 Update = Literal["anderson", "jacobian-free", "gauss-newton", "adam"]
 
@@ -90,6 +91,11 @@ class AdamBias(GradientBias):
     """Adam (Kingma and Ba, 2015, algorithm 1) on |r|^2 / 2."""
 
     rate, betas, eps = 0.01, (0.9, 0.999), 1e-8
+
+    def begin(self, prev_BCHW: torch.Tensor, step: Step, state: Fit) -> tuple[torch.Tensor, Fit]:
+        x_BCHW, fresh = super().begin(prev_BCHW, step, state)
+        zero_BCHW = torch.zeros_like(prev_BCHW)
+        return x_BCHW, fresh._replace(slope_BCHW=zero_BCHW, r_BCHW=zero_BCHW)
 
     def done(self, point: Evaluation) -> torch.Tensor:
         over_B = (point.residual_B <= self.tolerance) | (point.made_B + 2 > self.limit)

@@ -2,11 +2,12 @@
 
 Real pictures are drawn by the world's own renderer: of each rare combination as many as the models have seen, of each
 never-seen one none, and of frequent ones that share a shape, or colour and texture, with these. A corpus has the same
-number of pictures of each rare and never-seen combination: drawn by a guide from the same random seeds; those of them
-that the oracle finds right; or, as the control, by the renderer. Pictures are drawn once into the work folder; a cell
+number of pictures of each rare and never-seen combination: drawn by a guide from the same random seeds, or the best of
+several by the CLIP score to the prompt, as a user would keep them; those of them that the oracle finds right; or, as
+the control, by the renderer. Pictures are drawn once into the work folder; a cell
 that results/judge.json holds already is not trained again. Prints the table; writes judge.md.
 
-    python -m benchmarks.rare.judge [--guides plain aapb] [--limit 500] [--work /tmp/judge]
+    python -m benchmarks.rare.judge [--guides plain aapb aapb-best8] [--limit 500] [--work /tmp/judge]
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 KINDS = ("rare", "never")
 SEEDS = {"real": 41, "held-out": 43, "renderer": 47}
 """Of the renderer's scenes, one for each set."""
-PERFECT, RIGHT = "renderer", "-right"
+PERFECT, RIGHT, BEST = "renderer", "-right", "-best"
 BASELINE = "plain"
 
 
@@ -96,15 +97,18 @@ def rendered(name: str, counts: Mapping[world.Combination, int]) -> Iterator[tup
 
 
 def draw(options: argparse.Namespace, label: str) -> None:
-    """A guide's corpus, and beside it those of its pictures that the oracle finds right."""
-    guide = next(one for one in GUIDES if one.label == label)
+    """A guide's corpus, and beside it those of its pictures that the oracle finds right. `aapb-best8`: each the best of
+    eight of that guide's."""
+    drawn_by, _, candidates = label.partition(BEST)
+    guide = next(one for one in GUIDES if one.label == drawn_by)
     stage = RareConcepts(RareConceptsSettings(
         model=str(micro.MODELS / "stable-diffusion"), methods=(RandomMethod(),), guides=(guide,), steps=options.steps,
-        guidance=options.guidance, scores=("oracle",), slots=16, device="cpu", seed=options.seed,
+        guidance=options.guidance, scores=("text", "oracle"), candidates=int(candidates or 1), slots=16,
+        device="cpu", seed=options.seed,
     ))  # fmt: skip
     made, begun = [], time.process_time()
     for kind in KINDS:
-        made += list(stage(rows(options, kind, "random", label)))
+        made += list(stage(rows(options, kind, "random", drawn_by)))
     bad = [row["error"] for row in made if row["status"] != "ok"]
     if bad:
         raise SystemExit(f"{label}: {len(bad)} rows failed: {bad[0]}")
@@ -189,7 +193,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{setting['pictures']} pictures of each of {2 * setting['concepts']} combinations a corpus "
         f"({setting['steps']} steps, guidance {setting['guidance']:g}); real pictures: {setting['frequent']} of each "
         f"frequent combination, {world.RARE_SEEN} of each rare one; {setting['asked']} held-out ones of each. "
-        f"Trainings of {setting['epochs']} epochs, one head. Shipped weights, U-Net {found['unet'][:12]}.", "",
+        f"Trainings of {setting['epochs']} epochs, one head. Shipped weights, U-Net {found['unet'][:12]}, oracle "
+        f"{found['oracle'][:12]}.", "",
         f"| {' | '.join(head)} |", "|---" * len(head) + "|",
     ]  # fmt: skip
     for name, groups in told.items():
@@ -234,10 +239,12 @@ def main() -> None:
     setting = {name: getattr(options, name) for name in names}
     file = options.output / "judge.json"
     unet = describe_model(str(micro.MODELS / "stable-diffusion"), None, "unet")["fingerprint"]
-    found = {"setting": setting, "unet": unet, "shares": {}, "usable": {}, "groups": {}, "precision": {}}
+    oracle = describe_model(str(micro.MODELS / "oracle"))["fingerprint"]
+    found: dict[str, Any] = {"setting": setting, "unet": unet, "oracle": oracle}
+    found |= {name: {} for name in ("shares", "usable", "groups", "precision")}
     if file.exists():
         found = json.loads(file.read_text())
-        if (found["setting"], found["unet"]) != (setting, unet):
+        if (found["setting"], found["unet"], found.get("oracle")) != (setting, unet, oracle):
             raise SystemExit(f"{file} was measured otherwise ({found['setting']}): name another with --output")
     limit = time.monotonic() + options.limit
     corpora = prepare(options, limit)

@@ -26,7 +26,9 @@ from tests.support.rare import picture, rows, settings
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 on_devices = pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=(pytest.mark.gpu, needs_gpu)), "card"], indirect=True
+    "device",
+    [pytest.param("cuda", marks=(pytest.mark.gpu, needs_gpu)), pytest.param("card", marks=pytest.mark.card)],
+    indirect=True,
 )
 METHODS: list[dict[str, Any]] = [
     {"method": "ddim"},
@@ -74,6 +76,7 @@ def agree(ours: dict[str, Any], theirs: dict[str, Any], name: str, close: float)
         assert np.abs(row[name] - theirs[key][name]).max() <= close * size, key
 
 
+@pytest.mark.card
 def test_a_card_refuses_what_lies_elsewhere() -> None:
     layer, x_BC = torch.nn.Linear(3, 2).to(card(0)), torch.ones(4, 3)
     for refused in (

@@ -143,7 +143,7 @@ class _Module(_DummyBackendModule):
 
 
 def card(number: int = 0) -> str:
-    """The name of a card, which is there from now on."""
+    """The name of a card, which is there from now on; autograd knows it if it has done nothing before (`-m card`)."""
     if torch._C._get_privateuse1_backend_name() != NAME:
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         every, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")

@@ -255,7 +255,7 @@ def test_text_encoders_wait_elsewhere_and_come_for_the_captions(folders, monkeyp
 
     model = open_latent_model(SamplingSettings(model=folders["flux-dev"], device="cpu", offload="text-encoders"))
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    model.device = "cpu:0"
+    monkeypatch.setattr(type(model), "reads_on", property(lambda model: torch.device("cpu:0")))
     told = model.condition(["red star"])
     assert seen == [("CLIPTextModel", "cpu:0"), ("T5EncoderModel", "cpu:0"), ("CLIPTextModel", "cpu"),
                     ("T5EncoderModel", "cpu")]  # fmt: skip

@@ -151,6 +151,7 @@ def test_a_kernel_is_fitted_once_on_a_machine(captioned, rows, tmp_path, monkeyp
     assert len(made) == 3
 
 
+@pytest.mark.card
 def test_what_is_fitted_works_where_the_job_does(captioned, rows, monkeypatch):
     """On a card that refuses what was not brought along; its arithmetic is the CPU's."""
     seen, plain = set(), joint.Regression.__call__
