@@ -70,10 +70,13 @@ def _publish_part(output: Output, listed: dict[str, dict[str, int]], record: Rec
         return record
     output.check()
     its_own = record.replaced and listed["data"].get(base) in (record.replaced, record.size)
+    # Nothing is deleted on a store: whoever stood still between copy and deletion, and has lost the folder meanwhile,
+    # would delete what another has published. A file of this name is written over; attempts go together afterwards.
+    rename = output.folder.move if output.folder.local else output.folder.copy
     if base in listed["data"] and not its_own:
-        output.folder.move(part, f"{SET_ASIDE}/{base}")
-    try:  # a store's copies are deleted together afterwards, and not one by one
-        (output.folder.move if output.folder.local else output.folder.copy)(f"{ATTEMPTS}/{record.file}", part)
+        rename(part, f"{SET_ASIDE}/{base}")
+    try:
+        rename(f"{ATTEMPTS}/{record.file}", part)
     except FileNotFoundError:
         raise gone from None
     return record
