@@ -266,14 +266,24 @@ class Output:
             columns: Only these.
 
         Raises:
-            OutputError: A record's file is missing.
+            OutputError: A record's file is missing, or no table (any more).
         """
         listed = self.listings()
         for record in self.records():
             name = self.locate(record, listed)
+            gone = OutputError(f"{self.path}: the file of shard {record.shard} is gone or cut; run the job again")
             if name is None:
-                raise OutputError(f"{self.path}: the file of shard {record.shard} is gone or cut; run the job again")
-            yield parquet.read(self.folder, name, columns)
+                raise gone
+            try:
+                table = parquet.read(self.folder, name, columns)
+            except FileNotFoundError:
+                raise gone from None
+            except pa.ArrowInvalid as error:
+                reason = str(error).splitlines()[0]
+                raise OutputError(
+                    f"{self.path}: {name} is damaged ({reason}); delete it and run the job again"
+                ) from None
+            yield table
 
     def summaries(self) -> Iterator[dict[str, Any]]:
         """The stage's summaries, in shard order; a shard that had to be split left several."""

@@ -159,3 +159,34 @@ def test_a_record_that_is_none_is_listed_and_its_shard_done_again(tmp_path: Path
         f"{RECORDS}/{record.name} is no commit record; the shard is done again"
     ]
     assert not record.exists()
+
+
+def test_a_table_that_is_damaged_at_its_size_is_named(tmp_path: Path) -> None:
+    """Found by the simulation: somebody damages a file between the survey and what is made of all tables."""
+    output, worker, tasks = planned(of_factor(tmp_path, 1))
+    for task in tasks:
+        worker.process(task)
+    file = next((tmp_path / "out" / ATTEMPTS).iterdir())
+    file.write_bytes(b"?" * file.stat().st_size)
+    with pytest.raises(OutputError, match=f"{file.name} is damaged .* delete it and run the job again"):
+        lengths(output)
+
+
+def test_publishing_on_a_store_deletes_no_file_of_a_published_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the simulation: who stood still between copy and deletion deleted what another had published since."""
+    output, worker, tasks = planned(of_factor(tmp_path, 1))
+    for task in tasks:
+        worker.process(task)
+    for folder in ("data", "_latentmill/set-aside"):  # which a store needs no word for
+        (tmp_path / "out" / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "out" / output.part(0)).write_bytes(b"a stray")
+    removed: list[str] = []
+    plain = Folder.remove
+    output = replace(output, folder=replace(output.folder, local=False))
+    monkeypatch.setattr(Folder, "remove", lambda self, name: (removed.append(name), plain(self, name)))
+    publish(output, Tally(), "title", "")
+    assert not [name for name in removed if name.startswith("data/")]
+    assert (tmp_path / "out/_latentmill/set-aside" / Path(output.part(0)).name).read_bytes() == b"a stray"
+    assert lengths(output) == [float(len(line)) for line in LINES]
