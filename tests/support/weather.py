@@ -245,6 +245,23 @@ def check_end(folder: Folder) -> None:
         assert folder.end("file", size + 2 * END_BYTES) is None
 
 
+def check_writing(folder: Folder) -> None:
+    """A file is replaced, or made only if it is not there; an upload is whole or nothing: ``parts/whole``."""
+    folder.write("a", b"1")
+    folder.write("a", b"22")
+    assert (folder.read("a"), folder.size("a"), folder.size("none")) == (b"22", 2, None)
+    assert folder.create("new", b"mine")
+    assert not folder.create("new", b"theirs")
+    assert folder.read("new") == b"mine"
+    upload = folder.begin("parts/whole")
+    upload.write(b"x" * 1000)
+    upload.close()
+    left = folder.begin("parts/left")
+    left.write(b"x" * 1000)
+    left.abandon()
+    assert folder.listing("parts") == {"whole": 1000}
+
+
 def check_lock(folder: Folder) -> None:
     """One run at a time holds a folder."""
     lock = Lock(folder)

@@ -12,7 +12,7 @@ import pytest
 from pipeline.storage import Folder
 from tests.support.blobs import azurite_server, fake_server, options_at
 from tests.support.in_process import without_ray
-from tests.support.weather import Weather, check_end, check_lock, check_run, check_shards, weather_before
+from tests.support.weather import Weather, check_end, check_lock, check_run, check_shards, check_writing, weather_before
 
 adlfs = pytest.importorskip("adlfs")
 
@@ -43,18 +43,7 @@ def test_what_a_commit_needs(store: tuple[dict[str, Any], Any], quick: None) -> 
     folder = Folder.at("az://bucket/out", store[0])
     assert folder.is_exclusive("a.probe")
     assert folder.lacks("a.probe") == []
-    folder.write("a", b"1")
-    folder.write("a", b"22")
-    assert (folder.read("a"), folder.size("a"), folder.size("none")) == (b"22", 2, None)
-    assert folder.create("new", b"mine")
-    assert not folder.create("new", b"theirs")
-    assert folder.read("new") == b"mine"
-    upload = folder.begin("parts/whole")
-    upload.write(b"x" * 1000)
-    upload.close()
-    left = folder.begin("parts/left")
-    left.write(b"x" * 1000)
-    left.abandon()
+    check_writing(folder)
     folder.write("parts-of-another/b", b"1")
     assert folder.listing("parts") == {"whole": 1000}
     folder.move("parts/whole", "data/whole")

@@ -17,6 +17,7 @@ from tests.support.weather import (
     check_lock,
     check_run,
     check_shards,
+    check_writing,
     gcs_server,
     weather_before,
 )
@@ -35,18 +36,7 @@ def store() -> Iterator[tuple[dict[str, Any], Any]]:
 
 def test_what_a_commit_needs(store: tuple[dict[str, Any], Any]) -> None:
     folder = Folder.at("gs://bucket/out", store[0])
-    folder.write("a", b"1")
-    folder.write("a", b"22")
-    assert (folder.read("a"), folder.size("a"), folder.size("none")) == (b"22", 2, None)
-    assert folder.create("new", b"mine")
-    assert not folder.create("new", b"theirs")
-    assert folder.read("new") == b"mine"
-    upload = folder.begin("parts/whole")
-    upload.write(b"x" * 1000)
-    upload.close()
-    left = folder.begin("parts/left")
-    left.write(b"x" * 1000)
-    left.abandon()
+    check_writing(folder)
     assert folder.listing("parts") == {"whole": 1000}
     folder.move("parts/whole", "data/whole")
     assert (folder.listing("parts"), folder.listing("data")) == ({}, {"whole": 1000})
