@@ -55,9 +55,9 @@ PROGRAM = "latentmill"
 app = typer.Typer(
     name=PROGRAM,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="A stopped or killed run goes on where it was when the same command is started again.",
 )
 
@@ -69,7 +69,7 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-Out = Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run, here or on a store.")]
 
 
 def _job_files(incomplete: str) -> list[str]:
@@ -96,7 +96,6 @@ def options(
     """Invert whole datasets through frozen generative models. A job file in, a sharded Parquet dataset out."""
 
 
-@app.command()
 def run_job(
     job: Annotated[
         Path, typer.Argument(metavar="JOB.yaml", help="The job file.", autocompletion=_job_files, show_default=False)
@@ -105,9 +104,9 @@ def run_job(
     settings: Overrides = None,
     address: Annotated[
         str | None,
-        typer.Option(help="A running Ray: auto, host:port or ray://host:port. Without it, one starts for this run."),
+        typer.Option(metavar="RAY", help="A running Ray: auto, host:port or ray://host:port; else one is started."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first so many rows.")] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Do the rows again that failed in earlier starts.")
     ] = False,
@@ -115,18 +114,16 @@ def run_job(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="With --dry-run: time a sample, and estimate time and cost.")
     ] = False,
-    sample: Annotated[int, typer.Option(min=1, help="Rows that --calibrate times.")] = 64,
+    sample: Annotated[int, typer.Option(min=1, metavar="N", help="Rows that --calibrate times.")] = 64,
     track: Annotated[
         str | None,
         typer.Option(metavar="KIND[:PLACE]", help="Also tell tensorboard:DIR, wandb:PROJECT or mlflow:URI."),
     ] = None,
-    log_format: Annotated[
-        LogFormat, typer.Option(help="What standard error gets: words, or an object a line (docs/watching.md).")
-    ] = LogFormat.TEXT,
+    log_format: Annotated[LogFormat, typer.Option(help="Progress in words, or an object a line.")] = LogFormat.TEXT,
     storage_options: StorageOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Run a job, or resume it: [bold]latentmill run-job JOB.yaml --output OUT[/bold].
+    """Run a job file, or go on with what was stopped.
 
     Exit code 0 means that every planned row is committed and published; 1 that it is not; 2 that the job cannot be
     used as it is; 130 that it was interrupted, and goes on when started again.
@@ -186,16 +183,17 @@ def run_job(
         raise typer.Exit(EXIT_INCOMPLETE)
 
 
-@app.command()
 def verify(
     out: Out,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    checksums: Annotated[bool, typer.Option(help="Also compare every file's digest with its record.")] = True,
+    checksums: Annotated[
+        bool, typer.Option("--checksums/--no-checksums", help="Compare every file's digest with its record.")
+    ] = True,
     storage_options: StorageOptions = None,
 ) -> None:
-    """Read the whole output: every planned id exactly once, in files that match their records?
+    """Check an output: every planned id in it exactly once?
 
-    Exit code 0 means yes.
+    All files are read and compared with their records. Exit code 0 means yes.
     """
     with errors(), reaching(out, storage_options):
         from dataclasses import asdict
@@ -225,37 +223,39 @@ def verify(
         raise typer.Exit(EXIT_INCOMPLETE)
 
 
-@app.command()
 def report(out: Out, storage_options: StorageOptions = None) -> None:
-    """Write OUT/report.html again: one page that works offline."""
+    """Write OUT/report.html again: one page, which works offline."""
     with errors(), reaching(out, storage_options):
         from jobs.report import write_report
 
         typer.echo(write_report(out))
 
 
-@app.command()
 def schema() -> None:
-    """Print the JSON schema of job files; editors complete and check from it."""
+    """Print the JSON schema of job files, which editors read."""
     from jobs.schema.json_schema import job_schema
 
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
-for _command in (
+for _command in (  # in the order in which they are needed
+    init.init,
+    examples.examples,
+    doctor.doctor,
+    run_job,
     submit.submit,
     status.status,
     failed.failed,
-    push.push,
+    verify,
+    report,
+    view.view,
+    search.search,
     diff.diff,
     export.export,
-    search.search,
-    view.view,
-    compbench.compbench,
+    push.push,
     try_concept.try_concept,
-    init.init,
-    doctor.doctor,
-    examples.examples,
+    compbench.compbench,
+    schema,
 ):
     app.command()(_command)
 

@@ -22,23 +22,47 @@ Scores = Mapping[tuple[str, str, str], Mapping[str, float]]
 
 
 def compbench(
-    output: Annotated[str, typer.Option(help="Folder for prompts, rows and the table.")],
-    job: Annotated[Path, typer.Argument(help="An invert-prompts job file without `input`.")] = DEFAULT_JOB,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="OUT", help="Folder for prompts, rows and the table.")
+    ],
+    job: Annotated[
+        Path,
+        typer.Argument(
+            metavar="JOB.yaml",
+            help="An invert-prompts job file without `input`; else the miniature one.",
+            show_default=False,
+        ),
+    ] = DEFAULT_JOB,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Folder with T2I-CompBench++'s prompt files, one a category. Left out: the miniature sets."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder with T2I-CompBench++'s prompt files, one a category. Left out: the miniature sets.",
+        ),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="Reference; replaces the job file's.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Only these of the job's methods, by name, with commas.")] = None,
+    reference: Annotated[str | None, typer.Option(metavar="OUT", help="Reference; replaces the job file's.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Only these of the job's methods, by name, with commas.")
+    ] = None,
     categories: Annotated[
         str | None,
-        typer.Option(help="Only these, with commas. Left out: all; of the miniature sets those of T2I-CompBench++."),
+        typer.Option(
+            metavar="A,B",
+            help="Only these, with commas. Left out: all; of the miniature sets those of T2I-CompBench++.",
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts a category. Left out: all (300).")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Replaces the job file's seed.")] = None,
-    draws: Annotated[int | None, typer.Option(min=1, help="Pictures a prompt; replaces the job file's draws.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Prompts a category. Left out: all (300).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Replaces the job file's seed.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Pictures a prompt; replaces the job file's draws.")
+    ] = None,
 ) -> None:
-    """Invert, decode and judge a T2I-CompBench++ prompt set by every method, and print the table."""
+    """Judge methods for prompts by T2I-CompBench++.
+
+    The prompts are inverted and decoded by every method of the job file.
+    """
     with errors():
         typer.echo(run(output, job, prompts, reference, _names(methods), _names(categories), limit, seed, draws))
 

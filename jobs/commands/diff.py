@@ -20,20 +20,22 @@ HEAD = ["id", "what", "a", "b", "max_abs", "relative"]
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Output folder of a run; local, or any fsspec address.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Output folder of a run, here or on a store.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind of job.")],
     columns: Annotated[
         list[str] | None, typer.Option("--columns", metavar="NAME", help="Only this column; may be repeated.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Numbers x and y are equal up to this times max(1, |x|, |y|).")
+        float, typer.Option(min=0, metavar="X", help="Numbers x and y are equal up to this times max(1, |x|, |y|).")
     ] = 0.0,
     as_csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write every difference, a line each.")
     ] = None,
     storage_options: StorageOptions = None,
 ) -> None:
-    """Compare two runs row by row: ids, statuses, and every column of the rows that are ok in both.
+    """Compare two runs row by row.
+
+    Ids, statuses, and every column of the rows that are ok in both.
 
     Exit code 0: they are the same; 1: they differ; 2: they cannot be compared.
     """

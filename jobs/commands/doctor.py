@@ -21,15 +21,18 @@ MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold 
 
 
 def doctor(
-    job: Annotated[Path | None, typer.Argument(metavar="[JOB.yaml]", help="Also look at what this job names.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Replaces the job's `output`.")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray, as for run-job.")] = None,
+    job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", help="Also look at what this job names.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="OUT", help="Replaces the job's `output`.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(metavar="RAY", help="A running Ray, as for run-job.")] = None,
     storage_options: StorageOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of findings as JSON.")] = False,
 ) -> None:
-    """Check the environment, and what a job needs: packages, GPUs, memory, stores, Ray, input and models.
+    """Check this machine, and what a job needs of it.
 
-    Exit code 0 means that nothing stands in the way; 1 that something does.
+    Packages, GPUs, memory, stores, Ray, input and models. Exit code 0 means that nothing stands in the way; 1 that
+    something does.
     """
     found: list[Finding] = []
     with errors():

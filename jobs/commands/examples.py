@@ -21,13 +21,17 @@ _INPUT = re.compile(r"jobs/examples/([\w./-]*\w)")
 def examples(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which one; left out: list them.")] = None,
     folder: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make; left out: one of that name here.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder to make; left out: one of that name here."),
     ] = None,
     run: Annotated[
         bool, typer.Option("--run", help="Run it too: its dataset and report go to `out` in there.")
     ] = False,
 ) -> None:
-    """Copy a shipped example with its inputs, and run it: `latentmill examples quickstart --run`."""
+    """Copy a shipped example with its inputs, and run it.
+
+    latentmill examples quickstart --run
+    """
     with errors():
         if name is None:
             for known in names():

@@ -15,15 +15,20 @@ To = StrEnum("To", ["webdataset", "imagefolder", "parquet", "npy", "safetensors"
 
 
 def export(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run, here or on a store.")],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="A new folder, here or on a store.")],
-    to: Annotated[To, typer.Option(help="npy is clip-retrieval's layout of embeddings.")],
+    to: Annotated[
+        To, typer.Option(metavar="LAYOUT", help=f"{', '.join(To)}; npy is clip-retrieval's layout of embeddings.")
+    ],
     columns: Annotated[
         list[str] | None, typer.Option("--columns", metavar="NAME", help="Only this column; may be repeated.")
     ] = None,
     storage_options: StorageOptions = None,
 ) -> None:
-    """Write the rows that are ok for other tools, each once: tars, folders of pictures, embeddings, tensors."""
+    """Write the rows that are ok in the layout of another tool.
+
+    Each once: tars, folders of pictures, embeddings, tensors; docs/leaving.md says what lies where.
+    """
     with errors(), reaching(out, storage_options):
         from pipeline.output.export import export as exported
 

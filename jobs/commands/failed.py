@@ -21,16 +21,16 @@ SHOWN = 20
 
 
 def failed(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run, here or on a store.")],
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print all as CSV: step, id, shard, error; ' before what is a formula.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, a line a row.")] = False,
     storage_options: StorageOptions = None,
 ) -> None:
-    """List the rows that failed, with their reasons; also while the run goes on.
+    """List the rows that failed, with their reasons.
 
-    `run-job JOB --retry-failed` does them again.
+    Also while the run goes on. `latentmill run-job JOB.yaml --retry-failed` does them again.
     """
     from jobs.kinds.chain import read_listing
     from pipeline.output.dataset import Output

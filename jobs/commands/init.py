@@ -43,9 +43,12 @@ OWN_TEMPLATES = {("invert-images", "sdxl"): "invert-sdxl"}
 def init(
     kind: Annotated[str | None, typer.Argument(metavar="KIND", help="Of job; left out: list them.")] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"{', '.join(MODELS)}; or any folder or hub id. Left out: the template's.")
+        str | None,
+        typer.Option(metavar="MODEL", help=f"{', '.join(MODELS)}; or any folder or hub id. Left out: the template's."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; - prints it.")] = Path("job.yaml"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write; - prints it.")] = Path(
+        "job.yaml"
+    ),
 ) -> None:
     """Write a commented job file to start from."""
     with errors():

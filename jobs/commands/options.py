@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 Output = Annotated[
-    str | None, typer.Option("--output", "-o", help="Folder of the dataset; replaces the job's `output`.")
+    str | None,
+    typer.Option("--output", "-o", metavar="OUT", help="Folder of the dataset; replaces the job's `output`."),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Replace one setting; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Replace one key, resources.gpus=1; may be repeated."),
 ]

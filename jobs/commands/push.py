@@ -12,17 +12,19 @@ from jobs.commands.stores import StorageOptions, reaching
 
 
 def push(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run, here or on a store.")],
     name: Annotated[str, typer.Argument(metavar="USER/NAME", help="The dataset repository; made if it is not there.")],
-    revision: Annotated[str | None, typer.Option(help="A branch of it; made if it is not there.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="A branch of it; made if it is not there.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Only you and your organisation may read it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     storage_options: StorageOptions = None,
 ) -> None:
-    """Push a finished dataset to the Hugging Face hub: its card, data files and what the job made beside them.
+    """Push a finished dataset to the Hugging Face hub.
 
-    Checked first as `latentmill verify` does. Started again after a stop, it sends what is not there yet. The token is
-    that of `hf auth login` or HF_TOKEN.
+    Its card, its data and what the job made beside them; checked first as `latentmill verify` does. Started again
+    after a stop, it sends what is not there yet. The token is that of `hf auth login` or HF_TOKEN.
     """
     with errors(), reaching(out, storage_options):
         from pipeline.output.hub import push as pushed

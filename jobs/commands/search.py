@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 def search(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="Output of a `reference` job.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Some text, or the path of a picture.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="How many rows to show.")] = 10,
-    page: Annotated[Path | None, typer.Option(help="Also write an HTML page with the pictures.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, metavar="N", help="How many rows to show.")] = 10,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write an HTML page with the pictures.")
+    ] = None,
     storage_options: StorageOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """The rows of a reference nearest to a text or a picture."""
+    """Find the rows of a reference nearest to a text or a picture."""
     with errors(), reaching(reference, storage_options):
         found = find(reference, query, k)
         if page is not None:

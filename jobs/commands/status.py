@@ -27,15 +27,17 @@ States = Mapping[str, "Status | None"]
 
 
 def status(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run; local, or any fsspec address.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run, here or on a store.")],
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on looking until the run ends.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between looks.")] = LOOK_S,
+    every: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="With --watch: time between looks.")
+    ] = LOOK_S,
     storage_options: StorageOptions = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print it as JSON; with --watch, an object a line for each change.")
     ] = False,
 ) -> None:
-    """How far a run is; works from any shell that can read the folder.
+    """Say how far a run is, from any shell that reads its folder.
 
     With --watch the exit code is 0 if the run is complete in the end, else 1. A folder without a run is waited for.
     """

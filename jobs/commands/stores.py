@@ -13,9 +13,8 @@ StorageOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--storage-options",
-        metavar="k=v",
-        help="For fsspec, where the folder lies on a store: an option (`endpoint_url=...`, `profile=...`; may be "
-        "repeated), or `@FILE` with a YAML mapping of them; a job file with `storage_options` serves too.",
+        metavar="K=V",
+        help="An option of the store, endpoint_url=...; may be repeated. Or @FILE: the job file, or YAML.",
     ),
 ]
 

@@ -20,27 +20,32 @@ def submit(
     job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)],
     output: Output = None,
     settings: Overrides = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="As for run-job.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do the rows again that failed in earlier starts.")
+    ] = False,
     slurm: Annotated[bool, typer.Option("--slurm", help="To Slurm, by sbatch.")] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each.")] = 0,
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, metavar="N", help="GPUs of each.")] = 0,
     cpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="CPUs of each; without it, whole nodes.", show_default=False)
+        int | None, typer.Option(min=1, metavar="N", help="CPUs of each; else whole nodes.", show_default=False)
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Slurm's account.")] = None,
     time: Annotated[
-        str | None, typer.Option(help="Time limit, 12:00:00; three minutes before it the run is queued again.")
+        str | None,
+        typer.Option(metavar="TIME", help="Time limit, 12:00:00; three minutes before it the job is queued again."),
     ] = None,
     sbatch: Annotated[
         list[str] | None, typer.Option(metavar="--X=Y", help="A further option of sbatch; may be repeated.")
     ] = None,
     show: Annotated[bool, typer.Option("--print", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
-    """Submit a job to Slurm: [bold]latentmill submit JOB.yaml -o OUT --slurm --nodes 4 --gpus-per-node 8[/bold].
+    """Submit a job to Slurm, with a Ray of its own.
 
-    It starts a Ray on the allocation and runs the job there; preempted or near its time limit, it is queued again and
-    resumes, unless three starts in a row added nothing. `latentmill status OUT` says how far it is.
+    latentmill submit JOB.yaml -o OUT --slurm --nodes 4 --gpus-per-node 8
+
+    Preempted or near its time limit, the job is queued again and resumes, unless three starts in a row added nothing.
+    `latentmill status OUT` says how far it is.
     """
     with errors():
         from jobs.commands.slurm import Allocation, Run, script

@@ -15,20 +15,28 @@ from jobs.commands.stores import StorageOptions, reaching
 def try_concept(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a learn-concepts run.")],
     name: Annotated[str, typer.Argument(metavar="NAME", help="The concept's name.")],
-    prompt: Annotated[str, typer.Argument(help='For instance "photo of a heart that is <cpt-1>".')],
-    sheet: Annotated[str, typer.Option("--sheet", "-o", help="Picture to write.")] = "sheet.png",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='For instance "photo of a heart that is <cpt-1>".')],
+    sheet: Annotated[str, typer.Option("--sheet", "-o", metavar="FILE", help="Picture to write.")] = "sheet.png",
     without: Annotated[
-        str | None, typer.Option(help="Prompt without the concept; left out: yours without its words.")
+        str | None,
+        typer.Option(metavar="PROMPT", help="Prompt without the concept; left out: yours without its words."),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
-    guidance: Annotated[float, typer.Option(min=1, help="Guidance scale.")] = 7.5,
-    seed: Annotated[int, typer.Option(min=0, help="The same noise is used with and without.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Model to draw with; left out: the one it was learned on.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes the GPU where there is one.")] = "auto",
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures of each.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Sampling steps.")] = 30,
+    guidance: Annotated[float, typer.Option(min=1, metavar="X", help="Guidance scale.")] = 7.5,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same noise is used with and without.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Model to draw with; left out: the one it was learned on.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, ...; auto takes the GPU where there is one.")
+    ] = "auto",
     storage_options: StorageOptions = None,
 ) -> None:
-    """Draw a sheet: above without a learned concept, below with it, from the same noise."""
+    """Draw prompts without and with a learned concept.
+
+    A sheet: above without it, below with it, from the same noise.
+    """
     from jobs.kinds.learn_concepts import COLUMNS, ok_rows
     from pipeline.output.dataset import Output
 

@@ -19,15 +19,21 @@ if TYPE_CHECKING:
 
 def view(
     outs: Annotated[
-        list[str], typer.Argument(metavar="OUT...", help="Output folders of runs or chains; local, or fsspec's.")
+        list[str], typer.Argument(metavar="OUT", help="Output folders of runs or chains, here or on a store.")
     ],
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Others than this machine's own need the token that is printed.")
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="To listen on. Any but this machine's own needs the token that is printed."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8710,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")] = 8710,
     storage_options: StorageOptions = None,
 ) -> None:
-    """Look through outputs in a browser: filter, sort, search, compare; reads only, and asks nothing of the web."""
+    """Look through outputs in a browser: filter, sort, compare.
+
+    Reads only, and asks nothing of the web.
+    """
     with errors(), terminable(), ExitStack() as stack:
         for out in outs:
             stack.enter_context(reaching(out, storage_options))

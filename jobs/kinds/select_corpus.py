@@ -68,6 +68,8 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
         needed = ["image", *(given(cls, value, name) for name in ("by", "score_column"))]
         if isinstance(mixture := value.get("mixture"), Mapping):
             needed.append(mixture.get("by"))
+        if not all(name is None or isinstance(name, str) for name in needed):  # told as what it is
+            return value
         keep = [name for name in value.get("keep", ()) if name not in needed]
         return {**value, "keep": [name for name in dict.fromkeys(needed) if name is not None] + keep}
 

@@ -21,6 +21,15 @@ from pipeline.contract import keys_of, old_keys_of
 
 Where = tuple[str | int, ...]
 _NOTHING = object()
+_PLAIN = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of keys to values"),
+    "string_type": "text",
+}
+"""Pydantic's types of error, and what a value should be in the words of people who know no Python."""
 
 
 class JobFileError(ValueError):
@@ -261,13 +270,15 @@ def _explain(problem: Mapping[str, Any], data: Any, model: type[BaseModel], wher
         return _unknown(str(where[-1]), list(_blocks(model, data, where[:-1])))
     if kind == "missing":
         return "this key is required."
-    if kind == "literal_error":
-        allowed = [word.strip(" '") for word in context["expected"].replace(" or ", ",").split(",")]
-        hint = registry.nearest(problem["input"], allowed)
-        return f"{problem['input']!r} is not allowed.{hint} Allowed: {context['expected']}."
+    if kind in ("literal_error", "union_tag_invalid"):
+        given, expected = context.get("tag", problem["input"]), context.get("expected", context.get("expected_tags"))
+        allowed = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
+        return f"{given!r} is not allowed.{registry.nearest(given, allowed)} Allowed: {expected}."
+    if kind == "union_tag_not_found":
+        return f"the key {context['discriminator']} is required here."
     if kind in ("chain", "value_error", "assertion_error"):
         return str(context.get("message") or context.get("error") or problem["msg"])
-    message = problem["msg"].removeprefix("Input should be ")
+    message = _PLAIN.get(kind, problem["msg"].removeprefix("Input should be "))
     return f"{_short(problem['input'])} will not do: should be {message}."
 
 
@@ -337,7 +348,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

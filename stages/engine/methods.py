@@ -29,6 +29,8 @@ def _listed(value: Any) -> Any:
     """The short forms: one method for a list of one, a plain string for ``{method: ...}``."""
     if isinstance(value, (str, Mapping)):
         value = [value]
+    if not isinstance(value, (list, tuple)):  # what should be a list, pydantic says
+        return value
     return [{"method": one} if isinstance(one, str) else one for one in value]
 
 

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -30,12 +32,19 @@ def job_file(folder: Path, text: str = "", rows: int = 6) -> Path:
     return path
 
 
-def test_every_command_has_help() -> None:
-    listing = runner.invoke(app, ["--help"]).output
-    for command in ("run-job", "status", "verify", "report", "schema"):
-        assert command in listing
-        assert runner.invoke(app, [command, "--help"]).exit_code == 0
+def test_every_command_has_help_that_fits_a_terminal() -> None:
+    """80 columns: the list has each command's sentence whole; no markup, no path of this machine."""
+    listing = runner.invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {"run-job", "status", "verify", "report", "schema", "view"} <= set(commands)
     assert "--install-completion" in listing
+    shown = {" ".join(line.split()) for line in listing.splitlines()}
+    for name, command in commands.items():
+        assert f"{name} {command.help.splitlines()[0]}" in shown
+        told = runner.invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
+        assert max(map(len, told.splitlines())) <= 80
+        assert "[bold]" not in told
+        assert str(ROOT) not in told
 
 
 def test_the_app_runs_under_the_typer_command_and_as_a_module() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.schema import reading
+from jobs.schema import reading, registry
 from jobs.schema.base import Input, Resources, RowJob, Workers
 from jobs.schema.reading import JobFileError
+from pipeline.contract import keys_of
 from pipeline.input.source import FORMATS
 from tests.support import ROOT
 
@@ -54,7 +56,7 @@ resources:
     assert all(name in lines[1] for name in FORMATS)
     assert lines[2].startswith(f"{path}, line 6: mode: 'uper' is not allowed. Did you mean 'upper'?")
     assert lines[3].startswith(f"{path}, line 7: sead: unknown key. Did you mean 'seed'?")
-    assert lines[4].startswith(f"{path}, line 8: factor: 'fast' will not do: should be a valid number")
+    assert lines[4] == f"{path}, line 8: factor: 'fast' will not do: should be a number."
     assert lines[5] == f"{path}, line 10: resources.workers: max (1) is below min (3)"
     assert len(lines) == 6
 
@@ -78,6 +80,31 @@ resources:
 )
 def test_single_mistakes(tmp_path: Path, toy_job: type[RowJob], text: str, said: str) -> None:
     assert said in complaint(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ("[lbbo]", "methods[0]: 'lbbo' is not allowed. Did you mean 'lbo'? Allowed: 'ddim', 'euler', "),
+        ("[{steps: 3}]", "methods[0]: the key 'method' is required here."),
+        ("[lbo, [a]]", "methods[1]: ['a'] will not do: should be a mapping of keys to values."),
+        ("7", "methods: 7 will not do: should be a list."),
+        ("", "methods: nothing will not do: should be a list."),
+    ],
+)
+def test_methods_that_are_none_are_told_in_the_words_of_the_file(tmp_path: Path, methods: str, said: str) -> None:
+    text = f"job: invert-images\ninput: a\nmodel: b\nmethods: {methods}\n"
+    assert complaint(write(tmp_path, text)).startswith(f"{tmp_path / 'job.yaml'}, line 4: {said}")
+
+
+@pytest.mark.parametrize("value", [None, 7, 1.5, True, "x", [], [7], [[1]], {}, {"a": 1}, {7: 8}, [{}], [None]])
+def test_no_value_of_any_key_ends_in_a_traceback(value: object) -> None:
+    """Each key of each kind of job, beside a job that is otherwise plain: it is taken, or told."""
+    for kind in registry.kinds():
+        model = registry.find(kind)
+        for key in keys_of(model).values():
+            with suppress(JobFileError):
+                reading.load({"job": kind, "input": "a", "model": "b", "encoder": "c", key: value})
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
