@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stages.models.chroma import Chroma
 from stages.models.copies import here
 from stages.models.flux import Flux
 from stages.models.flux2 import Flux2, Flux2Klein
@@ -19,7 +20,7 @@ UNETS = (StableDiffusionXL, StableDiffusion)
 CONSISTENCY = "LatentConsistencyModelPipeline"
 """Of a Stable Diffusion whose own pipeline runs `LCMScheduler` alone; Stable Diffusion's runs it with any."""
 FLOWS: dict[str, type[FlowTransformer]] = {
-    family.index: family for family in (StableDiffusion3, Flux, Flux2, Flux2Klein, QwenImage, ZImage)
+    family.index: family for family in (StableDiffusion3, Flux, Chroma, Flux2, Flux2Klein, QwenImage, ZImage)
 }
 """By the class of the pipeline."""
 

@@ -14,13 +14,17 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+MISCALLED = ("ChromaTransformer2DModel",)
+"""Transformers of diffusers that call blocks to be computed again with less than they call them with otherwise: the
+velocity would be another one wherever a gradient is asked for."""
+
 
 def recompute(network: Any, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> bool:
     """Make a frozen network of diffusers do so from now on, wherever a gradient is asked for.
 
-    A denoiser's blocks are those that diffusers computes again. An autoencoder it would by whole levels, the last of
-    which holds more than half of a decoder's activations: there it is the blocks that its decoder's levels are built of
-    (ours).
+    A denoiser's blocks are those that diffusers computes again (Chroma's it would without their mask). An autoencoder
+    it would by whole levels, the last of which holds more than half of a decoder's activations: there it is the blocks
+    that its decoder's levels are built of (ours).
 
     Args:
         within: Where a block runs again.
@@ -38,10 +42,13 @@ def recompute(network: Any, within: Callable[[], AbstractContextManager[Any]] = 
             **kwargs,
         )  # fmt: skip
 
-    if hasattr(network, "decoder"):
-        for block in _blocks(network.decoder):
-            block.forward = partial(again, block.forward)
+    if type(network).__name__ in MISCALLED:
+        blocks = [block for block in network.modules() if type(block).__name__ in network._repeated_blocks]
     else:
+        blocks = list(_blocks(network.decoder)) if hasattr(network, "decoder") else []
+    for block in blocks:
+        block.forward = partial(again, block.forward)
+    if not blocks:
         network.enable_gradient_checkpointing(again)
     network.is_recomputed = True
     return True

@@ -204,7 +204,8 @@ def _common(func: Any, args: Any, given: list[Any]) -> torch.device:
     tensors = [one for one in given if isinstance(one, torch.Tensor)]
     if func in INDEXED:  # indices may lie on the CPU
         tensors = [args[0], *(one for one in args[1] if isinstance(one, OnCard)), *args[2:3]]
-    devices = {one.device for one in tensors if one.dim() or one.device.type != "cpu"}  # a number of the CPU's may stay
+    # A number of the CPU's may stay; Python's numbers autograd puts beside `where`'s tensors, on the one card it knows.
+    devices = {one.device for one in tensors if one.dim() or (one.device.type != "cpu" and func is not aten.where.self)}
     if func in MOVES:
         return tensors[0].device
     if len(devices) > 1:

@@ -99,6 +99,23 @@ def flux(*, guidance_embeds: bool = True, scheduler: dict[str, Any] | None = Non
     )  # fmt: skip
 
 
+def chroma() -> Any:
+    """Chroma, on a scheduler with the beta distribution's sigmas, which its makers advise."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    words = t5_tokenizer()
+    transformer = ChromaTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=WIDTH, axes_dims_rope=(2, 2, 4), approximator_num_channels=16, approximator_hidden_dim=32,
+        approximator_layers=2,
+    )  # fmt: skip
+    torch.nn.init.normal_(transformer.distilled_guidance_layer.out_proj.weight, std=0.3)  # what time modulates
+    return ChromaPipeline(
+        transformer=enliven(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_beta_sigmas=True),
+        vae=autoencoder(), text_encoder=t5(words), tokenizer=words,
+    )  # fmt: skip
+
+
 def qwen_tokenizer() -> Any:
     """Bytes as tokens, and a chat template of the kind that Qwen's have."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -228,6 +245,7 @@ KINDS: dict[str, Any] = {
     "sd35-large": lambda: sd3(qk_norm="rms_norm"),
     "flux-dev": flux,
     "flux-schnell": lambda: flux(guidance_embeds=False),
+    "chroma": chroma,
     "flux2-dev": flux2,
     "flux2-klein": lambda: flux2_klein(is_distilled=True),
     "flux2-klein-base": lambda: flux2_klein(is_distilled=False),

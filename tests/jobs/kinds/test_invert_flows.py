@@ -40,6 +40,7 @@ def decibels(made: Any, wanted: Any) -> float:
         ("flux-schnell", {"size": 24, "max_sequence_length": 3}),
         ("sd35-medium", {"guidance": 2.0, "negative": "blue"}),
         ("sd3-without-t5", {"prompt": ""}),
+        ("chroma", {"guidance": 2.0, "negative": "blue", "max_sequence_length": 9}),
         ("flux2-dev", {"guidance": 3.5, "size": 24}),
         ("flux2-klein", {"prompt": "", "size": 16}),
         ("flux2-klein-base", {"guidance": 1.5, "negative": "blue", "max_sequence_length": 6, "size": 16}),

@@ -24,7 +24,7 @@ TWO = [
     "card:0,card:1",
 ]
 pytestmark = pytest.mark.card
-KINDS = ["flux-dev", "flux2-klein", "sd35-medium", "qwen-image", "z-image"]
+KINDS = ["flux-dev", "chroma", "flux2-klein", "sd35-medium", "qwen-image", "z-image"]
 """All families of transformers."""
 
 

@@ -44,7 +44,7 @@ def stock(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     return pipe
 
 
-PACKED = ("flux-dev", "flux-schnell", "qwen-image")
+PACKED = ("flux-dev", "flux-schnell", "chroma", "qwen-image")
 UNIT = {"qwen-image": 4, "z-image": 2}
 """Of the sizes here: Qwen-Image's autoencoder is one of 8 pixels a latent; Z-Image's positions are 2 apart."""
 
@@ -69,7 +69,7 @@ def given(kind: str, noise_BCHW: torch.Tensor) -> torch.Tensor:
     return torch.stack(tokens, 1)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell", "flux2-dev", "flux2-klein", "qwen-image",
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell", "chroma", "flux2-dev", "flux2-klein", "qwen-image",
                                   "z-image"])  # fmt: skip
 @pytest.mark.parametrize("size", [(16, 16), (24, 8), (20, 16)], ids=str)
 def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str, size: tuple[int, int]) -> None:
@@ -209,7 +209,7 @@ def test_a_long_prompt_says_what_was_left_out_of_it(folders) -> None:
         assert (one["prompt_cut"] or "").startswith("text_encoder reads 512 of ")
 
 
-SHORT = {"sd3": 7, "flux-dev": 5, "flux2-dev": 8, "flux2-klein": 5, "qwen-image": 6, "z-image": 20}
+SHORT = {"sd3": 7, "flux-dev": 5, "chroma": 5, "flux2-dev": 8, "flux2-klein": 5, "qwen-image": 6, "z-image": 20}
 
 
 @pytest.mark.parametrize("kind", list(SHORT))
