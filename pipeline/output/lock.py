@@ -7,7 +7,8 @@ renews its own file every few seconds, and says in it when it is done; it never 
 A holder is gone if its process is (same machine, boot and process namespace), or if it was this process and has ended:
 a run that ends on a full disk cannot say so. Any other that is silent is watched for a lease, by the watcher's own
 clock: one that renews in that time is alive, whatever its clock says. A holder that finds a higher epoch than its own
-has lost the folder; it asks before all that it changes.
+has lost the folder; it asks before all that it changes. One that was silent for long shows first that it lives, and
+asks then: an answer is worth nothing while somebody's patience may run out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pipeline import machine
@@ -139,7 +141,7 @@ class Lock:
         self._folder, self._token, self._say = folder, machine.here.token(), say
         self.lost = False
         self._exclusive = folder.local or self._probed(sole)
-        self._known = machine.here.clock()
+        self._known = self._shown = machine.here.clock()
         _held.add(self._token)
         try:
             self.epoch = self._acquire()
@@ -203,6 +205,7 @@ class Lock:
         Args:
             silent: What the last holder said, if it is held for dead; it may have woken since.
         """
+        self._shown = machine.here.clock()
         taken = self._folder.create(lock_name(epoch), self._mine())
         if not self._exclusive:
             machine.here.sleep(SETTLE_S)  # two may have written it; the later one's token stands
@@ -228,26 +231,43 @@ class Lock:
         Raises:
             LockLost: Another run has the folder, or it was deleted.
         """
-        if not self.lost and not self._folder.local and machine.here.clock() - self._known < RENEW_S:
-            return
+        if self._silent():
+            self._show()
+        elif self.lost or self._folder.local or machine.here.clock() - self._known >= RENEW_S:
+            self._ask()
+        if self.lost:
+            raise LockLost(LOST)
+
+    def _silent(self) -> bool:
+        """Whether the last sign of life is so old that somebody may soon take the folder."""
+        return machine.here.clock() - self._shown > LEASE_S / 2
+
+    def _ask(self) -> None:
+        """See whether the folder is held."""
         asked = machine.here.clock()  # not when the answer came: this process may have stood still in between
         if self.lost or not self._holds(self.epoch):
             self.lost = True
-            raise LockLost(LOST)
-        self._known = asked
+        else:
+            self._known = asked
+
+    def _show(self) -> None:
+        """A sign of life. After a long silence one asks again behind it: who takes the folder looks for one once it is
+        taken (`_take`), so that of the two at least one sees the other.
+        """
+        silent = self._silent()
+        self._ask()
+        if not self.lost:
+            shown = machine.here.clock()
+            self._folder.write(lock_name(self.epoch), self._mine())
+            self._shown = shown
+            if silent:
+                self._ask()
 
     def _renew(self) -> bool:
         """Whether it is to be renewed again."""
-        asked = machine.here.clock()
-        try:
-            if not self._holds(self.epoch):
-                self.lost = True
-                return False
-            self._folder.write(lock_name(self.epoch), self._mine())
-            self._known = asked
-        except OSError:
-            pass  # the store is away or the disk is full: the next turn tries again
-        return True
+        with suppress(OSError):  # the store is away or the disk is full: the next turn tries again
+            self._show()
+        return not self.lost
 
     def release(self) -> None:
         """Say that this run is done.

@@ -452,13 +452,19 @@ class Schedule:
         if process in self._rash:
             self._wrong(f"{self._rash[process]}, and goes on: {verb} {path}")
         mine = self._epoch(process)
-        lost = min((when for when, epoch in self._taken if epoch > mine), default=None)
-        if not mine or lost is None or now < max(lost + 1.1 * locks.RENEW_S, process.woke):
+        lost = min(((when, epoch) for when, epoch in self._taken if epoch > mine), default=None)
+        if not mine or lost is None or now < max(lost[0] + self._notice(lost[1]), process.woke):
             return
         late = self._late.setdefault(current(), set())
         late.add((verb, path))
         if len(late) > UNASKED:
-            self._wrong(f"a driver that lost the folder {now - lost:.0f} s ago goes on: {verb} {path}")
+            self._wrong(f"a driver that lost the folder {now - lost[0]:.0f} s ago goes on: {verb} {path}")
+
+    def _notice(self, epoch: int) -> float:
+        """Seconds in which a driver may go by what it knew before an epoch was taken: none, if that was taken after a
+        lease in which the driver gave no sign of life; else who took it will see that, and give it back."""
+        _, taker = self._renewed.get(epoch, (0.0, None))
+        return 1.1 * locks.RENEW_S if taker is None or taker in self._rash else 0.0
 
     def _may_go(self, path: str) -> bool:
         """Whether a record is another run's, damaged, or has been folded or withdrawn, also into a file that somebody

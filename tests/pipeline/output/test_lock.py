@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,42 @@ def test_a_holder_that_wakes_while_its_folder_is_taken_keeps_it(
     with pytest.raises(OutputLocked, match="just woken"):
         Lock(folder)
     assert (latest_epoch(folder), holder(folder)["host"]) == (1, "elsewhere")  # type: ignore[index]
+
+
+@pytest.mark.parametrize("wakes", ["before the lock is created", "after it"])
+@pytest.mark.parametrize("where", ["disk", "memory://wakes"])
+def test_a_holder_that_asks_after_a_long_silence_and_who_takes_its_folder_do_not_both_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, wakes: str
+) -> None:
+    """It was told that it has the folder, seconds before another one's patience ran out: it went on, as the other."""
+    folder, here = Folder.at(str(tmp_path) if where == "disk" else where + wakes[:3]), Paused()
+    monkeypatch.setattr(machine, "here", here)
+    monkeypatch.setattr(Paused, "sleep", lambda self, seconds: setattr(self, "paused", self.paused + seconds))
+    woken, real = Lock(folder), Folder.create
+    monkeypatch.setattr(locks, "_alive", lambda content: None)
+    have = []
+
+    def wake() -> None:
+        with suppress(LockLost):
+            woken.check()
+            have.append(woken)
+
+    def create(folder: Folder, name: str, data: bytes) -> bool:
+        if wakes == "before the lock is created":
+            wake()
+        created = real(folder, name, data)
+        if wakes == "after it":
+            wake()
+        return created
+
+    monkeypatch.setattr(Lock, "_probed", lambda lock, sole: True)
+    monkeypatch.setattr(Folder, "create", create)
+    with suppress(OutputLocked):
+        have.append(Lock(folder))
+    assert len(have) == 1
+    have[0].check()
+    for lock in (woken, *have):
+        lock.release()
 
 
 @pytest.mark.parametrize(
