@@ -262,15 +262,15 @@ def _resumed(
     reason = None
     try:
         tally, done, again = _survey(output, reporter, retry_failed)
-        resumed, complete = tally.shards, output.folder.exists(SUCCESS)
+        resumed, published = tally.shards, output.folder.exists(SUCCESS)
         if 0 < resumed < planned:
             for message in _other_versions(tally):
                 reporter.phase("planning", tally, message)
-        wrong = wrong_products(output, checksums=False) if complete else []
+        wrong = wrong_products(output, checksums=False) if published else []
         for problem in wrong:
             reporter.phase("planning", tally, f"{problem}; it is made again")
-        complete = complete and not wrong and resumed == planned
-        if not complete:
+        complete = published and not wrong and resumed == planned
+        if published and not complete:  # what is not there is not deleted: by then it could be another's, if one slept
             output.check()
             output.folder.remove(SUCCESS)
         for _ in range(ROUNDS):

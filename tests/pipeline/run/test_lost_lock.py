@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.output.commit import ATTEMPTS, RECORDS, Superseded
-from pipeline.output.dataset import Output, Tally
+from pipeline.output.dataset import SUCCESS, Output, Tally
 from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost, lock_name
 from pipeline.output.planfile import read_shards
@@ -152,6 +152,26 @@ def test_a_run_whose_folder_is_taken_ends_as_failed(tmp_path: Path, monkeypatch:
     assert run(spec).state == "complete"
     assert verify(spec.output).ok
     assert data(spec.output).equals(expected)
+
+
+def test_success_is_deleted_only_where_it_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that lost the folder, and stood still as it deleted what was not there, deleted what another had
+    published since."""
+    spec, gone, real = spec_for(tmp_path, LINES, shard_rows=4), list[str](), Folder.remove
+
+    def remove(folder: Folder, name: str) -> None:
+        gone.append(name)
+        real(folder, name)
+
+    monkeypatch.setattr(driver, "_compute", lambda spec, output, *rest: commit(spec, output))
+    monkeypatch.setattr(Folder, "remove", remove)
+    assert run(spec).state == "complete"
+    assert SUCCESS not in gone
+    next((tmp_path / "out/data").iterdir()).unlink()
+    monkeypatch.setattr(driver, "publish", lambda *rest: None)
+    run(spec)
+    assert gone.count(SUCCESS) == 1
+    assert not (tmp_path / "out" / SUCCESS).exists()
 
 
 def test_a_plan_is_not_put_over_another_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
