@@ -217,14 +217,30 @@ class Folder:
         return Folder(url, fs, root.rstrip("/") or "/", isinstance(fs, LocalFileSystem))
 
     def path(self, name: str) -> str:
-        """Where a name lies: inside, whoever wrote the record that holds the name.
+        """Where a name lies: inside, whoever wrote the record that holds the name, or made the folder.
 
         Raises:
-            ValueError: It leads out.
+            ValueError: It leads out, itself or as a link on a disk.
         """
         if name.startswith("/") or (".." in name and ".." in name.split("/")):
             raise ValueError(f"{self.url}: names {name[:200]!r}, which lies outside; no run leaves such a folder")
-        return f"{self.root}/{name}" if name else self.root
+        if not name:
+            return self.root
+        if self.local:
+            self._refuse_links_out(name)
+        return f"{self.root}/{name}"
+
+    def _refuse_links_out(self, name: str) -> None:
+        """Whoever made a folder may not have what lies elsewhere on this disk read, published or written over."""
+        place = self.root
+        for part in name.split("/"):
+            place = f"{place}/{part}"
+            if os.path.islink(place):
+                target, home = os.path.realpath(place), os.path.realpath(self.root)
+                if os.path.commonpath((target, home)) != home:
+                    below = place[len(self.root) + 1 :]
+                    raise ValueError(f"{self.url}: {below!r} is a link to {target}, which lies outside; no run leaves "
+                                     "such a folder: put the file itself in its place, or delete the link")  # fmt: skip
 
     def exists(self, name: str) -> bool:
         path = self.path(name)

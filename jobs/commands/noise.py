@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -46,8 +46,12 @@ def quiet(output: str | None = None) -> Iterator[TextIO]:
 
 
 def _keep(output: str | None, said: bytes) -> None:
+    from pipeline.storage import Folder
+
     folder = Path(output) if output and "://" not in output else None
     if said and folder is not None and folder.is_dir():
-        (folder / LOG).parent.mkdir(exist_ok=True)
-        with (folder / LOG).open("ab") as file:
-            file.write(said)
+        with suppress(ValueError):  # the name is a stranger's link
+            log = Path(Folder.at(str(folder)).path(LOG))
+            log.parent.mkdir(exist_ok=True)
+            with log.open("ab") as file:
+                file.write(said)

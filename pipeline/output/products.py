@@ -91,8 +91,8 @@ def _found(output: Output, name: str, checksums: bool) -> Iterator[Product]:
         folder.fs.invalidate_cache()
     paths = patiently(lambda: folder.fs.find(folder.path(name)))
     for path in sorted(paths):
-        info = patiently(lambda path=path: folder.fs.info(path))  # type: ignore[misc]
         below = path[len(folder.root) :].lstrip("/")
+        info = patiently(lambda below=below: folder.fs.info(folder.path(below)))  # type: ignore[misc]
         digest = None
         if folder.local and checksums:
             with folder.open(below) as file:

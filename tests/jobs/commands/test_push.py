@@ -131,6 +131,27 @@ def test_what_is_there_is_not_sent_again(out: Path, hub: Hub) -> None:
     assert hub.puts.count(hashlib.sha256(part.read_bytes()).hexdigest()) == 1
 
 
+@pytest.mark.parametrize("name", ["README.md", "data/part-00000-of-00003.parquet", "index/big.npy", "index/more"])
+def test_what_a_link_leads_to_is_not_sent(out: Path, hub: Hub, tmp_path: Path, name: str) -> None:
+    """Before: whoever pushed a stranger's folder on published the file of theirs that its card was a link to."""
+    away = tmp_path / "away"
+    if name == "index/more":
+        away.mkdir()
+        (away / "key").write_text("private")
+    else:
+        (out / name).rename(away)
+    (out / name).symlink_to(away)
+    products = out / "_latentmill/products.json"  # which a stranger writes as well
+    told = json.loads(products.read_text())
+    listed = [{**one, "checksum": None} for one in told["files"]]
+    more = [{"name": "index/more/key", "size": 7, "checksum": None, "version": ""}] if away.is_dir() else []
+    products.write_text(json.dumps({**told, "files": [*listed, *more]}))
+    refused = push(str(out), "ada/stars")
+    assert refused.exit_code == EXIT_USAGE
+    assert f"'{name}' is a link to {away}, which lies outside" in refused.stderr
+    assert "ada/stars" not in hub.datasets
+
+
 def test_another_cut_of_the_rows_leaves_none_of_the_first_beside_it(out: Path, hub: Hub) -> None:
     push(str(out), "ada/stars")
     hub.datasets["ada/stars"].branches["main"] |= {"data/notes.txt": b"hers", "LICENSE": b"hers"}
