@@ -263,6 +263,7 @@ def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
         seed=job.seed,
         shard_rows=job.shard_rows,
         keep=job.keep,
+        offered=job.offered,
         asked=job.asked,
         limit=limit,
         storage_options=job.storage_options,

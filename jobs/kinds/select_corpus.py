@@ -28,6 +28,8 @@ SELECTION = "selection.parquet"
 BALANCE = "balance.json"
 CLASSES = "classes.json"
 NO_ORIGIN = "none"
+PROVENANCE = ("prompt", "method", "guide", "anchor", "number", "candidate", "job_seed", "parents")
+"""What an earlier run says of where a picture comes from, beside its id and its score."""
 MOST_CLASSES = 200
 """Lines of the page's table."""
 
@@ -82,6 +84,8 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
             raise ValueError(f"by: {self.by!r} holds no classes; name the column that does")
         return self
 
+    offered: ClassVar[tuple[str, ...]] = PROVENANCE
+
     @property
     def asked(self) -> dict[str, str]:
         origin = None if self.mixture is None else self.mixture.by
@@ -130,7 +134,7 @@ class SelectCorpus(EmbedCandidatesSettings, SelectionSettings, RowJob):
         from pipeline.output.training_set import split_of, writer
 
         numbers = {own: number for number, own in enumerate(pool.classes)}
-        shown = [name for name in self.keep if name not in ("image", self.by)]
+        shown = [name for name in finished.output.plan["keep"] if name not in ("image", self.by)]
         start = 0
         with writer(self.export, FOLDER, finished.output.open_file) as corpus:
             for rows in finished.tables(["id", "image", self.by, *shown]):

@@ -222,6 +222,9 @@ class RowJob(Job):
         """The stage that maps the rows: an import path and JSON-able parameters. Loads no weights."""
         raise NotImplementedError(f"{type(self).__name__} does not name a stage")
 
+    offered: ClassVar[tuple[str, ...]] = ()
+    """Columns that are kept as well, where an earlier run wrote them into the input."""
+
     @property
     def asked(self) -> dict[str, str]:
         """Kept column -> the key that it stands for, where a key beside ``keep`` names it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.contract import Form
 from pipeline.input.files import InputFile, list_files
+from pipeline.input.formats.columnar import is_output
 from pipeline.input.read import reader_of
 from pipeline.input.rows import Look, Raw, Span
 from pipeline.input.source import Source, SourceError
@@ -203,6 +204,28 @@ def _found_late(source: Source, missing: set[str]) -> dict[str, pa.Field | None]
     except _AllFound:
         pass
     return found
+
+
+def written_by_runs(source: Source, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of some columns that an earlier run wrote into a resolved input, and that have one type wherever they are.
+
+    The first file of each folder is looked at.
+    """
+    folders: set[str] = set()
+    types: dict[str, set[pa.DataType]] = {name: set() for name in names}
+    written: set[str] = set()
+    for file in list_files(source) if names else ():
+        folder = file.path.rpartition("/")[0]
+        if folder in folders:
+            continue
+        folders.add(folder)
+        schema = reader_of(source).schema(source, file)
+        if schema is None:
+            break
+        for name in types.keys() & set(schema.names):
+            types[name] |= {field.type for field in schema if field.name == name}
+            written |= {name} if is_output(schema) else set()
+    return tuple(name for name in names if name in written and len(types[name]) == 1)
 
 
 class _AllFound(Exception):

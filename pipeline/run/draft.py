@@ -18,7 +18,7 @@ from pipeline.input.read import wanted_columns
 from pipeline.input.rows import Wanted, is_picture
 from pipeline.input.source import Source
 from pipeline.output import schema as columns_of
-from pipeline.run.columns import Watched, check_pictures, check_texts, look, unused_captions
+from pipeline.run.columns import Watched, check_pictures, check_texts, look, unused_captions, written_by_runs
 from pipeline.storage import Folder
 
 
@@ -39,6 +39,8 @@ class RunSpec:
         seed: Recorded, part of the fingerprint.
         shard_rows: Rows a shard: what one worker takes at a time.
         keep: Columns of a row (names after mapping, else the input's names) copied to the output.
+        offered: Columns that are kept as well, where an earlier run wrote them into the input. No part of the
+            fingerprint: a resumed run keeps those that its plan names.
         asked: Key of the job file that a kept column stands for, where it is not ``keep``; messages name it.
         limit: Only the first so many rows of the input.
         storage_options: fsspec's, for the output. Not recorded.
@@ -53,6 +55,7 @@ class RunSpec:
     seed: int = 0
     shard_rows: int = 1000
     keep: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
     asked: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict)
@@ -94,12 +97,13 @@ def draft(spec: RunSpec) -> Draft:
         raise PlanError(f"shard_rows is {spec.shard_rows}; it has to be at least 1")
     source = resolve(spec.source)
     info = spec.stage.describe()
-    wanted = wanted_columns(source, spec.keep)
-    asked = {name: spec.asked.get(name, "keep") for name in spec.keep}
+    keep = (*spec.keep, *_offered(spec, source, info))
+    wanted = wanted_columns(source, keep)
+    asked = {name: spec.asked.get(name, "keep") for name in keep}
     seen = look(source, asked, spec.limit, info.reads)
     check_pictures(source, seen, info.reads)
     check_texts(source, seen, info.reads)
-    kept = {name: (wanted or {}).get(name, name) for name in spec.keep}
+    kept = {name: (wanted or {}).get(name, name) for name in keep}
     fields = [seen.field(name, column) for name, column in kept.items()]
     try:
         note = {"latentmill": _file_note(spec, info)}
@@ -113,6 +117,12 @@ def draft(spec: RunSpec) -> Draft:
     settled, size = _fields(spec, source, info, schema), size + _row_bytes(info)
     notes = (*unused_captions(source, seen, info.reads), *_unpinned(info), *info.notes)
     return Draft(source, wanted, info, schema, asked, settled, size, notes)
+
+
+def _offered(spec: RunSpec, source: Source, info: StageInfo) -> tuple[str, ...]:
+    """The columns that are kept beside those that are asked for."""
+    taken = {*spec.keep, *source.columns, *source.variants, *(column.name for column in info.columns)}
+    return written_by_runs(source, [name for name in spec.offered if name not in taken])
 
 
 def _refuse_addresses(column: pa.Field) -> None:

@@ -445,7 +445,7 @@ def _worker_job(spec: RunSpec, output: Output, resources: Resources) -> WorkerJo
     return WorkerJob(
         stage=spec.stage,
         source=source,
-        wanted=wanted_columns(source, spec.keep),
+        wanted=wanted_columns(source, tuple(plan["keep"])),
         kept=tuple(plan["keep"]),
         schema=plan["schema"],
         columns=tuple(Column(**{**column, "shape": tuple(column["shape"])}) for column in plan["stage_columns"]),

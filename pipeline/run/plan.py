@@ -185,7 +185,7 @@ def write_plan(
         "seed": spec.seed,
         "shard_rows": spec.shard_rows,
         "limit": spec.limit,
-        "keep": list(spec.keep),
+        "keep": list(drafted.kept),
         "stage_columns": [asdict(column) for column in drafted.info.columns],
         "metadata": dict(drafted.info.metadata),
         "reads": drafted.info.reads and dict(drafted.info.reads),

@@ -25,7 +25,9 @@ from pipeline.run.draft import draft
 from pipeline.run.plan import differences
 from tests.support import ROOT
 
-GAINED = {"prompt_tokens: int64", "prompt_truncated: bool", "dtype: string"}
+GAINED = {
+    "prompt_tokens: int64", "prompt_truncated: bool", "dtype: string", "candidate: int64", "job_seed: int64",
+}  # fmt: skip
 """Columns that are new since then: new runs have them, and resumed ones go on without."""
 LEFT_OPEN = frozenset({"slots"})
 """What was a number by default and is left to the memory of the device now. It changes no byte: whatever a plan says of

@@ -15,6 +15,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from jobs.dry_run import plan_job
+from jobs.kinds.select_corpus import SelectCorpus
 from jobs.run import run_job
 from jobs.schema.reading import JobFileError, load
 from pipeline.output.training_set import split_of
@@ -141,6 +142,51 @@ def test_weights_mix_origins_in_the_shares_that_were_asked_for(pool: Path, prior
     lacking = job(pool, prior, input=source, mixture={"by": "method", "weights": {"slerp": 1}})
     with pytest.raises(ValueError, match=r"row 'a/1' has 'nothing' in the column 'method', which has no weight"):
         run_job(lacking, output=str(tmp_path / "two"))
+
+
+@pytest.fixture(scope="module")
+def grown(pool: Path) -> dict[str, Any]:
+    """The pool as an earlier run wrote it, and beside it a user's own pictures, in one of whose columns something else
+    stands than a run writes there."""
+    rows = pq.read_table(pool / "pool.parquet").to_pylist()
+    for name in ("grown", "own"):
+        (pool / name).mkdir()
+    made = [
+        {
+            **row, "method": "slerp", "number": n, "job_seed": 7, "parents": f'[{{"id": "p{n}"}}]',
+            "status": "ok", "error": None,
+        }
+        for n, row in enumerate(rows[:8])
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(made)
+    pq.write_table(table.replace_schema_metadata({b"latentmill": b"{}"}), pool / "grown" / "part.parquet")
+    own = [{**row, "number": "eleven", "guide": "mine"} for row in rows[8:]]
+    pq.write_table(pa.Table.from_pylist(own), pool / "own" / "part.parquet")
+    return {"path": [str(pool / name) for name in ("grown", "own")], "id": "id"}
+
+
+def test_every_row_says_where_it_comes_from_without_being_asked(
+    grown: dict[str, Any], pool: Path, prior: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier run wrote is kept; not what a user's table happens to call by such a name, nor what the two
+    tables have in two types. A folder whose plan was made before goes on without."""
+    asked = job(pool, prior, input=grown, score_column=None, count=9)
+    with monkeypatch.context() as before:
+        before.setattr(SelectCorpus, "offered", ())
+        run_job(asked, output=str(tmp_path / "old"))
+    plain = files(tmp_path / "old")
+    (tmp_path / "old" / "classes.json").unlink()
+    assert run_job(asked, output=str(tmp_path / "old")).state == "complete"
+    assert files(tmp_path / "old") == plain
+    run_job(asked, output=str(tmp_path / "new"))
+    rows = {row["id"]: row for row in pq.read_table(tmp_path / "new" / "corpus" / "train.parquet").to_pylist()}
+    columns = {"id", "image", "label", "class"}
+    assert all(row.keys() == columns | {"method", "job_seed", "parents"} for row in rows.values())
+    told_of = {own: (row["method"], row["job_seed"], row["parents"]) for own, row in rows.items()}
+    assert told_of["a/4"] == ("slerp", 7, '[{"id": "p4"}]')
+    assert told_of["a/11"] == (None, None, None)
+    old = pq.read_table(tmp_path / "old" / "corpus" / "train.parquet")
+    assert (set(old.column_names), old["id"].to_pylist()) == (columns, list(rows))
 
 
 def test_shards_decide_nothing(pool: Path, prior: str, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from stages.engine.randomness import row_generator
 from stages.models.families import read_geometry
 from stages.models.fingerprint import describe_model
 from stages.rare.stage import RareConcepts
@@ -64,6 +66,13 @@ def test_the_kept_candidate_is_the_best_and_the_first_score_decides(folder: str,
         assert single[4][name]["candidate_scores"][0] == pytest.approx(single[1][name]["score"], abs=1e-3)
         assert single[4][name]["score"] >= single[1][name]["score"] - 1e-3
     assert any(single[4][i]["score"] > single[1][i]["score"] + 1e-3 for i in single[1])
+    for name, row in single[4].items():  # where its noise comes from
+        assert row["candidate"] == int(np.argmax(row["candidate_scores"]))
+        key = f"{name.split('/')[0]}/{row['number']}"
+        z_CHW = torch.randn(
+            row["latent"].shape, generator=row_generator(row["job_seed"], key, str(row["candidate"]))
+        )  # fmt: skip
+        np.testing.assert_array_equal(row["latent"], z_CHW.numpy().astype(row["latent"].dtype))
     by_picture = by_id(stage(folder, clip, METHODS[:1], candidates=4, scores=["image", "text"])(given))
     assert all(row["score"] == pytest.approx(row["clip_image"]) for row in by_picture.values())
     assert any(by_picture[i]["clip_image"] > single[4][i]["clip_image"] + 1e-3 for i in by_picture)
