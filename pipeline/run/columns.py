@@ -14,7 +14,7 @@ from pipeline.contract import Form
 from pipeline.input.files import InputFile, list_files
 from pipeline.input.formats.columnar import is_output
 from pipeline.input.read import reader_of
-from pipeline.input.rows import Look, Raw, Span
+from pipeline.input.rows import Look, Raw, Span, is_picture
 from pipeline.input.source import Source, SourceError
 from pipeline.output.kept import Settling, Values, typed_field
 from pipeline.output.schema import noted
@@ -237,31 +237,84 @@ def unused_captions(source: Source, seen: Seen, reads: Reads) -> list[str]:
     wanted = [name for name, form in (reads or {}).items() if form == "text"]
     if source.columns or not wanted or set(wanted) & set(seen.names):
         return []
-    here = next((name for name in CAPTIONS if name in seen.names and _holds_text(source, name)), None)
-    if here is None:
+    found = _captions_in(source, seen, reads)
+    if not found:
         return []
-    columns = {name: name for name in (reads or {}) if name in seen.names} | {wanted[0]: here}
-    mapped = ", ".join(f"{name}: {column}" for name, column in columns.items())
+    columns = {name: name for name in (reads or {}) if name in seen.names} | found
     return [
-        f"the captions in the input's column {here!r} are not used: the job reads them from {wanted[0]!r}. "
-        f"To use them, write: columns: {{{mapped}}}"
+        f"the captions in the input's column {found[wanted[0]]!r} are not used: the job reads them from {wanted[0]!r}. "
+        f"To use them, write{_mapping(columns).removeprefix('Write')}"
     ]
 
 
+def _captions_in(source: Source, seen: Seen, reads: Reads) -> dict[str, str]:
+    """The first text that the stage takes -> the column that most likely holds it; empty where none does."""
+    wanted = [name for name, form in (reads or {}).items() if form == "text"]
+    names = (*wanted[:1], *CAPTIONS)
+    here = next((name for name in names if name in seen.names and _holds_text(source, name)), None)
+    return {wanted[0]: here} if wanted and here else {}
+
+
 def check_pictures(source: Source, seen: Seen, reads: Reads) -> None:
-    """A job that maps some columns reads those alone; one that forgets the pictures would fail every row.
+    """Whether there are pictures where the stage takes them from; else every row would fail.
 
     Raises:
-        SourceError: The stage takes pictures, and the mapping leaves them out.
+        SourceError: The mapping leaves them out, or the input tells its columns, and none of its files has that one, or
+            it holds lists or objects.
     """
     for name, form in (reads or {}).items():
-        if form == "picture" and source.columns and name not in source.columns:
-            column = next((own for own in ("image", "jpg", "png", "webp") if own in seen.names), "...")
-            mapped = ", ".join(f"{own}: {given}" for own, given in {name: column, **source.columns}.items())
+        if form != "picture":
+            continue
+        if source.columns and name not in source.columns:
             raise SourceError(
                 f"columns names {', '.join(source.columns)} alone, so the pictures that the job reads from {name!r} "
-                f"are left out. Write: columns: {{{mapped}}}"
+                f"are left out. {_mapping({name: _pictures_in(seen), **source.columns})}"
             )
+        told = not source.columns and seen.schema is not None and name not in seen.names
+        if told and not _typed_late(source, list_files(source), {name}):
+            mapped = {name: _pictures_in(seen)} | _captions_in(source, seen, reads)
+            raise SourceError(
+                f"the job reads pictures from {name!r}; there is no such column, but {', '.join(seen.names)}. "
+                f"{_mapping(mapped)}"
+            )
+    for said in _nested(source, seen, reads, "picture"):
+        raise SourceError(said)
+
+
+_PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")
+
+
+def _pictures_in(seen: Seen) -> str:
+    """The column that most likely holds the pictures, by its name or its type; dots where none does."""
+    typed = [] if seen.schema is None else [field.name for field in seen.schema if is_picture(field.type)]
+    return next((name for name in (*_PICTURES, *typed) if name in seen.names), "...")
+
+
+def _mapping(columns: Mapping[str, str]) -> str:
+    return f"Write: columns: {{{', '.join(f'{name}: {column}' for name, column in columns.items())}}}"
+
+
+def _nested(source: Source, seen: Seen, reads: Reads, form: Form) -> list[str]:
+    """What to say of columns that a text or a picture is taken from, and that hold lists or objects (first file)."""
+    said = []
+    for name in [name for name, own in (reads or {}).items() if own == form]:
+        column = source.columns.get(name) if source.columns else name
+        if seen.schema is None or column is None or seen.schema.names.count(column) != 1:
+            continue
+        kind = seen.schema.field(column).type
+        fits = form == "picture" and pa.types.is_struct(kind) and {field.name for field in kind} & {"bytes", "path"}
+        if pa.types.is_nested(kind) and not fits:
+            key = f"input.columns.{name}" if source.columns else "input"
+            said.append(f"{key}: the column {column!r} holds {kind}, and the job takes one {form} a row")
+    return said
+
+
+def mistaken_texts(source: Source, seen: Seen, reads: Reads) -> list[str]:
+    """A note for each column of texts that holds something else, by its type."""
+    return [
+        f"{said}: every row that has one will fail. Write a column with one text a row"
+        for said in _nested(source, seen, reads, "text")
+    ]
 
 
 def check_texts(source: Source, seen: Seen, reads: Reads) -> None:

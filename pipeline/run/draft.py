@@ -18,7 +18,15 @@ from pipeline.input.read import wanted_columns
 from pipeline.input.rows import Wanted, is_picture
 from pipeline.input.source import Source
 from pipeline.output import schema as columns_of
-from pipeline.run.columns import Watched, check_pictures, check_texts, look, unused_captions, written_by_runs
+from pipeline.run.columns import (
+    Watched,
+    check_pictures,
+    check_texts,
+    look,
+    mistaken_texts,
+    unused_captions,
+    written_by_runs,
+)  # fmt: skip
 from pipeline.storage import Folder
 
 
@@ -115,7 +123,8 @@ def draft(spec: RunSpec) -> Draft:
             _refuse_addresses(schema.field(name))
     size = sum(columns_of.sample_bytes(seen.rows, column) for column in kept.values())
     settled, size = _fields(spec, source, info, schema), size + _row_bytes(info)
-    notes = (*unused_captions(source, seen, info.reads), *_unpinned(info), *info.notes)
+    texts = (*unused_captions(source, seen, info.reads), *mistaken_texts(source, seen, info.reads))
+    notes = (*texts, *_unpinned(info), *info.notes)
     return Draft(source, wanted, info, schema, asked, settled, size, notes)
 
 

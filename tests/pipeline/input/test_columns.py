@@ -269,3 +269,35 @@ def test_a_kept_column_comes_out_as_it_went_in(tmp_path: Path, kind: str) -> Non
     rows = rows_of(tmp_path / "in.parquet", tmp_path / "out", ["kept"])
     assert [row["status"] for row in rows] == ["ok", "ok"]
     assert [row["kept"] for row in rows] == pq.read_table(tmp_path / "in.parquet")["kept"].to_pylist()
+
+
+PICTURE = {"bytes": b"\x89PNG", "path": "0.png"}
+NOWHERE = [
+    ({"jpg": [b"\xff\xd8"], "__key__": ["0"]}, "there is no such column, but jpg, __key__.* {image: jpg}"),
+    ({"views": [PICTURE], "text": ["a cat"]}, "no such column, but views, text.* {image: views, prompt: text}"),
+    ({"images": [[PICTURE]], "prompt": ["a"]}, "but images, prompt.* {image: ..., prompt: prompt}"),
+    ({"image": [[PICTURE]]}, "'image' holds list<.*>, and the job takes one picture a row"),
+    ({"image": [{"height": 1}]}, "'image' holds struct<height: int64>, and"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "says"), NOWHERE)
+def test_a_plan_whose_every_row_would_fail_is_refused(tmp_path: Path, columns: dict[str, Any], says: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    with pytest.raises(SourceError, match=says):
+        draft(spec_of(tmp_path / "in.parquet", tmp_path / "out", stage="Captioned"))
+
+
+def test_pictures_that_a_later_file_alone_has_are_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "in/0.parquet")
+    pq.write_table(pa.table({"prompt": ["b"], "image": [PICTURE]}), tmp_path / "in/1.parquet")
+    draft(spec_of(tmp_path / "in", tmp_path / "out", stage="Captioned"))
+
+
+def test_a_column_of_several_captions_a_row_is_noted(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [PICTURE], "said": [["a", "b"]]}), tmp_path / "in.parquet")
+    mapped = {"columns": {"image": "image", "prompt": "said"}}
+    notes = draft(spec_of(tmp_path / "in.parquet", tmp_path / "out", stage="Captioned", **mapped)).notes
+    assert "input.columns.prompt: the column 'said' holds list<" in notes[0]
+    assert "every row that has one will fail" in notes[0]

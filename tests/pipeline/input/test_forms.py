@@ -154,14 +154,14 @@ def test_pictures_that_the_stage_does_not_take_are_left_alone(tmp_path: Path) ->
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     preview = pa.array([{"bytes": b"<html>", "path": None}, None], kind)
     pq.write_table(pa.table({"prompt": ["a", "b"], "preview": preview}), tmp_path / "in.parquet")
-    rows = rows_of(tmp_path / "in.parquet", tmp_path / "out", stage="Captioned")
+    rows = rows_of(tmp_path / "in.parquet", tmp_path / "out", stage="Said")
     assert [(row["status"], row["said"], row["names"]) for row in rows] == [
         ("ok", "a", '["prompt"]'), ("ok", "b", '["prompt"]')
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "csv", "tar"])
-@pytest.mark.parametrize("stage", ["Captioned", "Lengths"])
+@pytest.mark.parametrize("stage", ["Said", "Lengths"])
 def test_somebody_elses_status_says_nothing_of_this_run(tmp_path: Path, form: str, stage: str) -> None:
     table = [
         {"prompt": "a", "status": "done", "error": ""},
@@ -190,8 +190,8 @@ def test_somebody_elses_status_says_nothing_of_this_run(tmp_path: Path, form: st
 
 def test_a_row_that_failed_in_the_step_before_still_fails(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": 5}\n')
-    rows_of(tmp_path / "in.jsonl", tmp_path / "first", ["prompt"], stage="Captioned")
-    rows = rows_of(tmp_path / "first", tmp_path / "second", stage="Captioned")
+    rows_of(tmp_path / "in.jsonl", tmp_path / "first", ["prompt"], stage="Said")
+    rows = rows_of(tmp_path / "first", tmp_path / "second", stage="Said")
     assert [row["status"] for row in rows] == ["ok", "failed"]
     assert rows[1]["error"].startswith("failed in the step before: prompt: holds the number 5")
 
