@@ -38,7 +38,7 @@ class Decode(EmbeddingDecoding, RowJob):
 
     def card(self, finished: pipeline.run.driver.Finished) -> str:
         adapter, decode = self.decode.ip_adapter, self.decode
-        if adapter is None:
+        if adapter is None or "decoder.length" in finished.output.plan["metadata"]:
             return ""
         own = 'row["embedding"]' if "embedding" in self.keep else "[0.0] * WIDTH"
         width = finished.output.plan["metadata"]["decoder.width"]

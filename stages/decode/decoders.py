@@ -2,7 +2,7 @@
 
 All drawing is done by diffusers' own pipelines; a row's noise is its own.
 
-Legend: B rows, E embedding width.
+Legend: B rows, E embedding width, T states of a sequence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Decoder(Protocol):
     """Draws."""
 
     def pictures(self, z_BE: torch.Tensor, keys: list[str]) -> list[Any]:
-        """A PIL picture for each embedding; all that is random about row b is drawn from (seed, keys[b])."""
+        """A PIL picture for each embedding (or sequence z_BTE); all that is random about row b is drawn from
+        (seed, keys[b])."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Kind:
         width: E, from configurations alone; refuses settings that do not fit.
         identity: Its networks, for `StageInfo.models`.
         load: The decoder, on a device.
+        length: T, where a row brings a sequence; None: one embedding.
     """
 
     width: Callable[[EmbeddingDecoding], int]
     identity: Callable[[EmbeddingDecoding], Identities]
     load: Callable[[EmbeddingDecoding, int, str], Decoder]
+    length: Callable[[EmbeddingDecoding], int | None] = lambda settings: None
 
 
 def kind_of(decode: Decoding) -> Kind:
@@ -336,32 +339,75 @@ def adapter_file(adapter: IPAdapter) -> Path:
     raise DecoderError(f"ip_adapter {adapter.path!r}: there is no .safetensors file; name the file itself")
 
 
-def _adapter_width(settings: EmbeddingDecoding) -> int:
+def _adapter_shapes(adapter: IPAdapter) -> dict[str, list[int]]:
+    """Name -> shape of what stands in its file."""
     from safetensors import SafetensorError, safe_open
 
-    adapter = settings.decode.ip_adapter
-    assert adapter is not None
     try:
         with safe_open(str(adapter_file(adapter)), framework="pt") as file:
-            if "image_proj.proj.weight" in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                return int(file.get_slice("image_proj.proj.weight").get_shape()[1])
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise DecoderError(f"ip_adapter {adapter.path!r} cannot be read: {error}") from None
+
+
+def _is_plus(shapes: Mapping[str, list[int]]) -> bool:
+    """Told as diffusers tells it: FaceID Plus has its parts under other names."""
+    return {"image_proj.latents", "image_proj.proj_in.weight"} <= shapes.keys()
+
+
+def _adapter_width(settings: EmbeddingDecoding) -> int:
+    adapter = settings.decode.ip_adapter
+    assert adapter is not None
+    shapes = _adapter_shapes(adapter)
+    if _is_plus(shapes):
+        return int(shapes["image_proj.proj_in.weight"][1])
+    if "image_proj.proj.weight" in shapes:
+        return int(shapes["image_proj.proj.weight"][1])
     raise DecoderError(
-        f"ip_adapter {adapter.path!r} is not of the plain kind, which takes one embedding (no image_proj.proj.weight)"
+        f"ip_adapter {adapter.path!r} is neither of the plain kind, which takes one embedding (no "
+        "image_proj.proj.weight), nor a Plus, which takes all hidden states (no image_proj.latents and proj_in)"
     )
+
+
+def _adapter_length(settings: EmbeddingDecoding) -> int | None:
+    """T of an IP-Adapter Plus, from the configuration of the image encoder; None for the plain kind.
+
+    Raises:
+        DecoderError: No encoder is named, or one of another width.
+    """
+    adapter = settings.decode.ip_adapter
+    assert adapter is not None
+    if not _is_plus(_adapter_shapes(adapter)):
+        return None
+    takes = _adapter_width(settings)
+    if settings.encoder is None:
+        raise DecoderError(
+            f"ip_adapter {adapter.path!r} takes all hidden states of an image encoder, and guidance contrasts with "
+            "those of an all-zero picture: set `encoder` to the encoder of the states"
+        )
+    length, width = clip.states_shape(settings.encoder, settings.revision)
+    if width != takes:
+        raise DecoderError(
+            f"ip_adapter {adapter.path!r} takes states of width {takes}, those of the encoder {settings.encoder} have "
+            f"{width}"
+        )
+    return length
 
 
 def _adapter_identity(settings: EmbeddingDecoding, parts: tuple[str, ...]) -> Identities:
     adapter = settings.decode.ip_adapter
     assert adapter is not None
     mark = {"path": adapter.path, "revision": "", "fingerprint": sha256(adapter_file(adapter))}
-    return {**_identity(settings, parts), "ip_adapter": mark}
+    found = {**_identity(settings, parts), "ip_adapter": mark}
+    if _adapter_length(settings) is not None:
+        pickles, encoder = settings.allow_pickle, str(settings.encoder)
+        found["image_encoder"] = clip.identity(encoder, "image", settings.revision, allow_pickle=pickles)
+    return found
 
 
 class IPAdapterDecoder(StockDecoder):
-    """Stable Diffusion 1.5 or XL with an IP-Adapter. Guidance contrasts with an embedding of zeros, as the pipeline
-    does where it encodes a picture itself.
+    """Stable Diffusion 1.5 or XL with an IP-Adapter. Guidance contrasts with an embedding of zeros, or of an adapter
+    Plus with the hidden states of an all-zero picture, as the pipeline does where it encodes a picture itself.
 
     Rows are drawn one at a time: of a batch of B prompts the pipeline repeats the given embeddings B times, meaning one
     picture for all prompts, and its attention then folds the B B of them into B rows, which mixes them without a word.
@@ -389,14 +435,20 @@ class IPAdapterDecoder(StockDecoder):
             reason = " ".join(str(error).split())[:300]
             raise DecoderError(f"ip_adapter {adapter.path!r} does not fit {settings.decode.model}: {reason}") from None
         self.pipe.set_ip_adapter_scale(adapter.scale)
+        self.zeros_TD: torch.Tensor | None = None
+        if _adapter_length(settings) is not None and settings.decode.guidance > 1:
+            encoder = clip.ImageEncoder(
+                str(settings.encoder), settings.revision, device, allow_pickle=settings.allow_pickle
+            )  # fmt: skip
+            self.zeros_TD = encoder.zero_states()
 
     def pictures(self, z_BE: torch.Tensor, keys: list[str]) -> list[Any]:
         return [super(IPAdapterDecoder, self).pictures(z_BE[b : b + 1], [key])[0] for b, key in enumerate(keys)]
 
     def conditions(self, z_BE: torch.Tensor) -> dict[str, Any]:
         z_B1E = z_BE[:, None]
-        guided = self.decode.guidance > 1
-        return {"ip_adapter_image_embeds": [torch.cat([torch.zeros_like(z_B1E), z_B1E]) if guided else z_B1E]}
+        zeros = torch.zeros_like(z_B1E) if self.zeros_TD is None else self.zeros_TD[None, None].to(z_B1E)
+        return {"ip_adapter_image_embeds": [torch.cat([zeros, z_B1E]) if self.decode.guidance > 1 else z_B1E]}
 
 
 KANDINSKY = Kind(_kandinsky_width, _kandinsky_identity, _kandinsky)
@@ -404,11 +456,11 @@ UNCLIP = Kind(_unclip_width, lambda settings: _identity(settings, UNCLIP_PARTS),
 CASCADE = Kind(_cascade_width, _cascade_identity, CascadeDecoder)
 IP_SD = Kind(
     _adapter_width, lambda settings: _adapter_identity(settings, SD_PARTS),
-    lambda settings, seed, device: IPAdapterDecoder(settings, seed, device, xl=False),
+    lambda settings, seed, device: IPAdapterDecoder(settings, seed, device, xl=False), _adapter_length,
 )  # fmt: skip
 IP_XL = Kind(
     _adapter_width, lambda settings: _adapter_identity(settings, XL_PARTS),
-    lambda settings, seed, device: IPAdapterDecoder(settings, seed, device, xl=True),
+    lambda settings, seed, device: IPAdapterDecoder(settings, seed, device, xl=True), _adapter_length,
 )  # fmt: skip
 KINDS = {
     "KandinskyV22Pipeline": KANDINSKY, "StableUnCLIPImg2ImgPipeline": UNCLIP,

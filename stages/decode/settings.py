@@ -13,8 +13,9 @@ class IPAdapter(Settings):
     """What makes Stable Diffusion take an image embedding (Ye et al., 2023)."""
 
     path: ModelName
-    """Its ``.safetensors`` file, or ``org/name/folder/file.safetensors`` on the hub. The plain kind, which takes one
-    projected embedding; Plus and FaceID take other things."""
+    """Its ``.safetensors`` file, or ``org/name/folder/file.safetensors`` on the hub. The plain kind takes one projected
+    embedding, Plus the penultimate hidden states of all tokens (``store_states: penultimate`` of ``invert-prompts``,
+    ``columns: {embedding: states}``); FaceID takes other things."""
     scale: float = Field(1.0, ge=0)
     """How much it says beside the (empty) prompt."""
 
@@ -37,8 +38,8 @@ class EmbeddingDecoding(Settings):
     """Embeddings to pictures."""
 
     encoder: ModelName | None = None
-    """Folder or hub id with the image encoder of the embeddings. Kandinsky's guidance contrasts with what it makes of
-    an all-zero picture; the others need none."""
+    """Folder or hub id with the image encoder of the embeddings. The guidance of Kandinsky and of an IP-Adapter Plus
+    contrasts with what it makes of an all-zero picture; the others need none."""
     revision: str | None = None
     """Of the encoder on the hub: branch, tag or commit."""
     allow_pickle: bool | None = None

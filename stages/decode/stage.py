@@ -1,10 +1,11 @@
 """The stage of `decode`: an embedding in, its picture out.
 
-Legend: B rows, E embedding width.
+Legend: B rows, E embedding width, T states of a sequence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -29,7 +30,8 @@ class DecodeEmbeddings:
 
     def __init__(self, settings: DecodeSettings, device: str | None = None) -> None:
         kind = kind_of(settings.decode)
-        self.decode, self.width = settings.decode, kind.width(settings)
+        width, length = kind.width(settings), kind.length(settings)
+        self.decode, self.shape = settings.decode, (width,) if length is None else (length, width)
         self.decoder = kind.load(settings, settings.seed, chosen_device(device))
         self.room = Room()
 
@@ -37,6 +39,8 @@ class DecodeEmbeddings:
     def describe(settings: DecodeSettings) -> StageInfo:
         kind = kind_of(settings.decode)
         metadata = {"decoder.width": str(kind.width(settings))}
+        if (length := kind.length(settings)) is not None:
+            metadata["decoder.length"] = str(length)
         return StageInfo((Column("image", "image"),), kind.identity(settings), metadata, {"embedding": "value"})
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
@@ -61,14 +65,15 @@ class DecodeEmbeddings:
         yield from (ok(row, image=picture) for row, picture in zip(good, pictures, strict=True))
 
     def _vector(self, row: Row) -> tuple[np.ndarray, str]:
-        """The row's embedding (E,), float32; and what is wrong with it, or ""."""
+        """The row's embedding (E,), or sequence (T, E), which may come flat; and what is wrong with it, or ""."""
         try:
             z_E = np.asarray(row.get("embedding"), dtype=np.float32)
         except (TypeError, ValueError) as error:
             return np.empty(0), f"the column 'embedding' holds no list of numbers: {error}"
-        if z_E.shape != (self.width,):
+        if z_E.shape not in (self.shape, (math.prod(self.shape),)):
             shape = f"width {len(z_E)}" if z_E.ndim == 1 else f"shape {z_E.shape}"
-            return z_E, f"the embedding has {shape}, the decoder {self.decode.model} takes {self.width} numbers"
+            takes = " x ".join(map(str, self.shape))
+            return z_E, f"the embedding has {shape}, the decoder {self.decode.model} takes {takes} numbers"
         if not np.isfinite(z_E).all():
             return z_E, "the embedding is not finite and cannot be decoded"
-        return z_E, ""
+        return z_E.reshape(self.shape), ""

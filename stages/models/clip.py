@@ -113,6 +113,15 @@ def vision_width(path: str, revision: str | None = None) -> int:
     return int(getattr(config, "vision_config", config).hidden_size)
 
 
+def states_shape(path: str, revision: str | None = None, patches: int | None = None) -> tuple[int, int]:
+    """(T, D) of the image encoder's hidden states, read from the configuration alone: its patches (or so many tokens in
+    their place), behind a class token where it has one."""
+    config = _config(locate(path, "image", revision))
+    vision = getattr(config, "vision_config", config)
+    own = (vision.image_size // vision.patch_size) ** 2 if patches is None else patches
+    return own + ("siglip" not in config.model_type), int(vision.hidden_size)
+
+
 def identity(
     path: str, role: Role, revision: str | None = None, *, allow_pickle: bool | None = None
 ) -> dict[str, str]:  # fmt: skip
@@ -292,6 +301,15 @@ class ImageEncoder:
         """z_BE of prepared pixel values, in the model's type and on its device."""
         seen = self.model(pixel_values=pixels_BCHW.to(self.dtype))
         return seen.pooler_output if self._siglip else seen.image_embeds
+
+    @torch.inference_mode()
+    def zero_states(self) -> torch.Tensor:
+        """Hidden states (T, D) that enter the last layer, of the same pixel values: what diffusers contrasts the states
+        of a picture with."""
+        size = self.model.config.image_size
+        pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype)
+        seen = self.model(pixel_values=pixels, output_hidden_states=True)
+        return seen.hidden_states[-2][0].float().cpu().clone()
 
     @torch.inference_mode()
     def zero_embedding(self) -> torch.Tensor:

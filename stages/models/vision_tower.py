@@ -6,12 +6,16 @@ Legend: B rows, P pseudo-tokens, N patches of the encoder, D its width, E embedd
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from stages.models.memory import peak_of
+
+States = Literal["last", "penultimate"]
+"""Which hidden states of all tokens: what transformers calls `last_hidden_state`, or what enters the last layer
+(`hidden_states[-2]`)."""
 
 
 def token_of_patch(patches: int, tokens: int) -> torch.Tensor:
@@ -80,15 +84,28 @@ class VisionTower:
 
     def __call__(self, w_BPD: torch.Tensor) -> torch.Tensor:
         """z_BE, the unnormalised projected embedding of the pseudo-tokens."""
+        h_BND = self._hidden(w_BPD, len(self.layers))
+        if self.head is not None:  # SigLIP: attention pooling over all tokens
+            return self.projection(self.head(self.post(h_BND)))
+        return self.projection(self.post(h_BND[:, 0]))
+
+    @torch.no_grad()
+    def states(self, w_BPD: torch.Tensor, which: States) -> torch.Tensor:
+        """Hidden states of the pseudo-tokens (B, T, D); T counts CLIP's class token, which comes first."""
+        if which == "penultimate":
+            return self._hidden(w_BPD, len(self.layers) - 1)
+        h_BTD = self._hidden(w_BPD, len(self.layers))
+        return h_BTD if self.head is None else self.post(h_BTD)
+
+    def _hidden(self, w_BPD: torch.Tensor, layers: int) -> torch.Tensor:
+        """What the first so many layers make of the pseudo-tokens."""
         h_BND = w_BPD[:, self.take_N] + self.positions_ND
         if self.class_D is not None:
             h_BND = torch.cat([self.class_D.expand(len(h_BND), 1, -1), h_BND], dim=1)
         h_BND = self.pre(h_BND)
-        for layer in self.layers:
+        for layer in self.layers[:layers]:
             h_BND = layer(h_BND, attention_mask=None)
-        if self.head is not None:  # SigLIP: attention pooling over all tokens
-            return self.projection(self.head(self.post(h_BND)))
-        return self.projection(self.post(h_BND[:, 0]))
+        return h_BND
 
     def row_bytes(self) -> int:
         """What a row adds to a device's memory at the peak of a forward and a backward pass, beside the weights: told

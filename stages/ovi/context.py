@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline.contract import Row
 from stages.engine.solver import Occupancy
+from stages.models.vision_tower import States
 from stages.ovi.settings import PromptMethod
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Context:
         vision: The image encoder's network; loaded when a method asks.
         text: Prompts -> text embeddings, for warm starts.
         reference: Real image embeddings.
+        states: Which hidden states of the image encoder OVI's rows are to have.
         occupancy: Method label -> how full its slots were.
         slots: Method label -> rows at once, of those that optimise.
     """
@@ -68,6 +70,7 @@ class Context:
     text: Callable[[list[str]], torch.Tensor]
     reference: Reference | None
     allow_pickle: bool | None = None
+    states: States | None = None
     occupancy: dict[str, Occupancy] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
 

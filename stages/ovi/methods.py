@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from pipeline.contract import Row
+from pipeline.contract import Row, failed
 from stages.engine.passthrough import in_batches
 from stages.engine.solver import Occupancy, solve
-from stages.models.vision_tower import VisionTower
+from stages.models.vision_tower import States, VisionTower
 from stages.ovi.baselines import rescaled, retrieval, text_embedding
 from stages.ovi.constraints import CaptionSearch, Search, Whitening, floored, open_search
 from stages.ovi.context import BATCH, Context, RowMap
@@ -70,10 +70,30 @@ def ovi(method: OVI, context: Context) -> RowMap:
     """OVI through the image encoder."""
     tower = VisionTower(context.vision(), method.tokens, method.compact)
     solved = optimised(method, context, Parametrization.tokens(tower))
+    if context.states is not None:
+        solved = _with_states(solved, tower, context.states)
     if method.warm_start is None:
         return solved
     starts = WarmStarts.open(method.warm_start, (method.tokens, tower.width), context.text)
     return lambda rows: solved(starts(rows, context.slots[method.label]))
+
+
+def _with_states(solved: RowMap, tower: VisionTower, which: States) -> RowMap:
+    """The same rows, each with the hidden states of its tokens (T, D) as `states`, float16: one pass a row."""
+
+    def run(rows: Iterable[Row]) -> Iterator[Row]:
+        for row in solved(rows):
+            if row["status"] == "failed":
+                yield row
+                continue
+            w_1PD = torch.as_tensor(row["variable"], device=tower.positions_ND.device)[None]
+            states_TD = tower.states(w_1PD.to(tower.positions_ND.dtype), which)[0].half().cpu()
+            if states_TD.isfinite().all():
+                yield {**row, "states": states_TD.numpy()}
+            else:
+                yield failed(row, "store_states: the hidden states are beyond float16; leave the option out")
+
+    return run
 
 
 def _nearest(method: Retrieval, context: Context, batch: int) -> RowMap:

@@ -79,7 +79,7 @@ class InvertPrompts:
         context = Context(
             model=model, revision=revision, device=self.device, seed=settings.seed,
             vision=lambda: self.image_encoder.model, text=self.text, reference=self.reference,
-            allow_pickle=settings.allow_pickle,
+            allow_pickle=settings.allow_pickle, states=settings.store_states,
         )  # fmt: skip
         self.methods = {method.label: build(method, context) for method in settings.methods}
         self.decoder = None
@@ -129,6 +129,8 @@ class InvertPrompts:
             models["reference"] = _identity_of_reference(settings, settings.reference, models)
         if settings.store_tokens:
             columns.append(_tokens_column(settings))
+        if settings.store_states is not None:
+            columns.append(_states_column(settings))
         if settings.decoder is not None:
             columns.append(Column("image", "image"))
             columns += _CLIP_SCORE if "clip" in settings.scores else ()
@@ -309,3 +311,22 @@ def _tokens_column(settings: InvertPromptsSettings) -> Column:
         )
     width = clip.vision_width(settings.encoder, settings.revision)
     return Column("tokens", "tensor", (*counts, width), doc="OVI's tokens")
+
+
+def _states_column(settings: InvertPromptsSettings) -> Column:
+    """Of all OVI methods, which have to agree on its shape.
+
+    Raises:
+        ValueError: They do not, there is none, or one keeps the embedding of another step than its last.
+    """
+    own = [method for method in settings.methods if isinstance(method, OVI)]
+    if any(method.stopping.best for method in own):
+        raise ValueError("`store_states` keeps the last step's, and `stop: {best: true}` the embedding of another")
+    lengths = {method.tokens if method.compact else None for method in own}
+    if len(lengths) != 1:
+        raise ValueError(
+            "`store_states` needs OVI methods with sequences of one length: all compact with as many tokens, or none"
+        )
+    shape = clip.states_shape(settings.encoder, settings.revision, *lengths)
+    doc = f"{settings.store_states} hidden states of the image encoder, behind its class token if it has one"
+    return Column("states", "tensor", shape, "float16", doc=doc)

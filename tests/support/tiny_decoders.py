@@ -57,8 +57,9 @@ def build_unclip(folder: Path, seed: int = 0) -> str:
     return str(folder)
 
 
-def build_ip_adapter(file: Path, model: str, seed: int = 0, width: int = WIDTH) -> str:
-    """The weights of an IP-Adapter of the plain kind for a folder's U-Net, under the published names."""
+def build_ip_adapter(file: Path, model: str, seed: int = 0, width: int = WIDTH, plus: bool = False) -> str:
+    """The weights of an IP-Adapter for a folder's U-Net, under the published names: of the plain kind, or a Plus with
+    its four layers of one head."""
     from diffusers import UNet2DConditionModel
     from safetensors.torch import save_file
 
@@ -71,6 +72,8 @@ def build_ip_adapter(file: Path, model: str, seed: int = 0, width: int = WIDTH) 
         "image_proj.norm.weight": torch.ones(cross),
         "image_proj.norm.bias": torch.zeros(cross),
     }
+    if plus:
+        weights = {f"image_proj.{name}": value for name, value in _resampler(cross, width, draw).items()}
     parameters = dict(unet.named_parameters())
     # Published files count the U-Net's attention processors: the odd ones attend to the prompt.
     for number, name in enumerate(unet.attn_processors):
@@ -80,6 +83,23 @@ def build_ip_adapter(file: Path, model: str, seed: int = 0, width: int = WIDTH) 
                 weights[f"ip_adapter.{number}.{part}.weight"] = torch.randn(wide, cross, generator=draw)
     save_file(weights, str(file))
     return str(file)
+
+
+def _resampler(cross: int, width: int, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """An IP-Adapter Plus' network from hidden states to tokens of the prompt's width: 64 numbers wide."""
+    wide = 64
+    norms = {f"{name}.weight": torch.ones(size) for name, size in {"norm_out": cross}.items()}
+    sizes = {"proj_in": (wide, width), "proj_out": (cross, wide)}
+    for layer in range(4):
+        own = f"layers.{layer}"
+        sizes |= {f"{own}.0.to_q": (wide, wide), f"{own}.0.to_kv": (2 * wide, wide), f"{own}.0.to_out": (wide, wide)}
+        sizes |= {f"{own}.1.1": (4 * wide, wide), f"{own}.1.3": (wide, 4 * wide)}
+        for name in ("0.norm1", "0.norm2", "1.0"):
+            norms |= {f"{own}.{name}.weight": torch.ones(wide)}
+    biases = {name.replace("weight", "bias"): torch.zeros_like(value) for name, value in norms.items()}
+    biases |= {f"{name}.bias": torch.zeros(sizes[name][0]) for name in ("proj_in", "proj_out")}
+    drawn = {f"{name}.weight": torch.randn(size, generator=draw) / size[1] ** 0.5 for name, size in sizes.items()}
+    return {"latents": torch.randn(1, TOKENS, wide, generator=draw), **drawn, **norms, **biases}
 
 
 def build_cascade(folder: Path, seed: int = 0) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stages.decode.settings import DecodeSettings
 from stages.decode.stage import DecodeEmbeddings
@@ -189,5 +190,48 @@ def test_an_adapter_of_another_model_or_kind_is_refused(models: dict[str, str], 
         DecodeEmbeddings(settings(models, "sd", ip_adapter={"path": models["sdxl-adapter"]}), device="cpu")
     plus = tmp_path / "plus.safetensors"
     save_file({"image_proj.latents": torch.zeros(1, 4, 8)}, str(plus))
-    with pytest.raises(DecoderError, match="not of the plain kind"):
+    with pytest.raises(DecoderError, match="neither of the plain kind"):
         DecodeEmbeddings.describe(settings(models, "sd", ip_adapter={"path": str(plus)}))
+
+
+def test_an_adapter_plus_draws_from_hidden_states_what_the_stock_pipeline_draws_of_the_picture(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    """The stock pipeline is shown a picture; its states, and those to contrast them with, it takes itself."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection.from_pretrained(models["prior"], subfolder="image_encoder")
+    processor = CLIPImageProcessor.from_pretrained(models["prior"], subfolder="image_processor")
+    adapter = {"path": tiny_decoders.build_ip_adapter(tmp_path / "plus.safetensors", models["sd"], width=32, plus=True)}
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    pixels = processor(picture, return_tensors="pt").pixel_values
+    states_TD = encoder(pixels, output_hidden_states=True).hidden_states[-2][0].detach().numpy()
+    rows = [
+        {"id": "flat", "embedding": states_TD.reshape(-1).tolist()}, {"id": "shaped", "embedding": states_TD.tolist()},
+        {"id": "short", "embedding": states_TD[:5]}, {"id": "one", "embedding": [0.0] * 32},
+    ]  # fmt: skip
+    for guidance in (GUIDANCE, 1.0):
+        given = settings(models, "sd", ip_adapter=adapter, guidance=guidance)
+        with pytest.raises(DecoderError, match="set `encoder` to the encoder of the states"):
+            DecodeEmbeddings.describe(given)
+        given = given.model_copy(update={"encoder": models["prior"]})
+        assert "image_encoder" in DecodeEmbeddings.describe(given).models
+        done = {row["id"]: row for row in DecodeEmbeddings(given, device="cpu")(dict(row) for row in rows)}
+        assert [done[name]["status"] for name in ("flat", "shaped", "short", "one")] == ["ok", "ok", "failed", "failed"]
+        assert f"width 32, the decoder {models['sd']} takes 17 x 32 numbers" in done["one"]["error"]
+        pipe = StableDiffusionPipeline.from_pretrained(
+            models["sd"], safety_checker=None, image_encoder=encoder, feature_extractor=processor
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name="plus.safetensors", image_encoder_folder=None)
+        for name in ("flat", "shaped"):
+            wanted = pipe(
+                "", ip_adapter_image=picture, num_inference_steps=STEPS, guidance_scale=guidance, height=16, width=16,
+                generator=row_generator(SEED, name, "decode"),
+            ).images[0]  # fmt: skip
+            assert np.abs(np.asarray(done[name]["image"]).astype(int) - np.asarray(wanted).astype(int)).max() <= 1
+    wide = tiny_decoders.build_ip_adapter(tmp_path / "wide.safetensors", models["sd"], width=40, plus=True)
+    given = settings(models, "sd", ip_adapter={"path": wide}).model_copy(update={"encoder": models["prior"]})
+    with pytest.raises(DecoderError, match=r"takes states of width 40, those of the encoder .* have 32"):
+        DecodeEmbeddings.describe(given)

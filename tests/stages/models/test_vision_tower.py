@@ -43,3 +43,20 @@ def test_tower_refuses_what_it_cannot_enter():
         VisionTower(nn.Linear(2, 2), 1)
     with pytest.raises(ValueError, match="16 patches"):
         VisionTower(clip_model(), 17)
+
+
+@pytest.mark.parametrize("build", [clip_model, siglip_model])
+def test_hidden_states_are_those_that_the_model_gives_of_a_picture(build):
+    """With a token for each patch the tower is entered with a picture's own patches."""
+    model = build()
+    size = model.config.image_size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    embeddings = getattr(model, "vision_model", model).embeddings
+    tower = VisionTower(model, embeddings.num_patches)
+    with torch.no_grad():
+        w_BPD = embeddings.patch_embedding(pixels).flatten(2).mT
+        seen = model(pixel_values=pixels, output_hidden_states=True)
+    for which, wanted in (("last", seen.last_hidden_state), ("penultimate", seen.hidden_states[-2])):
+        assert wanted.shape[1:] == (embeddings.num_patches + (build is clip_model), tower.width)
+        torch.testing.assert_close(tower.states(w_BPD, which), wanted, atol=1e-5, rtol=1e-5)
+    assert VisionTower(model, 3, compact=True).states(w_BPD[:, :3], "last").shape[1] == 3 + (build is clip_model)

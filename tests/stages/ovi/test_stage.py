@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from jobs.kinds.invert_prompts import InvertPrompts as InvertPromptsJob
 from jobs.kinds.invert_prompts import summarise
@@ -71,6 +72,31 @@ def test_what_does_not_fit_is_told_before_anything_is_loaded(params, tmp_path):
     other = build_prior(tmp_path / "other", seed=4)
     with pytest.raises(ValueError, match="embeddings of different encoders cannot be compared"):
         described(encoder=other)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_hidden_states_are_those_behind_the_embedding(stage, params, compact):
+    """Of CLIP the class token, which comes first, is what the head makes the embedding of."""
+    given = {"encoder": params["encoder"], "store_states": "last",
+             "methods": ["text-embedding", {"method": "ovi", "steps": 4, "compact": compact}]}  # fmt: skip
+    settings = InvertPromptsSettings(**given)
+    (column,) = [one for one in Stage.describe(settings).columns if one.name == "states"]
+    assert (column.shape, column.dtype) == ((5 if compact else 17, 32), "float16")
+    found = list(Stage(settings)(rows(PROMPTS[:2], ["text-embedding", "ovi"])))
+    model = stage.image_encoder.model
+    for row in found:
+        assert ("states" in row) == (row["method"] == "ovi")
+        if "states" in row:
+            assert (row["states"].shape, row["states"].dtype) == (column.shape, np.float16)
+            head = model.visual_projection(model.vision_model.post_layernorm(torch.tensor(row["states"][0]).float()))
+            np.testing.assert_allclose(head.detach().numpy(), row["embedding"], atol=0.02)
+    for methods, said in (
+        (["text-embedding"], "needs OVI methods"),
+        (["ovi", {"method": "ovi", "name": "small", "compact": True}], "OVI methods with sequences of one length"),
+        ([{"method": "ovi", "stop": {"relative": 0.1, "best": True}}], "keeps the last step's"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            Stage.describe(InvertPromptsSettings(**{**given, "methods": methods}))
 
 
 def test_prompts_that_the_encoder_cuts_are_told(solved):
