@@ -37,7 +37,8 @@ class Input(Settings):
     format: Format | None = None
     """How to read them. Left out: found from the names and, for a folder, from what is in it."""
     columns: dict[str, str] = {}
-    """Name that the job uses -> name in the input, for instance ``{prompt: caption}``."""
+    """Name that the job uses -> name in the input, for instance ``{prompt: caption}``. ``json.caption`` is what the
+    objects in ``json`` have under ``caption``, unless a column is called so."""
     id: str | None = None
     """The input's column with a unique id for each row. Left out: ids come from file and row number."""
     images: tuple[str, ...] = ()

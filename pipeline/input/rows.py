@@ -154,7 +154,30 @@ def derived_id(span_name: str, row: int) -> str:
 
 def picked(values: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
     """The wanted values under the names that the stage knows."""
-    return dict(values) if wanted is None else {name: values.get(column) for name, column in wanted.items()}
+    return dict(values) if wanted is None else {name: value_at(values, column) for name, column in wanted.items()}
+
+
+def value_at(values: Mapping[str, Any], column: str) -> Any:
+    """A row's value of a column; of ``a.b``, where no column is called so, the key ``b`` of the object in ``a``.
+
+    None where there is none.
+    """
+    if column in values:
+        return values[column]
+    outer, _, inner = column.partition(".")
+    return value_at(values[outer], inner) if inner and isinstance(values.get(outer), Mapping) else None
+
+
+def field_at(schema: pa.Schema | pa.StructType, column: str) -> pa.Field | None:
+    """The field of a column, as `value_at` finds it; of two that share a name the first, None where there is none."""
+    import pyarrow as pa
+
+    index = next((index for index, field in enumerate(schema) if field.name == column), None)
+    if index is not None:
+        return schema.field(index)
+    outer, _, inner = column.partition(".")
+    object_ = field_at(schema, outer) if inner else None
+    return field_at(object_.type, inner) if object_ is not None and pa.types.is_struct(object_.type) else None
 
 
 def own_id(source: Source, values: Mapping[str, Any], span: Span, row: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.input.rows import Encoded, is_picture, picture_type
+from pipeline.input.rows import Encoded, field_at, is_picture, picture_type, value_at
 from pipeline.input.source import SourceError
 
 JSON_NOTE = {"json": "true"}
@@ -156,10 +156,11 @@ class Settling:
             SourceError: It holds a column in a type that does not go with that of an earlier file.
         """
         for name, column in self.columns.items():
-            if column not in schema.names:
+            found = field_at(schema, column)
+            if found is None:
                 self._lacking[name].append(path)
                 continue
-            field = typed_field(name, schema.field(column))
+            field = typed_field(name, found)
             before, where = self._typed.get(name, (field, path))
             both = merged(before, field)
             if both is None:
@@ -174,7 +175,7 @@ class Settling:
         """A row of a file that does not tell its columns."""
         self._rows += 1
         for name, column in self.columns.items():
-            self._values[name].add(values.get(column))
+            self._values[name].add(value_at(values, column))
 
     def join(self, other: Settling) -> None:
         """The rows that another of the same columns was shown."""

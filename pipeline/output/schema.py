@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.contract import Column
-from pipeline.input.rows import Encoded, Raw, picture_type
+from pipeline.input.rows import Encoded, Raw, picture_type, value_at
 
 SCHEMA_VERSION = 1
 """Counts up when the layout of the output changes; part of every run fingerprint."""
@@ -254,7 +254,7 @@ def sample_bytes(raws: Sequence[Raw], name: str) -> float:
     """Mean size of a column's values in a sample, for estimates."""
     sizes = []
     for raw in raws:
-        value = raw.values.get(name)
+        value = value_at(raw.values, name)
         if isinstance(value, np.ndarray):
             sizes.append(value.nbytes)
         elif isinstance(value, Encoded):

@@ -14,13 +14,14 @@ from pipeline.contract import Form
 from pipeline.input.files import InputFile, list_files
 from pipeline.input.formats.columnar import is_output
 from pipeline.input.read import reader_of
-from pipeline.input.rows import Look, Raw, Span, is_picture
+from pipeline.input.rows import Look, Raw, Span, field_at, is_picture, value_at
 from pipeline.input.source import Source, SourceError
 from pipeline.output.kept import Settling, Values, typed_field
 from pipeline.output.schema import noted
 
 SAMPLE_ROWS = 200
 CAPTIONED_FILES = 20
+MAPPED = "input.columns."
 CAPTIONS = ("caption", "text", "prompt")
 """Names that captions go by, in this order."""
 Reads = Mapping[str, Form] | None
@@ -49,11 +50,21 @@ class Seen:
             return [*self.schema.names, *self.late]
         return sorted({name for raw in self.rows for name in raw.values} | set(self.late))
 
+    def has(self, key: str, column: str) -> bool:
+        """Whether there is the column that a key of the job file asks for. Where one is given a name, ``a.b`` may be
+        the key ``b`` of the objects in ``a``.
+        """
+        if column in self.names or not key.startswith(MAPPED):
+            return column in self.names
+        if self.schema is not None:
+            return field_at(self.schema, column) is not None
+        return any(value_at(raw.values, column) is not None for raw in self.rows)
+
     def field(self, name: str, column: str) -> pa.Field:
         """The output's field for an input column, by what has been seen so far."""
-        if self.schema is None or column not in self.names:
-            return Values(raw.values.get(column) for raw in self.rows).field(name)
-        found = self.late[column] if column in self.late else self.schema.field(column)
+        if self.schema is None or not self.has(MAPPED, column):
+            return Values(value_at(raw.values, column) for raw in self.rows).field(name)
+        found = self.late[column] if column in self.late else field_at(self.schema, column)
         assert found is not None
         return typed_field(name, found)
 
@@ -79,25 +90,28 @@ def look(source: Source, keep: Keep, limit: int | None, reads: Reads) -> Seen:
         span = Span(first.name, first.path, 0, min(SAMPLE_ROWS, limit or SAMPLE_ROWS))
         sample = tuple(islice(reader.rows(everything, span, None), SAMPLE_ROWS))
     seen = Seen(schema, sample, {})
-    missing = {column for _, column in asked if column not in seen.names}
+    missing = {column for key, column in asked if not seen.has(key, column)}
     if missing and seen.names:
         late = _typed_late(source, files, missing) if schema is not None else _found_late(source, missing)
         seen = replace(seen, late=late)
-    _check(source, asked, seen.names)
+    _check(source, asked, seen)
     return seen
 
 
 def _asked(source: Source, keep: Keep) -> list[tuple[str, str]]:
     """(Key of the job file, the input's column) for every column that is named."""
-    named = [(f"input.columns.{name}", column) for name, column in source.columns.items()]
+    named = [(f"{MAPPED}{name}", column) for name, column in source.columns.items()]
     named += [(key, name) for name, key in keep.items() if name not in {*source.columns, *source.variants}]
     return named + ([("input.id", source.id)] if source.id is not None else [])
 
 
-def _check(source: Source, asked: list[tuple[str, str]], available: list[str]) -> None:
+def _check(source: Source, asked: list[tuple[str, str]], seen: Seen) -> None:
     for key, column in asked:
-        if available and column not in available:
-            raise SourceError(f"{key}: the input has no column {column!r}; {_offer(column, available)}")
+        if seen.names and not seen.has(key, column):
+            hint = _offer(column, seen.names)
+            if seen.has(MAPPED, column):
+                hint = f"give what lies in {column.partition('.')[0]!r} a name: columns: {{...: {column}}}"
+            raise SourceError(f"{key}: the input has no column {column!r}; {hint}")
     for name in source.images:
         if source.columns and name not in source.columns:
             raise SourceError(f"input.images: {name!r} is not one of the mapped columns {', '.join(source.columns)}")
@@ -112,9 +126,10 @@ def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: Keep, r
         SourceError: It has not; the message names the file.
     """
     for key, column in _asked(source, {}):
-        if column not in schema.names:
+        if column not in schema.names and not (key.startswith(MAPPED) and field_at(schema, column)):
             raise SourceError(f"{key}: {file.path} has no column {column!r}; {_offer(column, schema.names)}")
-    named = {column: key for key, column in _asked(source, keep)}
+    asked = _asked(source, keep)
+    named = {column if column in schema.names else column.partition(".")[0]: key for key, column in asked}
     if not source.columns:
         everything = [name for name in schema.names if name] if reads is None else reads
         named |= {name: "input" for name in everything if name not in named}
@@ -183,7 +198,10 @@ def _typed_late(source: Source, files: Iterable[InputFile], missing: set[str]) -
         schema = reader_of(source).schema(source, file)
         if schema is None:
             return found
-        found |= {name: schema.field(name) for name in missing - found.keys() if name in schema.names}
+        mapped = source.columns.values()
+        fields = {name: field_at(schema, name) for name in missing - found.keys()
+                  if name in mapped or name in schema.names}  # fmt: skip
+        found |= {name: field for name, field in fields.items() if field is not None}
         if len(found) == len(missing):
             break
     return found
@@ -194,7 +212,9 @@ def _found_late(source: Source, missing: set[str]) -> dict[str, pa.Field | None]
     found: dict[str, pa.Field | None] = {}
 
     def shown(row: int, values: Mapping[str, object]) -> None:
-        found.update((name, None) for name in missing & values.keys())
+        mapped = source.columns.values()
+        there = (name for name in missing if name in values or (name in mapped and value_at(values, name) is not None))
+        found.update((name, None) for name in there)
         if len(found) == len(missing):
             raise _AllFound
 
@@ -299,9 +319,10 @@ def _nested(source: Source, seen: Seen, reads: Reads, form: Form) -> list[str]:
     said = []
     for name in [name for name, own in (reads or {}).items() if own == form]:
         column = source.columns.get(name) if source.columns else name
-        if seen.schema is None or column is None or seen.schema.names.count(column) != 1:
+        found = None if seen.schema is None or column is None else field_at(seen.schema, column)
+        if found is None:
             continue
-        kind = seen.schema.field(column).type
+        kind = found.type
         fits = form == "picture" and pa.types.is_struct(kind) and {field.name for field in kind} & {"bytes", "path"}
         if pa.types.is_nested(kind) and not fits:
             key = f"input.columns.{name}" if source.columns else "input"

@@ -24,6 +24,7 @@ from pipeline.input.rows import (
     Raw,
     Span,
     Wanted,
+    field_at,
     file_digest,
     is_picture,
     own_id,
@@ -174,11 +175,12 @@ def _read_columns(source: Source, schema: pa.Schema, wanted: Wanted, path: str) 
     if wanted is None:
         return None
     needed = list(dict.fromkeys([*wanted.values(), *([source.id] if source.id else [])]))
-    missing = [name for name in needed if name not in schema.names]
+    missing = [name for name in needed if field_at(schema, name) is None]
     lost = [name for name in missing if name == source.id or name in source.columns.values()]
     if lost:
         raise MissingColumn(path, lost[0], schema.names)
-    needed = [name for name in needed if name not in missing]  # a kept column that this file lacks is null in its rows
+    there = (name for name in needed if name not in missing)  # a kept column that this file lacks is null in its rows
+    needed = list(dict.fromkeys(name if name in schema.names else name.partition(".")[0] for name in there))
     if is_output(schema):
         own = [name for name in ("status", "error", "duplicate_of") if name in schema.names]
         needed += [name for name in own if name not in needed]

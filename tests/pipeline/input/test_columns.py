@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -301,3 +302,58 @@ def test_a_column_of_several_captions_a_row_is_noted(tmp_path: Path) -> None:
     notes = draft(spec_of(tmp_path / "in.parquet", tmp_path / "out", stage="Captioned", **mapped)).notes
     assert "input.columns.prompt: the column 'said' holds list<" in notes[0]
     assert "every row that has one will fail" in notes[0]
+
+
+def _nested(form: str, folder: Path) -> Path:
+    rows = [{"json": {"prompt": f"p{i}", "of": {"lang": "en"}, "seed": i}, "json.flat": f"f{i}"} for i in range(3)]
+    rows[1]["json"] = {"prompt": None, "of": None, "seed": 1}
+    path = folder / f"in.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        data_dir = folder / "in"
+        datasets.Dataset.from_list(rows).save_to_disk(data_dir)
+        return data_dir
+    return path
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "datasets"])
+def test_what_lies_in_an_object_is_mapped_by_its_path(tmp_path: Path, form: str) -> None:
+    columns = {"text": "json.prompt", "lang": "json.of.lang", "seed": "json.seed", "flat": "json.flat"}
+    rows = rows_of(_nested(form, tmp_path), tmp_path / "out", ["lang", "seed", "flat"], columns=columns)
+    assert [(row["length"], row["lang"], row["seed"], row["flat"]) for row in rows] == [
+        (2, "en", 0, "f0"), (None, None, 1, "f1"), (2, "en", 2, "f2"),
+    ]  # fmt: skip
+
+
+def test_an_object_of_a_later_file_is_found_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.jsonl").write_text('{"json": {}}\n' * 300)
+    (tmp_path / "in/1.jsonl").write_text('{"json": {"prompt": "ab"}}\n')
+    rows = rows_of(tmp_path / "in", tmp_path / "out", columns={"text": "json.prompt"})
+    assert [row["length"] for row in rows] == [None] * 300 + [2]
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({"columns": {"text": "json.prmpt"}}, "columns.text: .*no column 'json.prmpt'; .*json"),
+     ({"columns": {"text": "json.prompt.x"}}, "no column 'json.prompt.x'"),
+     ({"keep": ["json.prompt"]}, r"keep: .*no column 'json.prompt'; .*columns: \{...: json.prompt\}"),
+     ({"id": "json.seed"}, r"input.id: .*no column 'json.seed'")],
+)  # fmt: skip
+def test_a_path_that_leads_nowhere_is_refused(tmp_path: Path, form: str, given: dict[str, Any], says: str) -> None:
+    with pytest.raises(SourceError, match=says):
+        make_plan(spec_of(_nested(form, tmp_path), tmp_path / "out", **given))
+
+
+def test_the_object_that_is_asked_for_stands_once(tmp_path: Path) -> None:
+    inner = pa.array([{"prompt": "a"}])
+    pq.write_table(pa.Table.from_arrays([inner, inner], names=["json", "json"]), tmp_path / "in.parquet")
+    with pytest.raises(SourceError, match="has the column 'json' twice"):
+        make_plan(spec_of(tmp_path / "in.parquet", tmp_path / "out", columns={"text": "json.prompt"}))
+    (tmp_path / "in.jsonl").write_text('{"json": {"prompt": "a"}, "json": {"prompt": "b"}}\n')
+    (row,) = rows_of(tmp_path / "in.jsonl", tmp_path / "out", columns={"text": "json.prompt"})
+    assert "the key 'json' twice" in row["error"]
