@@ -28,8 +28,8 @@ from tests.support.tiny_stable_diffusion import tokenizer
 GIGA = 10**9
 CARDS = (24, 40, 80)
 TEXT_ENCODERS = {
-    "SD1.5": 0.123, "SDXL": 0.818, "SD3.5-medium": 5.58, "SD3.5-large": 5.58, "FLUX.1-dev": 4.88,
-    "Chroma1-HD": 4.76, "FLUX.2-klein-4B": 4.02, "FLUX.2-klein-9B": 8.19, "FLUX.2-dev": 24.01, "Qwen-Image": 8.29,
+    "SD1.5": 0.123, "SDXL": 0.818, "SD3.5-medium": 5.58, "SD3.5-large": 5.58, "FLUX.1-dev": 4.88, "Chroma1-HD": 4.76,
+    "FLUX.2-klein-4B": 4.02, "FLUX.2-klein-9B": 8.19, "FLUX.2-dev": 24.01, "Qwen-Image": 8.29, "Qwen-Image-2.1": 8.77,
     "Z-Image-Turbo": 4.02,
 }  # fmt: skip
 """Billions of parameters, as published."""
@@ -86,8 +86,8 @@ def line(name: str) -> str:
         for card in CARDS:
             rows = rows_on(card * GIGA, weights, plain) or rows_on(card * GIGA, weights, again)
             fits.append(str(power_of_two(rows) if column in ("inversion", "Lego") and rows else min(rows, 999)))
-        cells.append(f"{' / '.join(f'{each / GIGA:.2g}' for each in sorted({plain, again}, reverse=True))} GB: "
-                     f"{', '.join(fits)}")  # fmt: skip
+        told = dict.fromkeys(f"{each / GIGA:.2g}" for each in sorted((plain, again), reverse=True))
+        cells.append(f"{' / '.join(told)} GB: {', '.join(fits)}")
     return f"| {name} | {weights / GIGA:.1f} | {' | '.join(cells)} |"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stages.models.autoencoder import on_white
 from stages.models.latent import LatentModel
 
 
@@ -42,4 +43,4 @@ class Stock:
             prompt=list(prompts), num_inference_steps=steps, latents=given, output_type="pt",
             height=self.geometry.height, width=self.geometry.width, **told,
         ).images  # fmt: skip
-        return drawn.float() * 2 - 1
+        return on_white(drawn.float() * 2 - 1)

@@ -55,7 +55,7 @@ class InvertImages(RowJob, InvertImagesSettings):
         shown = lines(
             geometry, finished.output.path, steps=self.steps, guidance=self.guidance, negative=self.negative,
             method=label, buckets=self.fit == "bucket", dtype=self.dtype,
-            said='prompt=row["prompt"]' if self.inverter is None else geometry.usage.from_row(),
+            said=None if self.inverter is None else geometry.usage.from_row(),
         )  # fmt: skip
         return _CARD.format(lines=shown)
 

@@ -1,5 +1,8 @@
 """Between pictures and a denoiser's latents: a frozen autoencoder, and what it says of scale, shift and squares.
 
+An autoencoder of pictures with alpha is shown opaque ones, and what it makes is laid over white, as pictures with alpha
+are that jobs read (`pipeline.pictures`).
+
 Legend: B rows; `x_BCHW` pictures in [-1, 1]; `z_BCHW` latents as the denoiser sees them.
 """
 
@@ -19,6 +22,8 @@ def encode(vae: Any, x_BCHW: torch.Tensor) -> torch.Tensor:
 def posterior(vae: Any, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """z_BCHW and std_BCHW, float32: mean and standard deviation of the posterior, as the denoiser sees them."""
     x = x_BCHW.to(vae.device, vae.dtype)
+    if vae.config.get("in_channels") == 4:
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     found = vae.encode(x[:, :, None] if is_video(vae.config) else x).latent_dist
     mean, std = (part[:, :, 0] if is_video(vae.config) else part for part in (found.mean.float(), found.std.float()))
     return to_latent(mean, vae), spread_of_latent(std, vae)
@@ -28,8 +33,16 @@ def decode(vae: Any, z_BCHW: torch.Tensor) -> torch.Tensor:
     """x_BCHW (about [-1, 1], not clamped), float32; differentiable."""
     mean_BCHW = from_latent(z_BCHW.float(), vae).to(vae.dtype)
     if is_video(vae.config):
-        return vae.decode(mean_BCHW[:, :, None]).sample[:, :, 0].float()
-    return vae.decode(mean_BCHW).sample.float()
+        return on_white(vae.decode(mean_BCHW[:, :, None]).sample[:, :, 0].float())
+    return on_white(vae.decode(mean_BCHW).sample.float())
+
+
+def on_white(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1] with an alpha as their fourth channel, from -1 (not there) to 1, over white."""
+    if x_BCHW.shape[1] != 4:
+        return x_BCHW
+    seen_B1HW = (x_BCHW[:, 3:] + 1) / 2
+    return seen_B1HW * x_BCHW[:, :3] + (1 - seen_B1HW)
 
 
 def is_video(config: Mapping[str, Any]) -> bool:

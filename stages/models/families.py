@@ -9,6 +9,7 @@ from stages.models.flux2 import Flux2, Flux2Klein
 from stages.models.latent import Geometry, LatentModel
 from stages.models.origin import configuration
 from stages.models.qwen_image import QwenImage
+from stages.models.qwen_image_21 import QwenImage21
 from stages.models.sd3 import StableDiffusion3
 from stages.models.settings import LatentModelSettings
 from stages.models.transformer import FlowTransformer
@@ -20,7 +21,8 @@ UNETS = (StableDiffusionXL, StableDiffusion)
 CONSISTENCY = "LatentConsistencyModelPipeline"
 """Of a Stable Diffusion whose own pipeline runs `LCMScheduler` alone; Stable Diffusion's runs it with any."""
 FLOWS: dict[str, type[FlowTransformer]] = {
-    family.index: family for family in (StableDiffusion3, Flux, Chroma, Flux2, Flux2Klein, QwenImage, ZImage)
+    family.index: family
+    for family in (StableDiffusion3, Flux, Chroma, Flux2, Flux2Klein, QwenImage, QwenImage21, ZImage)
 }
 """By the class of the pipeline."""
 

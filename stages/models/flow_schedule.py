@@ -27,6 +27,7 @@ class FlowGrid:
         linear: It hands over sigmas from 1 to 1 / S in equal steps, computed in this type; None: the scheduler's own
             are taken.
         patch: Side of the patch of latents that is one token: mu depends on the number of tokens.
+        listed: Sigmas that it hands over in their place, as many as there are steps: a model's own, from its index.
         shift: How: along the line that the scheduler's configuration gives, or along FLUX.2's, which also depends on
             the number of steps.
     """
@@ -34,6 +35,7 @@ class FlowGrid:
     linear: Literal["float64", "float32"] | None
     patch: int = 2
     shift: Literal["configured", "empirical"] = "configured"
+    listed: tuple[float, ...] | None = None
 
 
 def check_flow(config: Mapping[str, Any]) -> None:
@@ -99,7 +101,14 @@ def _told(config: Mapping[str, Any], steps: int, grid: FlowGrid, latent_shape: t
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
     told: dict[str, Any] = {}
-    if grid.linear == "float64":
+    if grid.listed is not None:
+        if steps != len(grid.listed):
+            raise ValueError(
+                f"steps is {steps}: this model's pipeline visits sigmas of its own (`sample_sigmas`), and draws in "
+                f"{len(grid.listed)} steps whatever it is told; set steps: {len(grid.listed)}"
+            )
+        told["sigmas"] = list(grid.listed)
+    elif grid.linear == "float64":
         told["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     elif grid.linear == "float32":
         told["sigmas"] = torch.linspace(1.0, 1 / steps, steps).tolist()

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 
 from stages.models.captions import Reader
 from stages.models.flow_schedule import FlowGrid
-from stages.models.latent import Condition, Geometry, Network, Predict
+from stages.models.latent import Condition, Network, Predict
 from stages.models.settings import LatentModelSettings
 from stages.models.transformer import FlowTransformer
 from stages.models.usage import Usage
@@ -88,18 +87,6 @@ class Flux2(Flux2Family):
     @classmethod
     def guiding(cls, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> Literal["told", "none"]:
         return "told" if transformer["guidance_embeds"] else "none"
-
-    @classmethod
-    def load(cls, settings: LatentModelSettings, geometry: Geometry) -> Self:
-        """See `FlowTransformer`.
-
-        Raises:
-            ValueError: Its processor of prompts asks for torchvision, which is not installed.
-        """
-        reads = (cls._index(settings).get("tokenizer") or ["", ""])[1]
-        if reads == "PixtralProcessor" and find_spec("torchvision") is None:
-            raise ValueError(f"model {settings.model!r} reads prompts by a {reads}: pip install torchvision")
-        return super().load(settings, geometry)
 
     def tokens_of(self, prompt: str, verbose: bool = True) -> Sequence[int]:
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input

@@ -86,6 +86,8 @@ class _FusedAttention(torch.autograd.Function):
 class _Fused(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.where and isinstance(args[-1], torch.Tensor) and args[-1].is_meta:
+            args = (args[0].to("meta"), *args[1:])  # a mask that has to have numbers is made on the CPU
         if func is functional.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             return _FusedAttention.apply(named["query"], named["key"], named["value"])

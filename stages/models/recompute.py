@@ -30,7 +30,7 @@ def recompute(network: Any, within: Callable[[], AbstractContextManager[Any]] = 
         within: Where a block runs again.
 
     Returns:
-        False: it does already, or cannot (Qwen-Image's autoencoder, whose blocks count how often they ran).
+        False: it does already, or cannot (Qwen-Image's autoencoders, whose blocks count how often they ran).
     """
     if recomputes(network) or not network._supports_gradient_checkpointing:
         return False

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
@@ -39,6 +40,9 @@ from stages.models.schedule import Schedule, changed_config
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
 from stages.models.usage import Usage, guidance_scale
 from stages.models.words import Encoder
+
+PICTURE_READERS = ("PixtralProcessor", "Qwen3VLProcessor")
+"""Processors of transformers that read prompts, and pictures by torchvision."""
 
 
 class FlowTransformer:
@@ -91,6 +95,11 @@ class FlowTransformer:
     def sizes(cls, path: str, transformer: Mapping[str, Any], factor: int) -> Sizes:
         """Which pictures the model takes."""
         return Sizes(path, factor, factor * cls.grid.patch)
+
+    @classmethod
+    def grid_of(cls, index: Mapping[str, Any]) -> FlowGrid:
+        """How its pipeline sets its scheduler; of the pipeline's configuration."""
+        return cls.grid
 
     @classmethod
     def default_size(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], factor: int) -> int:
@@ -206,7 +215,7 @@ class FlowTransformer:
             loras=tuple(settings.loras or ()),
             usage=cls._usage(settings, parts, tokens),
             sampler="model",
-            grid=cls.grid,
+            grid=cls.grid_of(cls._index(settings)),
         )
 
     @classmethod
@@ -266,11 +275,18 @@ class FlowTransformer:
 
     @classmethod
     def load(cls, settings: LatentModelSettings, geometry: Geometry) -> Self:
-        """Read the weights, each part in the type that it runs in, onto the device."""
+        """Read the weights, each part in the type that it runs in, onto the device.
+
+        Raises:
+            ValueError: What reads its prompts asks for torchvision, which is not installed.
+        """
         import diffusers
         import transformers
 
         index, devices = cls._index(settings), chosen_devices(settings.device)
+        for reads in (_class_of(index, part) for part in cls.encoders.values()):
+            if reads in PICTURE_READERS and find_spec("torchvision") is None:
+                raise ValueError(f"model {settings.model!r} reads prompts by a {reads}: pip install torchvision")
         loaded: dict[str, Any] = dict(cls.left_out)
         stay = cls.encoders if isinstance(settings, SamplingSettings) and settings.offload else ()
         homes = {part: devices[-1 if part in cls.encoders else 0] for part in geometry.parts.keys() - set(stay)}

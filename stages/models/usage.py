@@ -27,6 +27,8 @@ class Usage:
         latents: What `pipe` is given as `latents`, of `seed` (1, C, H, W).
         guidance: What it is given of a guidance scale and a negative prompt.
         more: Further arguments of `pipe`, each with ", " behind it.
+        prompt: What it is given of a dataset's `row` that has a prompt.
+        picture: A line that makes the dataset's kind of `picture` of the pipeline's, by PIL's `Image`.
     """
 
     names: tuple[str, ...]
@@ -37,6 +39,8 @@ class Usage:
     latents: str = "seed"
     guidance: Callable[[float, str | None], str] = guidance_scale
     more: str = ""
+    prompt: str = 'prompt=row["prompt"]'
+    picture: str = ""
 
     def regenerating(self) -> tuple[tuple[str, ...], str]:
         """What is imported from diffusers, and the lines that make a `pipe` which regenerates pictures."""

@@ -73,6 +73,7 @@ FLOWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float, int]] = {
     "FLUX.2-klein-4B": ("Flux2Klein", KLEIN_4B, {}, 3.88, 512),
     "FLUX.2-klein-9B": ("Flux2Klein", KLEIN_9B, {}, 9.08, 512),
     "Qwen-Image": ("QwenImage", {}, QWEN_VAE, 20.43, 512),
+    "Qwen-Image-2.1": ("QwenImage21", {}, {}, 7.115, 512),
     "Z-Image-Turbo": ("ZImage", {}, KL, 6.15, 512),
 }  # fmt: skip
 """Name -> family, configurations of transformer and autoencoder, billions of parameters, tokens of text."""
@@ -87,6 +88,8 @@ PIPELINES = {
     "Flux2Klein": ("Flux2KleinPipeline", {"text_encoder": "Qwen3ForCausalLM", "tokenizer": "Qwen2Tokenizer"}),
     "QwenImage": ("QwenImagePipeline", {"text_encoder": "Qwen2_5_VLForConditionalGeneration",
                   "tokenizer": "Qwen2Tokenizer"}),
+    "QwenImage21": ("QwenImage21Pipeline", {"text_encoder": "Qwen3VLForConditionalGeneration",
+                    "processor": "Qwen3VLProcessor"}),
     "ZImage": ("ZImagePipeline", {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2Tokenizer"}),
 }  # fmt: skip
 
@@ -195,7 +198,11 @@ def write_index(kind: str, folder: Path) -> None:
 def classes(family: str) -> tuple[str, str]:
     """Of transformer and autoencoder."""
     of = "Flux2" if family == "Flux2Klein" else family
-    autoencoders = {"QwenImage": "AutoencoderKLQwenImage", "Flux2": "AutoencoderKLFlux2"}
+    autoencoders = {
+        "QwenImage": "AutoencoderKLQwenImage",
+        "QwenImage21": "AutoencoderKLQwenImage21",
+        "Flux2": "AutoencoderKLFlux2",
+    }
     return f"{of}Transformer2DModel", autoencoders.get(of, "AutoencoderKL")
 
 

@@ -165,6 +165,46 @@ def qwen_image() -> Any:
     )  # fmt: skip
 
 
+def qwen_image_21(*, sample_sigmas: list[float] | None = None) -> Any:
+    """Qwen-Image-2.1: 8 channels of an autoencoder with alpha, at a sixteenth of the side; -Turbo with sigmas of its
+    own. A processor that reads text alike stands for Qwen3-VL's, which asks for torchvision."""
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImage21Pipeline,
+        QwenImage21Transformer2DModel,
+    )
+    from transformers import CLIPImageProcessor, LlavaProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    words = qwen_tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>"]})
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
+    )
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=8, out_channels=8, num_layers=1, attention_head_dim=8, num_attention_heads=4, context_in_dim=WIDTH,
+        axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    torch.nn.init.normal_(transformer.modulation[1].weight, std=0.3)  # what time modulates
+    generator = torch.Generator().manual_seed(0)
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=torch.randn(8, generator=generator).tolist(),
+        latents_std=(1 + torch.rand(8, generator=generator)).tolist(),
+    )  # fmt: skip
+    shift = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    text = {**LANGUAGE, "vocab_size": len(words), "head_dim": 8,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}  # fmt: skip
+    return QwenImage21Pipeline(
+        transformer=enliven(transformer), vae=vae, sample_sigmas=sample_sigmas,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{} if sample_sigmas else shift),
+        text_encoder=Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)),
+        processor=LlavaProcessor(CLIPImageProcessor(), words, chat_template=template, patch_size=14),
+    )  # fmt: skip
+
+
 def z_image() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
@@ -250,6 +290,8 @@ KINDS: dict[str, Any] = {
     "flux2-klein": lambda: flux2_klein(is_distilled=True),
     "flux2-klein-base": lambda: flux2_klein(is_distilled=False),
     "qwen-image": qwen_image,
+    "qwen-image-21": qwen_image_21,
+    "qwen-image-21-turbo": lambda: qwen_image_21(sample_sigmas=[1.0, 0.97, 0.8, 0.4]),
     "z-image": z_image,
 }
 

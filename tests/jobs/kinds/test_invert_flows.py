@@ -45,6 +45,8 @@ def decibels(made: Any, wanted: Any) -> float:
         ("flux2-klein", {"prompt": "", "size": 16}),
         ("flux2-klein-base", {"guidance": 1.5, "negative": "blue", "max_sequence_length": 6, "size": 16}),
         ("qwen-image", {"guidance": 2.0, "size": 32}),
+        ("qwen-image-21", {"guidance": 1.5, "negative": "blue", "max_sequence_length": 30, "size": 32}),
+        ("qwen-image-21-turbo", {"size": 64, "steps": 4}),
         ("z-image", {"guidance": 1.5, "negative": "blue", "size": 32}),
     ],
 )

@@ -45,8 +45,8 @@ def stock(folder: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 PACKED = ("flux-dev", "flux-schnell", "chroma", "qwen-image")
-UNIT = {"qwen-image": 4, "z-image": 2}
-"""Of the sizes here: Qwen-Image's autoencoder is one of 8 pixels a latent; Z-Image's positions are 2 apart."""
+UNIT = {"qwen-image": 4, "qwen-image-21": 8, "z-image": 2}
+"""Of the sizes here: Qwen-Image's autoencoders have 8 and 16 pixels a latent; Z-Image's positions are 2 apart."""
 
 
 def told_scale(guidance: float) -> dict[str, Any]:
@@ -57,11 +57,15 @@ GUIDED: dict[str, Any] = {
     "qwen-image": lambda g: {"true_cfg_scale": g, "negative_prompt": ""} if g > 1 else {"true_cfg_scale": 1.0},
     "z-image": lambda g: {"guidance_scale": g - 1},
 }
+GUIDED["qwen-image-21"] = GUIDED["qwen-image-21-turbo"] = GUIDED["qwen-image"]
 """How a pipeline is told of guidance, by its own documentation."""
+UNGUIDED = ("flux-schnell", "flux2-klein", "qwen-image-21-turbo")
 
 
 def given(kind: str, noise_BCHW: torch.Tensor) -> torch.Tensor:
     """The pipeline's `latents`, packed by a plain loop where it takes them packed."""
+    if kind.startswith("qwen-image-21"):
+        return noise_BCHW.flatten(2).transpose(1, 2)
     if kind not in PACKED:
         return noise_BCHW
     B, C, H, W = noise_BCHW.shape
@@ -70,7 +74,7 @@ def given(kind: str, noise_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell", "chroma", "flux2-dev", "flux2-klein", "qwen-image",
-                                  "z-image"])  # fmt: skip
+                                  "qwen-image-21", "z-image"])  # fmt: skip
 @pytest.mark.parametrize("size", [(16, 16), (24, 8), (20, 16)], ids=str)
 def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str, size: tuple[int, int]) -> None:
     size = tuple(side * UNIT.get(kind, 1) for side in size)
@@ -82,7 +86,7 @@ def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str,
         pipe._interrupt = True
         return {}
 
-    for steps in (2 if kind == "qwen-image" else 1, 4, 7, 28):
+    for steps in (2 if kind.startswith("qwen-image") else 1, 4, 7, 28):
         pipe(prompt="red star", width=size[0], height=size[1], num_inference_steps=steps, output_type="latent",
              callback_on_step_end=note, **GUIDED.get(kind, told_scale)(1.0))  # fmt: skip
         schedule = model.schedule(steps)
@@ -109,16 +113,23 @@ def test_a_changed_scheduler_is_the_pipeline_s_too(folders, change: dict[str, An
 @pytest.mark.parametrize("kind", list(tiny_flows.KINDS))
 def test_what_is_drawn_of_a_seed_is_what_the_pipeline_draws(folders, kind: str) -> None:
     """Conditions, time, packing, shift and scale, guidance, decoding: all of it, at a size that is no square."""
-    width, height = (side * UNIT.get(kind, 1) for side in (24, 16))
+    width, height = (side * UNIT.get(kind.removesuffix("-turbo"), 1) for side in (24, 16))
     pipe, model = stock(folders[kind]), opened(folders[kind]).at(width, height)
     noise = torch.randn(2, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(5))
     prompts = ["red star", "a dotted circle that is small"]
-    for guidance in (1.0, 3.5) if kind not in ("flux-schnell", "flux2-klein") else (1.0,):
+    for guidance in (1.0, 3.5) if kind not in UNGUIDED else (1.0,):
         condition = model.condition(prompts, guided=guidance > 1)
         z = sample(model.predictor(guidance), model.schedule(4), noise, condition)
         x = (model.decode(z) / 2 + 0.5).clamp(0, 1)
-        wanted = pipe(prompt=prompts, width=width, height=height, num_inference_steps=4, output_type="np",
-                      latents=given(kind, noise), **GUIDED.get(kind, told_scale)(guidance)).images  # fmt: skip
+        # Where a picture's positions depend on the longest text beside it, a row is drawn as a pipeline draws it alone.
+        calls = [slice(0, 1), slice(1, 2)] if kind.startswith("qwen-image-21") else [slice(None)]
+        wanted = np.concatenate([
+            pipe(prompt=prompts[rows], width=width, height=height, num_inference_steps=4, output_type="np",
+                 latents=given(kind, noise[rows]), **GUIDED.get(kind, told_scale)(guidance)).images
+            for rows in calls
+        ])  # fmt: skip
+        if wanted.shape[-1] == 4:  # over white
+            wanted = wanted[..., :3] * wanted[..., 3:] + (1 - wanted[..., 3:])
         np.testing.assert_allclose(x.permute(0, 2, 3, 1).numpy(), wanted, atol=2e-5)
 
 
@@ -149,8 +160,9 @@ def test_pictures_are_encoded_as_flux2_encodes_those_it_is_shown(folders) -> Non
 
 
 def test_rows_stand_at_different_times_in_one_call(folders) -> None:
-    for kind in ("sd3", "flux-dev"):
+    for kind in ("sd3", "flux-dev", "chroma", "qwen-image-21"):
         model = opened(folders[kind])
+        model = model.at(64, 32) if kind == "qwen-image-21" else model
         z = torch.randn(3, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(2))
         t, told = torch.tensor([1000.0, 500.0, 12.5]), model.condition(["red", "blue star", ""])
         together = model.predictor()(z, t, told)
@@ -177,7 +189,7 @@ def test_networks_load_in_half_precision_and_the_autoencoder_does_not(folders) -
 
 def test_texts_of_unequal_length_stand_alone_as_they_stand_together(folders) -> None:
     """What is padded and masked has no part in the velocity; on the meta device texts are taken as long as can be."""
-    for kind in ("qwen-image", "z-image"):
+    for kind in ("qwen-image", "qwen-image-21", "z-image"):
         model = opened(folders[kind]).at(32, 32)
         assert model.activation_bytes("predict") > 0
         told = model.condition(["red", "a blue star that is melted in ice"])
@@ -199,7 +211,7 @@ def test_a_long_prompt_says_what_was_left_out_of_it(folders) -> None:
     }
     for kind, said in wanted.items():
         assert cuts(["red star", long], opened(folders[kind]).readers) == [{"prompt_cut": None}, {"prompt_cut": said}]
-    for kind in ("qwen-image", "z-image"):
+    for kind in ("qwen-image", "qwen-image-21", "z-image"):
         model = opened(folders[kind])
         (reader,) = model.readers
         for prompt in ("red", "red star", "a" * 400):
@@ -234,6 +246,65 @@ def test_the_language_model_reads_as_many_tokens_as_it_is_told_to(folders, kind:
     assert f"reads {tokens} of " in str(cuts([prompt], model.readers)[0]["prompt_cut"])
     assert model.geometry.usage.more == f"max_sequence_length={tokens}, "
     assert model.geometry.text_shape[0] == (77 if kind == "sd3" else 0) + tokens
+
+
+def test_qwen_image_21_reads_the_beginning_of_a_prompt_as_its_pipeline_reads_the_whole(folders) -> None:
+    """The pipeline cuts nothing: the card hands it the first tokens of what its causal language model makes of all."""
+    prompt = "a dotted red star that is small and stands on a blue circle"
+    model = open_latent_model(LatentModelSettings(model=folders["qwen-image-21"], device="cpu", max_sequence_length=9))
+    model, pipe = model.at(32, 32), stock(folders["qwen-image-21"])
+    told = model.condition(["red", prompt])
+    assert told["text_BLE"].shape[1] == 9
+    noise = torch.randn(1, *model.geometry.latent_shape, generator=torch.Generator().manual_seed(5))
+    drawn = {}
+    for tokens in (9, 11):
+        text_BLE = eval(model.geometry.usage.prompt.replace(":9]", f":{tokens}]").partition("=")[2],
+                        {"pipe": pipe, "row": {"prompt": prompt}})  # fmt: skip
+        assert text_BLE.shape[1] == tokens
+        drawn[tokens] = pipe(prompt_embeds=text_BLE, width=32, height=32, num_inference_steps=2, output_type="latent",
+                             latents=given("qwen-image-21", noise)).images  # fmt: skip
+    z = sample(model.predictor(), model.schedule(2), noise, {name: value[1:] for name, value in told.items()})
+    torch.testing.assert_close(given("qwen-image-21", z), drawn[9], rtol=1e-4, atol=2e-5)
+    assert (drawn[9] - drawn[11]).abs().max() > 1e-3, "what is cut off says nothing"
+    assert str(cuts([prompt], model.readers)[0]["prompt_cut"]).startswith("text_encoder reads 9 of ")
+    with pytest.raises(ValueError, match=r"negative: \d+ tokens, and model .* is given 9: write a shorter one"):
+        model.condition(["red"], guided=True, negative=prompt)
+
+
+@torch.no_grad()
+def test_a_picture_is_opaque_to_qwen_image_21_and_what_it_draws_lies_on_white(folders) -> None:
+    from PIL import Image
+
+    pipe, model = stock(folders["qwen-image-21"]), opened(folders["qwen-image-21"]).at(64, 32)
+    opaque = Image.effect_noise((64, 32), 90).convert("RGBA")
+    shown = pipe.image_processor.preprocess(opaque)
+    z = model.encode(shown[:, :3])
+    torch.testing.assert_close(z, pipe._encode_vae_image(shown.unsqueeze(2), None)[:, :, 0])
+    torch.testing.assert_close(model.posterior(shown[:, :3])[0], z)
+    config = pipe.vae.config
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    rgba = (pipe.vae.decode(z[:, :, None] * std + mean).sample[0, :, 0] / 2 + 0.5).permute(1, 2, 0).numpy()
+    wanted = [[seen[:3] * seen[3] + 1 - seen[3] for seen in line] for line in rgba]
+    np.testing.assert_allclose((model.decode(z)[0] / 2 + 0.5).permute(1, 2, 0), wanted, atol=1e-5)
+    assert rgba[..., 3].min() < 0.9, "nothing shines through"
+
+
+def test_a_list_of_sigmas_says_how_many_steps_there_are(folders) -> None:
+    geometry = read_geometry(LatentModelSettings(model=folders["qwen-image-21-turbo"]))
+    assert geometry.schedule(4).sigma_S.tolist() == pytest.approx([0.4, 0.8, 0.97, 1.0])
+    with pytest.raises(ValueError, match=r"steps is 20: .*`sample_sigmas`.* draws in 4 steps .*; set steps: 4"):
+        geometry.schedule(20)
+
+
+@pytest.mark.parametrize(("kind", "part", "reads"), [("flux2-dev", "tokenizer", "PixtralProcessor"),
+                                                     ("qwen-image-21", "processor", "Qwen3VLProcessor")])  # fmt: skip
+def test_a_processor_of_pictures_asks_for_torchvision(
+    folders, tmp_path, monkeypatch, kind: str, part: str, reads: str
+) -> None:
+    monkeypatch.setattr("stages.models.transformer.find_spec", lambda name: None)
+    index = edited(folders[kind], tmp_path / "m", "model_index.json", **{part: ["transformers", reads]})
+    with pytest.raises(ValueError, match=rf"reads prompts by a {reads}: pip install torchvision"):
+        open_latent_model(LatentModelSettings(model=index, device="cpu"))
 
 
 def test_a_tokenizer_made_for_short_captions_is_given_no_more(folders, tmp_path) -> None:

@@ -25,8 +25,9 @@ def test_a_published_model_is_read_and_has_its_size(tmp_path: Path, name: str) -
 
     write_flow_configs(name, tmp_path)
     geometry = read_geometry(LatentModelSettings(model=str(tmp_path)))
-    latents = (128, 64, 64) if family.startswith("Flux2") else (16, 128, 128)
+    packed = {"Flux2": (128, 64, 64), "Flux2Klein": (128, 64, 64), "QwenImage21": (64, 64, 64)}
+    latents = packed.get(family, (16, 128, 128))
     assert (geometry.picture_size, geometry.latent_shape) == ((1024, 1024), latents)
     assert geometry.text_shape[0] == tokens
-    assert geometry.sizes.multiple == 16
+    assert geometry.sizes.multiple == (32 if family == "QwenImage21" else 16)
     assert len(geometry.at(832, 1216).schedule(28)) == 28

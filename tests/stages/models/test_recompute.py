@@ -18,7 +18,7 @@ from stages.models.settings import LatentModelSettings
 from tests.support import tiny_flows, tiny_stable_diffusion
 
 UNETS = ("sd", "sdxl")
-KINDS = ["sd", "sdxl", "sd3", "flux-dev", "chroma", "flux2-dev", "z-image", "qwen-image"]
+KINDS = ["sd", "sdxl", "sd3", "flux-dev", "chroma", "flux2-dev", "z-image", "qwen-image", "qwen-image-21"]
 FACTOR = 1.1
 
 
@@ -46,7 +46,7 @@ def test_the_gradient_is_the_same_and_takes_less(tmp_path: Path, kind: str) -> N
     model = opened(tmp_path, kind)
     for call in ("predict", "decode"):
         made, slope, peak = gradient(model, call)
-        can = (kind, call) != ("qwen-image", "decode")
+        can = (kind, call) not in (("qwen-image", "decode"), ("qwen-image-21", "decode"))
         assert model.recompute(call) == can, call  # type: ignore[arg-type]
         made_again, slope_again, less = gradient(model, call)
         assert torch.equal(made, made_again)
