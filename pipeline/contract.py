@@ -210,6 +210,38 @@ class Stage(Protocol):
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]: ...
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What running out of memory taught of one kind of work.
+
+    Attributes:
+        rows: As many at once go through.
+        relieved: How often something was done that makes a row take less, because not one went through.
+    """
+
+    rows: int
+    relieved: int = 0
+
+    def __or__(self, other: Fit) -> Fit:
+        """What goes through wherever one of the two was learned."""
+        return Fit(min(self.rows, other.rows), max(self.relieved, other.relieved))
+
+
+Fits = Mapping[str, Fit]
+"""Kind of work, with the kind of device that it ran out on -> what was learned."""
+
+
+@runtime_checkable
+class Lessons(Protocol):
+    """What running out of memory teaches a stage, and what others were taught. Used from any thread."""
+
+    def learned(self) -> dict[str, Fit]:
+        """What has run out so far, here or elsewhere."""
+
+    def heed(self, fits: Fits) -> None:
+        """Take from now on no more at once than others found to go through, on devices of the same kind."""
+
+
 class Tally(Protocol):
     """Counts the rows of one task, as the stage gives them back; of none but those, and of each once."""
 
@@ -234,7 +266,9 @@ class StageSpec:
     dict[str, numpy.ndarray]``, called after each shard: it returns, and resets, what else is to be kept there. It may
     offer ``shrink() -> bool``, called after an
     out-of-memory error: it halves its slots (its batch) and returns True, or False when it cannot get smaller; the
-    rows that were inside are then given to it again. It may say in ``holds`` how many rows it works on or keeps at a
+    rows that were inside are then given to it again. It may have ``rooms`` (`Lessons`): what running out taught it is
+    asked for after each task, told to other workers of the run, and told to those that come later, before their first
+    task. It may say in ``holds`` how many rows it works on or keeps at a
     time: then rows of one shard after another come in one call, for as long as there are any, and at least so many at a
     time, so that no place in it stays empty. ``take_summary`` is then called while it works, in other threads, one at a
     time, and may only count work, whosever it was. After any exception the stage is called anew, so a call must not

@@ -80,9 +80,10 @@ class _Actor:
     def process(self, task: Task) -> Outcome:
         self.heart.begin()
         try:
-            return Outcome("done", self.worker.process(task), halvings=halvings.taken())
+            outcome = Outcome("done", self.worker.process(task))
         except Exception as error:
-            return Outcome(fault_of(error), reason=described(error), away=passing(error), halvings=halvings.taken())
+            outcome = Outcome(fault_of(error), reason=described(error), away=passing(error))
+        return replace(outcome, halvings=halvings.taken(), fits=self.worker.learned())
 
     def calibrate(self, task: Task) -> tuple[float, int, float, int, int]:
         """(seconds to build the stage, rows, seconds, bytes, failed)."""

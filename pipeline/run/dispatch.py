@@ -19,6 +19,7 @@ from pipeline.output.fold import Folding
 from pipeline.output.lock import Lock
 from pipeline.run.cluster import Meters, Pool
 from pipeline.run.deaths import Deaths
+from pipeline.run.memory import Memory
 from pipeline.run.reporter import TICK_S, Reporter
 from pipeline.run.tasks import Again, Outcome, Piece, Task
 
@@ -54,11 +55,12 @@ class Dispatcher:
 
     def __init__(
         self, pool: Pool, shards: Iterator[Shard], tally: Tally, lock: Lock, reporter: Reporter, meters: Meters,
-        max_failed: float, left: int, min_workers: int, folding: Folding, again: Mapping[int, Again] = {},
+        max_failed: float, left: int, min_workers: int, folding: Folding, memory: Memory,
+        again: Mapping[int, Again] = {},
     ) -> None:  # fmt: skip
         self._pool, self._shards, self._tally, self._lock = pool, shards, tally, lock
         self._reporter, self._meters, self._max_failed, self._left = reporter, meters, max_failed, left
-        self._min_workers, self._folding, self._again = min_workers, folding, again
+        self._min_workers, self._folding, self._memory, self._again = min_workers, folding, memory, again
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, Task]] = []
         self._deaths = Deaths()
@@ -129,7 +131,7 @@ class Dispatcher:
 
     def _give(self, task: Task) -> None:
         self._given += 1
-        self._pool.give(self._deaths.given(task))
+        self._pool.give(replace(self._deaths.given(task), fits=self._memory.fits))
 
     def _next(self) -> Task | None:
         """What a worker may have now: first what waits, then a new shard."""
@@ -144,6 +146,8 @@ class Dispatcher:
     def _settle(self, task: Task, outcome: Outcome) -> None:
         self._given -= 1
         self._meters.ended(outcome)
+        for message in self._memory.add(outcome.fits):
+            self._say(message)
         key = (task.shard, task.start, task.stop)
         if outcome.kind == "done":
             self._deaths.done(task)

@@ -30,6 +30,7 @@ from pipeline.output.schema import encode_schema
 from pipeline.run.cluster import ClusterError, Meters, Pool, connected, elsewhere, knock, spread
 from pipeline.run.dispatch import Dispatcher, Stopped
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft
+from pipeline.run.memory import Memory
 from pipeline.run.plan import Plan, PlanMismatch, check_input, differences, make_plan, write_plan
 from pipeline.run.reporter import Reporter
 from pipeline.run.scan import Scans, is_heavy, one_by_one, scan_elsewhere
@@ -414,7 +415,8 @@ def _compute(
                 limit = max_failed_fraction * int(output.plan["rows"])
                 meters = Meters(output.path, int(output.plan["rows"]))
                 folding, few = Folding(output), resources.min_workers
-                Dispatcher(pool, todo, tally, lock, reporter, meters, limit, left, few, folding, again).run()
+                memory = Memory(output, spec.stage, resources.gpus)
+                Dispatcher(pool, todo, tally, lock, reporter, meters, limit, left, few, folding, memory, again).run()
             finally:
                 pool.close()
     except ClusterError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.access import Grant
-from pipeline.contract import Column, Form, StageSpec
+from pipeline.contract import Column, Fits, Form, StageSpec
 from pipeline.failures import Fault
 from pipeline.input.rows import Span, Wanted
 from pipeline.input.shards import Shard
@@ -120,6 +120,7 @@ class Task:
         avoid: Nodes whose workers died on these rows: one of another node takes them if there is any.
         again: The shard was committed before.
         alone: A worker that has it gets no other beside it: should it die, one knows of what.
+        fits: What running out of memory taught the run's workers so far.
     """
 
     shard: int
@@ -133,6 +134,7 @@ class Task:
     avoid: tuple[str, ...] = ()
     again: Again | None = None
     alone: bool = False
+    fits: Fits = field(default_factory=dict)
 
     @staticmethod
     def of(shard: Shard, again: Again | None = None) -> Task:
@@ -155,6 +157,7 @@ class Outcome:
         away: A store or the network is, which may take minutes.
         node: That the worker was on; nodes: living ones that hold workers. Empty where no one asked.
         halvings: How often the worker's process ran out of memory since its last outcome (`contract.halvings`).
+        fits: What that taught it so far.
     """
 
     kind: Literal["done"] | Fault
@@ -164,3 +167,4 @@ class Outcome:
     node: str = ""
     nodes: frozenset[str] = frozenset()
     halvings: int = 0
+    fits: Fits = field(default_factory=dict)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import machine
-from pipeline.contract import Row, Tally
+from pipeline.contract import Fit, Fits, Lessons, Row, Tally
 from pipeline.input.source import SourceError
 from pipeline.output import commit, parquet
 from pipeline.output.commit import Record
@@ -73,6 +73,17 @@ class Worker:
     def read(self) -> int:
         """Rows of the input read so far, in all tasks."""
         return self._reader.read
+
+    def learned(self) -> dict[str, Fit]:
+        """What running out of memory has taught the stage."""
+        rooms = getattr(self.stage, "rooms", None)
+        return rooms.learned() if isinstance(rooms, Lessons) else {}
+
+    def _heed(self, fits: Fits) -> None:
+        """Have the stage know what other workers learned."""
+        rooms = getattr(self.stage, "rooms", None)
+        if fits and isinstance(rooms, Lessons):
+            rooms.heed(fits)
 
     def _rows(
         self, task: Task, tally: Tally | None, only: Container[int] | None = None
@@ -150,6 +161,7 @@ class Worker:
         """
         self._through[task.shard] = 0
         try:
+            self._heed(task.fits)
             return self._processed(task)
         finally:
             del self._through[task.shard]

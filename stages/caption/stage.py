@@ -11,7 +11,7 @@ from stages.caption.prompts import Prompter
 from stages.caption.settings import Captioning, CaptionSettings
 from stages.engine.device import chosen_device
 from stages.engine.passthrough import in_batches
-from stages.engine.room import Room
+from stages.engine.room import Rooms
 from stages.models.clip import ModelError
 from stages.models.files import files_of
 from stages.models.fingerprint import describe_model, telling
@@ -32,8 +32,8 @@ class CaptionPictures:
     Settings = CaptionSettings
 
     def __init__(self, settings: CaptionSettings) -> None:
-        self.captioner = Captioner(settings, chosen_device(settings.device))
-        self.dtype, self.room = settings.dtype, Room()
+        device = chosen_device(settings.device)
+        self.captioner, self.dtype, self.rooms = Captioner(settings, device), settings.dtype, Rooms(device)
 
     @staticmethod
     def describe(settings: CaptionSettings) -> StageInfo:
@@ -56,8 +56,9 @@ class CaptionPictures:
 
     def _said(self, rows: list[Row]) -> Iterator[Row]:
         pictures, keys = [row["image"] for row in rows], [str(row["id"]) for row in rows]
+        room = self.rooms["captions"]
         try:
-            parts = list(self.room.parts(len(rows), lambda part: self.captioner.captions(pictures[part], keys[part])))
+            parts = list(room.parts(len(rows), lambda part: self.captioner.captions(pictures[part], keys[part])))
         except PictureRefused as error:
             if len(rows) == 1:
                 yield failed(rows[0], f"the model's processor does not take the picture: {error}")

@@ -17,7 +17,6 @@ from stages.concepts.problem import LegoProblem
 from stages.concepts.samples import generate, sheet
 from stages.concepts.settings import LearnConceptsSettings, Samples
 from stages.engine.randomness import row_seed
-from stages.engine.room import Room
 from stages.engine.solver import Occupancy, solve
 from stages.inverter.model import TextInverter
 from stages.inverter.warm_start import warm_start
@@ -46,7 +45,9 @@ class LearnConcepts:
         slots = settings.slots or fitting_slots(
             self.model, "gradient", otherwise=CPU_SLOTS, rows=settings.settings.pictures
         )  # fmt: skip
-        self.room = Room(slots, self.model.rooms["gradient"].relieve)
+        self.rooms = self.model.rooms
+        self.room = self.rooms["words"]
+        self.room.rows, self.room.relief = slots, self.rooms["gradient"].relief
         self.problem = LegoProblem(
             self.model, settings.settings, slots=slots, max_words=settings.max_words,
             seed=settings.seed, checkpoints=settings.checkpoints, checkpoint_seconds=settings.checkpoint_seconds,
@@ -70,7 +71,8 @@ class LearnConcepts:
         )
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        self.problem.resize(self.problem.slots)  # an earlier call may have ended in the middle
+        # An earlier call may have ended in the middle, or another worker have run out.
+        self.problem.resize(min(self.problem.slots, self.room.rows))
         prepared = (self._prepare(row) for row in rows)
         for row in solve(self.problem, prepared, occupancy=self.occupancy, room=self.room):
             samples = self.settings.samples
@@ -83,10 +85,7 @@ class LearnConcepts:
 
     def shrink(self) -> bool:
         """Half the slots, after the device ran out of memory."""
-        if self.problem.slots == 1:
-            return False
-        self.problem.resize(self.problem.slots // 2)
-        return True
+        return self.room.halve(min(self.problem.slots, self.room.rows))
 
     def _prepare(self, row: Row) -> Row:
         if row.get("status") == "failed":

@@ -16,7 +16,7 @@ from stages.decode.decoders import kind_of
 from stages.decode.settings import DecodeSettings
 from stages.engine.device import chosen_device
 from stages.engine.passthrough import in_batches
-from stages.engine.room import Room
+from stages.engine.room import Rooms
 
 
 class DecodeEmbeddings:
@@ -32,8 +32,8 @@ class DecodeEmbeddings:
         kind = kind_of(settings.decode)
         width, length = kind.width(settings), kind.length(settings)
         self.decode, self.shape = settings.decode, (width,) if length is None else (length, width)
-        self.decoder = kind.load(settings, settings.seed, chosen_device(device))
-        self.room = Room()
+        device = chosen_device(device)
+        self.decoder, self.rooms = kind.load(settings, settings.seed, device), Rooms(device)
 
     @staticmethod
     def describe(settings: DecodeSettings) -> StageInfo:
@@ -60,7 +60,7 @@ class DecodeEmbeddings:
             return
         z_BE = torch.from_numpy(np.stack(vectors))
         keys = [str(row["id"]) for row in good]
-        parts = self.room.parts(len(good), lambda part: self.decoder.pictures(z_BE[part], keys[part]))
+        parts = self.rooms["pictures"].parts(len(good), lambda part: self.decoder.pictures(z_BE[part], keys[part]))
         pictures = [picture for part in parts for picture in part]
         yield from (ok(row, image=picture) for row, picture in zip(good, pictures, strict=True))
 

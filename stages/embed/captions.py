@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.contract import Column, Form, Row
 from stages.embed.settings import CaptionSettings, StoredEmbeddings
+from stages.engine.room import Room
 from stages.models import clip
 from stages.models.captions import PROMPT_READS, TOKEN_COLUMNS, count_told, prompt_of
 from stages.models.copies import here
@@ -31,11 +32,14 @@ class Captioner:
     Args:
         settings: Where captions are, and their encoder.
         stored: How embeddings are stored.
+        room: Captions at once.
     """
 
-    def __init__(self, settings: CaptionSettings, stored: StoredEmbeddings, device: str) -> None:
+    def __init__(self, settings: CaptionSettings, stored: StoredEmbeddings, device: str, room: Room) -> None:
         self.dtype = stored.store
-        self.encoder = clip.TextEncoder(settings.encoder, settings.revision, device, allow_pickle=stored.allow_pickle)
+        self.encoder = clip.TextEncoder(
+            settings.encoder, settings.revision, device, allow_pickle=stored.allow_pickle, room=room
+        )
         self.width = clip.text_width(settings.encoder, settings.revision)
         self.given = None if settings.path is None else read_captions(settings.path, settings.id, settings.prompt)
 

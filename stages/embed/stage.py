@@ -24,6 +24,7 @@ from stages.embed.preparation import Preparation
 from stages.embed.settings import AdoptSettings, EmbedSettings
 from stages.engine.device import chosen_device
 from stages.engine.passthrough import in_batches
+from stages.engine.room import Rooms
 from stages.models.clip import ImageEncoder, embedding_width, identity
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def _described(
     )  # fmt: skip
 
 
-def _captioner(settings: EmbedSettings | AdoptSettings, device: str) -> Captioner | None:
-    return None if settings.captions is None else Captioner(settings.captions, settings, device)
+def _captioner(settings: EmbedSettings | AdoptSettings, device: str, rooms: Rooms) -> Captioner | None:
+    return None if settings.captions is None else Captioner(settings.captions, settings, device, rooms["captions"])
 
 
 class Embed:
@@ -111,15 +112,21 @@ class Embed:
         self.encoder = ImageEncoder(settings.encoder, settings.revision, self.device, precision, settings.allow_pickle)
         self.dtype, self.threads = settings.store, settings.threads
         self.preparation = Preparation(self.encoder.processor, self.device)
-        self.captioner = _captioner(settings, self.device)
+        self.rooms = Rooms(self.device)
+        self.captioner = _captioner(settings, self.device, self.rooms)
         width = embedding_width(settings.encoder, settings.revision)
         self.statistics = Statistics(width, self.captioner.width if self.captioner else None)
-        self.batch_size = settings.batch_size or self._fitting_batch()
+        self._batch = settings.batch_size or self._fitting_batch()
 
     @staticmethod
     def describe(settings: EmbedSettings) -> StageInfo:
         dim = embedding_width(settings.encoder, settings.revision)
         return _described(dim, settings, {"embedding.precision": settings.precision}, {"image": "picture"})
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures at once."""
+        return min(self._batch, self.rooms["pictures"].rows)
 
     def take_summary(self) -> dict[str, np.ndarray]:
         return self.statistics.take()
@@ -170,21 +177,11 @@ class Embed:
 
     def _encode(self, pictures: list[torch.Tensor]) -> torch.Tensor:
         """Embeddings (B, E), still on the device. Batches are filled up to one shape, so that shapes never change."""
-        done: list[torch.Tensor] = []
-        while pictures:
-            part = pictures[: self.batch_size]
-            padding = [part[-1]] * (self.batch_size - len(part))
-            try:
-                z_BE = self._forward(self.preparation.batch(part + padding))
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                self.batch_size //= 2
-                torch.cuda.empty_cache()
-                continue
-            done.append(z_BE[: len(part)])
-            pictures = pictures[len(part) :]
-        return torch.cat(done)
+        padded = pictures + pictures[-1:] * (-len(pictures) % self.batch_size)
+        parts = self.rooms["pictures"].parts(
+            len(padded), lambda part: self._forward(self.preparation.batch(padded[part])), self._batch
+        )  # fmt: skip
+        return torch.cat([*parts])[: len(pictures)]
 
     def _forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         return self.encoder.embed(pixels_BCHW)
@@ -242,7 +239,9 @@ class Adopt:
 
     def __init__(self, settings: AdoptSettings) -> None:
         self.settings = settings
-        self.captioner = _captioner(settings, chosen_device(None))
+        device = chosen_device(None)
+        self.rooms = Rooms(device)
+        self.captioner = _captioner(settings, device, self.rooms)
         self.statistics = Statistics(settings.dim, self.captioner.width if self.captioner else None)
 
     @staticmethod

@@ -23,6 +23,14 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(int(free) + torch.cuda.memory_reserved(device) - used, own))
 
 
+def device_kind(device: torch.device) -> str:
+    """What all devices share that hold as much: model, memory, and how much of it this process may fill."""
+    if device.type != "cuda":
+        return device.type
+    facts = torch.cuda.get_device_properties(device)
+    return f"{machine.here.gpu_share:g} of {facts.name}, {facts.total_memory} bytes"
+
+
 def chosen_devices(device: str | None) -> tuple[str, ...]:
     """The devices by their names, separated by commas; ``auto`` or None takes the GPUs that this process was given."""
     if device not in (None, "auto"):

@@ -2,7 +2,8 @@
 
 A network that runs out of memory on a batch is given it in halves, and from then on no larger part than goes through;
 where not one row does, something that costs time has to be done for it.
-Whoever owns the `Room` keeps that: a model for its whole life, so that no later shard runs out again.
+Whoever owns the `Room` keeps that: a model for its whole life, so that no later shard runs out again; and the runtime
+tells the other workers of a run (`pipeline.contract.Lessons`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.contract import halvings
+from pipeline.contract import Fit, Fits, halvings
+from stages.engine.device import device_kind
 
 T = TypeVar("T")
 ANY = 1 << 30
@@ -27,21 +29,49 @@ class Room:
 
     Attributes:
         rows: Most at once; it falls, and never rises.
-        relieve: Makes a row take less, where one alone does not fit. False: nothing is left to be done.
+        relief: Makes a row take less, where one alone does not fit. False: nothing is left to be done.
+        ran_out: `rows` is what running out of memory taught, here or elsewhere.
+        relieved: How often relief was had because one row alone had not fitted.
     """
 
     rows: int = ANY
-    relieve: Callable[[], bool] = lambda: False
+    relief: Callable[[], bool] = lambda: False
+    ran_out: bool = False
+    relieved: int = 0
 
-    def parts(self, rows: int, work: Callable[[slice], T]) -> Iterator[T]:
-        """What `work` makes of rows 0 to `rows`, in parts that fit.
+    @property
+    def fit(self) -> Fit | None:
+        """What running out has taught; None: nothing has."""
+        return Fit(self.rows, self.relieved) if self.ran_out else None
+
+    def heed(self, fit: Fit) -> None:
+        """Take no more at once than went through elsewhere."""
+        self.rows, self.ran_out = min(self.rows, fit.rows), True
+        while self.relieved < fit.relieved and self.relieve():
+            pass
+
+    def halve(self, rows: int) -> bool:
+        """From now on take half of what ran out. False: it was one row."""
+        if rows > 1:
+            self.rows, self.ran_out = min(self.rows, rows // 2), True
+        return rows > 1
+
+    def relieve(self) -> bool:
+        """Make a row take less, since one alone does not fit. False: nothing is left to be done."""
+        if not self.relief():
+            return False
+        self.rows, self.ran_out, self.relieved = 1, True, self.relieved + 1
+        return True
+
+    def parts(self, rows: int, work: Callable[[slice], T], most: int = ANY) -> Iterator[T]:
+        """What `work` makes of rows 0 to `rows`, in parts that fit, of so many rows at most.
 
         Raises:
             torch.OutOfMemoryError: One row alone does not fit, and cannot be made to.
         """
         start = 0
         while start < rows:
-            part = slice(start, min(rows, start + self.rows))
+            part = slice(start, min(rows, start + self.rows, start + most))
             result = self._tried(part, work)
             if result is not None:
                 start = part.stop
@@ -53,10 +83,9 @@ class Room:
         try:
             return work(part)
         except torch.OutOfMemoryError:
-            if count == 1 and not self.relieve():
+            if not self.halve(count) and not self.relieve():
                 raise
         # Not before here: the error holds on to what the failed call had allocated.
-        self.rows = max(1, count // 2)
         halvings.count()
         release()
         return None
@@ -79,17 +108,31 @@ class Rooms(dict[str, Room]):
     """Rooms by kind of work, made when they are first asked for.
 
     Args:
+        device: What runs out.
         told: How many rows of a kind of work fit, as far as can be told beforehand.
-        relieve: Makes a row of a kind of work take less (`Room`).
+        relief: Makes a row of a kind of work take less (`Room`).
     """
 
-    def __init__(self, told: Callable[[str], int], relieve: Callable[[str], bool]) -> None:
+    def __init__(
+        self, device: torch.device | str, told: Callable[[str], int] = lambda work: ANY,
+        relief: Callable[[str], bool] = lambda work: False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.told, self.relieve = told, relieve
+        self.told, self.relief = told, relief
+        self._on = f" on {device_kind(torch.device(device))}"
 
     def __missing__(self, work: str) -> Room:
-        room = self[work] = Room(self.told(work), partial(self.relieve, work))
-        return room
+        return self.setdefault(work, Room(self.told(work), partial(self.relief, work)))  # threads may ask at a time
+
+    def learned(self) -> dict[str, Fit]:
+        """See `pipeline.contract.Lessons`."""
+        return {work + self._on: room.fit for work, room in list(self.items()) if room.fit is not None}
+
+    def heed(self, fits: Fits) -> None:
+        """See `pipeline.contract.Lessons`."""
+        for name, fit in fits.items():
+            if name.endswith(self._on):
+                self[name.removesuffix(self._on)].heed(fit)
 
 
 def release() -> None:

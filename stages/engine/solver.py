@@ -82,18 +82,19 @@ def solve(
         occupancy: Counts of slot steps, added to in place.
         poll: Least steps between two looks at done_B. A look waits for the device; finished rows idle until the next
             one.
-        room: Told how many slots were left when the device ran out of memory, for whoever makes the next problem; and
-            asked for relief where one slot alone does not fit.
+        room: Told how many slots were left when the device ran out of memory, for whoever makes the next problem, and
+            asked for relief where one slot alone does not fit. What it hears from others meanwhile is heeded as slots
+            fall free.
 
     Raises:
         torch.OutOfMemoryError: One slot alone does not fit, without relief, or the problem cannot `resize`.
     """
-    occupancy = occupancy if occupancy is not None else Occupancy()
+    occupancy, room = occupancy or Occupancy(), room or Room()
     source = iter(rows)
     waiting: deque[Row] = deque()
     held: dict[int, Row] = {}
     while True:
-        free = [slot for slot in range(problem.slots) if slot not in held]
+        free = [slot for slot in range(min(problem.slots, room.rows)) if slot not in held]
         while len(waiting) < len(free):
             taken = list(islice(source, len(free) - len(waiting)))
             if not taken:
@@ -120,18 +121,17 @@ def solve(
         except torch.OutOfMemoryError:
             if not hasattr(problem, "resize"):
                 raise
-            if problem.slots == 1 and not (room is not None and room.relieve()):
+            if not room.halve(min(problem.slots, room.rows)) and not room.relieve():
                 raise
             full = True
         if full:  # not before here: the error holds on to what the failed step had allocated
             waiting.extendleft(reversed(list(held.values())))
             held.clear()
             release()
-            problem.resize(max(1, problem.slots // 2))  # type: ignore[attr-defined]
+            problem.resize(room.rows)  # type: ignore[attr-defined]
+            room.rows = min(room.rows, problem.slots)
             occupancy.restarts += 1
             halvings.count()
-            if room is not None:
-                room.rows = min(room.rows, problem.slots)
             continue
         finished = [slot for slot, done in enumerate(done_B.tolist()) if done and slot in held]
         if finished:

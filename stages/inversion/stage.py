@@ -62,7 +62,8 @@ class InvertImages:
     def __init__(self, settings: InvertImagesSettings, model: LatentModel | None = None) -> None:
         self.settings = settings
         self.model = open_latent_model(settings) if model is None else model
-        self.slots = settings.slots or fitting_slots(
+        self.rooms = self.model.rooms
+        self._slots = settings.slots or fitting_slots(
             self.model, "predict", otherwise=CPU_SLOTS, rows=2 if settings.guidance > 1 else 1
         )
         self.geometry, self.device = self.model.geometry, self.model.device
@@ -201,12 +202,14 @@ class InvertImages:
     def _made(self, label: str, model: LatentModel) -> Scheme[Any]:
         return scheme_of(self.methods[label], model, steps=self.settings.steps, guidance=self.settings.guidance)
 
+    @property
+    def slots(self) -> int:
+        """Rows at once."""
+        return min(self._slots, self.rooms["rows"].rows)
+
     def shrink(self) -> bool:
         """Half as many rows at once, where memory ran out beside what the model itself takes in parts."""
-        if self.slots == 1:
-            return False
-        self.slots //= 2
-        return True
+        return self.rooms["rows"].halve(self.slots)
 
     def take_summary(self) -> dict[str, np.ndarray]:
         """How full each method's slots were since the last call: slot steps, and those that worked on a row."""

@@ -23,14 +23,16 @@ class _Batched:
 
     def __init__(self, settings: BatchSettings) -> None:
         self.model = open_latent_model(settings)
-        self.batch = settings.batch_size
+        self.rooms, self._batch = self.model.rooms, settings.batch_size
+
+    @property
+    def batch(self) -> int:
+        """Rows at once."""
+        return min(self._batch, self.rooms["rows"].rows)
 
     def shrink(self) -> bool:
         """Half the batch, after the device ran out of memory."""
-        if self.batch == 1:
-            return False
-        self.batch //= 2
-        return True
+        return self.rooms["rows"].halve(self.batch)
 
 
 class DrawPairs(_Batched):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from stages.engine.room import Room
 from stages.models.copies import here
 from stages.models.fingerprint import describe_model
 from stages.models.weights import weights_of
@@ -187,6 +188,7 @@ class TextEncoder:
         path: Folder or hub id of a prior pipeline or of a CLIP-family model.
         dtype: Weights' type; float32 on a CPU.
         allow_pickle: See `stages.models.weights.weights_of`.
+        room: Prompts at once.
     """
 
     def __init__(
@@ -196,6 +198,7 @@ class TextEncoder:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         allow_pickle: bool | None = None,
+        room: Room | None = None,
     ) -> None:
         from transformers import AutoTokenizer, CLIPTextModelWithProjection, SiglipModel
 
@@ -208,7 +211,7 @@ class TextEncoder:
             model = load_weights(CLIPTextModelWithProjection, place, allow_pickle, dtype=dtype, config=config)
         self.model = (model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
         self.tokenizer = _load(AutoTokenizer, place, place.processor)
-        self.device = device
+        self.device, self.room = device, room or Room()
         positions = getattr(self.model.config, "max_position_embeddings", 77)
         self.length = min(positions, self.tokenizer.model_max_length)
 
@@ -219,15 +222,15 @@ class TextEncoder:
     @torch.inference_mode()
     def counted(self, prompts: Sequence[str], batch: int = 256) -> tuple[torch.Tensor, list[int]]:
         """The same, and how many tokens each prompt has, uncut, with those of its start and end."""
-        out, counts = [], []
-        for start in range(0, len(prompts), batch):
-            ids_BL, mask_BL, of_part = self._tokens(prompts[start : start + batch])
-            counts += of_part
+
+        def encoded(part: slice) -> tuple[torch.Tensor, list[int]]:
+            ids_BL, mask_BL, counts = self._tokens(prompts[part])
             if self._siglip:  # trained without a mask
-                out.append(self.model(input_ids=ids_BL.to(self.device)).pooler_output)
-            else:
-                out.append(self._causal(ids_BL.to(self.device), mask_BL.to(self.device)))
-        return torch.cat(out).float().cpu().clone(), counts
+                return self.model(input_ids=ids_BL.to(self.device)).pooler_output, counts
+            return self._causal(ids_BL.to(self.device), mask_BL.to(self.device)), counts
+
+        out, counts = zip(*self.room.parts(len(prompts), encoded, batch), strict=True)
+        return torch.cat(out).float().cpu().clone(), [*chain.from_iterable(counts)]
 
     def _tokens(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Ids and mask, cut and padded to the context as the tokenizer itself does it, and how many there were before:
@@ -267,6 +270,7 @@ class ImageEncoder:
 
     Args:
         path: Folder or hub id of a prior pipeline or of a CLIP-family model.
+        room: Pictures at once.
     """
 
     def __init__(
@@ -276,6 +280,7 @@ class ImageEncoder:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         allow_pickle: bool | None = None,
+        room: Room | None = None,
     ) -> None:
         from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, SiglipVisionModel
 
@@ -286,16 +291,17 @@ class ImageEncoder:
         self.model = model.to(device).eval().requires_grad_(False)
         # Pillow's arithmetic, whether or not torchvision is installed: embeddings must not depend on that.
         self.processor = _load(AutoImageProcessor, place, place.processor, backend="pil")
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.room = device, dtype, room or Room()
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image], batch: int = 64) -> torch.Tensor:
         """z_BE, float32 on the CPU."""
-        out = []
-        for start in range(0, len(pictures), batch):
-            pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt").pixel_values
-            out.append(self.embed(pixels.to(self.device)))
-        return torch.cat(out).float().cpu().clone()
+
+        def embedded(part: slice) -> torch.Tensor:
+            pixels_BCHW = self.processor(list(pictures[part]), return_tensors="pt").pixel_values
+            return self.embed(pixels_BCHW.to(self.device))
+
+        return torch.cat([*self.room.parts(len(pictures), embedded, batch)]).float().cpu().clone()
 
     def embed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """z_BE of prepared pixel values, in the model's type and on its device."""

@@ -91,13 +91,14 @@ class Decoder:
     Args:
         decode: Folder or hub id of a `KandinskyV22Pipeline`, and how it samples.
         negative_E: The image encoder's output for the all-zero input.
+        room: Pictures at once.
 
     Raises:
         DecoderError: There is no such pipeline, or it takes embeddings of another width.
     """
 
     def __init__(self, decode: Decode, negative_E: torch.Tensor, *, seed: int = 0, device: str = "cpu",
-                 allow_pickle: bool | None = None) -> None:  # fmt: skip
+                 allow_pickle: bool | None = None, room: Room | None = None) -> None:  # fmt: skip
         from diffusers import KandinskyV22Pipeline, UNet2DConditionModel, VQModel
 
         check_width(decode, len(negative_E))
@@ -112,7 +113,7 @@ class Decoder:
             raise DecoderError(f"{path}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
         self.pipe: Any = pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.room = Room()
+        self.room = room or Room()
         for part in PARTS:
             getattr(self.pipe, part).requires_grad_(False)
         self.negative_E, self.decode, self.seed, self.device = negative_E, decode, seed, device

@@ -87,7 +87,7 @@ class FlowTransformer:
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
         self.device: torch.device = self.transformer.device
         self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
-        self.rooms = Rooms(partial(fitting, self), partial(relieve, self))
+        self.rooms = Rooms(self.device, partial(fitting, self), partial(relieve, self))
 
     # --- from a folder
 

@@ -69,7 +69,7 @@ class StableDiffusion:
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.device: torch.device = self.unet.device
         self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
-        self.rooms = Rooms(partial(fitting, self), partial(relieve, self))
+        self.rooms = Rooms(self.device, partial(fitting, self), partial(relieve, self))
 
     # --- from a folder
 

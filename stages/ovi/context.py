@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.contract import Row
+from stages.engine.room import Rooms
 from stages.engine.solver import Occupancy
 from stages.models.vision_tower import States
 from stages.ovi.settings import PromptMethod
@@ -60,6 +61,7 @@ class Context:
         states: Which hidden states of the image encoder OVI's rows are to have.
         occupancy: Method label -> how full its slots were.
         slots: Method label -> rows at once, of those that optimise.
+        rooms: Of the device.
     """
 
     model: str
@@ -73,6 +75,7 @@ class Context:
     states: States | None = None
     occupancy: dict[str, Occupancy] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
+    rooms: Rooms = field(default_factory=lambda: Rooms("cpu"))
 
     def need_reference(self, method: PromptMethod) -> Reference:
         if self.reference is None:

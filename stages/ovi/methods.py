@@ -137,10 +137,12 @@ def optimised(method: OVI | Direct, context: Context, parametrization: Parametri
     # On a GPU, asking after every step whether a row is done makes the host wait for the device each time.
     poll = 4 if torch.device(context.device).type == "cuda" else 1
 
+    room = context.rooms[f"slots of {method.label}"]
+
     def solved(rows: Iterable[Row]) -> Iterator[Row]:
-        problem.forget()  # an earlier call may have ended in the middle
+        problem.forget(room.rows)  # an earlier call may have ended in the middle
         occupancy = context.occupancy.setdefault(method.label, Occupancy())
-        return solve(problem, rows, occupancy=occupancy, poll=poll)
+        return solve(problem, rows, occupancy=occupancy, poll=poll, room=room)
 
     return solved
 

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from pipeline.contract import Row, failed, halvings, ok
+from pipeline.contract import Row, failed, ok
 from stages.engine.adamw import RowAdamW
 from stages.engine.device import free_bytes
 from stages.engine.gradients import FLOAT16_SCALE, RowGradient
 from stages.engine.randomness import row_normal
-from stages.engine.room import release
 from stages.engine.slots import held, slot_mask
 from stages.engine.solver import capture
 from stages.engine.stopping import REASONS, StoppingRule
@@ -119,20 +118,7 @@ class OviProblem:
         self.resize(method.slots or parametrization.slots())
 
     def resize(self, slots: int) -> None:
-        """Allocate the state of `slots` rows, or of half as many where not even its own recording as a graph fits; rows
-        in flight are forgotten."""
-        while True:
-            try:
-                return self._allocate(slots)
-            except torch.OutOfMemoryError:
-                if slots == 1:
-                    raise
-            # Not before here: the error holds on to what the failed call had allocated.
-            slots //= 2
-            halvings.count()
-            release()
-
-    def _allocate(self, slots: int) -> None:
+        """Allocate the state of `slots` rows; rows in flight are forgotten."""
         method, device, width = self.method, self.parametrization.device, self.parametrization.width
         self.slots = slots
         self.rows: list[Row | None] = [None] * slots
@@ -152,18 +138,22 @@ class OviProblem:
         self._encoder = self.parametrization.encode
         if method.accelerate == "compile":
             self._encoder = torch.compile(self._encoder, dynamic=False)
-        self._advance: Callable[[], None] = self._evaluate_and_update
-        if method.accelerate == "graph":
-            if self.search is not None and self.constraint.interval and not self.search.on_device:
-                raise ValueError("`accelerate: graph` needs the bank in device memory, or `interval: 0`")
-            self._advance = capture(self._evaluate_and_update)
+        self._advance: Callable[[], None] | None = None
+        if method.accelerate != "graph":
+            self._advance = self._evaluate_and_update
+        elif self.search is not None and self.constraint.interval and not self.search.on_device:
+            raise ValueError("`accelerate: graph` needs the bank in device memory, or `interval: 0`")
 
-    def forget(self) -> None:
-        """All slots are empty."""
+    def forget(self, most: int) -> None:
+        """All slots are empty; there are so many at most."""
+        if most < self.slots:
+            return self.resize(most)
         self.rows = [None] * self.slots
         self.active_B.zero_()
 
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
+        if self._advance is None:  # here, where the solver halves what does not fit
+            self._advance = capture(self._evaluate_and_update)
         device, shape = self.parametrization.device, self.parametrization.shape
         which_B = slot_mask(self.slots, slots, device)
         index_b = torch.as_tensor(slots, device=device)
@@ -188,6 +178,7 @@ class OviProblem:
         self.active_B |= which_B
 
     def step(self) -> torch.Tensor:
+        assert self._advance is not None
         self._advance()
         return ~self.active_B
 

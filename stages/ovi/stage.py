@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
 from stages.engine.device import chosen_device
+from stages.engine.room import Rooms
 from stages.engine.turns import in_turns
 from stages.models import clip, kandinsky
 from stages.models.captions import PROMPT_COLUMNS, PROMPT_READS, TOKEN_COLUMNS, count_told, prompt_of
@@ -69,7 +70,10 @@ class InvertPrompts:
     def __init__(self, settings: InvertPromptsSettings, device: str | None = None) -> None:
         self.settings, self.device = settings, chosen_device(device)
         model, revision, self.scores = settings.encoder, settings.revision, settings.scores
-        self.text = clip.TextEncoder(model, revision, self.device, allow_pickle=settings.allow_pickle)
+        self.rooms = Rooms(self.device)
+        self.text = clip.TextEncoder(
+            model, revision, self.device, allow_pickle=settings.allow_pickle, room=self.rooms["texts"]
+        )
         self.reference = None
         if settings.reference is not None:
             from index.reference import Reference
@@ -79,15 +83,16 @@ class InvertPrompts:
         context = Context(
             model=model, revision=revision, device=self.device, seed=settings.seed,
             vision=lambda: self.image_encoder.model, text=self.text, reference=self.reference,
-            allow_pickle=settings.allow_pickle, states=settings.store_states,
+            allow_pickle=settings.allow_pickle, states=settings.store_states, rooms=self.rooms,
         )  # fmt: skip
         self.methods = {method.label: build(method, context) for method in settings.methods}
         self.decoder = None
         if settings.decoder is not None:
             negative_E = self.image_encoder.zero_embedding()
             self.decoder = kandinsky.Decoder(
-                settings.decoder, negative_E, seed=settings.seed, device=self.device, allow_pickle=settings.allow_pickle
-            )
+                settings.decoder, negative_E, seed=settings.seed, device=self.device,
+                allow_pickle=settings.allow_pickle, room=self.rooms["pictures"],
+            )  # fmt: skip
         self.oracle = None
         if "oracle" in self.scores:
             self.oracle = scoring.open_oracle(settings.oracle)
@@ -103,8 +108,9 @@ class InvertPrompts:
     @cached_property
     def image_encoder(self) -> clip.ImageEncoder:
         return clip.ImageEncoder(
-            self.settings.encoder, self.settings.revision, self.device, allow_pickle=self.settings.allow_pickle
-        )
+            self.settings.encoder, self.settings.revision, self.device, allow_pickle=self.settings.allow_pickle,
+            room=self.rooms["judged pictures"],
+        )  # fmt: skip
 
     @staticmethod
     def describe(settings: InvertPromptsSettings) -> StageInfo:

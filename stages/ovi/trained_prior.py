@@ -6,6 +6,7 @@ Legend: B rows, L positions of the text, D width of the prior, E embedding width
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,9 +34,13 @@ def trained_prior(method: TrainedPrior, context: Context) -> RowMap:
     infer: Any = one_pass_prior if one_pass else diffusion_prior
     passes = 1 if one_pass else method.steps
 
-    def inferred(rows: list[Row]) -> Iterator[Row]:
+    def part_of(rows: list[Row]) -> torch.Tensor:
         z_BE = infer(pipe, [row["prompt"] for row in rows], [row["id"] for row in rows], method, context.seed)
-        for row, z_E in zip(rows, z_BE.float().cpu(), strict=True):
+        return z_BE.float().cpu()
+
+    def inferred(rows: list[Row]) -> Iterator[Row]:
+        parts = context.rooms[method.label].parts(len(rows), lambda part: part_of(rows[part]))
+        for row, z_E in zip(rows, chain.from_iterable(parts), strict=True):
             yield ok(row, embedding=z_E.numpy(), steps=passes, passes=passes)
 
     return lambda rows: in_batches(rows, method.batch_size, inferred)

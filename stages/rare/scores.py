@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.contract import Column, Row
+from stages.engine.room import Rooms
 from stages.models.clip import ImageEncoder, TextEncoder
 from stages.ovi.scoring import clip_scores, open_oracle, oracle_scores
 from stages.rare.candidates import Candidates
@@ -38,10 +39,11 @@ class Judge:
     Args:
         settings: Which measures, by which models.
         device: Where the encoders run.
+        rooms: Of the device.
     """
 
-    def __init__(self, settings: RareConceptsSettings, device: torch.device) -> None:
-        self.scores = settings.scores
+    def __init__(self, settings: RareConceptsSettings, device: torch.device, rooms: Rooms) -> None:
+        self.scores, self._rooms = settings.scores, rooms
         self._clip, self._device = (settings.encoder, settings.encoder_revision), str(device)
         self._pickles = settings.allow_pickle
         self.oracle = None
@@ -51,12 +53,14 @@ class Judge:
     @cached_property
     def images(self) -> ImageEncoder:
         """The image encoder that scores."""
-        return ImageEncoder(*self._clip, device=self._device, allow_pickle=self._pickles)
+        room = self._rooms["judged pictures"]
+        return ImageEncoder(*self._clip, device=self._device, allow_pickle=self._pickles, room=room)
 
     @cached_property
     def texts(self) -> TextEncoder:
         """Its text encoder."""
-        return TextEncoder(*self._clip, device=self._device, allow_pickle=self._pickles)
+        room = self._rooms["texts"]
+        return TextEncoder(*self._clip, device=self._device, allow_pickle=self._pickles, room=room)
 
     def measure(self, pictures: Sequence[Image], owners: Sequence[Candidates]) -> list[Row]:
         """The measures of each picture, and the picture, as a row.

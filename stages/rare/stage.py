@@ -65,12 +65,13 @@ class RareConcepts:
     def __init__(self, settings: RareConceptsSettings) -> None:
         self.settings = settings
         self.model = open_latent_model(settings)
-        self.slots = settings.slots or fitting_slots(
+        self.rooms = self.model.rooms
+        self._slots = settings.slots or fitting_slots(
             self.model, "predict", otherwise=CPU_SLOTS, rows=2 if settings.guidance > 1 else 1
         )
         self.methods: dict[str, NoiseMethod] = {method.label: method for method in settings.methods}
         self.guides: dict[str, Guide] = {guide.label: guide for guide in settings.drawn}
-        self.judge = Judge(settings, self.model.device)
+        self.judge = Judge(settings, self.model.device, self.rooms)
         inversion = InvertImagesSettings(
             **settings.part(SamplingSettings).model_dump(), methods=(settings.inversion,), steps=settings.steps,
             pictures=False, slots=self.slots,
@@ -110,13 +111,14 @@ class RareConcepts:
         metadata = {"model": settings.model, "steps": str(settings.steps), "guidance": str(settings.guidance)}
         return StageInfo(columns(settings, geometry.latent_shape), models, metadata)
 
+    @property
+    def slots(self) -> int:
+        """Pictures at once; as `self.inversion` has it too, in the same room."""
+        return min(self._slots, self.rooms["rows"].rows)
+
     def shrink(self) -> bool:
         """Half as many pictures at once, after running out of memory; False when there is only one."""
-        if self.slots == 1:
-            return False
-        self.slots //= 2
-        self.inversion.slots = self.slots
-        return True
+        return self.rooms["rows"].halve(self.slots)
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
         """One row out for each in. The shard's rows are held together, so that a concept is inverted once and the

@@ -32,6 +32,7 @@ class EmbedCandidates:
 
     def __init__(self, settings: EmbedCandidatesSettings) -> None:
         self._embed = Embed(settings)
+        self.rooms = self._embed.rooms
         self._reference: Reference | None = None
         if settings.against is not None:
             pickles = settings.allow_pickle

@@ -27,6 +27,7 @@ from tests.simulation.pool import Fleet, SimPool, _Member
 from tests.simulation.schedule import _Meters, simulated
 from tests.simulation.store import Bucket
 from tests.simulation.world import Host, Thread, World, current
+from tests.support.forgetful import Forgetful
 
 
 @dataclass
@@ -146,7 +147,8 @@ def crowd(workers: int, shards: int, shard_s: float, turn_s: float = 0.1, charge
     def drive() -> None:
         pool, nothing = _Crowd(job, world, turn_s, charged), _Nothing()
         reporter, meters = Reporter(None, lambda progress: None, workers), _Meters("", 0)
-        Dispatcher(pool, plan(pool), Tally(), nothing, reporter, meters, 0.0, shards, 1, nothing).run()  # type: ignore[arg-type]
+        memory = Forgetful()
+        Dispatcher(pool, plan(pool), Tally(), nothing, reporter, meters, 0.0, shards, 1, nothing, memory).run()  # type: ignore[arg-type]
         pool.used.shards, pool.used.seconds = shards, world.now
         found.append(pool.used)
         pool.close()

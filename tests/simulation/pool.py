@@ -115,7 +115,7 @@ class _Worker(Worker):
         self.job, self.schema = job, decode_schema(job.schema)
         self._folder = Folder.at(job.output, job.storage_options)
         self._writer, self._fleet = _Writer(job, self._folder, self.schema, fleet), fleet
-        self._through, self._ended = Counter(), 0.0
+        self._through, self._ended, self.stage = Counter(), 0.0, lambda rows: iter(())
 
     def _tables(self, task: Task, tally: Tally | None = None) -> Iterator[Any]:
         yield from ()

@@ -21,6 +21,7 @@ from pipeline.run.dispatch import Dispatcher, Stopped
 from pipeline.run.driver import RunError, run
 from pipeline.run.tasks import Outcome, Piece, Task
 from tests.support.faulty import spec_for
+from tests.support.forgetful import Forgetful
 
 Fate = Callable[[Task, str, int], str]
 """A task, the node that it is on, how often it was given -> ``done``, ``died``, ``lost``, ``away``, ``full``."""
@@ -121,7 +122,7 @@ def _run(nodes: list[str], rows: int, fate: Fate, shards: int = 1, told: list[st
     todo = iter([Shard(number, (span,)) for number in range(shards)])
     quiet: Any = _Quiet()
     quiet.running = lambda *args: told.append(args[4]) if told is not None and len(args) > 4 else None
-    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, shards, 1, quiet).run()  # type: ignore[arg-type]
+    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, shards, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     return workers
 
 
@@ -131,7 +132,7 @@ def test_shards_that_were_in_hand_together_are_tried_alone() -> None:
     workers.together, span = [], Span("in.txt", "in.txt", 0, 1)
     todo = iter([Shard(number, (span,)) for number in range(9)])
     quiet: Any = _Quiet()
-    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 9, 1, quiet).run()  # type: ignore[arg-type]
+    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 9, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     assert workers.together[0] == [0, 1, 2, 3]
     assert [len(hand) for hand in workers.together if set(hand) & {0, 1, 2, 3}][1:] == [1] * 6
     assert sum(2 in hand for hand in workers.together) == 4  # together, twice alone, and to be written down
@@ -173,7 +174,7 @@ def test_rows_that_die_together_are_not_to_blame() -> None:
     workers = Shared(["a"] * 4, lambda task, node, times: "died" if workers.rounds <= 3 else "done")
     todo = iter([Shard(number, (Span("in.txt", "in.txt", 0, 1),)) for number in range(4)])
     quiet: Any = _Quiet()
-    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 4, 1, quiet).run()  # type: ignore[arg-type]
+    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 4, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     assert workers.condemned == {}
 
 
@@ -186,7 +187,7 @@ def test_several_rows_that_kill_are_all_found_on_one_node() -> None:
     shared = Shared(["a"] * 4, fate)
     todo = iter([Shard(0, (Span("in.txt", "in.txt", 0, 1000),))])
     quiet: Any = _Quiet()
-    Dispatcher(shared, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1, quiet).run()  # type: ignore[arg-type]
+    Dispatcher(shared, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     assert set(shared.condemned) == poison
     assert len(shared.given) < 150
 
@@ -214,7 +215,7 @@ def test_a_strike_on_a_node_that_is_gone_since_does_not_count() -> None:
     workers = Workers(nodes, fate)
     todo = iter([Shard(0, (Span("in.txt", "in.txt", 0, 1),))])
     quiet: Any = _Quiet()
-    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1, quiet).run()  # type: ignore[arg-type]
+    Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     assert workers.condemned == {}
 
 

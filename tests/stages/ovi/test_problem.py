@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.contract import Fit
 from stages.engine.randomness import row_normal
+from stages.engine.room import Room
 from stages.engine.solver import Occupancy, solve
 from stages.engine.stopping import StoppingRule
 from stages.models.memory import Live
@@ -30,8 +32,8 @@ def text(row_id, width=24):
     return row_normal((width,), 5, [row_id], "text")[0]
 
 
-def inverted(problem, given=None):
-    return {r["id"]: r for r in solve(problem, rows() if given is None else given)}
+def inverted(problem, given=None, room=None):
+    return {r["id"]: r for r in solve(problem, rows() if given is None else given, room=room)}
 
 
 def rows(ids=IDS, width=24):
@@ -344,18 +346,29 @@ def test_slots_are_what_the_memory_takes(model, monkeypatch):
 
 
 def test_a_graph_that_does_not_fit_is_recorded_of_half_the_slots(model, monkeypatch):
-    """Where a worker begins, and where it runs out later."""
+    """Once: who makes the next problem, here or in another worker, is told."""
 
     def captured(step):
         if step.__self__.slots > most:
+            refused.append(step.__self__.slots)
             raise torch.OutOfMemoryError("pretend")
         return step
 
+    refused = []
     monkeypatch.setattr("stages.ovi.problem.capture", captured)
     most = 3
-    problem = OviProblem(Parametrization.tokens(VisionTower(model, 4)), OVI(slots=8, steps=3, accelerate="graph"))
+    space, method = Parametrization.tokens(VisionTower(model, 4)), OVI(slots=8, steps=3, accelerate="graph")
+    problem, room = OviProblem(space, method), Room()
+    assert {row["status"] for row in inverted(problem, room=room).values()} == {"ok"}
     assert problem.slots == 2
-    assert {row["status"] for row in inverted(problem).values()} == {"ok"}
+    assert room.fit == Fit(2)
+    refused.clear()
+    again = OviProblem(space, method)
+    again.forget(room.rows)
+    assert {row["status"] for row in inverted(again, room=room).values()} == {"ok"}
+    assert not refused
     most = 0
+    problem.resize(8)
     with pytest.raises(torch.OutOfMemoryError):
-        problem.resize(8)
+        inverted(problem)
+    assert refused == [8, 4, 2, 1]
