@@ -119,26 +119,22 @@ def train_inverter(
     scaler = torch.amp.GradScaler(model.device.type, init_scale=scale or 1.0, enabled=scale is not None)
     first, curve = _resume(checkpoint, inverter, optimiser, schedule, scaler)
     saved = time.monotonic()
+    model.rooms["training"].relief = model.rooms["gradient"].relief
     inverter.train()
     for step in range(first, settings.steps):
         generator = row_generator(seed, "inverter", f"step {step}")
         chosen = trained[torch.randint(len(trained), (settings.batch_size,), generator=generator).numpy()]
-        z_BCHW = pairs.latents(chosen, model.device)
-        text_BTK, pooled_BP = text_conditions(model, pairs.texts(chosen))
-        guess_BTK, guess_BP = inverter(z_BCHW)
-        error = _standard_error(inverter, guess_BTK, text_BTK, guess_BP, pooled_BP)
-        noise = torch.zeros((), device=model.device)
-        if settings.noise_rows:
-            noise = _noise_error(noise_loss, z_BCHW, guess_BTK, guess_BP, settings.noise_rows, generator)
-        optimiser.zero_grad(set_to_none=True)
-        scaler.scale(error + settings.noise_weight * noise).backward()
+        batch = _Batch.of(pairs, chosen, settings.noise_rows, noise_loss.timesteps, generator)
+        errors, gradients = _gradients(model, inverter, noise_loss, batch, settings.noise_weight, scaler)
+        for weight, gradient in zip(inverter.parameters(), gradients, strict=True):
+            weight.grad = gradient
         scaler.unscale_(optimiser)
         nn.utils.clip_grad_norm_(inverter.parameters(), 1.0)
         scaler.step(optimiser)
         scaler.update()
         schedule.step()
         if (step + 1) % max(1, settings.steps // 20) == 0 or step + 1 == settings.steps:
-            curve.append({"step": step + 1, "error": error.item(), "noise_loss": noise.item()})
+            curve.append({"step": step + 1, "error": errors[0].item(), "noise_loss": errors[1].item()})
             report(f"inverter: step {step + 1} of {settings.steps}, error {curve[-1]['error']:.4f}")
         if checkpoint and time.monotonic() - saved > checkpoint_seconds:
             _keep(checkpoint, inverter, optimiser, scaler, step + 1, curve)
@@ -147,6 +143,64 @@ def train_inverter(
         _keep(checkpoint, inverter, optimiser, scaler, settings.steps, curve)
     inverter.eval().requires_grad_(False)
     return inverter, measure(model, inverter, pairs, held) | {"curve": curve, "trained_on": len(trained)}
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some of the pictures, on the host, and what is drawn for the first R of them.
+
+    Attributes:
+        prompts: B of them.
+        t_R, noise_RCHW: Time and noise of the noise-prediction loss; R may be 0.
+    """
+
+    z_BCHW: torch.Tensor
+    prompts: Sequence[str]
+    t_R: torch.Tensor
+    noise_RCHW: torch.Tensor
+
+    @staticmethod
+    def of(pairs: Pairs, chosen: np.ndarray, rows: int, timesteps: int, generator: torch.Generator) -> _Batch:
+        z_BCHW = pairs.latents(chosen, torch.device("cpu"))
+        rows = min(rows, len(z_BCHW))
+        t_R = torch.randint(timesteps, (rows,), generator=generator)
+        noise_RCHW = torch.randn((rows, *z_BCHW.shape[1:]), generator=generator)
+        return _Batch(z_BCHW, pairs.texts(chosen), t_R, noise_RCHW)
+
+
+def _gradients(
+    model: LatentModel, inverter: TextInverter, noise_loss: DenoisingLoss, batch: _Batch, noise_weight: float,
+    scaler: torch.amp.GradScaler,
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
+    """(error, noise-prediction loss) of a batch, and the gradient of their weighted, scaled sum to each weight; in
+    parts, each with its share in the means, where the device does not take the batch at once."""
+    weights, count, noisy = [*inverter.parameters()], len(batch.prompts), len(batch.t_R)
+
+    def work(part: slice) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        z_BCHW = batch.z_BCHW[part].to(model.device)
+        text_BTK, pooled_BP = text_conditions(model, batch.prompts[part])
+        guess_BTK, guess_BP = inverter(z_BCHW)
+        error = len(z_BCHW) / count * _standard_error(inverter, guess_BTK, text_BTK, guess_BP, pooled_BP)
+        noise, rows = torch.zeros((), device=model.device), max(0, min(part.stop, noisy) - part.start)
+        if rows:
+            own = slice(part.start, part.start + rows)
+            loss_R = noise_loss(
+                z_BCHW[:rows], batch.noise_RCHW[own].to(model.device), batch.t_R[own].to(model.device),
+                guess_BTK[:rows], None if guess_BP is None else guess_BP[:rows],
+            )  # fmt: skip
+            noise = rows / noisy * loss_R.mean()
+        total = scaler.scale(error + noise_weight * noise)
+        return torch.stack([error.detach(), noise.detach()]), torch.autograd.grad(total, weights, allow_unused=True)
+
+    parts = list(model.rooms["training"].parts(count, work))
+    slopes = zip(*(slopes for _, slopes in parts), strict=True)
+    return torch.stack([errors for errors, _ in parts]).sum(0), [_added(own) for own in slopes]
+
+
+def _added(slopes: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """The sum of the parts' gradients to one weight; None: no part depends on it."""
+    there = [slope for slope in slopes if slope is not None]
+    return sum(there[1:], there[0]) if there else None
 
 
 def _standard_error(
@@ -163,27 +217,12 @@ def _standard_error(
     return error + ((guess_BP - pooled_BP) / inverter.std_P).square().mean()
 
 
-def _noise_error(
-    noise_loss: DenoisingLoss,
-    z_BCHW: torch.Tensor,
-    guess_BTK: torch.Tensor,
-    guess_BP: torch.Tensor | None,
-    rows: int,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """The noise-prediction loss of the first so many pictures under their inverted text latents (of all, if fewer)."""
-    rows = min(rows, len(z_BCHW))
-    t_B = torch.randint(noise_loss.timesteps, (rows,), generator=generator).to(z_BCHW.device)
-    noise_BCHW = torch.randn((rows, *z_BCHW.shape[1:]), generator=generator).to(z_BCHW.device)
-    pooled_BP = None if guess_BP is None else guess_BP[:rows]
-    return noise_loss(z_BCHW[:rows], noise_BCHW, t_B, guess_BTK[:rows], pooled_BP).mean()
-
-
 @torch.no_grad()
 def _standardise(inverter: TextInverter, model: LatentModel, pairs: Pairs, trained: np.ndarray, seed: int) -> None:
     """Mean and deviation of each number of the text latent over some hundred training prompts."""
     some = np.random.default_rng([seed, 1]).choice(trained, min(len(trained), STANDARD), replace=False)
-    parts = [text_conditions(model, pairs.texts(some[at : at + CHUNK])) for at in range(0, len(some), CHUNK)]
+    room = model.rooms["texts"]
+    parts = list(room.parts(len(some), lambda part: text_conditions(model, pairs.texts(some[part])), CHUNK))
     text = torch.cat([part[0] for part in parts]).double()
     # The start token's latent never changes: a floor keeps it from being divided by nothing.
     floor = 0.05 * text.std(0).mean().clamp(min=1e-6)
@@ -198,9 +237,9 @@ def _standardise(inverter: TextInverter, model: LatentModel, pairs: Pairs, train
 @torch.no_grad()
 def measure(model: LatentModel, inverter: TextInverter, pairs: Pairs, held: np.ndarray) -> dict[str, float]:
     """Error and cosine of the text latents of held-out pictures, beside those of the mean latent."""
-    sums = np.zeros(5)
-    for at in range(0, len(held), CHUNK):
-        chosen = held[at : at + CHUNK]
+
+    def summed(part: slice) -> np.ndarray:
+        chosen, sums = held[part], np.zeros(5)
         z_BCHW = pairs.latents(chosen, model.device)
         text, _ = text_conditions(model, pairs.texts(chosen))
         mean = inverter.mean_TK.expand_as(text)
@@ -209,7 +248,9 @@ def measure(model: LatentModel, inverter: TextInverter, pairs: Pairs, held: np.n
             # Of the departures from the mean: raw cosines are all near one, for every latent shares its large numbers.
             sums[place + 1] += float(torch.cosine_similarity((guess - mean).flatten(1), (text - mean).flatten(1)).sum())
         sums[4] += len(chosen)
-    mse, cosine, mean_mse, _, count = sums
+        return sums
+
+    mse, cosine, mean_mse, _, count = sum(model.rooms["measured"].parts(len(held), summed, CHUNK), np.zeros(5))
     return {
         "held_out": int(count),
         "mse": mse / count,

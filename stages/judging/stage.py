@@ -13,10 +13,12 @@ from functools import cached_property
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 
 from pipeline.contract import Column, Row, StageInfo, failed, ok
 from stages.engine.device import chosen_device
 from stages.engine.randomness import row_seed
+from stages.engine.room import Rooms
 from stages.judging.measures import GROUPS, by_class, group_of, mean_of, name_of
 from stages.judging.mixture import mix
 from stages.judging.network import check
@@ -56,6 +58,7 @@ class JudgeCorpus:
     def __init__(self, settings: JudgeCorpusSettings) -> None:
         self.settings = settings
         self.device = chosen_device(settings.device)
+        self.rooms, self._spilled = Rooms(self.device, relief=self._spill), False
         self._scratch = TemporaryDirectory(prefix="latentmill-judge-")
         self.sets = {
             key: read(key, given, settings.labels, settings.size, f"{self._scratch.name}/{number}")
@@ -84,7 +87,16 @@ class JudgeCorpus:
         for row in rows:
             key = key_of(str(row["corpus"]))
             problem = self.problems[REAL] or self.problems[key]
-            yield failed(row, problem) if problem else self._judged(row, key)
+            try:
+                yield failed(row, problem) if problem else self._judged(row, key)
+            except torch.OutOfMemoryError:
+                yield failed(row, f"a batch of {self.settings.batch_size} pictures of {self.settings.size} pixels does "
+                             "not fit the device: lower batch_size or size, or take another classifier")  # fmt: skip
+
+    def _spill(self, work: str) -> bool:
+        """From now on a training keeps what it can in the host's memory."""
+        self._spilled, had = True, self._spilled
+        return work == "training" and not had
 
     @cached_property
     def heads(self) -> Heads:
@@ -135,10 +147,13 @@ class JudgeCorpus:
         random = np.random.default_rng(row_seed(settings.seed, f"trial {trial}", "mixture"))
         mixture = mix(self.real, self.sets[key], self.usable[key], self.added, random)
         with repeatable():
-            net, loss = train(mixture, self.heads, settings, seed=settings.seed, trial=trial, device=self.device)
+            ((net, loss),) = self.rooms["training"].parts(1, lambda part: train(
+                mixture, self.heads, settings, seed=settings.seed, trial=trial, device=self.device,
+                spilled=self._spilled,
+            ))  # fmt: skip
             if not math.isfinite(loss):
                 return failed(row, f"the training diverged: the loss is {loss}; lower `lr` ({settings.lr:g})")
-            said_NL = predict(net, self.held_out.x_NHWC, self.heads, self.device)
+            said_NL = predict(net, self.held_out.x_NHWC, self.heads, self.device, self.rooms["held-out"])
         right_NL = said_NL == self.heads.encode(self.held_out.labels)
         usable = len(self.usable[key])
         return ok(

@@ -6,15 +6,17 @@ Legend: M training pictures, N held-out ones, B of a batch, L labels of a pictur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from stages.engine.randomness import row_seed
+from stages.engine.room import Room
 from stages.judging.mixture import Mixture
 from stages.judging.network import build
 from stages.judging.sets import Label
@@ -58,7 +60,7 @@ class Heads:
 
 
 def train(
-    mixture: Mixture, heads: Heads, settings: Judging, *, seed: int, trial: str, device: str
+    mixture: Mixture, heads: Heads, settings: Judging, *, seed: int, trial: str, device: str, spilled: bool = False
 ) -> tuple[nn.Module, float]:
     """A classifier, and the mean loss of its last epoch.
 
@@ -66,7 +68,12 @@ def train(
 
     Args:
         seed, trial: Weights, order, shifts and mirrors are drawn from these, whatever the pictures are.
+        spilled: What a step keeps for its way back lies in the host's memory: the same numbers, and slower. (A batch in
+            parts would be another training, where a classifier norms by the batch.)
     """
+    kept: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if spilled:
+        kept = partial(torch.autograd.graph.save_on_cpu, pin_memory=torch.device(device).type == "cuda")
     torch.manual_seed(row_seed(seed, f"trial {trial}", "weights"))
     random = np.random.default_rng(row_seed(seed, f"trial {trial}", "order"))
     net = build(settings.classifier, sum(heads.sizes)).to(device).train()
@@ -82,7 +89,8 @@ def train(
         for step in range(steps):
             places_B = order_M[step * batch : (step + 1) * batch]
             x_BHWC = _moved(mixture.pictures(places_B), random, settings.flip)
-            loss = _loss(net(_prepared(x_BHWC, device)), y_ML[places_B].to(device), heads)
+            with kept():
+                loss = _loss(net(_prepared(x_BHWC, device)), y_ML[places_B].to(device), heads)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -92,13 +100,18 @@ def train(
 
 
 @torch.no_grad()
-def predict(net: nn.Module, x_NHWC: np.ndarray, heads: Heads, device: str) -> np.ndarray:
-    """The likeliest value of each label, (N, L)."""
-    found = []
-    for start in range(0, len(x_NHWC), EVALUATED):
-        logits_BD = net(_prepared(x_NHWC[start : start + EVALUATED], device))
-        found.append(torch.stack([part.argmax(1) for part in logits_BD.split(heads.sizes, 1)], 1).cpu().numpy())
-    return np.concatenate(found)
+def predict(net: nn.Module, x_NHWC: np.ndarray, heads: Heads, device: str, room: Room | None = None) -> np.ndarray:
+    """The likeliest value of each label, (N, L).
+
+    Args:
+        room: Pictures at once.
+    """
+
+    def said(part: slice) -> np.ndarray:
+        logits_BD = net(_prepared(x_NHWC[part], device))
+        return torch.stack([own.argmax(1) for own in logits_BD.split(heads.sizes, 1)], 1).cpu().numpy()
+
+    return np.concatenate([*(room or Room()).parts(len(x_NHWC), said, EVALUATED)])
 
 
 @contextmanager

@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from jobs.dry_run import plan_job
-from jobs.run import run_job
+from jobs.run import described, run_job
 from jobs.schema.reading import JobFileError, load
 from pipeline.output.verify import verify
+from stages.judging import training
 
 pytestmark = pytest.mark.usefixtures("in_process")
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}
@@ -113,6 +115,53 @@ def test_the_same_job_gives_the_same_rows_in_whichever_order(sets: Path, judged:
     assert run_job(again, output=str(tmp_path / "out")).state == "complete"
     first = {row["id"]: row for row in rows(judged) if row["trial"] == 0}
     assert {row["id"]: row for row in rows(tmp_path / "out")} == first
+
+
+def test_a_training_that_does_not_fit_keeps_what_it_can_in_the_hosts_memory(
+    sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers; in a batch cut in parts the classifier, which norms by the batch, would be another."""
+    given: Any = described(job(sets, trials=1, epochs=2))
+    spec, rows = given.stage(), [{"id": name, "corpus": name, "trial": 0} for name in ("real", "good")]
+    wanted = list(spec.build()(rows))
+    spilled, refused = torch.autograd.graph.save_on_cpu, list[str]()
+    inside: list[bool] = []
+
+    class Spilled(spilled):  # type: ignore[misc, valid-type]
+        def __enter__(self) -> Any:
+            inside.append(True)
+            return super().__enter__()
+
+        def __exit__(self, *given: Any) -> None:
+            inside.pop()
+            super().__exit__(*given)
+
+    real, prepared = training._loss, training._prepared
+
+    def loss(*given: Any) -> torch.Tensor:
+        if not inside:
+            refused.append("a step")
+            raise torch.OutOfMemoryError
+        return real(*given)
+
+    def brought(x_BHWC: np.ndarray, device: str) -> torch.Tensor:
+        if len(x_BHWC) > 8:
+            refused.append("held-out")
+            raise torch.OutOfMemoryError
+        return prepared(x_BHWC, device)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Spilled)
+    monkeypatch.setattr(training, "_loss", loss)
+    monkeypatch.setattr(training, "_prepared", brought)
+    stage: Any = spec.build()
+    assert list(stage(rows)) == wanted
+    assert refused == ["a step", "held-out"]
+    other: Any = spec.build()
+    other.rooms.heed(stage.rooms.learned())
+    assert list(other(rows)) == wanted
+    assert len(refused) == 2
+    monkeypatch.setattr(training, "_loss", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    assert all("lower batch_size or size" in row["error"] for row in spec.build()(rows))
 
 
 def folder_of(pictures: Path, place: Path) -> str:
