@@ -6,10 +6,12 @@ Legend: B rows, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline.contract import Row, failed
 from stages.engine.device import unasked_dtype
@@ -56,30 +58,55 @@ def check_width(decode: Decode, width: int) -> None:
         raise DecoderError(f"{decode.model}: takes embeddings of width {taken}, the encoder gives {width}")
 
 
+class Rounded(nn.Module):
+    """A text encoder in use elsewhere, as a prior of another type sees it: what it says is rounded to that type.
+
+    Args:
+        encoder: Of transformers; stays as it is.
+        dtype: The prior's.
+    """
+
+    def __init__(self, encoder: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder, self.dtype = encoder, dtype
+        self.device: torch.device = next(encoder.parameters()).device
+
+    def forward(self, ids_BL: torch.Tensor) -> SimpleNamespace:
+        said = self.encoder(ids_BL)
+        names = ("text_embeds", "last_hidden_state")
+        return SimpleNamespace(**{name: getattr(said, name).to(self.dtype) for name in names})
+
+
 def load_prior_pipeline(
-    path: str, revision: str | None, dtype: torch.dtype, allow_pickle: bool | None, prior: Any = None
-) -> Any:
-    """The prior pipeline, on the CPU.
+    path: str, revision: str | None, dtype: torch.dtype, allow_pickle: bool | None, prior: Any = None,
+    text_encoder: nn.Module | None = None,
+) -> Any:  # fmt: skip
+    """The prior pipeline, on the CPU. Its image encoder, which embeds an empty picture for a decoder, stays out.
 
     Args:
         prior: A network in place of its own prior.
+        text_encoder: Its own, where that is in memory already, of whatever type.
 
     Raises:
         OSError, ValueError: There is none, or its weights are in no form that is read.
     """
     from diffusers import KandinskyV22PriorPipeline, PriorTransformer
-    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
-    kinds = {"text_encoder": CLIPTextModelWithProjection, "image_encoder": CLIPVisionModelWithProjection}
-    if prior is None:
-        kinds["prior"] = PriorTransformer
+    kinds: dict[str, Any] = {"text_encoder": CLIPTextModelWithProjection, "prior": PriorTransformer}
+    given = {"prior": prior, "text_encoder": text_encoder}
     networks = {
         part: Place(path, revision, part, allow_pickle=bool(allow_pickle)).load(kind, dtype)
+        if given[part] is None else given[part]
         for part, kind in kinds.items()
-    }
-    if prior is not None:
-        networks["prior"] = prior
-    return KandinskyV22PriorPipeline.from_pretrained(here(path), dtype=dtype, revision=revision, **networks)
+    }  # fmt: skip
+    pipe = KandinskyV22PriorPipeline.from_pretrained(
+        here(path), dtype=dtype, revision=revision, image_encoder=None, **networks
+    )
+    if text_encoder is not None and text_encoder.dtype != dtype:
+        pipe.text_encoder = Rounded(text_encoder, dtype)
+    pipe.get_zero_embed = lambda *given, **named: None
+    return pipe
 
 
 class Decoder:

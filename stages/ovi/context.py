@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from pipeline.contract import Row
@@ -24,6 +23,7 @@ from stages.ovi.settings import PromptMethod
 if TYPE_CHECKING:
     from index.captions import Captions
     from index.reference import Reference
+    from stages.models.clip import TextEncoder
 
 RowMap = Callable[[Iterable[Row]], Iterator[Row]]
 """Maps rows to rows in any order, one out for each in; rows that arrive failed pass through."""
@@ -56,7 +56,7 @@ class Context:
     Attributes:
         model, revision, allow_pickle: Of the encoders (the default of `trained-prior`).
         vision: The image encoder's network; loaded when a method asks.
-        text: Prompts -> text embeddings, for warm starts.
+        text: Prompts -> text embeddings, for warm starts; a trained prior of the same folder shares its network.
         reference: Real image embeddings.
         states: Which hidden states of the image encoder OVI's rows are to have.
         occupancy: Method label -> how full its slots were.
@@ -69,7 +69,7 @@ class Context:
     device: str
     seed: int
     vision: Callable[[], nn.Module]
-    text: Callable[[list[str]], torch.Tensor]
+    text: TextEncoder
     reference: Reference | None
     allow_pickle: bool | None = None
     states: States | None = None

@@ -47,7 +47,7 @@ def trained_prior(method: TrainedPrior, context: Context) -> RowMap:
 
 
 def load_pipeline(method: TrainedPrior, context: Context) -> Any:
-    """The prior pipeline, float16 on a GPU.
+    """The prior pipeline, float16 on a GPU; its text encoder is the stage's, where both are of one folder.
 
     Raises:
         ValueError: It, or the prior that is to take its prior's place, cannot be loaded.
@@ -57,7 +57,8 @@ def load_pipeline(method: TrainedPrior, context: Context) -> Any:
     dtype = unasked_dtype(context.device)
     prior = load_prior(method.prior, dtype, context.allow_pickle) if method.prior else None
     try:
-        pipe = kandinsky.load_prior_pipeline(path, revision, dtype, context.allow_pickle, prior)
+        shared = context.text.model if path == context.model else None
+        pipe = kandinsky.load_prior_pipeline(path, revision, dtype, context.allow_pickle, prior, shared)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no Kandinsky 2.2 prior pipeline can be loaded: {error}") from None
     pipe = pipe.to(context.device)

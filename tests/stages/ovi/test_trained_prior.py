@@ -7,6 +7,7 @@ from torch import nn
 
 from stages.engine.randomness import row_generator, row_normal
 from stages.ovi.settings import TrainedPrior
+from stages.ovi.trained_prior import load_pipeline
 from tests.support.prompt_methods import PROMPTS, run
 from tests.support.tiny_kandinsky import LENGTH, WIDTH
 
@@ -21,6 +22,29 @@ def test_trained_prior_is_the_pipeline_one_prompt_at_a_time(context, prior, rows
         generator = row_generator(3, row["id"], "prior")
         wanted = pipe(row["prompt"], num_inference_steps=3, guidance_scale=2.0, generator=generator).image_embeds[0]
         np.testing.assert_allclose(got[row["id"]]["embedding"], wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_encoders_are_in_memory_once(context, prior, rows, monkeypatch, dtype):
+    """The text encoder is the stage's own, whatever the prior's type; the image encoder is not read at all."""
+    from transformers import CLIPVisionModelWithProjection
+
+    monkeypatch.setattr("stages.ovi.trained_prior.unasked_dtype", lambda device: getattr(torch, dtype))
+    monkeypatch.setattr(CLIPVisionModelWithProjection, "from_pretrained", None)
+    before = [weight.clone() for weight in context.text.model.parameters()]
+    pipe = load_pipeline(TrainedPrior(), context)
+    shared = pipe.text_encoder if dtype == "float32" else pipe.text_encoder.encoder
+    assert shared is context.text.model
+    assert pipe.prior.dtype == getattr(torch, dtype)
+    for weight, was in zip(context.text.model.parameters(), before, strict=True):
+        assert torch.equal(weight, was)
+        assert weight.dtype == torch.float32
+    made = run(TrainedPrior(steps=3), context, rows)
+    monkeypatch.undo()
+    for name, row in run(TrainedPrior(steps=3), context, rows).items():
+        np.testing.assert_allclose(
+            made[name]["embedding"], row["embedding"], atol=0 if dtype == "float32" else 0.25
+        )  # of up to 4
 
 
 def test_a_prior_without_time_embedding_equals_one_whose_time_token_nobody_sees(context, rows, tmp_path):
