@@ -32,7 +32,10 @@ ATTEMPTS = 5
 FIRST_WAIT_S = 0.2
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _ITS_NUMBERS = re.compile(r"\n(?:RequestId|ErrorCode):")
-CLIENTS = frozenset({"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google"})
+CLIENTS = frozenset({
+    "adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpcore", "httpcore2", "httpx",
+    "httpx2",
+})  # fmt: skip
 """Packages of store clients whose own exceptions are no OSErrors."""
 
 
@@ -97,7 +100,7 @@ def patiently(action: Callable[[], T]) -> T:
 
 def version_of(info: dict[str, Any]) -> str:
     """What changes when a file does, from its entry in a listing: an ETag, a digest, or a time."""
-    for key in ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "created"):
+    for key in ("ETag", "etag", "md5Hash", "md5", "blob_id", "mtime", "LastModified", "last_modified", "created"):
         if info.get(key):
             return str(info[key]).strip('"')
     return ""

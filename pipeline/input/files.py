@@ -206,8 +206,15 @@ def resolve(source: Source) -> Source:
             if {companion, owner} <= set(formats) and stems[companion] <= stems[owner]:
                 del formats[companion]
         if len(formats) > 1:
-            mixed = " and ".join(sorted(formats))
-            raise SourceError(f"{', '.join(source.path)}: holds {mixed}; set format, or name the files with a glob")
+            mixed, entries = " and ".join(sorted(formats)), ", ".join(source.path)
+            table = next((form for form in ("csv", "jsonl", "parquet") if {form, "images"} == set(formats)), None)
+            if table and all(stem.rpartition("/")[2] == "metadata" for stem in stems[table]):
+                raise SourceError(
+                    f"{entries}: is a folder of pictures with tables of what they show. To read both: "
+                    f"path: {source.path[0].rstrip('/')}/**/metadata{SUFFIXES[table][0]}, with columns: "
+                    "{image: file_name, prompt: text}, by the table's names. To read the pictures alone: format: images"
+                )
+            raise SourceError(f"{entries}: holds {mixed}; set format, or name the files with a glob")
         format = cast(Format, next(iter(formats)))
     return replace(source, path=tuple(paths), format=format, id=ids)
 

@@ -170,3 +170,20 @@ def test_ids_of_several_types(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "a", "k": 1}\n{"text": "b", "k": "1"}\n')
     with pytest.raises(SourceError, match=r"two rows share the id '1'"):
         make_plan(spec_of(tmp_path / "in.jsonl", tmp_path / "out", id="k"))
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_an_image_folder_with_its_table_is_told_how_to_be_read(tmp_path: Path, form: str) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"in/{split}").mkdir(parents=True)
+        Image.new("RGB", (6, 4)).save(tmp_path / f"in/{split}/a.png")
+        table = (
+            "file_name,text\na.png,a red star\n" if form == "csv" else '{"file_name": "a.png", "text": "a red star"}\n'
+        )
+        (tmp_path / f"in/{split}/metadata.{form}").write_text(table)
+    with pytest.raises(SourceError, match="folder of pictures with tables") as told:
+        resolve(Source((str(tmp_path / "in"),)))
+    path, columns = f"{tmp_path}/in/**/metadata.{form}", {"image": "file_name", "prompt": "text"}
+    assert f"path: {path}, with columns: {{image: file_name, prompt: text}}" in str(told.value)
+    rows = rows_of(path, tmp_path / "out", stage="Captioned", columns=columns)
+    assert [(row["said"], row["width"]) for row in rows] == [("a red star", 6)] * 2
