@@ -15,7 +15,8 @@ RUN apt-get update \
 # Any user may run it (docker run --user, OpenShift): the home of the one it has is open to all.
 RUN useradd --uid 1000 --create-home mill && mkdir /work && chmod 1777 /home/mill /work
 
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# Bytecode is written now: who runs the image may not write it, and Ray gives its helpers 15 seconds to start.
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore UV_COMPILE_BYTECODE=1
 RUN pip install uv==0.13.9
 
 # cpu, or gpu: torch as PyPI has it brings CUDA; the driver comes from the host (the NVIDIA container toolkit).
