@@ -108,6 +108,8 @@ def test_the_image_is_nobodys_root_and_holds_the_tested_versions() -> None:
     assert [rest for word, rest in words if word == "USER"][-1].isdigit(), "by number: runAsNonRoot reads no passwd"
     runs = " ".join(rest for word, rest in words if word == "RUN")
     assert "--constraints /src/constraints.txt" in runs
+    (settings,) = [rest for word, rest in words if word == "ENV" and "PIP_" in rest]
+    assert "UV_COMPILE_BYTECODE=1" in settings, "its user cannot write any, and Ray gives its helpers 15 s to start"
     (torch,) = re.findall(r"torch==\S+", runs)
     assert f"{torch}\n" in (ROOT / "constraints.txt").read_text()
     kinds = re.search(r'case "\$DEVICE" in(.*?)esac', runs)

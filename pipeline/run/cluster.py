@@ -205,14 +205,7 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
         knock(address)
         options["address"] = address
     try:
-        try:
-            with _held_interrupt():
-                ray.init(**options)
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            where = "a local Ray could not be started" if address is None else f"no Ray lets us in at {address!r}"
-            advice = "; if it asks for a token (Ray 2.60's default), set RAY_AUTH_MODE=token" if address else ""
-            raise ClusterError(f"{where}: {reason}{advice}") from None
+        _start(options)
         if address is None:
             _ours.append(True)
         yield address is None
@@ -220,6 +213,33 @@ def connected(address: str | None, cpus: float) -> Iterator[bool]:
         _ours.clear()
         with _held_interrupt():
             ray.shutdown()
+
+
+def _start(options: dict[str, Any]) -> None:
+    """``ray.init``; a Ray of our own that came up too late is started a second time.
+
+    A raylet ends itself where one of its helpers has not answered in 15 s, which no setting changes (ray 65983): Python
+    reads their libraries from a cold disk, or compiles them. The second time they lie in memory.
+
+    Raises:
+        ClusterError: It did not come up, or does not let us in.
+    """
+    import ray
+
+    local = options["address"] == "local"
+    for attempt in (1, 2):
+        try:
+            with _held_interrupt():
+                ray.init(**options)
+            return
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if local and "timed out" in reason and attempt == 1:
+                ray.shutdown()
+                continue
+            where = "a local Ray could not be started" if local else f"no Ray lets us in at {options['address']!r}"
+            advice = "" if local else "; if it asks for a token (Ray 2.60's default), set RAY_AUTH_MODE=token"
+            raise ClusterError(f"{where}: {reason}{advice}") from None
 
 
 def spread(function: Callable[..., R], items: Iterable[T], *shared: Any, size: int = 0) -> Iterator[R]:
