@@ -70,6 +70,8 @@ def test_both_wheels_are_one_release(wheels: dict[str, Path]) -> None:
     assert {message["Version"] for message in told.values()} == {project["version"]}
     needs = told["latentmill"].get_all("Requires-Dist")
     assert f'latentmill-micro=={project["version"]}; extra == "micro"' in needs
+    extras = {"gpu", "cpu", "s3", "gcs", "azure", "hub", "slurm", "view", "lora", "metrics", "micro"}
+    assert extras <= set(told["latentmill"].get_all("Provides-Extra")), "pip warns of one that it does not find"
     small = {Requirement(text) for text in told["latentmill_micro"].get_all("Requires-Dist")}
     assert small <= {Requirement(text) for text in needs}
     assert imported("micro") - {module(one) for one in small} <= MAKERS
