@@ -125,7 +125,8 @@ def _importer() -> Callable[[], None]:
 def _held_interrupt() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until Ray has started or stopped: caught halfway it crashes the process. Twice insists.
 
-    What they did before they do afterwards: Ray's own way with SIGTERM ends in an abort.
+    What they did before they do afterwards: Ray's own way with SIGTERM ends in an abort. Where they kept Ray from
+    starting (its processes got them too), or Ray's handler took one meanwhile and left, that is an interruption too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -140,6 +141,10 @@ def _held_interrupt() -> Iterator[None]:
     before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except (Exception, SystemExit) as error:
+        if pressed or getattr(error, "code", None) == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
