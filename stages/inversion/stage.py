@@ -22,16 +22,17 @@ from stages.inversion import lpips
 from stages.inversion.ilb import BoostProblem, boost_decoder, boost_joint
 from stages.inversion.lpips import Lpips
 from stages.inversion.metrics import measure_pictures, noise_statistics
+from stages.inversion.preparation import Key, Preparation, Seen, picture_of
 from stages.inversion.schemes import Scheme, check_method, conditions, scheme_of, stacked
 from stages.inversion.settings import Boost, InvertImagesSettings
 from stages.inverter.model import TextInverter
 from stages.inverter.stage import text_columns
 from stages.models.buckets import Size, bucket_for, buckets_of
-from stages.models.captions import CUT_COLUMN, TOKEN_COLUMNS, cuts, token_counts
+from stages.models.captions import CUT_COLUMN, TOKEN_COLUMNS
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import Geometry, LatentModel
 from stages.models.memory import fitting_slots
-from stages.models.pictures import fit_picture, to_picture
+from stages.models.pictures import to_picture
 from stages.models.sampler import sample
 
 SIZE_COLUMNS = (
@@ -73,8 +74,13 @@ class InvertImages:
         self.store = np.dtype(settings.store)
         self.dtype = str(self.model.dtypes[next(iter(self.geometry.parts))]).removeprefix("torch.")
         self.inverter = None if settings.inverter is None else TextInverter.load(settings.inverter, self.device)
+        self.preparation = Preparation(
+            settings, self.model, self.inverter, lambda: self.slots * (1 if self._streams else GROUP)
+        )
         measured = settings.lpips and lpips.lacking(_shortest(self.buckets)) is None
         self.lpips = Lpips(lpips.weights_file(), self.device) if measured else None
+        # A method that moves the latent has to decode it again.
+        self._compares = any(method.ilb is None for method in settings.methods)
         self._occupancy = {label: Occupancy() for label in self.methods}
         self._told = dict.fromkeys(self.methods, (0, 0))
 
@@ -175,19 +181,37 @@ class InvertImages:
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
         """One row out for each in. With one method and one size, rows stream; else they go in groups, and in a group
         method by method and size by size."""
-        if len(self.methods) == len(self.buckets) == 1:
+        if self._streams:
             yield from self._by_scheme(next(iter(self.schemes.values())), rows)
             return
-        for group in batches(rows, GROUP * self.slots * len(self.methods)):
+        for group in batches(self._fitted(rows), GROUP * self.slots * len(self.methods)):
+            seen: dict[Key, Seen] = {}
             alike: dict[Any, list[Row]] = {}
             for row in group:
                 alike.setdefault((row.get("method"), self._bucket(row)), []).append(row)
             for (label, size), some in alike.items():
                 if label in self.methods:
-                    yield from self._by_scheme(self._scheme(label, size), some)
+                    yield from self._by_scheme(self._scheme(label, size), some, seen)
                 else:
                     names = ", ".join(self.methods)
                     yield from (failed(row, f"no method {label!r}: the job has {names}") for row in some)
+
+    @property
+    def _streams(self) -> bool:
+        """Whether all rows go one way."""
+        return len(self.methods) == len(self.buckets) == 1
+
+    def _fitted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows with pictures of the size that they are inverted in; those of one picture, which come one after
+        another, share it."""
+        key, picture = None, None
+        for row in rows:
+            if row.get("image") is None:
+                yield row
+                continue
+            if key != (own := picture_of(row["id"], row.get("method"))):
+                key, picture = own, self.preparation.fitted(row["image"], self._bucket(row))
+            yield {**row, "image": picture}
 
     def _bucket(self, row: Row) -> Size:
         picture = row.get("image")
@@ -224,17 +248,19 @@ class InvertImages:
     @property
     def holds(self) -> int:
         """Most rows at a time: in the slots, and as many again encoded before and unfinished behind; or in a group."""
-        if len(self.methods) == len(self.buckets) == 1:
+        if self._streams:
             return 3 * self.slots
         return (GROUP + 1) * self.slots * len(self.methods)
 
     # --- the way of a row
 
-    def _by_scheme(self, scheme: Scheme[Any], rows: Iterable[Row]) -> Iterator[Row]:
+    def _by_scheme(
+        self, scheme: Scheme[Any], rows: Iterable[Row], seen: dict[Key, Seen] | None = None
+    ) -> Iterator[Row]:  # fmt: skip
         # A row's working values live beside it, under its id: what the pipeline handed in is handed back untouched, but
         # for the picture: it may be large, and is needed no longer once it is fitted to the model.
         given: dict[str, Row] = {}
-        work = self.prepared(scheme, rows, given)
+        work = self.prepared(scheme, rows, given, seen)
         if scheme.method.ilb is not None:
             work = self._boosted(scheme, scheme.method.ilb, work)
         work = map(self._converged, self._inverted(scheme, work))
@@ -242,8 +268,14 @@ class InvertImages:
             row = given.pop(done.pop("id"))
             yield failed(row, done["error"]) if done.get("status") == "failed" else ok(row, **done)
 
-    def prepared(self, scheme: Scheme[Any], rows: Iterable[Row], given: dict[str, Row]) -> Iterator[Row]:
-        """Pictures to latents and captions to conditions, a batch at a time; what came in is noted in `given`."""
+    def prepared(
+        self, scheme: Scheme[Any], rows: Iterable[Row], given: dict[str, Row], seen: dict[Key, Seen] | None = None
+    ) -> Iterator[Row]:
+        """Pictures to latents and captions to conditions, a batch at a time; what came in is noted in `given`.
+
+        Args:
+            seen: What is known of pictures, and what becomes known of these. None: none comes again.
+        """
 
         def checked() -> Iterator[Row]:
             for row in rows:
@@ -251,51 +283,13 @@ class InvertImages:
                 if row.get("image") is None:
                     yield failed({"id": row["id"]}, "no picture in column 'image'; map one to it with input.columns")
                 else:
-                    yield row
+                    yield {**row, "key": picture_of(row["id"], scheme.method.label)}
 
-        return in_batches(checked(), self.slots, partial(self._encoded, scheme))
+        def encoded(batch: Sequence[Row]) -> Iterator[Row]:
+            compared = {row["key"] for row in batch if self._compares and self._is_regenerated(row["key"][0])}
+            yield from self.preparation(scheme.model, scheme.guided, batch, {} if seen is None else seen, compared)
 
-    def _prompt_of(self, row: Row) -> str:
-        if self.inverter is not None:
-            return ""
-        return self.settings.prompt if self.settings.prompt is not None else str(row.get("prompt") or "")
-
-    def _counted(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """What stands in `TOKEN_COLUMNS`, and in `CUT_COLUMN` where there is one; nothing where an inverter speaks in
-        the captions' place."""
-        if self.inverter is not None:
-            return [{} for _ in prompts]
-        counted: list[dict[str, Any]] = [*token_counts(prompts, self.model.readers)]
-        if self.geometry.grid is not None:
-            for made, cut in zip(counted, cuts(prompts, self.model.readers), strict=True):
-                made |= cut
-        return counted
-
-    @torch.no_grad()
-    def _encoded(self, scheme: Scheme[Any], rows: Sequence[Row]) -> Iterator[Row]:
-        model, fit = scheme.model, self.settings.fit
-        size, kind = model.geometry.picture_size, "crop" if fit == "bucket" else fit
-        x_BCHW = torch.stack([fit_picture(row["image"], size, kind) for row in rows])
-        x_BCHW = x_BCHW.to(self.device)
-        z_BCHW = self.model.encode(x_BCHW)
-        floor = measure_pictures(self.model.decode(z_BCHW), x_BCHW)
-        prompts = [self._prompt_of(row) for row in rows]
-        counted = self._counted(prompts)
-        condition = model.condition(prompts, guided=scheme.guided, negative=self.settings.negative)
-        read: dict[str, torch.Tensor] = {}
-        if self.inverter is not None:
-            text_BLE, pooled_BE = self.inverter(z_BCHW)
-            read = {"text_latent": text_BLE.half()} | ({} if pooled_BE is None else {"pooled": pooled_BE.half()})
-            # The condition is what will be stored.
-            condition |= self.model.text_condition(*(value.float() for value in read.values()))
-        for i, row in enumerate(rows):
-            yield {
-                "id": row["id"], "x": x_BCHW[i].cpu(), "z": z_BCHW[i].cpu(), "prompt": prompts[i],
-                "counted": counted[i],
-                "condition": {name: value[i].cpu() for name, value in condition.items()},
-                "read": {name: value[i].cpu().numpy() for name, value in read.items()},
-                "floor_psnr": floor["psnr"][i], "floor_ssim": floor["ssim"][i],
-            }  # fmt: skip
+        return in_batches(checked(), self.slots, encoded)
 
     def _inverted(self, scheme: Scheme[Any], rows: Iterable[Row]) -> Iterator[Row]:
         return scheme.invert(rows, self.slots, self._occupancy[scheme.method.label])
@@ -313,6 +307,7 @@ class InvertImages:
 
     def _boosted(self, scheme: Scheme[Any], boost: Boost, rows: Iterable[Row]) -> Iterator[Row]:
         room = self.model.rooms["boost"]
+        rows = ({**row, "decoded": None} for row in rows)  # of a latent that is going to be moved
 
         def make(visit: int | None) -> BoostProblem:
             return BoostProblem(
@@ -350,7 +345,7 @@ class InvertImages:
     def _finished(self, scheme: Scheme[Any], rows: Sequence[Row], given: Mapping[str, Row]) -> list[Row]:
         """The ids and output columns of finished rows."""
         method, outputs = scheme.method, []
-        chosen = [i for i, row in enumerate(rows) if self._is_regenerated(row["id"].removesuffix(f"/{method.label}"))]
+        chosen = [i for i, row in enumerate(rows) if self._is_regenerated(picture_of(row["id"], method.label)[0])]
         if chosen:
             measured, again_BCHW = self._come_back(scheme, [rows[i] for i in chosen])
             rows = list(rows)
@@ -419,7 +414,9 @@ class InvertImages:
         z_BCHW, x_BCHW = (stacked(rows, name, self.device) for name in ("z", "x"))
         made_BCHW = self.model.decode(again_BCHW)
         against_x = measure_pictures(made_BCHW, x_BCHW)
-        against_decoded = measure_pictures(made_BCHW, self.model.decode(z_BCHW))
+        kept = rows[0]["decoded"] is not None  # a method's rows are alike
+        decoded_BCHW = stacked(rows, "decoded", self.device) if kept else self.model.decode(z_BCHW)
+        against_decoded = measure_pictures(made_BCHW, decoded_BCHW)
         mse_B = (again_BCHW - z_BCHW).square().flatten(1).mean(1).tolist()
         for i, made in enumerate(outputs):
             made |= {
@@ -443,7 +440,8 @@ class InvertImages:
         if not which:
             return
         prompts = [str(given[rows[i]["id"]]["edit_prompt"]) for i in which]
-        condition = scheme.model.condition(prompts, guided=guidance > 1, negative=self.settings.negative)
+        told = self.preparation.conditions(scheme.model, prompts, guidance > 1)
+        condition = {name: stacked(told, name, self.device) for name in told[0]}
         noise_BCHW = self._as_stored([rows[i] for i in which], "noise")
         edited_BCHW = sample(scheme.model.predictor(guidance), scheme.schedule, noise_BCHW, condition)
         for i, picture in zip(which, self.model.decode(edited_BCHW), strict=True):

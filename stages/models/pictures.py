@@ -23,7 +23,13 @@ Filter = Literal["lanczos", "bicubic"]
 def fit_picture(
     picture: Image, size: int | tuple[int, int], fit: Fit = "crop", resample: Filter = "lanczos"
 ) -> torch.Tensor:
-    """A picture as a tensor (3, H, W) in [-1, 1].
+    """A picture as a tensor (3, H, W) in [-1, 1]; arguments as of `fitted`."""
+    values = np.asarray(fitted(picture, size, fit, resample), dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+
+
+def fitted(picture: Image, size: int | tuple[int, int], fit: Fit = "crop", resample: Filter = "lanczos") -> Image:
+    """A picture in RGB and of a size.
 
     crop: the largest part of that shape in the middle, then resized. pad: resized until it fits, the rest white, the
     picture in the middle. stretch: both sides resized. A picture of the right size is left as it is.
@@ -37,15 +43,13 @@ def fit_picture(
     wanted = (size, size) if isinstance(size, int) else size
     method = pil.Resampling[resample.upper()]
     picture = picture.convert("RGB")
-    if picture.size != wanted:
-        if fit == "crop":
-            picture = ImageOps.fit(picture, wanted, method)
-        elif fit == "pad":
-            picture = ImageOps.pad(picture, wanted, method, color=(255, 255, 255))
-        else:
-            picture = picture.resize(wanted, method)
-    values = np.asarray(picture, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+    if picture.size == wanted:
+        return picture
+    if fit == "crop":
+        return ImageOps.fit(picture, wanted, method)
+    if fit == "pad":
+        return ImageOps.pad(picture, wanted, method, color=(255, 255, 255))
+    return picture.resize(wanted, method)
 
 
 def to_picture(x_CHW: torch.Tensor) -> Image:

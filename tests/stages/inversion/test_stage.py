@@ -244,3 +244,52 @@ def test_what_does_not_converge_fails_if_it_is_asked_to(folder) -> None:
             assert row["status"] == "failed"
             assert f"a residual of {worst} is left at step" in row["error"]
             assert "take more passes, more steps or less guidance" in row["error"]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, stage: InvertImages) -> dict[str, list[int]]:
+    """Sizes of the batches that its model encodes, decodes and reads prompts of."""
+    sizes: dict[str, list[int]] = {"encode": [], "decode": [], "condition": []}
+    for name, seen in sizes.items():
+
+        def call(given, *args, work=getattr(stage.model, name), seen=seen, **options):
+            seen.append(len(given))
+            return work(given, *args, **options)
+
+        monkeypatch.setattr(stage.model, name, call)
+    return sizes
+
+
+def test_a_picture_is_encoded_and_read_once_for_all_its_methods(folder, monkeypatch) -> None:
+    """And rows are, to the last bit, what each method makes of the pictures by itself."""
+    methods = [
+        {"method": "ddim"},
+        {"method": "uni-inv"},
+        {"method": "lbo", "name": "boosted", "ilb": {"iterations": 2}},
+    ]
+    options = {"steps": 2, "slots": 4}
+    given = [{"id": f"{i}", "image": picture(i, (20, 16)), "prompt": f"star {i // 2}"} for i in range(6)]
+    wanted = {}
+    for method in methods:
+        label = method.get("name", method["method"])
+        rows = [{**row, "id": f"{row['id']}/{label}", "method": label} for row in given]
+        wanted |= {row["id"]: row for row in InvertImages(told(folder, [method], **options))(rows)}
+    stage = InvertImages(told(folder, methods, **options))
+    rows = [{**row, "id": f"{row['id']}/{label}", "method": label} for row in given for label in stage.methods]
+    rows.append({"id": "6/ddim", "image": None, "prompt": "star", "method": "ddim"})
+    # No pictures of the same name: without its method an id names nothing but its own row.
+    rows.append({"id": "0", "image": picture(9), "prompt": "star 0", "method": "ddim"})
+    sizes = counted(monkeypatch, stage)
+    done = {row["id"]: row for row in stage(rows)}
+    assert sizes["encode"] == [4, 3]
+    assert sum(sizes["condition"]) == 3
+    # Each once for its floor, once regenerated for each row, and once more where its latent was moved.
+    assert sum(sizes["decode"]) - 6 * 2 == 7 + 19 + 6  # 2 updates of 6 pictures
+    assert "no picture" in done.pop("6/ddim")["error"]
+    assert np.abs(done.pop("0")["latent"] - done["0/ddim"]["latent"]).max() > 0.1
+    assert done.keys() == wanted.keys()
+    for name, row in done.items():
+        for column, value in wanted[name].items():
+            if isinstance(value, np.ndarray):
+                assert np.array_equal(value, row[column]), (name, column)
+            else:
+                assert value == row[column], (name, column)
