@@ -44,6 +44,11 @@ class CaptionPictures:
             raise ModelError(str(error)) from None
         return StageInfo(COLUMNS, {"captioner": described}, metadata, {"image": "picture"})
 
+    @property
+    def holds(self) -> int:
+        """Most rows at a time: a batch, and another that comes in behind it."""
+        return 2 * self.captioner.batch
+
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
         return in_batches(rows, self.captioner.batch, self._captioned)
 

@@ -43,6 +43,11 @@ class DecodeEmbeddings:
             metadata["decoder.length"] = str(length)
         return StageInfo((Column("image", "image"),), kind.identity(settings), metadata, {"embedding": "value"})
 
+    @property
+    def holds(self) -> int:
+        """Most rows at a time: a batch, and another that comes in behind it."""
+        return 2 * self.decode.batch_size
+
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
         return in_batches(rows, self.decode.batch_size, self._drawn)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from index import joint
-from index.gaussian import Accumulator
+from index.gaussian import BLOCK_ROWS, Accumulator
 from pipeline.contract import Column, Form, Row, StageInfo, failed, ok
 from pipeline.pictures import BYTES_A_PIXEL
 from stages.embed import captions
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CPU_BATCH = 32
+ADOPTED = 1024  # rows whose captions are embedded together
 MOST_BATCH = 512  # encoders of this family gain nothing beyond it
 MEMORY_SHARE = 0.6  # of the device's free memory
 UNPREPARED_BYTES = 256 << 20
@@ -38,34 +39,40 @@ UNPREPARED_BYTES = 256 << 20
 
 
 class Statistics:
-    """Counts and Gaussian sums of a shard's embeddings, as they are stored.
+    """Counts and Gaussian sums of a shard's embeddings, as they are stored: a `pipeline.contract.Tally`.
 
     Args:
         texts: Width of the captions' embeddings; None: there are no captions.
     """
 
     def __init__(self, dim: int, texts: int | None = None) -> None:
-        self._dim, self._texts = dim, texts
-        self._start()
+        self._sums = Accumulator(dim)
+        self._pairs = None if texts is None else joint.Accumulator(texts, dim)
+        self._unsummed: list[Row] = []
 
-    def _start(self) -> None:
-        self._sums = Accumulator(self._dim)
-        self._pairs = None if self._texts is None else joint.Accumulator(self._texts, self._dim)
+    def add(self, row: Row) -> None:
+        """A row with an ``embedding``; one with a ``text_embedding`` too counts for the joint statistics."""
+        if row["status"] != "ok":
+            return
+        kept = ("embedding", "text_embedding")
+        self._unsummed.append({name: row[name] for name in kept if row.get(name) is not None})
+        if len(self._unsummed) == BLOCK_ROWS:
+            self._sum()
 
-    def add(self, rows: list[Row]) -> None:
-        """Rows with an ``embedding``; those with a ``text_embedding`` too count for the joint statistics."""
+    def _sum(self) -> None:
+        rows, self._unsummed = self._unsummed, []
         if rows:
             self._sums.add(np.stack([row["embedding"] for row in rows]))
-        both = [row for row in rows if row.get("text_embedding") is not None]
+        both = [row for row in rows if "text_embedding" in row]
         if both and self._pairs is not None:
             self._pairs.add(*(np.stack([row[name] for row in both]) for name in ("text_embedding", "embedding")))
 
-    def take(self) -> dict[str, np.ndarray]:
-        """The shard's sums as arrays, those of captioned rows under ``pairs.``; starts the next shard's."""
+    def summary(self) -> dict[str, np.ndarray]:
+        """The sums as arrays, those of captioned rows under ``pairs.``."""
+        self._sum()
         arrays = self._sums.moments().to_arrays()
         if self._pairs is not None:
             arrays |= {f"pairs.{name}": array for name, array in self._pairs.pairs().to_arrays().items()}
-        self._start()
         return arrays
 
 
@@ -114,8 +121,7 @@ class Embed:
         self.preparation = Preparation(self.encoder.processor, self.device)
         self.rooms = Rooms(self.device)
         self.captioner = _captioner(settings, self.device, self.rooms)
-        width = embedding_width(settings.encoder, settings.revision)
-        self.statistics = Statistics(width, self.captioner.width if self.captioner else None)
+        self.width = embedding_width(settings.encoder, settings.revision)
         self._batch = settings.batch_size or self._fitting_batch()
 
     @staticmethod
@@ -128,8 +134,14 @@ class Embed:
         """Pictures at once."""
         return min(self._batch, self.rooms["pictures"].rows)
 
-    def take_summary(self) -> dict[str, np.ndarray]:
-        return self.statistics.take()
+    @property
+    def holds(self) -> int:
+        """Most rows at a time: prepared or about to be for three batches, and a fourth with the device."""
+        return 4 * self.batch_size
+
+    def tally(self) -> Statistics:
+        """Of a shard's rows."""
+        return Statistics(self.width, self.captioner.width if self.captioner else None)
 
     @torch.inference_mode()
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
@@ -196,9 +208,7 @@ class Embed:
                 good.append(ok(row, embedding=z_E, norm=float(norm)))
             else:
                 yield failed(row, f"the embedding does not fit {self.dtype}, or is not a number; try float32")
-        good = self.captioner(good) if self.captioner else good
-        self.statistics.add(good)
-        yield from good
+        yield from self.captioner(good) if self.captioner else good
 
     @torch.inference_mode()
     def _fitting_batch(self) -> int:
@@ -234,6 +244,8 @@ def _make_room(unprepared: deque[tuple[Future[torch.Tensor | str], int]], size: 
 class Adopt:
     """Rows with an ``embedding`` that was made elsewhere: checked, counted, stored as they are."""
 
+    holds = ADOPTED
+
     known_as = "stages.embed:Adopt"
     Settings = AdoptSettings
 
@@ -242,17 +254,17 @@ class Adopt:
         device = chosen_device(None)
         self.rooms = Rooms(device)
         self.captioner = _captioner(settings, device, self.rooms)
-        self.statistics = Statistics(settings.dim, self.captioner.width if self.captioner else None)
 
     @staticmethod
     def describe(settings: AdoptSettings) -> StageInfo:
         return _described(settings.dim, settings, {"embedding.adopted": "true"}, {"embedding": "value"})
 
-    def take_summary(self) -> dict[str, np.ndarray]:
-        return self.statistics.take()
+    def tally(self) -> Statistics:
+        """Of a shard's rows."""
+        return Statistics(self.settings.dim, self.captioner.width if self.captioner else None)
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        return in_batches(rows, 1024, self._checked)
+        return in_batches(rows, ADOPTED, self._checked)
 
     def _checked(self, rows: list[Row]) -> Iterator[Row]:
         dim, dtype = self.settings.dim, self.settings.store
@@ -271,6 +283,4 @@ class Adopt:
             else:
                 norm = float(np.linalg.norm(z_E.astype(np.float64)))
                 good.append(ok(row, embedding=z_E, norm=norm))
-        good = self.captioner(good) if self.captioner else good
-        self.statistics.add(good)
-        yield from good
+        yield from self.captioner(good) if self.captioner else good

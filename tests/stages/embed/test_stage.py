@@ -116,12 +116,21 @@ def test_order_and_split_change_no_byte(prior: str) -> None:
 
 def test_the_summary_is_of_what_was_stored(prior: str) -> None:
     stage = Embed(EmbedSettings(encoder=prior, batch_size=4, store="float16"), device="cpu")
-    stored_NE = np.stack([row["embedding"] for row in stage(_rows())])
+    done = list(stage(_rows()))
+    stored_NE = np.stack([row["embedding"] for row in done])
     assert stored_NE.dtype == np.float16
-    found = gaussian.Moments.from_arrays(stage.take_summary())
+    found = summed(stage, done)
     assert np.allclose(found.mean_E, stored_NE.astype(np.float64).mean(0), rtol=1e-12)
     assert found.rows == len(stored_NE)
-    assert gaussian.Moments.from_arrays(stage.take_summary()).rows == 0  # starts anew
+    assert summed(stage, []).rows == 0
+
+
+def summed(stage: Embed | Adopt, rows: list[Any]) -> gaussian.Moments:
+    """What is kept beside a shard of these rows."""
+    tally = stage.tally()
+    for row in rows:
+        tally.add(row)
+    return gaussian.Moments.from_arrays(tally.summary())
 
 
 def test_rows_without_a_picture_fail_alone(prior: str) -> None:
@@ -132,7 +141,7 @@ def test_rows_without_a_picture_fail_alone(prior: str) -> None:
         "none": "failed", "0": "ok", "1": "ok", "text": "failed",
     }  # fmt: skip
     assert "input.columns" in found["none"]["error"]
-    assert gaussian.Moments.from_arrays(stage.take_summary()).rows == 2
+    assert summed(stage, list(found.values())).rows == 2
 
 
 def test_out_of_memory_halves_the_batch(prior: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +177,7 @@ def test_given_embeddings_are_checked() -> None:
     assert found["list"]["norm"] == 3.0
     assert "shape" in found["short"]["error"]
     assert "float16" in found["large"]["error"]
-    assert gaussian.Moments.from_arrays(stage.take_summary()).rows == 2
+    assert summed(stage, list(found.values())).rows == 2
 
 
 def test_description_needs_no_weights(prior: str, tmp_path: Path) -> None:
