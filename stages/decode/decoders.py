@@ -19,7 +19,7 @@ from stages.engine.device import unasked_dtype
 from stages.engine.randomness import row_generator
 from stages.models import clip, kandinsky
 from stages.models.copies import here
-from stages.models.files import sha256
+from stages.models.files import INDEX, SCHEDULER, read_config, sha256
 from stages.models.kandinsky import DecoderError
 from stages.models.latent import Place
 
@@ -57,11 +57,9 @@ def kind_of(decode: Decoding) -> Kind:
     Raises:
         DecoderError: There is no pipeline, it takes no embeddings, or the settings are those of another kind.
     """
-    from diffusers import DiffusionPipeline
-
     try:
-        config = DiffusionPipeline.load_config(here(decode.model), revision=decode.revision)
-    except (OSError, ValueError) as error:
+        config = read_config(decode.model, INDEX, revision=decode.revision)
+    except OSError as error:
         raise DecoderError(f"{decode.model}: no pipeline can be loaded: {error}") from None
     name = str(config.get("_class_name"))
     if name not in KINDS:
@@ -87,10 +85,8 @@ def kind_of(decode: Decoding) -> Kind:
 
 
 def _kandinsky_width(settings: EmbeddingDecoding) -> int:
-    from diffusers import UNet2DConditionModel
-
     decode = settings.decode
-    config = UNet2DConditionModel.load_config(here(decode.model), subfolder="unet", revision=decode.revision)
+    config = read_config(decode.model, folder="unet", revision=decode.revision)
     width = int(config["encoder_hid_dim"])
     if settings.encoder is not None:
         kandinsky.check_width(decode, clip.embedding_width(settings.encoder, settings.revision))
@@ -200,15 +196,9 @@ def _class(part: str) -> Any:
 
 
 def _unclip_width(settings: EmbeddingDecoding) -> int:
-    from diffusers import DDPMScheduler
-
     decode = settings.decode
-    normalizer = _class("image_normalizer").load_config(
-        here(decode.model), subfolder="image_normalizer", revision=decode.revision
-    )
-    noising = DDPMScheduler.load_config(
-        here(decode.model), subfolder="image_noising_scheduler", revision=decode.revision
-    )
+    normalizer = read_config(decode.model, folder="image_normalizer", revision=decode.revision)
+    noising = read_config(decode.model, SCHEDULER, folder="image_noising_scheduler", revision=decode.revision)
     levels = int(noising.get("num_train_timesteps", 1000))
     if (decode.noise_level or 0) >= levels:
         raise DecoderError(f"{decode.model}: noise_level is {decode.noise_level}, give 0 to {levels - 1}")
@@ -236,12 +226,10 @@ CASCADE_DECODER = ("decoder", "text_encoder", "vqgan")
 
 
 def _cascade_width(settings: EmbeddingDecoding) -> int:
-    from diffusers import StableCascadeUNet
-
     prior = str(settings.decode.prior)
     try:
-        config = StableCascadeUNet.load_config(here(prior), subfolder="prior")
-    except (OSError, ValueError) as error:
+        config = read_config(prior, folder="prior")
+    except OSError as error:
         raise DecoderError(f"prior {prior}: no prior of Stable Cascade can be loaded: {error}") from None
     if not config.get("clip_image_in_channels"):
         raise DecoderError(f"prior {prior}: takes no image embeddings")

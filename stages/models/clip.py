@@ -15,6 +15,7 @@ import torch
 
 from stages.engine.room import Room
 from stages.models.copies import here
+from stages.models.files import INDEX, read_config
 from stages.models.fingerprint import describe_model
 from stages.models.weights import weights_of
 
@@ -49,15 +50,13 @@ def locate(path: str, role: Role, revision: str | None = None) -> Place:
     Raises:
         ModelError: There is neither, or the pipeline has no such part.
     """
-    from diffusers import DiffusionPipeline
-
     try:
         path = here(path)
     except OSError as error:
         raise ModelError(str(error)) from None
     try:
-        parts = DiffusionPipeline.load_config(path, revision=revision)
-    except (OSError, ValueError):
+        parts = read_config(path, INDEX, revision=revision)
+    except OSError:
         return Place(path, revision)
     encoder, processor = _PARTS[role]
     if encoder not in parts:

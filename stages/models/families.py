@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stages.models.chroma import Chroma
-from stages.models.copies import here
+from stages.models.files import INDEX, read_config
 from stages.models.flux import Flux
 from stages.models.flux2 import Flux2, Flux2Klein
 from stages.models.latent import Geometry, LatentModel
@@ -33,12 +33,10 @@ def family_of(settings: LatentModelSettings) -> type[StableDiffusion] | type[Flo
     Raises:
         ValueError: It is of no known family, or cannot be read.
     """
-    from diffusers import DiffusionPipeline
-
     path = settings.model
     where, revision = configuration(settings)
     try:
-        index = DiffusionPipeline.load_config(here(where), revision=revision)
+        index = read_config(where, INDEX, revision=revision)
     except OSError as error:
         if where != path:
             raise ValueError(

@@ -1,16 +1,66 @@
-"""The files of a model's folder, wherever it is: on disk, on the hub, or in the hub's cache."""
+"""The files of a model's folder, wherever it is: on disk, on the hub, or in the hub's cache.
+
+Configurations are read as what they are, JSON: diffusers' classes, whose `load_config` does the same, take five seconds
+to import, more than all else that planning a job does.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from stages.models.copies import here
+
+INDEX = "model_index.json"
+"""Of a pipeline: its class, and those of its parts."""
+CONFIG = "config.json"
+"""Of a network."""
+SCHEDULER = "scheduler_config.json"
+
+
+def read_config(path: str, name: str = CONFIG, *, revision: str | None = None, folder: str = "") -> dict[str, Any]:
+    """A configuration in a model's folder.
+
+    Args:
+        path: A local folder, an address or a hub id.
+        name: `INDEX`, `CONFIG` or `SCHEDULER`.
+        revision: Branch, tag or commit on the hub.
+        folder: Of a pipeline's folder, for instance ``unet``.
+
+    Raises:
+        OSError: There is none, it cannot be had, or it is no JSON; the message is one line.
+    """
+    place = Path(here(path))
+    if place.is_dir():
+        file = place / folder / name
+    elif place.exists() or place.is_absolute():
+        raise NotADirectoryError(f"{path} is no folder, and so none with a {name}")
+    else:
+        file = _from_hub(path, f"{folder}/{name}" if folder else name, revision)
+    try:
+        read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {name} in {file.parent}") from None
+    except ValueError as error:
+        raise OSError(f"{file} is no JSON: {error}") from None
+    return read
+
+
+def _from_hub(repository: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{repository} is no folder, and no {name} can be had from the hub ({reason})") from None
 
 
 class Files(Protocol):

@@ -97,9 +97,6 @@ def flow_schedule(
 
 def _told(config: Mapping[str, Any], steps: int, grid: FlowGrid, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
     """What the pipeline hands to `set_timesteps` beside the number of steps."""
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
     told: dict[str, Any] = {}
     if grid.listed is not None:
         if steps != len(grid.listed):
@@ -114,9 +111,18 @@ def _told(config: Mapping[str, Any], steps: int, grid: FlowGrid, latent_shape: t
         told["sigmas"] = torch.linspace(1.0, 1 / steps, steps).tolist()
     if config["use_dynamic_shifting"]:
         tokens = (latent_shape[1] // grid.patch) * (latent_shape[2] // grid.patch)
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         if grid.shift == "empirical":
+            from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
             told["mu"] = compute_empirical_mu(tokens, steps)
         else:
-            told["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+            told["mu"] = _linear_shift(tokens, config)
     return told
+
+
+def _linear_shift(tokens: int, config: Mapping[str, Any]) -> float:
+    """mu on the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as `calculate_shift`
+    of diffusers' pipeline_flux.py has it, in its order of operations; importing that brings all networks along."""
+    few, many = config["base_image_seq_len"], config["max_image_seq_len"]
+    slope = (config["max_shift"] - config["base_shift"]) / (many - few)
+    return float(tokens * slope + (config["base_shift"] - slope * few))

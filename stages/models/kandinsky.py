@@ -20,6 +20,7 @@ from stages.engine.randomness import row_generator
 from stages.engine.room import Room
 from stages.models.copies import here
 from stages.models.decoding import Decode
+from stages.models.files import read_config
 from stages.models.latent import Place
 
 PARTS = ("unet", "movq")
@@ -47,11 +48,9 @@ def check_width(decode: Decode, width: int) -> None:
     Raises:
         DecoderError: There is no such pipeline, or it takes embeddings of another width.
     """
-    from diffusers import UNet2DConditionModel
-
     try:
-        config = UNet2DConditionModel.load_config(here(decode.model), subfolder="unet", revision=decode.revision)
-    except (OSError, ValueError) as error:
+        config = read_config(decode.model, folder="unet", revision=decode.revision)
+    except OSError as error:
         raise DecoderError(f"{decode.model}: no Kandinsky 2.2 decoder can be loaded: {error}") from None
     taken = config.get("encoder_hid_dim")
     if taken is not None and taken != width:

@@ -97,7 +97,7 @@ class _Fused(TorchFunctionMode):
 def on_meta(kind: Any, config: Any, dtype: torch.dtype) -> Any:
     """A frozen network of a class of diffusers, with shapes and no numbers."""
     with torch.device("meta"):
-        network = kind.from_config(config).eval().requires_grad_(False)
+        network = kind.from_config(dict(config)).eval().requires_grad_(False)
     torch.nn.Module.to(network, dtype)  # diffusers' own `to` warns of parts to be kept in float32: there are none
     return network
 

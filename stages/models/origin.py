@@ -10,6 +10,7 @@ import torch
 
 from stages.models import quantized
 from stages.models.copies import brought, here
+from stages.models.files import read_config
 from stages.models.latent import Network, Place
 from stages.models.one_file import FilePart, check_parts, configuration_of, is_one_file
 from stages.models.settings import LatentModelSettings
@@ -22,11 +23,9 @@ LATENT_SPACE = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor":
 
 def config_of_vae(path: str) -> tuple[dict[str, Any], str]:
     """An autoencoder's configuration, and where it lies: on top (""), or in a pipeline's folder ``vae``."""
-    from diffusers import AutoencoderKL
-
     for folder in ("", "vae"):
         try:
-            return AutoencoderKL.load_config(here(path), subfolder=folder or None), folder
+            return read_config(path, folder=folder), folder
         except OSError as error:
             reason = str(error).splitlines()[0]
     raise ValueError(f"vae {path!r} is no folder or hub id of an autoencoder: {reason}")
@@ -107,7 +106,8 @@ def load_pipeline(
     # Text encoders are no classes of diffusers: out of a file, they come with the pipeline.
     loaded = {
         part: network.load(
-            classes[part], torch.float32 if part == "vae" and upcast else dtype,
+            classes[part],
+            torch.float32 if part == "vae" and upcast else dtype,
             **quantized.loading(settings.quantization_config, part, by_transformers=part.startswith("text")),
         )
         for part, network in parts.items()
@@ -120,8 +120,12 @@ def load_pipeline(
 
 
 def lines(
-    settings: LatentModelSettings, kind: str, denoiser: str = "unet", without: Sequence[str] = (),
-    loader: str | None = None, encoders: Sequence[str] = (),
+    settings: LatentModelSettings,
+    kind: str,
+    denoiser: str = "unet",
+    without: Sequence[str] = (),
+    loader: str | None = None,
+    encoders: Sequence[str] = (),
 ) -> tuple[list[str], str]:
     """What is imported from diffusers, and the lines of Python that make `pipe` of the model.
 

@@ -11,10 +11,11 @@ flow's velocity dz / dsigma; L text tokens, E their width.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from stages.engine.room import Rooms
 from stages.models import autoencoder, cards, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
+from stages.models.files import CONFIG, INDEX, SCHEDULER, read_config
 from stages.models.flow_schedule import FlowGrid, check_flow
 from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Combine, Condition, Geometry, Network, Place, Predict, Sizes
@@ -220,9 +222,7 @@ class FlowTransformer:
 
     @classmethod
     def _index(cls, settings: LatentModelSettings) -> dict[str, Any]:
-        from diffusers import DiffusionPipeline
-
-        return dict(DiffusionPipeline.load_config(here(settings.model), revision=settings.revision))
+        return read_config(settings.model, INDEX, revision=settings.revision)
 
     @classmethod
     def _parts(cls, settings: LatentModelSettings) -> dict[str, Network]:
@@ -250,28 +250,24 @@ class FlowTransformer:
         return parts
 
     @classmethod
-    def _configurations(cls, settings: LatentModelSettings) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Of transformer, autoencoder and scheduler.
+    def _configurations(
+        cls, settings: LatentModelSettings
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any], dict[str, Any]]:
+        """Of transformer, autoencoder and scheduler; of the networks with what the folder leaves out.
 
         Raises:
             ValueError: One cannot be read.
         """
-        import diffusers
-
-        kinds = {"transformer": cls.transformer_class, "vae": cls.vae_class, "scheduler": FLOW_SCHEDULERS[0]}
         found = []
-        for part, name in kinds.items():
-            kind: Any = getattr(diffusers, name)
+        for part, name in (("transformer", CONFIG), ("vae", CONFIG), ("scheduler", SCHEDULER)):
             try:
-                config = kind.load_config(here(settings.model), subfolder=part, revision=settings.revision)
+                found.append(read_config(settings.model, name, folder=part, revision=settings.revision))
             except OSError as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
                     f"model {settings.model!r} lacks its {part}, or it cannot be read: {reason}"
                 ) from error
-            # What the folder leaves out is the class's default.
-            found.append(config if part == "scheduler" else _with_defaults(kind, config))
-        return found[0], found[1], found[2]
+        return WithDefaults(found[0], cls.transformer_class), WithDefaults(found[1], cls.vae_class), found[2]
 
     @classmethod
     def load(cls, settings: LatentModelSettings, geometry: Geometry) -> Self:
@@ -548,8 +544,28 @@ def _class_of(index: Mapping[str, Any], part: str) -> str:
     return str(named[1]) if named and named[1] else ""
 
 
-def _with_defaults(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    import inspect
+class WithDefaults(Mapping[str, Any]):
+    """A network's configuration; what the folder leaves out is its class's default, and only then is that imported.
 
-    known = inspect.signature(kind).parameters
-    return {name: value.default for name, value in known.items() if value.default is not value.empty} | dict(config)
+    Args:
+        kind: The class's name in diffusers.
+    """
+
+    def __init__(self, config: Mapping[str, Any], kind: str) -> None:
+        self._config, self._kind = config, kind
+
+    @cached_property
+    def _all(self) -> dict[str, Any]:
+        import diffusers
+
+        known = inspect.signature(getattr(diffusers, self._kind)).parameters.values()
+        return {value.name: value.default for value in known if value.default is not value.empty} | dict(self._config)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._config[key] if key in self._config else self._all[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)

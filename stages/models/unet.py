@@ -27,6 +27,7 @@ from stages.engine.room import Rooms
 from stages.models import autoencoder, quantized
 from stages.models.captions import Reader
 from stages.models.copies import here
+from stages.models.files import CONFIG, INDEX, SCHEDULER, read_config
 from stages.models.guidance import classifier_free, guided
 from stages.models.latent import Combine, Condition, Geometry, Predict, Sizes
 from stages.models.learned_words import LearnedWord, add_word, check_learned_with, learned_words
@@ -366,13 +367,12 @@ def _as_loaded(
     configuration has it only where the folder says it: diffusers drops what was a default.
     """
     import diffusers
-    from diffusers import DiffusionPipeline
 
     name = scheduler.get("_class_name")
     if not stock:
         mended = {key: value for key, value in mended.items() if key == "steps_offset"}
     elif settings.scheduler is None:
-        index = DiffusionPipeline.load_config(here(settings.model), revision=settings.revision)
+        index = read_config(settings.model, INDEX, revision=settings.revision)
         loaded = index.get("scheduler", [None, None])[1]
         if loaded != name:
             raise ValueError(
@@ -409,14 +409,13 @@ def _configurations(
     Raises:
         ValueError: A part is missing.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig
 
     part = ""
     try:
         found = []
-        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDIMScheduler)):
-            found.append(kind.load_config(here(path), subfolder=part, revision=revision))
+        for part, name in (("unet", CONFIG), ("vae", CONFIG), ("scheduler", SCHEDULER)):
+            found.append(read_config(path, name, folder=part, revision=revision))
         local = Path(here(path)).expanduser()
         for part in (*encoders, *(encoder.replace("text_encoder", "tokenizer") for encoder in encoders)):
             if local.is_dir() and not (local / part).is_dir():
@@ -446,10 +445,9 @@ def _usage(
     settings: LatentModelSettings, kind: str, scheduler: Mapping[str, Any], stock: bool,
     text_latent: Mapping[str, tuple[str, tuple[int, ...]]], words: Sequence[LearnedWord],
 ) -> Usage:  # fmt: skip
-    from diffusers import DiffusionPipeline
-
     sampler, changes = _swap(settings, scheduler, stock)
-    index = DiffusionPipeline.load_config(here(configuration(settings)[0]), revision=configuration(settings)[1])
+    where, revision = configuration(settings)
+    index = read_config(where, INDEX, revision=revision)
     names, pipeline = lines(
         settings, kind, loader=None if index.get("_class_name") == kind else kind,
         encoders=("text_encoder", "text_encoder_2"),
