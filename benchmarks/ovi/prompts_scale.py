@@ -1,4 +1,4 @@
-"""Many prompts end to end through `run_job`: rows a second, and the peak memory of the workers.
+"""Many prompts end to end through `run_job`: rows a second, processor seconds and peak memory of the workers.
 
 python -m benchmarks.ovi.prompts_scale --method linear --prompts 100000 --reference out/captioned
 python -m benchmarks.ovi.prompts_scale --method direct --prompts 100000
@@ -35,8 +35,9 @@ def write_prompts(path: Path, count: int) -> int:
     return len(set(captions))
 
 
-def watch(stop: threading.Event, every: float, found: list[float]) -> None:
-    """Resident memory of this process' descendants, in MB, every so many seconds."""
+def watch(stop: threading.Event, every: float, found: list[float], spent: dict[int, float]) -> None:
+    """Resident memory of the workers below this process, in MB, every so many seconds; and of each, by its number, the
+    processor seconds when it was last seen."""
     import psutil
 
     while not stop.wait(every):
@@ -45,6 +46,8 @@ def watch(stop: threading.Event, every: float, found: list[float]) -> None:
             try:
                 if "Worker" in child.name() or "python" in child.name() or "ray::" in child.name():
                     total += child.memory_info().rss
+                    if "InvertPrompts" in " ".join(child.cmdline()) or "Actor" in " ".join(child.cmdline()):
+                        spent[child.pid] = sum(child.cpu_times()[:2])
             except psutil.Error:
                 continue
         found.append(total / 1e6)
@@ -75,8 +78,9 @@ def main() -> None:
             **({"encoder": options.model} if options.model else {}),
         }
         memory: list[float] = []
+        spent: dict[int, float] = {}
         stop = threading.Event()
-        watcher = threading.Thread(target=watch, args=(stop, 2.0, memory), daemon=True)
+        watcher = threading.Thread(target=watch, args=(stop, 1.0, memory, spent), daemon=True)
         watcher.start()
         started = time.perf_counter()
         done = run_job(config, output=str(Path(folder) / "out"))
@@ -92,6 +96,7 @@ def main() -> None:
         "ok": done.ok,
         "seconds": seconds,
         "prompts_per_second": done.ok / seconds,
+        "prompts_per_worker_second": done.ok / sum(spent.values()) if spent else None,
         "memory_mb": {
             "second_quarter": float(np.mean(memory[quarter : 2 * quarter])) if quarter else None,
             "last_quarter": float(np.mean(memory[-quarter:])) if quarter else None,

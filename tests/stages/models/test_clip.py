@@ -77,3 +77,27 @@ def test_tokens_and_their_counts_are_the_tokenizers_own(prior, side):
     assert min(alone) < encoder.length < max(alone)
     assert encoder.length in alone
     assert encoder.counted(prompts, batch=7)[1] == alone
+
+
+def test_an_activation_in_place_changes_no_bit_and_lets_gradients_through(prior):
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from transformers.activations import QuickGELUActivation
+
+    for kind, part, ours in (
+        (CLIPTextModelWithProjection, "text_encoder", clip.TextEncoder(prior).model),
+        (CLIPVisionModelWithProjection, "image_encoder", clip.ImageEncoder(prior).model),
+    ):
+        stock = kind.from_pretrained(prior, subfolder=part).requires_grad_(False)
+        assert sum(isinstance(module, QuickGELUActivation) for module in stock.modules())
+        assert not any(isinstance(module, QuickGELUActivation) for module in ours.modules())
+        draw = torch.Generator().manual_seed(0)
+        given = {"input_ids": torch.randint(0, 20, (3, 9), generator=draw)}
+        if part == "image_encoder":
+            given = {"pixel_values": torch.randn(3, 3, 32, 32, generator=draw)}
+        for name, value in ours(**given).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, stock(**given)[name])
+    x = torch.randn(4, 5, generator=draw, requires_grad=True)
+    (wanted,) = torch.autograd.grad(QuickGELUActivation()(x).sum(), x)
+    (found,) = torch.autograd.grad(clip.QuickGelu()(x).sum(), x)
+    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
