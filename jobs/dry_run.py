@@ -184,6 +184,8 @@ def memory_of(job: RowJob) -> str:
         f"({told['decode', True]}); slots where `slots` is left out: {', '.join(slots)} of {of}"
         + ("" if any(fits) else f"; {size(weights + each)} FIT NONE OF THEM: take more than {gpus:g} GPU a worker, "
            "a quantization_config, or a smaller size")
+        + ("" if job.dtype != "float32" else "; in float32: dtype: bfloat16 would halve the denoiser's weights and "
+           "passes (docs/performance.md says what it costs in quality)")
         + ("" if gpus <= 1 or shared_out else f"; this model runs on one GPU, and of its {gpus:g} the others WOULD BE "
            "IDLE: ask for gpus: 1 and more workers")
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from stages.engine.device import exact_float32
 from stages.models.families import family_of
 from stages.models.flux import Flux
 from stages.models.latent import Condition, Geometry, LatentModel
@@ -99,6 +100,7 @@ def folder_of(kind: str, scratch: Path, *, toy: bool = False) -> Path:
 def latent_model(settings: LatentModelSettings) -> LatentModel:
     """The model of a folder of `folder_of`, as its family loads it, but for the weights. Of FLUX, transformer and
     autoencoder alone."""
+    exact_float32(settings.dtype == "float32")
     family: Any = family_of(settings)
     geometry: Geometry = family.read_geometry(settings)
     folder = Path(settings.model)

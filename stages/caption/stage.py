@@ -9,7 +9,7 @@ from pipeline.contract import Column, Row, StageInfo, failed, ok
 from stages.caption.captioner import Caption, Captioner, PictureRefused
 from stages.caption.prompts import Prompter
 from stages.caption.settings import Captioning, CaptionSettings
-from stages.engine.device import chosen_device
+from stages.engine.device import chosen_device, exact_float32
 from stages.engine.passthrough import in_batches
 from stages.engine.room import Rooms
 from stages.models.clip import ModelError
@@ -33,6 +33,7 @@ class CaptionPictures:
 
     def __init__(self, settings: CaptionSettings) -> None:
         device = chosen_device(settings.device)
+        exact_float32(True)
         self.captioner, self.dtype, self.rooms = Captioner(settings, device), settings.dtype, Rooms(device)
 
     @staticmethod

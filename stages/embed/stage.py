@@ -22,7 +22,7 @@ from stages.embed import captions
 from stages.embed.captions import Captioner
 from stages.embed.preparation import Preparation
 from stages.embed.settings import AdoptSettings, EmbedSettings
-from stages.engine.device import chosen_device
+from stages.engine.device import chosen_device, exact_float32
 from stages.engine.passthrough import in_batches
 from stages.engine.room import Rooms
 from stages.models.clip import ImageEncoder, embedding_width, identity
@@ -115,6 +115,7 @@ class Embed:
 
     def __init__(self, settings: EmbedSettings, device: str | None = None) -> None:
         self.device = chosen_device(device)
+        exact_float32(True)
         precision = getattr(torch, settings.precision)
         self.encoder = ImageEncoder(settings.encoder, settings.revision, self.device, precision, settings.allow_pickle)
         self.dtype, self.threads = settings.store, settings.threads

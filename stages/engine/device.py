@@ -70,6 +70,16 @@ def chosen_device(device: str | None) -> str:
     return chosen_devices(device)[0]
 
 
+def exact_float32(exact: bool) -> None:
+    """Whether a GPU multiplies float32 numbers as they are, or rounded to TF32 (10 bits of mantissa), much faster.
+
+    PyTorch's own way is exact for products of matrices and rounded for convolutions. So a U-Net in float32 would have
+    the noise of half precision, and tolerances that follow its type could not be met.
+    """
+    torch.backends.cudnn.allow_tf32 = not exact
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+
+
 HALVED_ON = frozenset({"cuda"})
 """Kinds of devices on which what no setting gives a type runs in half precision."""
 

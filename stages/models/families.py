@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stages.engine.device import exact_float32
 from stages.models.chroma import Chroma
 from stages.models.files import INDEX, read_config
 from stages.models.flux import Flux
@@ -80,10 +81,12 @@ def open_without_weights(settings: LatentModelSettings) -> LatentModel:
 
 
 def open_latent_model(settings: LatentModelSettings) -> LatentModel:
-    """Load a model, frozen, onto its device.
+    """Load a model, frozen, onto its device. What stays float32 beside networks in half precision (the autoencoder) may
+    be rounded to TF32 there; networks in float32 are not.
 
     Raises:
         ValueError: No model of a known family, or settings that do not fit it.
     """
+    exact_float32(settings.dtype == "float32")
     family = family_of(settings)
     return family.load(settings, family.read_geometry(settings))

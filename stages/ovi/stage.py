@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.contract import Column, Form, Row, StageInfo, batches, failed
-from stages.engine.device import chosen_device
+from stages.engine.device import chosen_device, exact_float32
 from stages.engine.room import Rooms
 from stages.engine.turns import in_turns
 from stages.models import clip, kandinsky
@@ -69,6 +69,7 @@ class InvertPrompts:
 
     def __init__(self, settings: InvertPromptsSettings, device: str | None = None) -> None:
         self.settings, self.device = settings, chosen_device(device)
+        exact_float32(True)
         model, revision, self.scores = settings.encoder, settings.revision, settings.scores
         self.rooms = Rooms(self.device)
         self.text = clip.TextEncoder(

@@ -72,6 +72,8 @@ def test_a_dry_run_says_what_a_row_takes_on_a_gpu() -> None:
     for gradient in (False, True):
         assert size(model.activation_bytes("predict", gradient=gradient)) in told
     assert "64, 64, 64 of 24, 40, 80 GB" in told
+    assert "in float32: dtype: bfloat16 would halve" in told
+    assert "in float32" not in memory_of(job.model_copy(update={"dtype": "bfloat16"}))
     dry = DryRun("invert-images", job, "out", None, "not planned", memory=told)
     assert dict(facts(dry))["GPU memory"] == dry.to_json()["memory"] == told
     assert memory_of(InvertImages(input="pictures")) == ""

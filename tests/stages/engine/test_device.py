@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pipeline import machine
-from stages.engine.device import free_bytes
+from stages.engine.device import device_kind, free_bytes
+from stages.models.families import open_latent_model
+from stages.models.settings import LatentModelSettings
 
 
 @pytest.mark.parametrize(
@@ -27,3 +31,28 @@ def test_workers_that_share_a_card_are_told_their_part(
     monkeypatch.setattr(machine.here, "gpu_share", share)
     assert free_bytes(torch.device("cuda")) == said
     assert free_bytes(torch.device("cpu")) is None
+
+
+def test_devices_of_a_kind_hold_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one ran out of, the other does."""
+    models = (("H100", 80), ("H100", 80), ("H100", 94), ("A100", 80))
+    cards = {f"cuda:{n}": SimpleNamespace(name=name, total_memory=size) for n, (name, size) in enumerate(models)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards[str(device)])
+    first, second, larger, older = (device_kind(torch.device(name)) for name in cards)
+    assert first == second
+    assert len({first, larger, older, device_kind(torch.device("cpu"))}) == 4
+    monkeypatch.setattr(machine.here, "gpu_share", 0.5)
+    assert device_kind(torch.device("cuda:0")) != first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_networks_in_float32_are_not_rounded_to_tf32_on_a_gpu(dtype: str) -> None:
+    """As PyTorch would have it for their convolutions: LBO's tolerance follows the dtype that the job names."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        open_latent_model(LatentModelSettings(device="cpu", dtype=dtype))  # type: ignore[arg-type]
+        assert torch.backends.cudnn.allow_tf32 == (dtype == "bfloat16")
+        assert torch.get_float32_matmul_precision() == ("high" if dtype == "bfloat16" else "highest")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
