@@ -45,6 +45,19 @@ def check_vae(path: str, own: Mapping[str, Any], model: str) -> None:
             )
 
 
+def check_colours(path: str, channels: int, takes: Sequence[int] = (3,)) -> None:
+    """Refuse an autoencoder of more than pictures.
+
+    Raises:
+        ValueError: It takes more, or other, channels.
+    """
+    if channels not in takes:
+        raise ValueError(
+            f"model {path!r}: its autoencoder takes {channels} channels, and a picture has 3: depth, layers and masks "
+            "cannot be inverted here"
+        )
+
+
 def chosen_vae(settings: LatentModelSettings, own: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of the autoencoder that will be used."""
     return own if settings.vae is None else config_of_vae(settings.vae)[0]

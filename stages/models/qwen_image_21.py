@@ -30,6 +30,7 @@ class QwenImage21(FlowTransformer):
     index = "QwenImage21Pipeline"
     transformer_class = "QwenImage21Transformer2DModel"
     vae_class = "AutoencoderKLQwenImage21"
+    colours = (3, 4)
     encoders = {"text_encoder": "processor"}
     grid = FlowGrid(linear="float64", patch=1)
     most_tokens = 8191

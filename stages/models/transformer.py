@@ -35,7 +35,7 @@ from stages.models.latent import Combine, Condition, Geometry, Network, Place, P
 from stages.models.loras import add_lora
 from stages.models.memory import fitting, on_meta, peak_bytes, relieve
 from stages.models.multistep import Multistep
-from stages.models.origin import check_vae, config_of_vae, lines
+from stages.models.origin import check_colours, check_vae, config_of_vae, lines
 from stages.models.recompute import recompute
 from stages.models.sampler import sample
 from stages.models.schedule import Schedule, changed_config
@@ -61,6 +61,8 @@ class FlowTransformer:
     """The class of its pipeline."""
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str] = "AutoencoderKL"
+    colours: ClassVar[tuple[int, ...]] = (3,)
+    """Channels that its autoencoder may take: 4, of pictures with alpha."""
     encoders: ClassVar[Mapping[str, str]]
     """Text encoder -> its tokenizer."""
     optional: ClassVar[frozenset[str]] = frozenset()
@@ -154,6 +156,7 @@ class FlowTransformer:
                 f"model {path!r} takes {channels} channels, its autoencoder gives {cls.channels(vae)}: one that takes "
                 "a picture beside the text cannot be inverted here"
             )
+        check_colours(path, int(vae.get("in_channels", vae.get("input_channels", 3))), cls.colours)
 
     @classmethod
     def packed(cls) -> int:

@@ -35,7 +35,7 @@ from stages.models.loras import add_lora
 from stages.models.memory import fitting, on_meta, peak_bytes, relieve
 from stages.models.multistep import Multistep
 from stages.models.one_file import is_one_file
-from stages.models.origin import check_vae, chosen_vae, configuration, lines, load_pipeline, networks
+from stages.models.origin import check_colours, check_vae, chosen_vae, configuration, lines, load_pipeline, networks
 from stages.models.recompute import recompute
 from stages.models.schedule import Schedule, changed_config
 from stages.models.settings import FLOW_SCHEDULERS, LatentModelSettings, SamplingSettings
@@ -83,10 +83,7 @@ class StableDiffusion:
         """
         path = settings.model
         unet, vae, scheduler, texts = _configurations(*configuration(settings), cls.encoders)
-        if unet["in_channels"] != vae["latent_channels"]:
-            raise ValueError(
-                f"model {path!r} takes {unet['in_channels']} channels (an inpainting model): not supported"
-            )
+        _check_relatives(path, unet, vae)
         quantized.check_quantization(
             settings.quantization_config, path, ("unet", *cls.encoders), cls.encoders, settings.device,
             one_file=is_one_file(path),
@@ -352,6 +349,26 @@ class StableDiffusionXL(StableDiffusion):
 
     def _added(self, condition: Condition) -> dict[str, torch.Tensor]:
         return {"text_embeds": condition["pooled_BE"], "time_ids": condition["time_ids_B6"]}
+
+
+def _check_relatives(path: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Refuse what is of another make or takes more than a text, though its pipeline is called Stable Diffusion too.
+
+    Raises:
+        ValueError: It is such a one.
+    """
+    for part, config, wanted in (("unet", unet, "UNet2DConditionModel"), ("vae", vae, "AutoencoderKL")):
+        found = str(config.get("_class_name", wanted))
+        if found != wanted:
+            raise ValueError(f"model {path!r}: its {part} is a {found}, not a {wanted}")
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise ValueError(
+            f"model {path!r} takes {unet['in_channels']} channels, its autoencoder gives {vae['latent_channels']}: one "
+            "that takes a picture beside the text (for inpainting, editing, depth, upscaling) cannot be inverted here"
+        )
+    check_colours(path, int(vae.get("in_channels", 3)))
+    if unet.get("class_embed_type") is not None or unet.get("num_class_embeds") is not None:
+        raise ValueError(f"model {path!r}: its U-Net is told a class or a noise level beside the text: not supported")
 
 
 OFF_IN_DDIM = ("clip_sample", "thresholding")
