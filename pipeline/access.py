@@ -18,6 +18,8 @@ from typing import Any, Literal
 from pipeline.addresses import WEB, account_of, is_local, shown, store_of
 
 Reach = Literal["protocol", "store"]
+CONNECTIONS = 32
+"""To a store of S3's, whose client would open ten, however many threads ask; those of the others open a hundred."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,10 @@ def connect(address: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """
     import fsspec
 
-    opened: tuple[Any, str] = fsspec.url_to_fs(address, **fitting(address, options))
+    given = fitting(address, options)
+    if store_of(address)[0] in ("s3", "s3a"):
+        given["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **(given.get("config_kwargs") or {})}
+    opened: tuple[Any, str] = fsspec.url_to_fs(address, **given)
     return opened
 
 

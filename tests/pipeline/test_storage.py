@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+import threading
+from contextlib import nullcontext, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline import machine
+from pipeline.output.dataset import READERS
 from pipeline.storage import END_BYTES, Folder
 from tests.simulation.store import Bucket
 from tests.simulation.world import World
@@ -67,3 +71,34 @@ def test_files_directly_in_a_folder_are_listed(tmp_path: Path, address: str) -> 
     folder.write("b/c", b"22")
     assert (folder.listing(""), folder.listing("b")) == ({"a": 1}, {"c": 2})
     assert folder.lacks("a.probe") == []
+
+
+def test_as_many_threads_as_ask_s3_are_answered_at_once() -> None:
+    """Before: its client opened ten connections for sixteen threads."""
+    all_here = threading.Barrier(READERS)
+
+    class Waits(BaseHTTPRequestHandler):
+        """Answers when all have asked; else it forbids what they ask for."""
+
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            with suppress(threading.BrokenBarrierError):
+                all_here.wait(60)
+            self.send_response(403 if all_here.broken else 200)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"x")
+
+        def log_message(self, *rest: Any) -> None: ...
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 2 * READERS
+
+    with Server(("127.0.0.1", 0), Waits) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "key": "a", "secret": "b",
+                   "config_kwargs": {"read_timeout": 120}, "skip_instance_cache": True}  # fmt: skip
+        folder = Folder.at("s3://bucket/out", options)
+        assert list(machine.several(folder.read, map(str, range(READERS)), READERS)) == [b"x"] * READERS
+        server.shutdown()
