@@ -1,9 +1,9 @@
 """An output folder: its plan, its commit records, its tables, its state.
 
 ``OUT/data/part-*.parquet``, ``OUT/README.md`` and ``OUT/_SUCCESS`` are what readers see. ``OUT/_latentmill/`` is the
-bookkeeping: ``plan.json``, ``files.parquet``, ``shards.parquet``, ``records/``, ``log/``, ``attempts/`` (until
-published), ``summaries/``, ``progress.json``, ``locks/``, and ``set-aside/`` for files found in ``data/`` that are
-not its own.
+bookkeeping: ``plan.json``, ``<run>-files.parquet``, ``<run>-shards.parquet``, ``records/``, ``log/``, ``attempts/``
+(until published), ``summaries/``, ``progress.json``, ``locks/``, and ``set-aside/`` for files found in ``data/`` that
+are not its own.
 """
 
 from __future__ import annotations

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.input.files import OWN
 from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, epoch_of, recorded
 from pipeline.output.dataset import Output
 from pipeline.output.log import LOG, key, logged
+from pipeline.output.planfile import unfinished
 
 
 class Leftovers:
     """Attempts and summaries that no record names: those of losers, of the dead, and of strangers; and their records.
 
-    Records that are in the log are left over too, as are files of another run's log.
+    Records that are in the log are left over too, as are files of another run's log, and on a disk tables of plans that
+    were not finished: a store has none of whoever died while it wrote them.
 
     What a later driver's workers have made is not touched: a driver that has lost the folder may not know yet. What
     lies there is listed first; each record then spares its own, and `remove` deletes the rest.
@@ -29,6 +32,8 @@ class Leftovers:
         self._records = {name: key(*of) for name, of in records.items() if of is not None}
         self._names |= {name for name, of in records.items() if of is None}
         self._names |= {f"{LOG}/{name}" for name in output.folder.listing(LOG) if logged(name, output.run) is None}
+        if output.folder.local and output.run:
+            self._names |= {f"{OWN}/{name}" for name in unfinished(output.own, output.run)}
 
     def spare(self, record: Record) -> None:
         self._names.discard(f"{ATTEMPTS}/{record.file}")

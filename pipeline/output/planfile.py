@@ -1,12 +1,15 @@
 """A plan on disk: ``plan.json`` (small), ``files.parquet`` (a row a file), ``shards.parquet`` (a row a span)
 and, with ``dedupe``, ``duplicates.parquet`` (a row a duplicate).
 
-They lie in the bookkeeping folder of an output; the plan exists once ``plan.json`` does, which is written last.
+They lie in the bookkeeping folder of an output; the plan exists once ``plan.json`` does, which is written last, and
+names its tables: each planner writes its own (``<run>-shards.parquet``), so that one that was overtaken, and wakes,
+puts nothing in the place of the other's. Plans of older code have tables without a run.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -28,7 +31,8 @@ _FILES = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.
 _SPANS = pa.schema([("shard", pa.int64()), ("ids", pa.string()), ("name", pa.string()), ("path", pa.binary()),
                     ("start", pa.int64()), ("stop", pa.int64()), ("offset", pa.int64()),
                     ("ahead", pa.int64())])  # fmt: skip
-TWINS = "duplicates.parquet"
+FILES, SHARDS, TWINS = "files.parquet", "shards.parquet", "duplicates.parquet"
+_TABLE = re.compile(rf"([0-9a-f]+)-({FILES}|{SHARDS}|{TWINS})")
 _TWINS = pa.schema([("shard", pa.int64()), ("place", pa.int64()), ("first", pa.string())])
 
 
@@ -66,17 +70,36 @@ def planned_run(folder: Folder) -> str | None:
     return None if plan is None else str(plan.get("run") or "")
 
 
+def table_name(run: str, table: str) -> str:
+    return f"{run}-{table}" if run else table
+
+
+def _named_tables(folder: Folder) -> str:
+    """The run that the tables of the plan in a bookkeeping folder bear; empty where they bear none."""
+    try:
+        return str(_plan(folder.read("plan.json")).get("tables") or "")
+    except FileNotFoundError:
+        return ""
+
+
+def unfinished(folder: Folder, run: str) -> list[str]:
+    """Tables in the bookkeeping folder of a planned run that are not its own: of who died or was overtaken planning."""
+    found = {name: _TABLE.fullmatch(name) for name in folder.listing("")}
+    return [name for name, match in found.items() if match and match[1] != run]
+
+
 class Tables:
     """The plan's tables while the input is scanned; a context manager that leaves whole files or none.
 
     Args:
+        run: Id of the run, which their names bear.
         twins: There is a table of rows that are duplicates.
     """
 
-    def __init__(self, folder: Folder, twins: bool = False) -> None:
-        self._files, self._spans = _Rows(folder, "files.parquet", _FILES), _Rows(folder, "shards.parquet", _SPANS)
-        folder.remove(TWINS)  # of a plan that was never finished
-        self._twins = _Rows(folder, TWINS, _TWINS) if twins else None
+    def __init__(self, folder: Folder, run: str = "", twins: bool = False) -> None:
+        self._files = _Rows(folder, table_name(run, FILES), _FILES)
+        self._spans = _Rows(folder, table_name(run, SHARDS), _SPANS)
+        self._twins = _Rows(folder, table_name(run, TWINS), _TWINS) if twins else None
 
     def file(self, file: InputFile, scan: FileScan) -> None:
         self._files.add((file.name, file.size, file.version, scan.digest, scan.rows))
@@ -106,7 +129,7 @@ class _Rows:
     """A Parquet file written a few thousand tuples at a time."""
 
     def __init__(self, folder: Folder, name: str, schema: pa.Schema) -> None:
-        self._upload = folder.begin(name)
+        self._folder, self._name, self._upload = folder, name, folder.begin(name)
         self._writer = pq.ParquetWriter(self._upload, schema, compression="zstd")
         self._schema, self._rows = schema, list[tuple[Any, ...]]()
 
@@ -128,6 +151,8 @@ class _Rows:
 
     def abandon(self) -> None:
         self._upload.abandon()
+        if self._folder.local:
+            self._folder.remove(self._name)
 
 
 def _table_rows(folder: Folder, name: str) -> Iterator[tuple[Any, ...]]:
@@ -137,14 +162,14 @@ def _table_rows(folder: Folder, name: str) -> Iterator[tuple[Any, ...]]:
 
 def read_files(folder: Folder) -> Iterator[tuple[Any, ...]]:
     """The input's files as the plan saw them: name, size, version, digest, rows."""
-    yield from _table_rows(folder, "files.parquet")
+    yield from _table_rows(folder, table_name(_named_tables(folder), FILES))
 
 
 class _Pinned:
     """The files of a plan, found in the order of its spans."""
 
-    def __init__(self, folder: Folder) -> None:
-        self._folder, self._files = folder, read_files(folder)
+    def __init__(self, folder: Folder, run: str) -> None:
+        self._folder, self._files = folder, _table_rows(folder, table_name(run, FILES))
         self._name: str | None = None
         self._pin = Pin(0, "", "", 0)
 
@@ -152,15 +177,16 @@ class _Pinned:
         while name != self._name:
             row = next(self._files, None)
             if row is None:
-                tables = f"{self._folder.root}/files.parquet and shards.parquet"
+                tables = f"{FILES} and {SHARDS} in {self._folder.root}"
                 raise OutputError(f"{tables} do not belong together (of {name!r}); name another output folder")
             self._name, self._pin = row[0], Pin(*row[1:])
         return self._pin
 
 
-def _twins_of(folder: Folder) -> Callable[[int], dict[int, str]]:
+def _twins_of(folder: Folder, run: str) -> Callable[[int], dict[int, str]]:
     """Shard -> its duplicates; to be asked in the order of shards."""
-    rows = _table_rows(folder, TWINS) if folder.exists(TWINS) else iter(())
+    name = table_name(run, TWINS)
+    rows = _table_rows(folder, name) if folder.exists(name) else iter(())
     ahead = next(rows, None)
 
     def twins(index: int) -> dict[int, str]:
@@ -182,8 +208,9 @@ def read_shards(folder: Folder) -> Iterator[Shard]:
         OutputError: The two tables do not belong together.
     """
     index, ids, spans = -1, None, list[Span]()
-    pins, twins = _Pinned(folder), _twins_of(folder)
-    for shard, own, name, path, start, stop, offset, *ahead in _table_rows(folder, "shards.parquet"):
+    run = _named_tables(folder)
+    pins, twins = _Pinned(folder, run), _twins_of(folder, run)
+    for shard, own, name, path, start, stop, offset, *ahead in _table_rows(folder, table_name(run, SHARDS)):
         if shard != index and spans:
             yield Shard(index, tuple(spans), ids, twins(index))
             spans = []

@@ -163,7 +163,8 @@ def write_plan(
         LockLost: Another driver has planned here meanwhile; its plan stands.
     """
     totals, columns, contents = Survey(), watched(drafted), compared(drafted)
-    with planfile.Tables(folder, twins=contents is not None) as tables:
+    run = machine.here.token()[:RUN_DIGITS]
+    with planfile.Tables(folder, run, twins=contents is not None) as tables:
         for shard in survey(
             drafted.source, spec.shard_rows, spec.limit, totals, tables.file, columns, scans, contents
         ):  # fmt: skip
@@ -174,7 +175,8 @@ def write_plan(
     plan = _plan(drafted, totals)
     content = {
         "created": created,
-        "run": machine.here.token()[:RUN_DIGITS],
+        "run": run,
+        "tables": run,
         **asdict(plan),
         "versions": versions(),
         "fields": dict(drafted.fields),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
 from pipeline import machine
-from pipeline.output import commit, log
+from pipeline.output import commit, log, planfile
 from pipeline.output import lock as locks
 from pipeline.output.dataset import Output
 from pipeline.output.fold import Folding
 from pipeline.output.leftovers import remove
 from pipeline.output.lock import Lock, OutputLocked
 from pipeline.run import plan
+from tests.simulation import schedule
 
 
 def _swallowing(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
@@ -56,6 +57,13 @@ def _beside_the_log(self: Output) -> tuple[dict[int, tuple[str, int]], dict[str,
     return {log.key(*of): (f"{commit.RECORDS}/{name}", listed[name]) for name, of in mine.items()}, {}
 
 
+@contextmanager
+def _tables_without_run() -> Iterator[None]:
+    """All schedules are planned by tasks, which takes longer: more go wrong while it goes on."""
+    with patch.object(planfile, "table_name", lambda run, table: table), patch.object(schedule, "TASKS", 1):
+        yield
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "names are lost where records are read several at a time": lambda: patch.object(machine, "several", _swallowing),
     "records and attempts bear no run": lambda: patch.object(plan, "RUN_DIGITS", 0),
@@ -69,4 +77,5 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ),
     "a record counts though its shard is in the log": lambda: patch.object(Output, "_look", _beside_the_log),
     "who has lost the lock goes on": lambda: patch.object(Lock, "check", lambda lock: None),
+    "tables of a plan bear no run": _tables_without_run,
 }

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 
 from pipeline import machine
 from pipeline.contract import Column, StageInfo, StageSpec
+from pipeline.input.files import InputFile, list_files
 from pipeline.input.rows import FileScan
 from pipeline.input.source import Source
 from pipeline.output import dataset, fold, log, parquet, planfile
@@ -40,6 +42,8 @@ from pipeline.run.draft import Draft, RunSpec, draft
 from pipeline.run.driver import Finished, PlanMismatch, RunError, RunResult, run
 from pipeline.run.survey import Survey, survey
 from pipeline.storage import DIGEST_BYTES, Folder
+from tests.simulation import planning
+from tests.simulation.planning import Inputs
 from tests.simulation.pool import Fleet, SimPool, made
 from tests.simulation.store import CALM, Bucket, Weather
 from tests.simulation.world import Host, Process, Simulated, Thread, World, current
@@ -55,6 +59,10 @@ UNASKED = 4
 
 PARQUET = 8
 """Of so many schedules one has the log's files in the format that they have elsewhere."""
+TASKS = 12
+"""Of so many schedules one is planned by tasks on workers."""
+VERIFIED = 5
+"""Of so many schedules one is verified at its end; all are compared with what was planned."""
 
 
 class Wrong(AssertionError):
@@ -76,6 +84,14 @@ def _input() -> Source:
     return Source((str(path),), columns={"text": "text"})
 
 
+@lru_cache(1)
+def _folder() -> Source:
+    """A folder of files, to be planned by tasks; what they hold is `tests.simulation.planning`'s."""
+    path = Path(tempfile.mkdtemp(prefix="latentmill-simulation-"))
+    (path / "0.txt").write_text("line 0\n")
+    return Source((str(path),), columns={"text": "text"})
+
+
 @lru_cache(1024)
 def _surveyed(shards: int, rows: int) -> tuple[Survey, list[Any], list[Any]]:
     totals, files = Survey(), list[tuple[Any, FileScan]]()
@@ -89,9 +105,15 @@ def _drafted(factor: float, shards: int, rows: int) -> Draft:
     return draft(_spec(factor, shards, rows, None))
 
 
-def _spec(factor: float, shards: int, rows: int, bucket: Bucket | None) -> RunSpec:
+@lru_cache(1024)
+def _drafted_tasks(factor: float, rows: int) -> Draft:
+    return draft(_spec(factor, 0, rows, None, tasks=True))
+
+
+def _spec(factor: float, shards: int, rows: int, bucket: Bucket | None, tasks: bool = False) -> RunSpec:
     stage = StageSpec("tests.simulation.schedule:Lengths", {"factor": factor})
-    return RunSpec(stage, _input(), OUT, {"factor": factor}, shard_rows=rows, limit=shards * rows, keep=("text",),
+    source, limit = (_folder(), None) if tasks else (_input(), shards * rows)
+    return RunSpec(stage, source, OUT, {"factor": factor}, shard_rows=rows, limit=limit, keep=("text",),
                    storage_options={"bucket": bucket})  # fmt: skip
 
 
@@ -103,11 +125,23 @@ def _add_up(finished: Finished) -> None:
 
 
 def _draft(spec: RunSpec) -> Draft:
-    assert spec.limit is not None
+    if spec.limit is None:
+        return _drafted_tasks(spec.stage.params["factor"], spec.shard_rows)
     return _drafted(spec.stage.params["factor"], spec.limit // spec.shard_rows, spec.shard_rows)
 
 
-def _survey(source: Source, every: int, limit: int, totals: Survey, seen: Any, *rest: Any) -> Iterator[Any]:
+def _listed(source: Source, *rest: Any) -> Iterator[InputFile]:
+    return planning.listed(source) if source.path == _folder().path else list_files(source, *rest)
+
+
+def _check_input(source: Source, folder: Folder, limit: int | None) -> Any:
+    return plan.check_input(source, folder, limit) if limit is None else {}
+
+
+def _survey(source: Source, every: int, limit: int | None, totals: Survey, seen: Any, *rest: Any) -> Iterator[Any]:
+    if limit is None:
+        yield from survey(source, every, limit, totals, seen, *rest)
+        return
     known, files, shards = _surveyed(limit // every, every)
     for file, scan in files:
         seen(file, scan)
@@ -173,7 +207,8 @@ class _Rows(planfile._Rows):
     """The plan's tables, too."""
 
     def __init__(self, folder: Folder, name: str, schema: pa.Schema) -> None:
-        self._upload, self._schema, self._rows = folder.begin(name), schema, list[tuple[Any, ...]]()
+        self._folder, self._name, self._upload = folder, name, folder.begin(name)
+        self._schema, self._rows = schema, list[tuple[Any, ...]]()
 
     def _flush(self) -> None:
         raise AssertionError("no simulated plan is as long")
@@ -212,8 +247,11 @@ def simulated() -> Iterator[None]:
     with (
         patch.object(machine, "here", Simulated()),
         patch.multiple(driver, connected=lambda *args: nullcontext(False), Pool=SimPool, Meters=_Meters, draft=_draft,
-                       check_input=lambda *args: {}),
-        patch.object(plan, "survey", _survey),
+                       check_input=_check_input, is_heavy=lambda source, limit: limit is None,
+                       scan_elsewhere=planning.scanned),
+        patch.multiple(plan, survey=_survey, list_files=_listed, scanned_again=planning.scanned_again),
+        patch("pipeline.run.survey.list_files", _listed),
+        patch.dict(sys.modules, ray=planning.Ray),
         patch.object(parquet, "batches", _batches),
         patch.object(parquet, "rows", _counted),
         patch.object(log, "_table", _table),
@@ -260,6 +298,8 @@ class Schedule:
         self.shards, self.rows = self.random.randint(1, most), self.random.randint(1, 3)
         self.hosts = [self._host(i) for i in range(4)]
         self.fleet = self.bucket.fleet = Fleet(self.world, self.hosts[3])  # type: ignore[attr-defined]
+        self.inputs = Inputs(self.random, self.shards * self.rows, self.random.random() < 1 / TASKS)
+        planning.settle(self.world, self.inputs, self.fleet)
         self.products = self.random.random() < 0.15
         self.factor, self.claims, self.drivers = 1.0, 0, list[_Attempted]()
         self._taken: list[tuple[float, int]] = []
@@ -298,6 +338,8 @@ class Schedule:
             action = chance.choice((self._kill, self._kill, self._interrupt, self._outage, self._stall, self._stall,
                                     self._damage, self._damage, self._anew))  # fmt: skip
             self.world.call(chance.random() * span * 1.5, action)
+        if self.inputs.tasks and chance.random() < 0.15:
+            self.world.call(chance.random() * span, self._edit)
         self.world.call(2 * span, self._calm)
         probed = Lock._probed if chance.random() < 0.1 else lambda *args: True  # fourteen requests that harm nobody
         as_it_is = self.seed % PARQUET == 0
@@ -313,6 +355,8 @@ class Schedule:
         try:
             self._to_the_end()
             self.last = True
+            if "out/_latentmill/plan.json" in self.bucket.objects:
+                self.inputs.put_back(json.loads(self.bucket.objects["out/_latentmill/plan.json"])["rows"])
             last = self._start()
             self._to_the_end()
             if not isinstance(last.thread.result, RunResult) or last.thread.result.state != "complete":
@@ -349,7 +393,7 @@ class Schedule:
         options: dict[str, Any] = {"finish": _add_up, "products": ("sums",)} if self.products else {}
         again = self.fleet.moody and (self.last or self.random.random() < 0.5)
         try:
-            spec = _spec(factor, self.shards, self.rows, self.bucket)
+            spec = _spec(factor, self.shards, self.rows, self.bucket, self.inputs.tasks)
             result = run(spec, max_failed_fraction=1.0, retry_failed=again, **options)
         except (OutputError, locks.OutputLocked, RunError, PlanMismatch, OSError, KeyboardInterrupt):
             process.die()  # it has ended, and said why
@@ -393,21 +437,24 @@ class Schedule:
         output = Output.open(OUT, options)
         if output.plan["config"]["factor"] != self.factor:
             raise Wrong("a run said complete, and the plan is another's")
-        for number in range(self.shards):
+        lines = self.inputs.lines(output.plan["rows"])
+        shards = -(-len(lines) // self.rows)
+        for number in range(shards):
             name = f"out/{output.part(number)}"
-            lines = tuple(("in.txt", line, line + 1) for line in range(number * self.rows, (number + 1) * self.rows))
-            content, table = made(output.plan["schema"], self.factor, lines)
+            some = lines[number * self.rows : (number + 1) * self.rows]
+            own = tuple((file, line, line + 1) for file, line in some)
+            content, table = made(output.plan["schema"], self.factor, own)
             found = objects.get(name, b"")
             if found != content and not (found and self._alike(_whole(found), table)):
                 state = "not what was planned" if found else "missing"
                 raise Wrong(f"{name} is {state} after a run that said complete")
         if self.products and (self.last or not self.fleet.moody):
-            count, found = self.shards * self.rows, objects.get("out/sums/total", b"")
-            if found != b"%d %d" % (count, self.factor * count * (count - 1) // 2):
-                raise Wrong(f"what finish made says {found!r} of {count} rows after a run that said complete")
-        if self.last and [record.shard for record in output.records()] != list(range(self.shards)):
+            found = objects.get("out/sums/total", b"")
+            if found != b"%d %d" % (len(lines), self.factor * sum(line for _, line in lines)):
+                raise Wrong(f"what finish made says {found!r} of {len(lines)} rows after a run that said complete")
+        if self.last and [record.shard for record in output.records()] != list(range(shards)):
             raise Wrong("the records are not one for each shard after a run that said complete")
-        if self.last and self.seed % 3 == 0:
+        if self.last and self.seed % VERIFIED == 0:
             report = verify(OUT, options)
             if not report.ok:
                 raise Wrong(f"verify, after a run that said complete: {report.problems[:3]}")
@@ -501,6 +548,8 @@ class Schedule:
     def _stands(self, process: Process) -> None:
         """Something stands still; whoever waits for it may start another driver."""
         if process.name == "driver" and process.stalled - self.world.now > 60 and len(self.drivers) < STARTS:
+            if self.inputs.tasks and "out/_latentmill/plan.json" not in self.bucket.objects:
+                self._edit()
             self.world.call(self.world.now + 60 * self.random.random(), self._start)
 
     def _damage(self) -> None:
@@ -522,6 +571,10 @@ class Schedule:
             del self.bucket.objects[name]
         else:
             self.bucket.put(name, self.bucket.objects[name][: len(self.bucket.objects[name]) // 2])
+
+    def _edit(self) -> None:
+        """A user adds a line to a file of the input."""
+        self.inputs.version = 1
 
     def _anew(self) -> None:
         """The user stops the driver, deletes the folder or its plan, and wants other values; workers may go on."""

@@ -25,7 +25,7 @@ def kill_at(operation: str, name: str, moment: str, marker: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def patched(folder: Folder, own: str, *args: Any) -> Any:
-        hit = (args[0] if operation == "move" else own).rpartition("/")[2].startswith(name)
+        hit = name in (args[0] if operation == "move" else own).rpartition("/")[2]
         if hit and moment == "before":
             die()
         result = real(folder, own, *args)

@@ -14,7 +14,7 @@ from pipeline.output.commit import ATTEMPTS, RECORDS, Superseded
 from pipeline.output.dataset import SUCCESS, Output, Tally
 from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost, lock_name
-from pipeline.output.planfile import read_shards
+from pipeline.output.planfile import read_files, read_shards
 from pipeline.output.publish import publish, set_aside
 from pipeline.output.verify import verify
 from pipeline.run import driver
@@ -195,3 +195,24 @@ def test_a_plan_of_another_run_stands_though_it_came_after_the_last_question(tmp
     with pytest.raises(LockLost):
         write_plan(spec, draft(spec), Folder.at(str(plan.parent)), 0.0, lambda: plan.write_text("another run's"))
     assert plan.read_text() == "another run's"
+
+
+def test_who_plans_is_overtaken_and_wakes_puts_no_tables_in_the_place_of_the_others(tmp_path: Path) -> None:
+    """Before: the input was changed meanwhile, and the other's run went on by a plan of what it had been: complete,
+    with rows missing."""
+    spec = spec_for(tmp_path, LINES, shard_rows=4)
+    own = Folder.at(f"{spec.output}/_latentmill")
+
+    def overtaken() -> None:
+        (tmp_path / "in.txt").write_text("\n".join([*LINES, "more"]))
+        write_plan(spec, draft(spec), own, 0.0)
+
+    with pytest.raises(LockLost):
+        write_plan(spec, draft(spec), own, 0.0, overtaken)
+    output = Output.open(spec.output)
+    assert output.plan["rows"] == sum(shard.rows for shard in read_shards(own)) == len(LINES) + 1
+    assert [rows for *_, rows in read_files(own)] == [len(LINES) + 1]
+    Leftovers(output, output.listings()).remove()
+    assert sorted(name for name in own.listing("") if name.endswith(".parquet")) == [
+        f"{output.run}-files.parquet", f"{output.run}-shards.parquet"
+    ]  # fmt: skip
