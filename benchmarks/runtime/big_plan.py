@@ -1,6 +1,6 @@
 """What a plan of very many rows and shards costs its driver, and a start that finds half of them done.
 
-    python -m benchmarks.runtime.big_plan [--rows 100000000] [--shards 1000000] [--folder /tmp/big]
+    python -m benchmarks.runtime.big_plan [--rows 100000000] [--shards 1000000] [--folder /tmp/big] [--store]
 
 Parquet files of one small column are planned and half of the shards are said to be committed: empty attempts, and their
 records in the log as the driver folds them. Each step then runs in a process of its own, on this disk, and tells its
@@ -12,6 +12,10 @@ resume   the survey: which shards are done; until work begins
 hand     every shard that is left, as the dispatcher takes them
 fold     as many records, heard of one after the other, folded
 status   what `latentmill status` asks
+
+With ``--store`` the output lies in the simulated store of `tests.simulation`, which answers each request in 30 ms of
+its own time and lists a thousand names at a time: told are its seconds, requests, processor seconds, and the memory
+beyond what the store itself holds, which is in the same process. Bytes take no time there.
 """
 
 from __future__ import annotations
@@ -28,9 +32,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.contract import StageSpec
 from pipeline.input.source import Source
 from pipeline.output.commit import ATTEMPTS, RECORDS, Record, attempt_name
@@ -44,9 +50,12 @@ from pipeline.run.plan import check_input, write_plan
 from pipeline.run.reporter import Reporter
 from pipeline.run.tasks import Task
 from pipeline.storage import Folder
+from tests.simulation.store import CALM, Bucket, Weather
+from tests.simulation.world import Host, Simulated, World
 
 RESULTS = Path(__file__).parent / "results"
 FILE_ROWS = 1_000_000
+ANSWER_S = 0.03
 STEPS = ("plan", "half", "input", "resume", "hand", "status", "fold")
 
 
@@ -54,6 +63,11 @@ def spec(folder: Path, rows: int, shards: int) -> RunSpec:
     stage = StageSpec("benchmarks.runtime.rows:Lengths")
     source = Source((str(folder / "in"),), columns={"text": "text"})
     return RunSpec(stage, source, str(folder / "out"), shard_rows=-(-rows // shards))
+
+
+def stored(asked: RunSpec, bucket: Bucket) -> RunSpec:
+    """The same run, into a simulated store."""
+    return replace(asked, output="sim://out", storage_options={"bucket": bucket})
 
 
 def write_input(folder: Path, rows: int) -> None:
@@ -81,11 +95,15 @@ def record(output: Output, shard: int, rows: int) -> Record:
 def half_done(output: Output, shards: int, rows: int) -> None:
     """Every second shard; the last thousand records are not folded yet."""
     folder = output.folder
-    for name in (ATTEMPTS, RECORDS, LOG):
+    for name in (ATTEMPTS, RECORDS, LOG) if folder.local else ():
         os.makedirs(folder.path(name), exist_ok=True)
     done = [record(output, shard, rows) for shard in range(0, shards, 2)]
     for one in done:
-        os.close(os.open(folder.path(f"{ATTEMPTS}/{one.file}"), os.O_CREAT))
+        path = folder.path(f"{ATTEMPTS}/{one.file}")
+        if folder.local:
+            os.close(os.open(path, os.O_CREAT))
+        else:
+            folder.fs.bucket.put(path, b"")
     rest = len(done) % FOLD_RECORDS or FOLD_RECORDS
     folded, loose = done[:-rest], done[-rest:]
     for number, start in enumerate(range(0, len(folded), FOLD_RECORDS)):
@@ -95,11 +113,11 @@ def half_done(output: Output, shards: int, rows: int) -> None:
         folder.create(one.name, one.to_json().encode())
 
 
-def steps(folder: Path, rows: int, shards: int) -> dict[str, Callable[[], object]]:
-    asked, each = spec(folder, rows, shards), -(-rows // shards)
+def steps(asked: RunSpec, rows: int, shards: int) -> dict[str, Callable[[], object]]:
+    each = -(-rows // shards)
 
     def opened() -> Output:
-        return Output.open(asked.output)
+        return Output.open(asked.output, asked.storage_options)
 
     def resume() -> int:
         tally, done, again = _survey(opened(), Reporter(None, None, None))
@@ -118,7 +136,7 @@ def steps(folder: Path, rows: int, shards: int) -> dict[str, Callable[[], object
         return len(output.folder.listing(LOG))
 
     return {
-        "plan": lambda: write_plan(asked, draft(asked), own_folder(Folder.at(asked.output)), 0.0)["shards"],
+        "plan": lambda: write_plan(asked, draft(asked), _own(asked), 0.0)["shards"],
         "half": lambda: half_done(opened(), shards, each),
         "input": lambda: check_input(draft(asked).source, opened().own, None),
         "resume": resume,
@@ -126,6 +144,10 @@ def steps(folder: Path, rows: int, shards: int) -> dict[str, Callable[[], object
         "status": lambda: opened().status().progress.rows_ok,
         "fold": fold,
     }
+
+
+def _own(asked: RunSpec) -> Folder:
+    return own_folder(Folder.at(asked.output, asked.storage_options))
 
 
 def measured(step: Callable[[], object]) -> dict[str, object]:
@@ -149,23 +171,58 @@ def all_steps(folder: Path, rows: int, shards: int) -> Iterator[tuple[str, dict[
         yield name, json.loads(done.stdout.splitlines()[-1])
 
 
+def _memory(line: str) -> float:
+    """MB of this process: ``VmRSS`` now, ``VmHWM`` at most since it was last forgotten."""
+    told = Path("/proc/self/status").read_text()
+    return int(told.partition(f"{line}:")[2].split()[0]) / 1e3
+
+
+def on_a_store(folder: Path, rows: int, shards: int) -> Iterator[tuple[str, dict[str, object]]]:
+    """All steps in this process, in the world's time."""
+    write_input(folder, rows)
+    world = World(0)
+    bucket, found = Bucket(world), dict[str, dict[str, object]]()
+
+    def work() -> None:
+        for name, step in steps(stored(spec(folder, rows, shards), bucket), rows, shards).items():
+            bucket.weather = CALM if name == "half" else Weather(delay_s=ANSWER_S)
+            begun, spent, asked, held = world.now, time.process_time(), bucket.requests, _memory("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            said = step()
+            found[name] = {
+                "store_seconds": round(world.now - begun, 1), "requests": bucket.requests - asked,
+                "cpu_seconds": round(time.process_time() - spent, 1), "more_mb": round(_memory("VmHWM") - held),
+                "found": said,
+            }  # fmt: skip
+
+    with patch.object(machine, "here", Simulated()):
+        thread = world.process(Host("node", "boot", "pid"), "driver").start(work)
+        world.run(1e9)
+    if thread.error is not None:
+        raise thread.error
+    yield from found.items()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.runtime.big_plan")
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--shards", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--store", action="store_true", help="into a simulated store")
     parser.add_argument("--step", choices=STEPS, help="this alone, in a folder that holds what comes before it")
     chosen = parser.parse_args()
+    of = (chosen.folder, chosen.rows, chosen.shards)
     if chosen.step:
-        print(json.dumps(measured(steps(chosen.folder, chosen.rows, chosen.shards)[chosen.step])))
+        print(json.dumps(measured(steps(spec(*of), chosen.rows, chosen.shards)[chosen.step])))
         return
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="latentmill-big-"))
     folder.mkdir(exist_ok=True)
     found: dict[str, object] = {"rows": chosen.rows, "shards": chosen.shards, "cores": os.cpu_count()}
-    for name, figures in all_steps(folder, chosen.rows, chosen.shards):
+    run = on_a_store if chosen.store else all_steps
+    for name, figures in run(folder, chosen.rows, chosen.shards):
         found[name] = figures
         print(name, figures, flush=True)
-    path = RESULTS / "big_plan.json"
+    path = RESULTS / ("big_plan_store.json" if chosen.store else "big_plan.json")
     kept = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**kept, str(chosen.shards): found}, indent=1) + "\n")
     if chosen.folder is None:
