@@ -23,6 +23,7 @@ from pipeline.contract import Settings, renamed_in, speed_names
 from pipeline.output.progress import Progress
 from pipeline.storage import Folder
 from stages.models import hub
+from stages.models.settings import LatentModelSettings
 
 if TYPE_CHECKING:
     from pipeline.run.driver import Finished, RunSpec
@@ -251,9 +252,14 @@ def _one_ray(address: str | None, steps: Sequence[Job]) -> Iterator[None]:
 
 
 def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
-    """All that decides which bytes the job writes to a folder."""
+    """All that decides which bytes the job writes to a folder.
+
+    Raises:
+        JobFileError: Its workers could not load its model.
+    """
     from pipeline.run.driver import RunSpec
 
+    _check_cards(job)
     stage = job.model_copy(update={"output": output}).stage()  # which may keep checkpoints there
     return RunSpec(
         stage=stage,
@@ -270,6 +276,17 @@ def run_spec(job: RowJob, output: str, limit: int | None = None) -> RunSpec:
         renamed=renamed_in(job),
         speed=speed_names(type(job)) | speed_names(getattr(stage.load_class(), "Settings", Settings)),
     )
+
+
+def _check_cards(job: RowJob) -> None:
+    """What the model itself refuses once it is loaded (`stages.models.transformer`), said while the job is planned."""
+    if not isinstance(job, LatentModelSettings) or not job.loras or job.resources.gpus < 2:
+        return
+    if "transformer" in (job.quantization_config or {}):
+        raise JobFileError(
+            f"loras: the quantised transformer of model {job.model!r} takes none where it lies on several cards "
+            f"(resources.gpus: {job.resources.gpus:g}): leave out loras or quantization_config, or set gpus: 1"
+        )
 
 
 def description(job: RowJob, finished: Finished) -> str:

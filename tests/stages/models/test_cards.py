@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from jobs.run import run_spec
+from jobs.schema.reading import JobFileError
 from stages.inversion.settings import InvertImagesSettings
 from stages.inversion.stage import InvertImages
 from stages.models import memory
 from stages.models.cards import shares, spread
 from stages.models.families import open_latent_model
+from stages.models.latent import Place
 from tests.support import cards, tiny_flows
 from tests.support.rare import picture
 
@@ -86,6 +91,70 @@ def test_a_whole_inversion_over_two_cards(tmp_path: Path, two: str) -> None:
         assert row["status"] == "ok", row["error"]
         found.append(torch.from_numpy(row["latent"]))
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def adapter(folder: str, file: Path) -> str:
+    """A LoRA of every attention of the transformer, named as diffusers names it."""
+    generator, state = torch.Generator().manual_seed(0), dict[str, torch.Tensor]()
+    for name, layer in open_latent_model(told(folder, "cpu")).transformer.named_modules():  # type: ignore[attr-defined]
+        if isinstance(layer, torch.nn.Linear) and ".attn.to_" in name:
+            state[f"transformer.{name}.lora_A.weight"] = torch.randn(2, layer.in_features, generator=generator)
+            state[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, 2, generator=generator)
+    save_file(state, file)
+    return str(file)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+@pytest.mark.parametrize("two", TWO, indirect=True)
+def test_adapters_on_two_cards_give_what_they_give_on_one(tmp_path: Path, two: str) -> None:
+    folder = tiny_flows.build(tmp_path / "flux", "flux-dev")
+    loras = ({"path": adapter(folder, tmp_path / "adapter.safetensors"), "weight": 0.3},)
+    model: Any = open_latent_model(told(folder, two, loras=loras))
+    assert [str(device) for device in model.lies("predict")] == two.split(",")
+    both = [answers(folder, device, loras=loras) for device in (two, two.split(",")[0])]
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    bare = answers(folder, two)
+    at = next(i for i, value in enumerate(bare) if value.shape == (2, *model.geometry.latent_shape))
+    assert not torch.allclose(bare[at], both[0][at], atol=1e-3)
+
+
+@pytest.mark.parametrize("two", TWO, indirect=True)
+def test_a_quantised_model_is_read_onto_its_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: str) -> None:
+    """Its quantiser is told where each part goes, and nothing is moved there afterwards."""
+    seen: dict[str, Any] = {}
+    plain = Place.load
+
+    def load(place: Place, kind: Any, dtype: Any, **options: Any) -> Any:
+        if options.pop("quantization_config", None) is not None:
+            seen[place.folder] = options["device_map"]
+        return plain(place, kind, dtype, **options)
+
+    monkeypatch.setattr(Place, "load", load)
+    monkeypatch.setattr("stages.models.quantized.installed", lambda library: True)
+    monkeypatch.setattr("stages.models.cards.free_bytes", lambda device: 1000)  # what is quantised may be smaller
+    folder, eight = tiny_flows.build(tmp_path, "flux-dev"), {"load_in_8bit": True}
+    first, second = two.split(",")
+    config = {"transformer": eight, "text_encoder_2": eight}
+    model: Any = open_latent_model(told(folder, two, quantization_config=config))
+    assert seen["text_encoder_2"] == {"": second}
+    assert set(seen["transformer"].values()) == {first, second}
+    assert [str(device) for device in model.lies("predict")] == [first, second]
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter.safetensors")
+    loras = ({"path": str(tmp_path / "adapter.safetensors")},)
+    with pytest.raises(ValueError, match="a quantised transformer takes no `loras` on several cards"):
+        open_latent_model(told(folder, two, quantization_config=config, loras=loras))
+
+
+def test_adapters_of_a_quantised_model_on_several_cards_are_refused_while_planning(tmp_path: Path) -> None:
+    from jobs.kinds.invert_images import InvertImages as Job
+
+    given = Job.model_validate({
+        "input": str(tmp_path), "model": "black-forest-labs/FLUX.1-dev", "resources": {"gpus": 2},
+        "loras": [{"path": "org/lora"}], "quantization_config": {"transformer": {"load_in_8bit": True}},
+    })  # fmt: skip
+    with pytest.raises(JobFileError, match=r"loras: the quantised transformer .* \(resources.gpus: 2\): leave out"):
+        run_spec(given, str(tmp_path / "out"))
 
 
 def test_as_much_room_is_left_on_one_card_as_on_another() -> None:
