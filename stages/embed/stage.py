@@ -22,7 +22,7 @@ from stages.embed import captions
 from stages.embed.captions import Captioner
 from stages.embed.preparation import Preparation
 from stages.embed.settings import AdoptSettings, EmbedSettings
-from stages.engine.device import chosen_device, exact_float32
+from stages.engine.device import chosen_device, exact_float32, free_bytes
 from stages.engine.passthrough import in_batches
 from stages.engine.room import Rooms
 from stages.models.clip import ImageEncoder, embedding_width, identity
@@ -225,7 +225,7 @@ class Embed:
             return torch.cuda.max_memory_allocated()
 
         row_bytes = max(1, (peak(4) - peak(2)) // 2)
-        free, _ = torch.cuda.mem_get_info()
+        free = free_bytes(torch.device(self.device)) or 0
         fitting = int(MEMORY_SHARE * free / row_bytes)
         return 1 << max(0, min(fitting, MOST_BATCH).bit_length() - 1)
 

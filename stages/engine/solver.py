@@ -148,6 +148,7 @@ def capture(step: Callable[[], None], warmup: int = 3) -> Callable[[], None]:
 
     Raises:
         RuntimeError: No CUDA device.
+        torch.OutOfMemoryError: The step, or its recording, does not fit.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("CUDA graphs need a CUDA device: set `accelerate: none` or `compile` in the job")
@@ -158,6 +159,12 @@ def capture(step: Callable[[], None], warmup: int = 3) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        # Whatever ends a recording, its end is what is told: CUDA's refusal of a recording that broke off.
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError("a graph of the step does not fit") from None
+        raise
     return graph.replay

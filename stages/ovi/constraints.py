@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from stages.engine.device import free_bytes
+
 if TYPE_CHECKING:
     from index.captions import Captions
     from index.reference import Reference
@@ -143,10 +145,9 @@ def open_search(reference: Reference, k: int, device: str) -> Search:
         ValueError: The reference has fewer than k rows.
     """
     require_rows(reference, k)
-    if torch.device(device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if reference.rows * reference.dim * 4 <= free // 4:
-            return ExactSearch(torch.from_numpy(np.array(reference.index.vectors_NE)).to(device), k)
+    free = free_bytes(torch.device(device))
+    if free is not None and reference.rows * reference.dim * 4 <= free // 4:
+        return ExactSearch(torch.from_numpy(np.array(reference.index.vectors_NE)).to(device), k)
     return ReferenceSearch(reference, k)
 
 

@@ -1,6 +1,8 @@
 """The batched solver against plain loops: torch.optim.AdamW one row at a time, and stopping rules written out."""
 
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +246,38 @@ def test_capture_needs_cuda():
         pytest.skip("a CUDA device is at hand")
     with pytest.raises(RuntimeError, match="CUDA"):
         capture(lambda: None)
+
+
+def test_a_recording_that_runs_out_is_out_of_memory_and_no_lost_device(monkeypatch):
+    """CUDA refuses a recording that broke off and hides why: the solver would not halve, the guard end the worker."""
+
+    class Recording:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            recording.append(True)
+
+        def __exit__(self, *given):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def step():
+        if recording and runs_out:
+            raise torch.OutOfMemoryError("pretend")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "is_available": lambda: True, "Stream": lambda: stream, "current_stream": lambda: stream,
+        "stream": lambda one: nullcontext(), "CUDAGraph": lambda: None, "graph": Recording,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    recording, runs_out = [], True
+    with pytest.raises(torch.OutOfMemoryError, match="does not fit"):
+        capture(step)
+    recording, runs_out = [], False
+    with pytest.raises(RuntimeError, match="during capture") as caught:
+        capture(step)
+    assert not isinstance(caught.value, torch.OutOfMemoryError)
 
 
 @pytest.mark.gpu
