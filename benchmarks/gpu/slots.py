@@ -30,7 +30,7 @@ CARDS = (24, 40, 80)
 TEXT_ENCODERS = {
     "SD1.5": 0.123, "SDXL": 0.818, "SD3.5-medium": 5.58, "SD3.5-large": 5.58, "FLUX.1-dev": 4.88, "Chroma1-HD": 4.76,
     "FLUX.2-klein-4B": 4.02, "FLUX.2-klein-9B": 8.19, "FLUX.2-dev": 24.01, "Qwen-Image": 8.29, "Qwen-Image-2.1": 8.77,
-    "Z-Image-Turbo": 4.02,
+    "Z-Image-Turbo": 4.02, "Ovis-Image-7B": 1.72,
 }  # fmt: skip
 """Billions of parameters, as published."""
 COLUMNS = {

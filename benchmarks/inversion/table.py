@@ -106,6 +106,7 @@ AUDIT = (
 USUAL = {
     "FluxPipeline": 3.5, "ChromaPipeline": 5.0, "Flux2Pipeline": 4.0, "Flux2KleinPipeline": 4.0,
     "StableDiffusion3Pipeline": 7.0, "QwenImagePipeline": 4.0, "QwenImage21Pipeline": 1.0, "ZImagePipeline": 6.0,
+    "OvisImagePipeline": 5.0,
 }  # fmt: skip
 """Guidance that the pipelines take where they are told none; Z-Image's scale counts from 1 here."""
 COLUMNS = {

@@ -9,6 +9,7 @@ from stages.models.flux import Flux
 from stages.models.flux2 import Flux2, Flux2Klein
 from stages.models.latent import Geometry, LatentModel
 from stages.models.origin import configuration
+from stages.models.ovis_image import OvisImage
 from stages.models.qwen_image import QwenImage
 from stages.models.qwen_image_21 import QwenImage21
 from stages.models.sd3 import StableDiffusion3
@@ -23,7 +24,7 @@ CONSISTENCY = "LatentConsistencyModelPipeline"
 """Of a Stable Diffusion whose own pipeline runs `LCMScheduler` alone; Stable Diffusion's runs it with any."""
 FLOWS: dict[str, type[FlowTransformer]] = {
     family.index: family
-    for family in (StableDiffusion3, Flux, Chroma, Flux2, Flux2Klein, QwenImage, QwenImage21, ZImage)
+    for family in (StableDiffusion3, Flux, Chroma, Flux2, Flux2Klein, QwenImage, QwenImage21, ZImage, OvisImage)
 }
 """By the class of the pipeline."""
 

@@ -74,6 +74,7 @@ FLOWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float, int]] = {
     "FLUX.2-klein-9B": ("Flux2Klein", KLEIN_9B, {}, 9.08, 512),
     "Qwen-Image": ("QwenImage", {}, QWEN_VAE, 20.43, 512),
     "Qwen-Image-2.1": ("QwenImage21", {}, {}, 7.115, 512),
+    "Ovis-Image-7B": ("OvisImage", {}, KL, 7.37, 256),
     "Z-Image-Turbo": ("ZImage", {}, KL, 6.15, 512),
 }  # fmt: skip
 """Name -> family, configurations of transformer and autoencoder, billions of parameters, tokens of text."""
@@ -90,6 +91,7 @@ PIPELINES = {
                   "tokenizer": "Qwen2Tokenizer"}),
     "QwenImage21": ("QwenImage21Pipeline", {"text_encoder": "Qwen3VLForConditionalGeneration",
                     "processor": "Qwen3VLProcessor"}),
+    "OvisImage": ("OvisImagePipeline", {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2Tokenizer"}),
     "ZImage": ("ZImagePipeline", {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2Tokenizer"}),
 }  # fmt: skip
 

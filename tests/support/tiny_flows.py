@@ -223,6 +223,23 @@ def z_image() -> Any:
     )  # fmt: skip
 
 
+def ovis_image() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, OvisImagePipeline, OvisImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    words = qwen_tokenizer()
+    transformer = OvisImageTransformer2DModel(
+        in_channels=64, out_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=WIDTH, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    torch.nn.init.normal_(transformer.transformer_blocks[0].attn.add_v_proj.weight)  # what the text says
+    return OvisImagePipeline(
+        transformer=enliven(transformer), vae=autoencoder(), tokenizer=words,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        text_encoder=Qwen3Model(Qwen3Config(**LANGUAGE, vocab_size=len(words), head_dim=8)),
+    )  # fmt: skip
+
+
 def flux2_parts(*, guidance_embeds: bool) -> dict[str, Any]:
     """Transformer, scheduler and autoencoder of FLUX.2: 4 channels at half the side, 16 in squares."""
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
@@ -293,6 +310,7 @@ KINDS: dict[str, Any] = {
     "qwen-image-21": qwen_image_21,
     "qwen-image-21-turbo": lambda: qwen_image_21(sample_sigmas=[1.0, 0.97, 0.8, 0.4]),
     "z-image": z_image,
+    "ovis-image": ovis_image,
 }
 
 

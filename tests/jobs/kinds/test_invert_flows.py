@@ -48,6 +48,7 @@ def decibels(made: Any, wanted: Any) -> float:
         ("qwen-image-21", {"guidance": 1.5, "negative": "blue", "max_sequence_length": 30, "size": 32}),
         ("qwen-image-21-turbo", {"size": 64, "steps": 4}),
         ("z-image", {"guidance": 1.5, "negative": "blue", "size": 32}),
+        ("ovis-image", {"guidance": 2.0, "negative": "blue", "max_sequence_length": 120}),
     ],
 )
 def test_the_card_s_lines_give_the_picture_back(

@@ -29,7 +29,7 @@ TWO = [
     "card:0,card:1",
 ]
 pytestmark = pytest.mark.card
-KINDS = ["flux-dev", "chroma", "flux2-klein", "sd35-medium", "qwen-image", "qwen-image-21", "z-image"]
+KINDS = ["flux-dev", "chroma", "flux2-klein", "sd35-medium", "qwen-image", "qwen-image-21", "z-image", "ovis-image"]
 """All families of transformers."""
 
 

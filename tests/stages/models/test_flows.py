@@ -44,7 +44,7 @@ def stock(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     return pipe
 
 
-PACKED = ("flux-dev", "flux-schnell", "chroma", "qwen-image")
+PACKED = ("flux-dev", "flux-schnell", "chroma", "qwen-image", "ovis-image")
 UNIT = {"qwen-image": 4, "qwen-image-21": 8, "z-image": 2}
 """Of the sizes here: Qwen-Image's autoencoders have 8 and 16 pixels a latent; Z-Image's positions are 2 apart."""
 
@@ -74,7 +74,7 @@ def given(kind: str, noise_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux-dev", "flux-schnell", "chroma", "flux2-dev", "flux2-klein", "qwen-image",
-                                  "qwen-image-21", "z-image"])  # fmt: skip
+                                  "qwen-image-21", "z-image", "ovis-image"])  # fmt: skip
 @pytest.mark.parametrize("size", [(16, 16), (24, 8), (20, 16)], ids=str)
 def test_sigmas_and_times_are_the_pipeline_s_to_the_last_bit(folders, kind: str, size: tuple[int, int]) -> None:
     size = tuple(side * UNIT.get(kind, 1) for side in size)
@@ -221,7 +221,11 @@ def test_a_long_prompt_says_what_was_left_out_of_it(folders) -> None:
         assert (one["prompt_cut"] or "").startswith("text_encoder reads 512 of ")
 
 
-SHORT = {"sd3": 7, "flux-dev": 5, "chroma": 5, "flux2-dev": 8, "flux2-klein": 5, "qwen-image": 6, "z-image": 20}
+SHORT = {
+    "sd3": 7, "flux-dev": 5, "chroma": 5, "flux2-dev": 8, "flux2-klein": 5, "qwen-image": 6, "z-image": 20,
+    "ovis-image": 140,
+}  # fmt: skip
+"""Tokens that a prompt does not fit into; Ovis-Image's instruction is among them."""
 
 
 @pytest.mark.parametrize("kind", list(SHORT))

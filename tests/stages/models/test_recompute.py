@@ -18,7 +18,7 @@ from stages.models.settings import LatentModelSettings
 from tests.support import tiny_flows, tiny_stable_diffusion
 
 UNETS = ("sd", "sdxl")
-KINDS = ["sd", "sdxl", "sd3", "flux-dev", "chroma", "flux2-dev", "z-image", "qwen-image", "qwen-image-21"]
+KINDS = ["sd", "sdxl", "sd3", "flux-dev", "chroma", "flux2-dev", "z-image", "qwen-image", "qwen-image-21", "ovis-image"]
 FACTOR = 1.1
 
 
