@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.kinds.chain import Chain
+from jobs.kinds.invert_prompts import InvertPrompts
 from jobs.page.amounts import size
 from jobs.run import described, run_spec
 from jobs.schema.base import Job, Resources, RowJob
@@ -154,7 +155,11 @@ def memory_of(job: RowJob) -> str:
     """What the job's latent model takes on a GPU: told of its configuration, without its weights. The text encoders,
     which are not counted, take 0.2 to 16 GB beside it. With what of its GPUs a worker cannot use, and what to do where
     nothing fits."""
-    if not job.resources.gpus or not isinstance(job, LatentModelSettings):
+    if not job.resources.gpus:
+        return ""
+    if isinstance(job, InvertPrompts):
+        return _memory_of_prompts(job)
+    if not isinstance(job, LatentModelSettings):
         return ""
     from stages.models.families import open_without_weights
     from stages.models.memory import power_of_two, rows_on, weight_bytes
@@ -189,6 +194,24 @@ def memory_of(job: RowJob) -> str:
         + ("" if gpus <= 1 or shared_out else f"; this model runs on one GPU, and of its {gpus:g} the others WOULD BE "
            "IDLE: ask for gpus: 1 and more workers")
     )  # fmt: skip
+
+
+def _memory_of_prompts(job: InvertPrompts) -> str:
+    """The same of a job that inverts prompts: its encoders, priors and decoder, and a prompt in a step of OVI."""
+    from stages.models.memory import power_of_two, rows_on
+    from stages.ovi.memory import row_bytes, weight_bytes
+    from stages.ovi.settings import InvertPromptsSettings
+
+    settings = InvertPromptsSettings.model_validate(dict(job.stage().params))
+    weights, share = weight_bytes(settings), min(job.resources.gpus, 1)
+    rows = [
+        f"a prompt {size(each)} in a step of {label}; slots where `slots` is left out: "
+        + ", ".join(str(power_of_two(fit)) if fit else "NONE" for fit in
+                    (rows_on(int(share * card * 10**9), weights, each) for card in CARDS))
+        for label, each in row_bytes(settings).items()
+    ]  # fmt: skip
+    of = f" of {CARDS[0]}, {CARDS[1]}, {CARDS[2]} GB" + ("" if share == 1 else f", of which a worker has {share:g}")
+    return "; ".join([f"weights {size(weights)}, each network once", *rows]) + (of if rows else "")
 
 
 def _lying(lies: Mapping[int, Sequence[int]]) -> str:

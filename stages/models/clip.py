@@ -140,6 +140,30 @@ def identity(
     return {**described, "path": path}
 
 
+def blank(path: str, role: Role, revision: str | None = None) -> torch.nn.Module:
+    """An encoder on the meta device: shapes and no numbers.
+
+    Raises:
+        ModelError: There is none.
+    """
+    from transformers import (
+        CLIPTextModelWithProjection,
+        CLIPVisionModelWithProjection,
+        SiglipTextModel,
+        SiglipVisionModel,
+    )
+
+    place = locate(path, role, revision)
+    siglip = "siglip" in _config(place).model_type
+    kinds: dict[Role, Any] = {
+        "image": SiglipVisionModel if siglip else CLIPVisionModelWithProjection,
+        "text": SiglipTextModel if siglip else CLIPTextModelWithProjection,
+    }
+    with torch.device("meta"):
+        network: torch.nn.Module = kinds[role](_tower_config(place, role))
+    return network
+
+
 def has_text_encoder(path: str, revision: str | None = None) -> bool:
     """Whether prompts can be encoded by what lies there: a pipeline's text encoder, or a model with a text tower."""
     try:

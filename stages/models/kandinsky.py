@@ -22,6 +22,7 @@ from stages.models.copies import here
 from stages.models.decoding import Decode
 from stages.models.files import read_config
 from stages.models.latent import Place
+from stages.models.memory import on_meta
 
 PARTS = ("unet", "movq")
 
@@ -33,6 +34,22 @@ class DecoderError(ValueError):
 def identity(decode: Decode, allow_pickle: bool | None = None) -> dict[str, dict[str, str]]:
     """Role -> path, revision and fingerprint of the decoder's networks, for `StageInfo.models`."""
     return {f"decoder_{part}": place.identity() for part, place in _places(decode, allow_pickle).items()}
+
+
+def blanks(decode: Decode) -> list[Any]:
+    """The decoder's networks on the meta device: shapes and no numbers.
+
+    Raises:
+        OSError, ValueError: There are none.
+    """
+    from diffusers import UNet2DConditionModel, VQModel
+
+    kinds: tuple[Any, ...] = (UNet2DConditionModel, VQModel)
+    found = []
+    for part, kind in zip(PARTS, kinds, strict=True):
+        config = kind.load_config(here(decode.model), subfolder=part, revision=decode.revision)
+        found.append(on_meta(kind, config, torch.float16))
+    return found
 
 
 def _places(decode: Decode, allow_pickle: bool | None) -> dict[str, Place]:

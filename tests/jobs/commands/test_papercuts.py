@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import PriorTransformer
 from typer.testing import CliRunner
 
 from jobs import __main__ as entry
@@ -20,6 +21,7 @@ from jobs.commands.progress_line import plain
 from jobs.commands.search import print_table
 from jobs.dry_run import DryRun, memory_of
 from jobs.kinds.invert_images import InvertImages
+from jobs.kinds.invert_prompts import InvertPrompts
 from jobs.page.amounts import size
 from jobs.page.hits import Hit
 from jobs.schema.base import RowJob
@@ -27,7 +29,9 @@ from pipeline.output.progress import Progress
 from pipeline.run.cluster import Pool
 from pipeline.run.driver import Resources, RunError, _check_room
 from stages.models.families import open_without_weights
-from tests.support import ROOT
+from stages.models.vision_tower import VisionTower
+from stages.ovi.stage import InvertPrompts as PromptStage
+from tests.support import ROOT, tiny_kandinsky
 from tests.support.imports import PACKAGES
 
 
@@ -87,6 +91,23 @@ def test_a_dry_run_says_what_a_row_takes_on_a_gpu() -> None:
     two = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus": 2})})
     assert "of its 2 the others WOULD BE IDLE" in memory_of(two)
     assert "IDLE" not in told
+
+
+def test_a_dry_run_says_what_prompts_take_on_a_gpu(tmp_path: Path) -> None:
+    """Against the networks of a stage, each counted once: encoders in float32, prior and decoder in half precision."""
+    prior, decoder = tiny_kandinsky.build_prior(tmp_path / "prior"), tiny_kandinsky.build_decoder(tmp_path / "decoder")
+    methods = [{"method": "ovi", "steps": 2}, {"method": "trained-prior", "steps": 2}]
+    job = InvertPrompts.model_validate(
+        {"input": "x", "encoder": prior, "methods": methods, "decode": {"model": decoder}, "resources": {"gpus": 1}}
+    )
+    stage: Any = PromptStage(PromptStage.Settings(**job.stage().params), device="cpu")
+    own = PriorTransformer.from_pretrained(prior, subfolder="prior")
+    networks = [stage.text.model, stage.image_encoder.model], [own, stage.decoder.pipe.unet, stage.decoder.pipe.movq]
+    whole, half = (sum(w.numel() for one in some for w in one.parameters()) for some in networks)
+    told = memory_of(job)
+    assert told.startswith(f"weights {size(4 * whole + 2 * half)}, each network once; a prompt ")
+    each = VisionTower(stage.image_encoder.model, 4).row_bytes()
+    assert f"a prompt {size(each)} in a step of ovi; slots where `slots` is left out: 64, 64, 64 of 24, 40" in told
 
 
 @pytest.mark.parametrize(
