@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 import micro
+from benchmarks.rare.concepts import concepts
 from benchmarks.rare.guides import GUIDES, STAND_IN, USUAL, rows
-from benchmarks.rare.rare_concepts import concepts
 from micro import world
 from pipeline.input.source import Source
 from stages.judging.measures import GROUPS, group_of, judgement

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 import micro
+from benchmarks.rare.concepts import concepts
 from benchmarks.rare.guides import GUIDES, interval, rows
-from benchmarks.rare.rare_concepts import concepts
 from micro import world
 from micro.oracle import Oracle, score
 from stages.models.clip import ImageEncoder, TextEncoder
@@ -44,9 +44,8 @@ def draw(options: argparse.Namespace, kind: str, label: str, part: int, images: 
         model=str(micro.MODELS / "stable-diffusion"), methods=(RandomMethod(),), guides=(guide,), steps=options.steps,
         guidance=options.guidance, scores=("oracle",), slots=16, device="cpu", seed=options.seed,
     ))  # fmt: skip
-    asked = argparse.Namespace(concepts=options.concepts, shown=0, pictures=EACH * (part + 1))
-    every = rows(asked, kind, "random", label)
-    done = list(stage([row for row in every if int(row["number"]) >= EACH * part]))
+    asked = argparse.Namespace(concepts=options.concepts, shown=0, pictures=EACH)
+    done = list(stage(rows(asked, kind, "random", label, part)))
     bad = [row["error"] for row in done if row["status"] != "ok"]
     if bad:
         raise SystemExit(f"{kind} {label}: {len(bad)} rows failed: {bad[0]}")
@@ -106,7 +105,8 @@ def best_of(own: list[dict[str, Any]], count: int, by: str) -> list[bool]:
 def table(made: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """Success of the best of N, by kind, guide and score."""
     cells: dict[str, Any] = {}
-    guides = {"plain": ("plain",), "aapb": ("aapb",), "plain and aapb": ("plain", "aapb")}
+    pools = (("plain",), ("aapb",), ("compose-half",), ("plain", "aapb"), ("plain", "compose-half"))
+    guides = {" and ".join(taken): taken for taken in (*pools, ("plain", "aapb", "compose-half"))}
     for kind in KINDS:
         for label, taken in guides.items():
             for count, by in [(1, "text"), *((n, by) for n in (4, 8) for by in ("text", "contrast"))]:
