@@ -1,6 +1,6 @@
-"""How often the host waits for the device in a step of `lbo`, and how many operations a step is, beside the network:
-counted on the CPU, with a small network in the U-Net's place, 64 rows of 50 steps in 16 slots, which end at different
-times. Prints a table, and writes benchmarks/inversion/results/looks.json.
+"""How often the host waits for the device in a step of `lbo`, and how many operations a step of each method is, beside
+the network: counted on the CPU, with a small network in the place of the U-Net, 64 rows of 50 steps in 16 slots, which
+end at different times. Prints two tables, and writes benchmarks/inversion/results/looks.json.
 
     python -m benchmarks.inversion.looks
 """
@@ -19,22 +19,37 @@ from benchmarks.inversion.table import RESULTS
 from stages.engine.solver import Occupancy, solve
 from stages.inversion.engine import InversionProblem
 from stages.inversion.lbo import LatentBias
+from stages.inversion.settings import (
+    DdimMethod,
+    EulerMethod,
+    ExactMethod,
+    FireFlowMethod,
+    FixedPointMethod,
+    InversionMethod,
+    LboMethod,
+    NewtonMethod,
+    RenoiseMethod,
+    RfSolverMethod,
+    UniInvMethod,
+)
+from stages.models.flow_schedule import flow_schedule
 from stages.models.schedule import ddim_schedule
 
 SHAPE, ROWS, SLOTS, STEPS = (2, 4, 4), 64, 16, 50
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False,
           "steps_offset": 1}  # fmt: skip
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched, whatever the device makes of it."""
+    """Counts what is dispatched, whatever the device makes of it; and how much of it computes, which views do not."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.computing = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.count, self.computing = self.count + 1, self.computing + (not func.is_view)
         return func(*args, **(kwargs or {}))
 
 
@@ -80,32 +95,51 @@ def counted(strength: float, *, late: bool) -> dict[str, float]:
     with problem.reads:
         done = list(solve(problem, rows(ROWS), occupancy=occupancy))
     waits = (problem.reads.counts - problem.aside).total()
-    one = InversionProblem(network(strength), schedule, LatentBias(tolerance=0.0), slots=SLOTS, **options)
-    one.load(list(range(SLOTS)), rows(SLOTS))
-    one.step()
-    with Operations() as operations:
-        one.step()
-    with torch.no_grad(), Operations() as networks:
-        one.predict(one.x_BCHW, one.k_B, one.condition)
     return {
         "late": late, "strength": strength, "waits_a_step": waits / occupancy.steps, "steps": occupancy.steps,
         "rows_a_step": ROWS / occupancy.steps, "gradients": sum(row["backwards"] for row in done),
         "forwards": sum(row["forwards"] for row in done), "evaluations": occupancy.busy_slot_steps,
-        "operations_a_step": operations.count - networks.count,
     }  # fmt: skip
+
+
+def operations(method: InversionMethod, *, late: bool = False) -> dict[str, Any]:
+    """Of a step in the midst of its steps, in which no row gets a gradient, beside the network's."""
+    options: dict[str, Any] = {"latent_shape": SHAPE, "late": late}
+    flow = "diffusion" not in method.inverts
+    schedule = flow_schedule(FLOW, STEPS) if flow else ddim_schedule(CONFIG, STEPS)
+    one = InversionProblem(network(0.8), schedule, method.rule(1.0), slots=SLOTS, **options)
+    one.load(list(range(SLOTS)), rows(SLOTS))
+    one.step()
+    one.step()
+    with Operations() as step:
+        one.step()
+    with torch.no_grad(), Operations() as networks:
+        one.predict(one.x_BCHW, one.k_B, one.condition)
+    return {"method": method.label, "family": "flow" if flow else "diffusion", "late": late,
+            "operations": step.count - networks.count, "computing": step.computing - networks.computing}  # fmt: skip
+
+
+METHODS: tuple[InversionMethod, ...] = (
+    DdimMethod(), UniInvMethod(), FixedPointMethod(), FixedPointMethod(name="anderson", acceleration="anderson"),
+    RenoiseMethod(), NewtonMethod(), ExactMethod(), LboMethod(), EulerMethod(), RfSolverMethod(), FireFlowMethod(),
+)  # fmt: skip
 
 
 def main() -> None:
     found = [counted(strength, late=late) for strength in (0.8, 6.0) for late in (False, True)]
-    print("| network | asked | waits a step | rows out a step | evaluations | gradients | operations a step |")
-    print("|---|---|---|---|---|---|---|")
+    print("| network | asked | waits a step | rows out a step | evaluations | gradients |\n|---|---|---|---|---|---|")
     for one in found:
         name, asked = "expanding" if one["strength"] > 1 else "easy", "a step late" if one["late"] else "at once"
         print(
             f"| {name} | {asked} | {one['waits_a_step']:.2f} | {one['rows_a_step']:.2f} | {one['evaluations']:.0f} | "
-            f"{one['gradients']:.0f} | {one['operations_a_step']:.0f} |"
+            f"{one['gradients']:.0f} |"
         )
-    (RESULTS / "looks.json").write_text(json.dumps(found, indent=1) + "\n")
+    spent = [operations(method) for method in METHODS] + [operations(LboMethod(), late=True)]
+    print("\n| method | model | operations a step | of these compute |\n|---|---|---|---|")
+    for line in spent:
+        name = f"{line['method']}, a step late" if line["late"] else line["method"]
+        print(f"| {name} | {line['family']} | {line['operations']} | {line['computing']} |")
+    (RESULTS / "looks.json").write_text(json.dumps({"waits": found, "operations": spent}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

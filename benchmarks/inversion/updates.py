@@ -77,7 +77,7 @@ class GaussNewtonBias(GradientBias):
     def done(self, point: Evaluation) -> torch.Tensor:
         cost_B = torch.where(self.spent(point) % 3 == 0, 2, 1)
         over_B = (point.residual_B <= self.tolerance) | (point.made_B + cost_B > self.limit)
-        return over_B & ~self.is_base(point)
+        return self.beside_base(over_B, point)
 
     def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
         tried_B = self.spent(point) % 3 == 0
@@ -99,7 +99,7 @@ class AdamBias(GradientBias):
 
     def done(self, point: Evaluation) -> torch.Tensor:
         over_B = (point.residual_B <= self.tolerance) | (point.made_B + 2 > self.limit)
-        return over_B & ~self.is_base(point)
+        return self.beside_base(over_B, point)
 
     def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
         # The moments lie where the line search, which Adam has not, keeps its slope and residual.

@@ -34,13 +34,16 @@ class Evaluation:
     """What is known of every slot after one evaluation of the network.
 
     Attributes:
+        rule: Whose point it is.
         residual_B: |r| / |z_prev|.
         made_B: Passes that each row has made at this step, this evaluation included; a gradient counts as one more.
         gradient_BCHW: Gradient of the rule's loss at x, for the rows that wanted it (zero elsewhere); None: no row did.
         counts_B: Rows that this evaluation is for; the others wait for a gradient at the next; None: no row waits.
         stagnant_B: Rows whose residual lies in the noise of the network's type and has ceased to fall; None: no row's.
+        after_gradient: Some row got its gradient at the evaluation before this one.
     """
 
+    rule: Rule[Any]
     x_BCHW: torch.Tensor
     m_BCHW: torch.Tensor
     prev_BCHW: torch.Tensor
@@ -51,6 +54,7 @@ class Evaluation:
     gradient_BCHW: torch.Tensor | None = None
     counts_B: torch.Tensor | None = None
     stagnant_B: torch.Tensor | None = None
+    after_gradient: bool = False
 
     def counted(self, which_B: torch.Tensor) -> torch.Tensor:
         """Those of some rows that this evaluation is for."""
@@ -60,6 +64,11 @@ class Evaluation:
     def g_BCHW(self) -> torch.Tensor:
         """(z_prev - weight m(x, t)) / scale, whose fixed point solves the step."""
         return self.step.up(self.prev_BCHW, self.m_BCHW)
+
+    @cached_property
+    def done_B(self) -> torch.Tensor:
+        """Rows for which it is their step's last, as the rule says."""
+        return self.rule.done(self)
 
 
 State = TypeVar("State", bound=tuple[Any, ...])
@@ -136,7 +145,7 @@ def _choose(which_B: torch.Tensor, new: Any, old: Any) -> Any:
     if new is old:
         return old
     if isinstance(new, torch.Tensor):
-        return torch.where(per_row(which_B, new), new, old)
+        return torch.where(which_B if new.dim() == 1 else per_row(which_B, new), new, old)
     parts = tuple(_choose(which_B, *pair) for pair in zip(new, old, strict=True))
     return new._make(parts) if hasattr(new, "_make") else parts
 
@@ -190,6 +199,8 @@ class Walk(Generic[State]):
         self.x_BCHW = torch.zeros((slots, *self.latent_shape), device=self.device)
         self.prev_BCHW = torch.zeros_like(self.x_BCHW)
         self.state = self.rule.blank(self.x_BCHW)
+        self.all_B = torch.arange(slots, device=self.device)
+        self.differentiated = False  # at the last evaluation, some row
         self.k_B = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self.active_B = torch.zeros(slots, dtype=torch.bool, device=self.device)
         self.broken_B = torch.zeros_like(self.active_B)
@@ -325,17 +336,21 @@ class Walk(Generic[State]):
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
         residual_B = r_BCHW.flatten(1).norm(dim=1) / self.prev_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
         point = Evaluation(
-            self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW, counts_B,
+            self.rule, self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW,
+            counts_B, after_gradient=self.differentiated,
         )  # fmt: skip
+        self.differentiated = gradient_BCHW is not None
         point = replace(point, stagnant_B=self._stagnant(point))
         x_BCHW, self.state = self.rule.update(point, self.state)
         counted_B = point.counted(self.active_B)
-        self.broken_B |= counted_B & ~(x_BCHW.flatten(1).isfinite().all(dim=1) & ~residual_B.isnan())
+        # The largest number is no number where one is none.
+        finite_B = torch.linalg.vector_norm(x_BCHW.flatten(1), torch.inf, dim=1) < torch.inf
+        self.broken_B |= counted_B & ~(finite_B & (residual_B == residual_B))
         going_B = counted_B & ~self.broken_B
-        moved_B = going_B & self.rule.done(point)
+        moved_B = going_B & point.done_B
         self.x_BCHW = torch.where(per_row(going_B, x_BCHW), x_BCHW, self.x_BCHW)
-        rows = torch.arange(self.slots, device=self.device)
-        self.residual_BS[rows, self.k_B] = torch.where(moved_B, residual_B, self.residual_BS[rows, self.k_B])
+        at = self.all_B, self.k_B
+        self.residual_BS[at] = torch.where(moved_B, residual_B, self.residual_BS[at])
         finished_B = self.advance(moved_B, point, x_BCHW) | self.broken_B
         self.active_B = self.active_B & ~finished_B
         return ~self.active_B
@@ -343,7 +358,7 @@ class Walk(Generic[State]):
     def _stagnant(self, point: Evaluation) -> torch.Tensor:
         """See `Evaluation`; counts this evaluation, which for a row that waits is the one at its best point again."""
         fell_B = point.residual_B < 0.7 * self.best_B
-        self.stalled_B = torch.where(fell_B, 0, self.stalled_B + point.counted(self.active_B))
+        self.stalled_B = (self.stalled_B + point.counted(self.active_B)).masked_fill_(fell_B, 0)
         self.best_B = torch.minimum(self.best_B, point.residual_B)
         return (self.stalled_B >= 2) & (self.best_B <= self.noise)
 
@@ -413,13 +428,11 @@ class InversionProblem(Walk[State]):
     def advance(self, moved_B: torch.Tensor, point: Evaluation, z_BCHW: torch.Tensor) -> torch.Tensor:
         self.prev_BCHW = torch.where(per_row(moved_B, z_BCHW), z_BCHW, self.prev_BCHW)
         if self.path_BSCHW is not None:
-            rows = torch.arange(self.slots, device=self.device)
-            kept = self.path_BSCHW[rows, self.k_B + 1]
-            self.path_BSCHW[rows, self.k_B + 1] = torch.where(per_row(moved_B, kept), z_BCHW, kept)
+            kept = self.path_BSCHW[self.all_B, self.k_B + 1]
+            self.path_BSCHW[self.all_B, self.k_B + 1] = torch.where(per_row(moved_B, kept), z_BCHW, kept)
         if self.shown_BSCHW is not None:
-            rows = torch.arange(self.slots, device=self.device)
-            kept = self.shown_BSCHW[rows, self.k_B]
-            self.shown_BSCHW[rows, self.k_B] = torch.where(per_row(moved_B, kept), point.x_BCHW - z_BCHW, kept)
+            kept = self.shown_BSCHW[self.all_B, self.k_B]
+            self.shown_BSCHW[self.all_B, self.k_B] = torch.where(per_row(moved_B, kept), point.x_BCHW - z_BCHW, kept)
         last_B = self.k_B == len(self.schedule) - 1
         enter_B = moved_B & ~last_B
         self.k_B += enter_B

@@ -80,10 +80,11 @@ class History(NamedTuple):
         age_W = torch.arange(df_BWN.shape[1], 0, -1, device=x_BN.device)
         length_BW = df_BWN.norm(dim=2)
         valid_BW = (age_W < self.count_B[:, None]) & (length_BW > 0)
-        inverse_BW = torch.where(valid_BW, 1 / length_BW.clamp(min=1e-300), 0.0)
+        inverse_BW = valid_BW / length_BW.clamp(min=1e-300)
         unit_BWN = df_BWN * inverse_BW[..., None]
         # Invalid columns are zero: a one on their diagonal gives them the weight 0. The rest is kept from singularity.
-        gram_BWW = unit_BWN @ unit_BWN.mT + torch.diag_embed(torch.where(valid_BW, 1e-9, 1.0))
+        gram_BWW = unit_BWN @ unit_BWN.mT
+        gram_BWW.diagonal(dim1=1, dim2=2).add_(torch.ones_like(length_BW).masked_fill_(valid_BW, 1e-9))
         theta_BW = torch.linalg.solve_ex(gram_BWW, unit_BWN @ f_BN.double()[..., None])[0][..., 0] * inverse_BW
         moved_BN = (theta_BW[..., None] * (dx_BWN + df_BWN)).sum(1)
         return (x_BN + f_BN - moved_BN.to(x_BN.dtype)).contiguous()

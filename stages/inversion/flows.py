@@ -71,7 +71,7 @@ class FireFlow(Rule[tuple[torch.Tensor]]):
         return (before(point.step) > 0) | (point.made_B > 1)
 
     def update(self, point: Evaluation, state: tuple[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
-        done_B = per_row(self.done(point), point.x_BCHW)
+        done_B = per_row(point.done_B, point.x_BCHW)
         start_BCHW = half(point.prev_BCHW, point.m_BCHW, point.step)
         return torch.where(done_B, point.g_BCHW, start_BCHW), (point.m_BCHW,)
 

@@ -123,7 +123,7 @@ class LatentBias(Rule[Fit]):
     def begin(self, prev_BCHW: torch.Tensor, step: Step, state: Fit) -> tuple[torch.Tensor, Fit]:
         # What is written before it is read stays as it is.
         fresh = state._replace(
-            history=state.history.forget(torch.ones_like(state.steps_B, dtype=torch.bool)),
+            history=state.history._replace(count_B=torch.zeros_like(state.steps_B)),
             best_B=torch.full_like(state.best_B, torch.inf), best_BCHW=torch.zeros_like(state.best_BCHW),
             mode_B=torch.full_like(state.mode_B, ITERATE), stalled_B=torch.zeros_like(state.stalled_B),
         )  # fmt: skip
@@ -145,25 +145,26 @@ class LatentBias(Rule[Fit]):
             line_BCHW = 2 * last_BCHW - before_BCHW
         return torch.where(per_row(state.steps_B > 1, last_BCHW), line_BCHW, last_BCHW)
 
-    def is_base(self, point: Evaluation) -> torch.Tensor:
-        """Rows whose evaluation is the output bias's base, at z_prev: no point of the fit."""
-        return (point.made_B == 1) & (self.bias == "output")
+    def beside_base(self, which_B: torch.Tensor, point: Evaluation) -> torch.Tensor:
+        """Some rows, without those whose evaluation is the output bias's base, at z_prev: no point of the fit."""
+        return which_B & (point.made_B != 1) if self.bias == "output" else which_B
 
     def wants_gradient(self, made_B: torch.Tensor, state: Fit) -> torch.Tensor | None:
         return state.mode_B == DIFFERENTIATE
 
     def done(self, point: Evaluation) -> torch.Tensor:
-        return super().done(point) & ~self.is_base(point)
+        return self.beside_base(super().done(point), point)
 
     def update(self, point: Evaluation, state: Fit) -> tuple[torch.Tensor, Fit]:
-        base_B, done_B = self.is_base(point), point.counted(self.done(point))
-        gained_B = point.counted(~base_B & (point.residual_B < state.best_B))
+        done_B = point.counted(point.done_B)
+        gained_B = point.counted(self.beside_base(point.residual_B < state.best_B, point))
         state = state._replace(
             best_B=torch.where(gained_B, point.residual_B, state.best_B),
             best_BCHW=torch.where(per_row(gained_B, point.x_BCHW), point.x_BCHW, state.best_BCHW),
         )
         x_BCHW, state = self.next_point(point, state, gained_B)
         if self.bias == "output":
+            base_B = point.made_B == 1
             start_BCHW = point.step.up(point.prev_BCHW, point.m_BCHW + self._guess(state))
             x_BCHW = torch.where(per_row(base_B, x_BCHW), start_BCHW, x_BCHW)
             state = state._replace(base_BCHW=torch.where(per_row(base_B, x_BCHW), point.m_BCHW, state.base_BCHW))
@@ -172,21 +173,22 @@ class LatentBias(Rule[Fit]):
 
     def next_point(self, point: Evaluation, state: Fit, gained_B: torch.Tensor) -> tuple[torch.Tensor, Fit]:
         """The safeguarded update: the point that each row evaluates next."""
-        state = state._replace(history=state.history.push(point.x_BCHW, point.g_BCHW))
-        asked_B = state.mode_B == DIFFERENTIATE
+        history = state.history.push(point.x_BCHW, point.g_BCHW)
+        asked_B, iterated_B = state.mode_B == DIFFERENTIATE, self.beside_base(state.mode_B == ITERATE, point)
         served_B = point.counted(asked_B)
-        x_BCHW, state = line_search(point, state, state.history.mix().view_as(point.x_BCHW), served_B)
-        iterated_B = (state.mode_B == ITERATE) & ~self.is_base(point)
-        searched_B = state.mode_B == SEARCH
-        stalled_B = torch.where(gained_B, 0, state.stalled_B + iterated_B)
+        x_BCHW, state = line_search(point, state, history.mix().view_as(point.x_BCHW), served_B)
+        stalled_B = (state.stalled_B + iterated_B).masked_fill_(gained_B, 0)
         # A gradient costs three passes with its trial: not begun when the budget ends before that.
         stuck_B = iterated_B & (stalled_B >= PATIENCE) & (point.made_B + 3 <= self.limit)
-        following_B = torch.where(served_B, SEARCH, torch.where(stuck_B | asked_B, DIFFERENTIATE, ITERATE))
+        following_B = (stuck_B | asked_B).long()  # ITERATE or DIFFERENTIATE
+        if point.gradient_BCHW is not None:
+            following_B = following_B.masked_fill_(served_B, SEARCH)
+        anew_B = stuck_B
+        if point.after_gradient:
+            searched_B = state.mode_B == SEARCH
+            stalled_B, anew_B = stalled_B.masked_fill_(searched_B, 0), stuck_B | searched_B
         x_BCHW = torch.where(per_row(stuck_B, x_BCHW), state.best_BCHW, x_BCHW)
-        return x_BCHW, state._replace(
-            mode_B=following_B, stalled_B=stalled_B.masked_fill(searched_B, 0),
-            history=state.history.forget(stuck_B | searched_B),
-        )  # fmt: skip
+        return x_BCHW, state._replace(mode_B=following_B, stalled_B=stalled_B, history=history.forget(anew_B))
 
     def result(self, point: Evaluation, state: Fit, x_BCHW: torch.Tensor) -> torch.Tensor:
         """z_t of a row that stops here: the next point, or the best one where this evaluation came out worse."""
@@ -232,11 +234,12 @@ def line_search(
         x with, for rows that were differentiated, the trial point, and for rows that were on trial the best point on
         the line; and what the trial needs.
     """
-    change = state.r_BCHW - point.r_BCHW
-    share_B = (state.r_BCHW * change).flatten(1).sum(1) / change.flatten(1).square().sum(1).clamp(min=1e-30)
-    # The trial stands one step length from the start; the best length is `share` of it.
-    best_BCHW = point.x_BCHW + per_row((1 - share_B) * state.length_B, x_BCHW) * state.slope_BCHW
-    x_BCHW = torch.where(per_row(state.mode_B == SEARCH, x_BCHW), best_BCHW, x_BCHW)
+    if point.after_gradient:  # else no row is on trial
+        change = state.r_BCHW - point.r_BCHW
+        share_B = (state.r_BCHW * change).flatten(1).sum(1) / change.flatten(1).square().sum(1).clamp(min=1e-30)
+        # The trial stands one step length from the start; the best length is `share` of it.
+        best_BCHW = point.x_BCHW + per_row((1 - share_B) * state.length_B, x_BCHW) * state.slope_BCHW
+        x_BCHW = torch.where(per_row(state.mode_B == SEARCH, x_BCHW), best_BCHW, x_BCHW)
     if (slope_BCHW := point.gradient_BCHW) is None:
         return x_BCHW, state
     # |r|^2 / |J'r|^2: the exact step when J is a multiple of a rotation.

@@ -62,4 +62,4 @@ class Newton(Rule[Best]):
         g_BCHW = torch.where(per_row(better_B, point.g_BCHW), point.g_BCHW, state.g_BCHW)
         state = state._replace(value_B=torch.where(better_B, value_B, state.value_B), g_BCHW=g_BCHW)
         moved_BCHW = point.x_BCHW + per_row(value_B, miss_BCHW) * miss_BCHW.sign()
-        return torch.where(per_row(self.done(point), moved_BCHW), g_BCHW, moved_BCHW), state
+        return torch.where(per_row(point.done_B, moved_BCHW), g_BCHW, moved_BCHW), state

@@ -32,5 +32,5 @@ class ReNoise(Rule[tuple[torch.Tensor]]):
 
     def update(self, point: Evaluation, state: tuple[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
         (before_BCHW,) = state
-        average_B = per_row(self.done(point) & (point.step.t_B < self.average_below), before_BCHW)
+        average_B = per_row(point.done_B & (point.step.t_B < self.average_below), before_BCHW)
         return torch.where(average_B, (point.g_BCHW + before_BCHW) / 2, point.g_BCHW), (point.g_BCHW,)

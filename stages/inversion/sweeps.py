@@ -91,7 +91,7 @@ class SweepProblem(Walk[State]):
         self.prev_BCHW = torch.where(per_row(enter_B, prev_BCHW), prev_BCHW, self.prev_BCHW)
         super().enter(enter_B)
         # From the second sweep on the last output is a better start than any rule's.
-        own_BCHW = self.m_BNCHW[torch.arange(self.slots, device=self.device), self.k_B]
+        own_BCHW = self.m_BNCHW[self.all_B, self.k_B]
         again_B = per_row(enter_B & ~first_B, own_BCHW)
         self.x_BCHW = torch.where(again_B, self.equation().up(self.prev_BCHW, own_BCHW), self.x_BCHW)
 

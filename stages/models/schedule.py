@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,27 +92,28 @@ class Schedule:
         return len(self.t_S)
 
     def to(self, device: torch.device | str) -> Schedule:
-        columns: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in columns.items() if isinstance(value, torch.Tensor)
         }
-        return replace(self, **columns)
+        return replace(self, **moved)
+
+    @cached_property
+    def _table_6S(self) -> torch.Tensor:
+        """What a `Step` has of each step beside its times, together: one look-up instead of six."""
+        columns = (
+            self.scale_S, self.weight_S, self.back_scale_S, self.back_weight_S, self.alpha_S, self.sigma_S,
+        )  # fmt: skip
+        return torch.stack([column.float() for column in columns])
 
     def at(self, k_B: torch.Tensor) -> Step:
         """The coefficients of each row's own step; k_B int64, values in [0, S)."""
-
-        def column(value_S: torch.Tensor) -> torch.Tensor:
-            return value_S[k_B].float().view(-1, 1, 1, 1)
-
+        found = self._table_6S[:, k_B].view(6, -1, 1, 1, 1).unbind()
+        scale, weight, back_scale, back_weight, alpha, sigma = found
         return Step(
-            self.t_S[k_B],
-            column(self.scale_S),
-            column(self.weight_S),
-            column(self.back_scale_S),
-            column(self.back_weight_S),
-            column(self.alpha_S),
-            column(self.sigma_S),
+            self.t_S[k_B], scale, weight, back_scale, back_weight, alpha, sigma,
             None if self.t_prev_S is None else self.t_prev_S[k_B],
-        )
+        )  # fmt: skip
 
     def epsilon(self, k: int, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
         """The noise that the output m at z stands for, at step k."""

@@ -75,7 +75,8 @@ def test_the_first_point_carries_the_last_output(start) -> None:
         x, state = rule.begin(z, step, state)
         # The row ends the step at the point that this output gives.
         z_next = step.up(z, outputs[k])
-        point = Evaluation(x, outputs[k], z, step, step.down(x, outputs[k]) - z, torch.tensor([1.0]), torch.tensor([1]))
+        r = step.down(x, outputs[k]) - z
+        point = Evaluation(rule, x, outputs[k], z, step, r, torch.tensor([1.0]), torch.tensor([1]))
         state = rule.ended(point, state, yes, z_next)
         z = z_next
     point, _ = rule.begin(z, schedule.at(torch.tensor([3])), state)

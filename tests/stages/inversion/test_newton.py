@@ -39,5 +39,5 @@ def test_a_coordinate_that_has_arrived_stays_finite(model, work) -> None:
     step = schedule.at(torch.tensor([1, 2, 3]))
     x, state = rule.begin(z, step, rule.blank(z))
     m = (z - step.scale * z) / step.weight  # g(z) = z, but for rounding
-    point = Evaluation(x, m, z, step, torch.zeros_like(z), torch.zeros(3), torch.tensor([1, 1, 1]))
+    point = Evaluation(rule, x, m, z, step, torch.zeros_like(z), torch.zeros(3), torch.tensor([1, 1, 1]))
     assert rule.update(point, state)[0].isfinite().all()
