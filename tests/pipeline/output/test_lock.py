@@ -123,17 +123,28 @@ def test_a_run_that_could_not_say_that_it_is_done_holds_nobody_up_in_its_process
     again.release()
 
 
-def test_a_process_of_another_namespace_is_not_looked_up_here(tmp_path: Path, hurried: None) -> None:
+def test_a_process_of_another_namespace_is_not_looked_up_here(
+    tmp_path: Path, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Containers may share host name and boot, and number their processes each for themselves."""
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        time.sleep(seconds)
+
+    monkeypatch.setattr(machine.here, "sleep", sleep)
     folder = Folder.at(str(tmp_path))
     put(folder, **here(namespace="pid:[1]"))
     begun = time.monotonic()
     Lock(folder).release()
     assert time.monotonic() - begun > 0.3
+    assert waits
+    assert set(waits) == {locks.POLL_S}
+    waits.clear()
     put(folder, epoch=9, **here())
-    begun = time.monotonic()
     Lock(folder).release()
-    assert time.monotonic() - begun < 0.3
+    assert not waits
     assert latest_epoch(folder) == 10
 
 
