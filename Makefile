@@ -32,7 +32,7 @@ quickstart: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m "not fault and not card" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m card -n 2 tests/stages
-	$(BIN)/python -m pytest -m fault
+	$(BIN)/python -m pytest -m fault -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
