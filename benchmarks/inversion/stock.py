@@ -13,6 +13,7 @@ import torch
 
 from stages.models.autoencoder import on_white
 from stages.models.latent import LatentModel
+from stages.models.usage import Usage
 
 
 class Stock:
@@ -34,8 +35,14 @@ class Stock:
         self.geometry, self.dtype = model.geometry, getattr(torch, dtype)
 
     def __call__(self, seed_BCHW: torch.Tensor, prompts: Sequence[str], steps: int, guidance: float) -> torch.Tensor:
-        """x_BCHW of the seeds under their prompts."""
+        """x_BCHW of the seeds under their prompts; one by one where a card hands over the text of each by itself, since
+        the text's length then has a say in the picture."""
         usage = self.geometry.usage
+        if usage.prompt != Usage.prompt and len(prompts) > 1:
+            alone = [
+                self(seed, [prompt], steps, guidance) for seed, prompt in zip(seed_BCHW.split(1), prompts, strict=True)
+            ]
+            return torch.cat(alone)
         pipe, seed = self.pipe, seed_BCHW.to(self.pipe.device, self.dtype)
         told = eval(f"dict({usage.more}{usage.guidance(guidance, None)})")
         given = eval(usage.latents, {"pipe": pipe, "seed": seed})
