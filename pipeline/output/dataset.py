@@ -11,8 +11,7 @@ from __future__ import annotations
 import heapq
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
 
@@ -21,11 +20,11 @@ import pyarrow as pa
 from pipeline import machine
 from pipeline.input.files import OWN
 from pipeline.output import lock, parquet
-from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, fold_errors, read_summary, recorded
+from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, read_summary, recorded
 from pipeline.output.log import Log, key, shard_of
 from pipeline.output.planfile import PLAN, OutputError, load_plan, own_folder
 from pipeline.output.progress import Progress
-from pipeline.output.schema import means, merge_measures
+from pipeline.output.tally import Tally
 from pipeline.storage import Folder
 
 PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
@@ -53,46 +52,6 @@ class Status:
     errors: Mapping[str, int]
     measures: Mapping[str, Mapping[str, float]]
     notes: tuple[str, ...] = ()
-
-
-@dataclass
-class Tally:
-    """Running totals over commit records."""
-
-    shards: int = 0
-    ok: int = 0
-    failed: int = 0
-    duplicates: int = 0
-    bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self._errors: Counter[str] = Counter()
-        self._measures: dict[str, dict[str, float]] = {}
-        self.made_with: Counter[str] = Counter()
-        """Versions that shards were made with -> shards; those of older code say none."""
-
-    def add(self, record: Record) -> None:
-        self.shards += 1
-        self.ok += record.rows_ok
-        self.failed += record.rows_failed
-        self.duplicates += record.rows_duplicate
-        self.bytes += record.size
-        self._errors.update(record.errors)
-        if record.made_with:
-            self.made_with[record.made_with] += 1
-        merge_measures(self._measures, record.measures)
-
-    @property
-    def rows(self) -> int:
-        return self.ok + self.failed + self.duplicates
-
-    @property
-    def errors(self) -> dict[str, int]:
-        return fold_errors(self._errors)
-
-    @property
-    def measures(self) -> dict[str, dict[str, float]]:
-        return means(self._measures)
 
 
 def _refuse(name: str, error: OutputError) -> NoReturn:
@@ -175,12 +134,19 @@ class Output:
         loose, broken = self._look()
         for name, error in broken.items():
             told(name, error)
+        yield from self._records(told, loose, superseded)
+
+    def _records(
+        self, told: Callable[[str, OutputError], None], loose: Mapping[int, tuple[str, int]], superseded: bool = False,
+        but: Container[str] = (),
+    ) -> Iterator[Record]:  # fmt: skip
+        """`records`, of which those that are not in the log are known by name; without some files of the log."""
         for gone in self._known.keys() - loose.values():
             del self._known[gone]
         keys = sorted(loose)
         single = zip(keys, self.several(self._record, [loose[own] for own in keys]), strict=True)
         last = -1
-        for own, found in heapq.merge(self.log.records(), single, key=lambda entry: entry[0]):
+        for own, found in heapq.merge(self.log.records(but), single, key=lambda entry: entry[0]):
             if shard_of(own) == last and not superseded:
                 continue
             last = shard_of(own)
@@ -204,6 +170,18 @@ class Output:
         if self.log.holds(own):
             return self.log.find(own)
         return OutputError(f"{self.path}: the record of shard {shard_of(own)} is gone; run the job again")
+
+    def tally(self) -> Tally:
+        """The records that count, added up; those that are damaged are done again. Of files of the log of which every
+        record counts, the sum that they hold is taken: a million records are not read one by one.
+        """
+        loose, _ = self._look()
+        tally, whole = Tally(), self.log.sums(map(shard_of, loose))
+        for said in whole.values():
+            tally.join(said)
+        for record in self._records(lambda name, error: None, loose, but=whole):
+            tally.add(record)
+        return tally
 
     def committed(self) -> int:
         """How many shards have a record."""
@@ -293,9 +271,7 @@ class Output:
 
     def status(self) -> Status:
         """The state of the run, from any shell or machine that can read the folder."""
-        tally = Tally()
-        for record in self.records(lambda name, error: None):  # it is done again
-            tally.add(record)
+        tally = self.tally()
         progress = self._last_progress()
         held = lock.holder(self.folder)
         alive = held is not None and not held["stale"]

@@ -20,11 +20,12 @@ the records first and the log second, so that what is folded in between is seen 
 from __future__ import annotations
 
 import heapq
+import json
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,13 +34,17 @@ import pyarrow.parquet as pq
 from pipeline.input.files import OWN
 from pipeline.output.commit import Record
 from pipeline.output.planfile import OutputError
+from pipeline.output.tally import Tally
 from pipeline.storage import Folder
 
 LOG = f"{OWN}/log"
 _GENERATION_BITS = 20
 _LAST = (1 << _GENERATION_BITS) - 1
 _NAME = re.compile(r"(?:([0-9a-f]{12})-)?e(\d+)-(\d+)\.parquet")
-_SCHEMA = pa.schema([("shard", pa.int64()), ("generation", pa.int32()), ("record", pa.string())])
+_SCHEMA = pa.schema([("shard", pa.int64()), ("generation", pa.int32()), ("record", pa.string()),
+                     ("sum", pa.string())])  # fmt: skip
+LONGEST_SUM = 1 << 20
+"""Characters: the words of failed rows have no end."""
 
 
 def log_name(run: str, epoch: int, number: int) -> str:
@@ -67,9 +72,14 @@ def encode(rows: Iterable[tuple[int, int, Record | None]]) -> bytes:
     Args:
         rows: Shard, generation, and the record, or None if it is withdrawn.
     """
-    ordered = sorted(rows, key=lambda row: key(row[0], row[1]))
+    ordered, tally = sorted(rows, key=lambda row: key(row[0], row[1])), Tally()
+    for _, _, record in ordered:
+        if record is not None:
+            tally.add(record)
+    said = json.dumps(tally.says())
     columns = [[shard for shard, _, _ in ordered], [generation for _, generation, _ in ordered],
-               [None if record is None else record.to_json() for _, _, record in ordered]]  # fmt: skip
+               [None if record is None else record.to_json() for _, _, record in ordered],
+               [said if len(said) <= LONGEST_SUM else None] + [None] * (len(ordered) - 1)]  # fmt: skip
     return _packed(pa.table(columns, schema=_SCHEMA))
 
 
@@ -92,6 +102,7 @@ class _File:
     Attributes:
         url: Where it is; order: its epoch and number.
         keys: Of all rows, ascending; withdrawn: of those that say so.
+        sum: What its records are together (`Tally.says`), as JSON; None in files of older code.
     """
 
     url: str
@@ -99,6 +110,7 @@ class _File:
     content: bytes
     keys: np.ndarray
     withdrawn: frozenset[int]
+    sum: str | None = None
 
     @staticmethod
     def of(url: str, order: tuple[int, int], content: bytes) -> _File:
@@ -108,7 +120,9 @@ class _File:
         keys = shards << _GENERATION_BITS | _LAST - generations
         if not len(keys) or np.any(keys[1:] <= keys[:-1]):
             raise ValueError("its rows are not in order")
-        return _File(url, order, content, keys, frozenset(keys[table["record"].is_null().to_numpy()].tolist()))
+        withdrawn = frozenset(keys[table["record"].is_null().to_numpy()].tolist())
+        said = table["sum"][0].as_py() if "sum" in table.column_names else None
+        return _File(url, order, content, keys, withdrawn, said)
 
     def rows(self) -> Iterator[Row]:
         """Its rows, in order."""
@@ -217,10 +231,31 @@ class Log:
         latest = _LAST - (self._keys[first[wanted]] & _LAST)
         return dict(zip(shards[wanted].tolist(), latest.tolist(), strict=True))
 
-    def records(self) -> Iterator[tuple[int, Record]]:
-        """Key and record of all rows that are not withdrawn, by key. Few files are unpacked at a time."""
+    def sums(self, others: Iterable[int]) -> dict[str, dict[str, Any]]:
+        """The files of which every row is a record that counts, and of whose shards there is no other: name -> their
+        records' sum.
+
+        Args:
+            others: Shards that have a record which is not in the log.
+        """
+        shards = [file.keys >> _GENERATION_BITS for file in self._files.values()]
+        every = np.concatenate([np.empty(0, np.int64), *shards, np.fromiter(others, np.int64)])
+        found, counts = np.unique(every, return_counts=True)
+        more = found[counts > 1]
+        return {
+            name: json.loads(file.sum)
+            for (name, file), own in zip(self._files.items(), shards, strict=True)
+            if file.sum is not None and self._withdrawn.isdisjoint(file.keys.tolist()) and not np.isin(own, more).any()
+        }
+
+    def records(self, but: Container[str] = ()) -> Iterator[tuple[int, Record]]:
+        """Key and record of all rows that are not withdrawn, by key. Few files are unpacked at a time.
+
+        Args:
+            but: Names of files whose rows are left out.
+        """
         before = -1
-        for row in _merged(self._files.values()):
+        for row in _merged(file for name, file in self._files.items() if name not in but):
             if row.key != before and row.key not in self._withdrawn:
                 yield row.key, row.record()
             before = row.key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -212,6 +213,56 @@ def test_another_runs_log_counts_for_nothing_and_goes(spec: RunSpec) -> None:
     assert [logged(name, output.run) for name in names(output, LOG)] == [(0, 0), (0, 1)]
 
 
+def some_record(shard: int, generation: int, token: str, length: float) -> Record:
+    return Record(shard, token, f"{token}.parquet", 7, token, 3, 2, 0.0, 0.0, "here", run="abcdef012345",
+                  generation=generation, errors={f"fault {shard}": 2}, rows_duplicate=1, made_with=f"v{shard}",
+                  measures={"length": {"n": 3, "sum": length, "min": length, "max": length}})  # fmt: skip
+
+
+def summed(records: Iterable[Record]) -> dict[str, Any]:
+    tally = Tally()
+    for record in records:
+        tally.add(record)
+    return tally.says()
+
+
+def test_sums_of_the_logs_files_are_taken_and_their_records_not_read(spec: RunSpec, tmp_path: Path) -> None:
+    """And files of older code have none."""
+    output, written = folded(spec)
+    reader = Output.open(output.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log.Row, "record", None)  # calling it fails
+        assert reader.tally().says() == summed(written)
+    assert len(reader.log.sums(())) == 2
+    assert reader.log.sums([written[0].shard]).keys() < reader.log.sums(()).keys()
+    for name in names(output, LOG):
+        table = pq.read_table(tmp_path / "out" / LOG / name).drop_columns(["sum"])
+        pq.write_table(table, tmp_path / "out" / LOG / name)
+    older = Output.open(output.path)
+    assert older.tally().says() == summed(written)
+    assert older.log.sums(()) == {}
+    assert older.status().progress.rows_ok == len(LINES)
+
+
+def test_sums_are_those_of_the_records_that_count() -> None:
+    """Of whatever the log holds: shards twice, other generations, withdrawn ones, beside records that are not in it."""
+    random, taken, left = Random(0), 0, 0
+    for turn in range(40):
+        output = Output(Folder.at(f"memory://sums/{turn}"), {"run": "abcdef012345"})
+        for number in range(5):
+            named = {(random.randrange(16), int(random.random() < 0.2)) for _ in range(random.randrange(1, 4))}
+            made = {of: some_record(*of, f"{number}", float(number)) for of in sorted(named)}
+            rows = [(*of, None if random.random() < 0.1 else record) for of, record in made.items()]
+            output.folder.create(log_name(output.run, 1, number), encode(rows))
+        for shard in random.sample(range(24), 4):
+            record = some_record(shard, 0, "loose", 7.0)
+            output.folder.create(record.name, record.to_json().encode())
+        assert output.tally().says() == summed(output.records())
+        used = len(output.log.sums(()))
+        taken, left = taken + used, left + 5 - used
+    assert min(taken, left) > 40
+
+
 def test_what_counts_is_what_a_plain_model_says(tmp_path: Path) -> None:
     """Records, folds, withdrawals and late attempts at random, read at every turn; and a reader that saw it all."""
     random, folder = Random(0), Folder.at(str(tmp_path))
@@ -221,8 +272,7 @@ def test_what_counts_is_what_a_plain_model_says(tmp_path: Path) -> None:
 
     def put(shard: int, generation: int) -> Record:
         token = f"{random.getrandbits(48):012x}"
-        record = Record(shard, token, f"{token}.parquet", 7, token, 1, 0, 0.0, 0.0, "here", run=output.run,
-                        generation=generation, measures={"length": {"n": 1, "sum": random.random()}})  # fmt: skip
+        record = some_record(shard, generation, token, float(int(100 * random.random())))
         folder.create(record.name, record.to_json().encode())
         return record
 
@@ -251,6 +301,7 @@ def test_what_counts_is_what_a_plain_model_says(tmp_path: Path) -> None:
         for reader in (output, Output(folder, output.plan)) if turn % 10 == 9 else (output,):
             assert list(reader.records()) == expected, f"turn {turn}: {do} {shard}"
             assert reader.committed() == len(expected)
+            assert reader.tally().says() == summed(expected)
     assert min(highest.values()) > 3
     assert len(names(output, LOG)) > 10
 
