@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,18 +18,25 @@ if TYPE_CHECKING:
 def show(plans: Sequence[DryRun]) -> None:
     """Print a block for each step."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False)
     for dry in plans:
-        table = Table(title=Text(f"{dry.name} -> {dry.output}"), title_justify="left", show_header=False, box=None)
-        table.add_column(style="dim")
-        table.add_column(overflow="fold")
-        for name, text in facts(dry):
-            table.add_row(name, Text(printable(text)))
-        Console().print(table)
+        told = list(facts(dry))
+        left = max(len(name) for name, _ in told) + 2
+        console.print(Text(printable(f"{dry.name} -> {dry.output}"), style="bold"), soft_wrap=True)
+        for name, text in told:
+            first, *others = _wrapped(printable(text), max(40, console.width - left - 1))
+            console.print(Text.assemble((f" {name:{left}}", "dim"), first), soft_wrap=True)
+            for line in others:
+                console.print(Text(" " * (left + 1) + line), soft_wrap=True)
         lines = ["# in force, and not in the file (add to a block that is there already):", *as_yaml(dry.job), ""]
-        Console(highlight=False).print(Text(printable("\n".join(lines)), style="dim"), soft_wrap=True)
+        console.print(Text(printable("\n".join(lines)), style="dim"), soft_wrap=True)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of a text; no path or address is broken, so that it can be copied."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def facts(dry: DryRun) -> Iterator[tuple[str, str]]:
