@@ -43,7 +43,7 @@ def untrained(words: Any) -> Any:
     return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
 
 
-def train(folder: Path, rows: int = 4000, steps: int = 500, batch: int = 24, lr: float = 2e-3) -> Path:
+def train(folder: Path, rows: int = 4000, steps: int = 300, batch: int = 24, lr: float = 2e-3) -> Path:
     """Train one into a folder, unless it is there: on pictures of one thing, each by its full caption.
 
     Losses are printed; it takes about a minute of a processor.
