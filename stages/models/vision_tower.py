@@ -6,6 +6,7 @@ Legend: B rows, P pseudo-tokens, N patches of the encoder, D its width, E embedd
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,22 @@ def token_of_patch(patches: int, tokens: int) -> torch.Tensor:
     """
     token_11P = torch.arange(tokens, dtype=torch.float32)[None, None]
     return nn.functional.interpolate(token_11P, size=patches, mode="nearest")[0, 0].long()
+
+
+def sharing(network: nn.Module) -> nn.Module:
+    """A copy of a network whose weights are the network's own."""
+    return copy.deepcopy(network, {id(one): one for one in (*network.parameters(), *network.buffers())})
+
+
+def halved_products(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network, from now on with the weights of its linear layers in half precision, which is how autocast has them:
+    the same numbers under it, to the last bit, and nothing to cast in each step (autocast keeps no casts of frozen
+    weights). All else stays float32."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            for name, weight in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+    return network
 
 
 class VisionTower:

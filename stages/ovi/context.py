@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from pipeline.contract import Row
 from stages.engine.room import Rooms
 from stages.engine.solver import Occupancy
-from stages.models.vision_tower import States
+from stages.models.vision_tower import States, halved_products, sharing
 from stages.ovi.settings import PromptMethod
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Context:
         occupancy: Method label -> how full its slots were.
         slots: Method label -> rows at once, of those that optimise.
         rooms: Of the device.
+        alone: Nothing else needs the image encoder but methods of one precision.
     """
 
     model: str
@@ -76,6 +78,17 @@ class Context:
     occupancy: dict[str, Occupancy] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
     rooms: Rooms = field(default_factory=lambda: Rooms("cpu"))
+    alone: bool = False
+    _halved: dict[str, nn.Module] = field(default_factory=dict)
+
+    def network(self, precision: str) -> nn.Module:
+        """The image encoder as autocast has it in a precision; one for all methods of that precision."""
+        if precision == "float32":
+            return self.vision()
+        if precision not in self._halved:
+            own = self.vision() if self.alone else sharing(self.vision())
+            self._halved[precision] = halved_products(own, getattr(torch, precision))
+        return self._halved[precision]
 
     def need_reference(self, method: PromptMethod) -> Reference:
         if self.reference is None:

@@ -20,14 +20,20 @@ def weight_bytes(settings: InvertPromptsSettings) -> int:
     """Of all networks that a worker holds on a GPU, each counted once."""
     model, revision = settings.encoder, settings.revision
     whole, half = [clip.blank(model, "text", revision)], list[Any]()
-    if settings.decoder is not None or any(isinstance(method, OVI) for method in settings.methods):
+    precisions = {method.precision for method in settings.methods if isinstance(method, OVI)}
+    products = 0
+    if settings.decoder is not None or precisions:
         whole.append(clip.blank(model, "image", revision))
+        linear = [layer for layer in whole[-1].modules() if isinstance(layer, torch.nn.Linear)]
+        products = HALF * _numbers(linear) * len(precisions - {"float32"})  # see `halved_products`
+        if settings.encoder_of_one_precision:
+            products -= WHOLE * _numbers(linear) * (precisions != {"float32"})
     for method in settings.methods:
         if isinstance(method, TrainedPrior):
             half += _prior(method, settings)
     if settings.decoder is not None:
         half += kandinsky.blanks(settings.decoder)
-    return WHOLE * _numbers(whole) + HALF * _numbers(half)
+    return WHOLE * _numbers(whole) + HALF * _numbers(half) + products
 
 
 def _prior(method: TrainedPrior, settings: InvertPromptsSettings) -> list[Any]:

@@ -68,10 +68,11 @@ def _build(method: PromptMethod, context: Context) -> RowMap:
 
 def ovi(method: OVI, context: Context) -> RowMap:
     """OVI through the image encoder."""
-    tower = VisionTower(context.vision(), method.tokens, method.compact)
+    tower = VisionTower(context.network(method.precision), method.tokens, method.compact)
     solved = optimised(method, context, Parametrization.tokens(tower))
     if context.states is not None:
-        solved = _with_states(solved, tower, context.states)
+        whole = VisionTower(context.vision(), method.tokens, method.compact)
+        solved = _with_states(solved, whole, context.states)
     if method.warm_start is None:
         return solved
     starts = WarmStarts.open(method.warm_start, (method.tokens, tower.width), context.text)

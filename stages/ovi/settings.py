@@ -385,3 +385,9 @@ class InvertPromptsSettings(PromptInversion):
     """What judges them."""
     seed: int = 0
     """Everything random about a row is drawn from (seed, id)."""
+
+    @property
+    def encoder_of_one_precision(self) -> bool:
+        """Whether nothing needs the image encoder but OVI methods of one precision."""
+        precisions = {method.precision for method in self.methods if isinstance(method, OVI)}
+        return len(precisions) == 1 and self.decoder is None and self.store_states is None

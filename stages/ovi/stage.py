@@ -85,6 +85,7 @@ class InvertPrompts:
             model=model, revision=revision, device=self.device, seed=settings.seed,
             vision=lambda: self.image_encoder.model, text=self.text, reference=self.reference,
             allow_pickle=settings.allow_pickle, states=settings.store_states, rooms=self.rooms,
+            alone=settings.encoder_of_one_precision,
         )  # fmt: skip
         self.methods = {method.label: build(method, context) for method in settings.methods}
         self.decoder = None

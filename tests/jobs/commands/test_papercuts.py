@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import PriorTransformer
 from typer.testing import CliRunner
 
@@ -108,6 +109,18 @@ def test_a_dry_run_says_what_prompts_take_on_a_gpu(tmp_path: Path) -> None:
     assert told.startswith(f"weights {size(4 * whole + 2 * half)}, each network once; a prompt ")
     each = VisionTower(stage.image_encoder.model, 4).row_bytes()
     assert f"a prompt {size(each)} in a step of ovi; slots where `slots` is left out: 64, 64, 64 of 24, 40" in told
+    halved = [{"method": "ovi", "name": name, "precision": "bfloat16"} for name in ("one", "two")]
+    for decode in (None, {"model": decoder}):  # what is decoded needs the encoder in float32 too
+        given = job.model_dump(exclude={"decode", "methods"}) | {"methods": halved, "decode": decode}
+        other = InvertPrompts.model_validate(given)
+        stage = PromptStage(PromptStage.Settings(**other.stage().params), device="cpu")
+        held = [*stage.text.model.parameters(), *stage.image_encoder.model.parameters()]
+        own_bytes = sum(weight.numel() * weight.element_size() for weight in held)
+        if decode is not None:
+            linear = [one for one in stage.image_encoder.model.modules() if isinstance(one, torch.nn.Linear)]
+            beside = [stage.decoder.pipe.unet, stage.decoder.pipe.movq, *linear]
+            own_bytes += sum(2 * weight.numel() for one in beside for weight in one.parameters())
+        assert memory_of(other).startswith(f"weights {size(own_bytes)}, each network once; ")
 
 
 @pytest.mark.parametrize(

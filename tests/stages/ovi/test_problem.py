@@ -13,7 +13,7 @@ from stages.engine.room import Room
 from stages.engine.solver import Occupancy, solve
 from stages.engine.stopping import StoppingRule
 from stages.models.memory import Live
-from stages.models.vision_tower import VisionTower
+from stages.models.vision_tower import VisionTower, halved_products, sharing
 from stages.ovi.constraints import ExactSearch, Whitening
 from stages.ovi.problem import OviProblem, Parametrization, stopping_rule
 from stages.ovi.settings import OVI, Constraint, Direct, Stop
@@ -282,6 +282,27 @@ def test_lower_precision_ends_near_float32(model):
         near = {r["id"]: r["text_cosine"] for r in solve(problem, rows())}
         assert all(abs(exact[i] - near[i]) < 0.1 for i in IDS)
         assert sum(near.values()) / len(IDS) == pytest.approx(sum(exact.values()) / len(IDS), abs=0.03)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_weights_that_are_halved_once_give_what_autocast_gives(model, precision):
+    """To the last bit, and the encoder itself stays what it was."""
+    settings = OVI(slots=2, steps=4, stop=Stop(), precision=precision)
+    before = [weight.clone() for weight in model.parameters()]
+    network = halved_products(sharing(model), getattr(torch, precision))
+    halved = {id(w) for w in network.parameters()} - {id(w) for w in model.parameters()}
+    linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    assert halved == {id(weight) for layer in linear for weight in layer.parameters(recurse=False)}
+    assert len(linear) > 6
+    ours, theirs = (
+        inverted(OviProblem(Parametrization.tokens(VisionTower(one, 4)), settings)) for one in (network, model)
+    )
+    for name, row in theirs.items():
+        assert (ours[name]["embedding"] == row["embedding"]).all()
+        assert (ours[name]["variable"] == row["variable"]).all()
+    for weight, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(weight, was)
+        assert weight.dtype == torch.float32
 
 
 def test_a_diverged_row_fails_alone(model):

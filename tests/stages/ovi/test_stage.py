@@ -46,6 +46,20 @@ def stage(params):
     return Stage(InvertPromptsSettings(**params))
 
 
+def test_a_job_in_half_precision_holds_no_other_weights(params):
+    methods = [
+        {"method": "ovi", "name": f"ovi-{lr}", "lr": lr, "steps": 2, "precision": "bfloat16"} for lr in (0.1, 0.2)
+    ]
+    alone = Stage(InvertPromptsSettings(encoder=params["encoder"], methods=methods))
+    linear = [layer for layer in alone.image_encoder.model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert {layer.weight.dtype for layer in linear} == {torch.bfloat16}
+    decoded = Stage(InvertPromptsSettings(encoder=params["encoder"], methods=methods, decoder=params["decoder"]))
+    assert {weight.dtype for weight in decoded.image_encoder.model.parameters()} == {torch.float32}
+    given = rows(["a red star"], [method["name"] for method in methods])
+    ours, theirs = ({row["id"]: row["embedding"] for row in stage(given)} for stage in (alone, decoded))
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
 def rows(prompts, labels=LABELS):
     return [{"id": f"p{i}/{m}", "prompt": p, "method": m} for i, p in enumerate(prompts) for m in labels]
 
