@@ -62,14 +62,15 @@ CHAIN: list[dict[str, Any]] = [
 
 
 WORDS: list[dict[str, Any]] = [
-    {"name": "captions", "job": "caption", "input": "micro-world://heldout?rows=6&seed=0", "max_tokens": 40,
+    {"name": "captions", "job": "caption", "input": "micro-world://heldout?rows=16&seed=0", "max_tokens": 40,
      "keep": ["image"]},
 ]  # fmt: skip
 """Captions by a small BLIP that `captioner` trains."""
 
 TEXTS: list[dict[str, Any]] = [
-    {"name": "inverter", "job": "train-inverter", "input": "micro-world://train?rows=1000&seed=7", "guidance": 3,
-     "steps": 12, "model": "micro:stable-diffusion", "network": {"width": 128, "layers": 4, "heads": 4},
+    {"name": "inverter", "job": "train-inverter", "guidance": 3, "steps": 12,
+     "input": {"path": "micro-world://train?rows=1000&seed=7", "columns": {"prompt": "caption"}},
+     "model": "micro:stable-diffusion", "network": {"width": 128, "layers": 4, "heads": 4},
      "training": {"steps": 1000, "batch_size": 32, "lr": 1e-3, "noise_rows": 2}},
     {"name": "texts", "job": "invert-text", "model": "micro:stable-diffusion", "inverter": "${inverter}",
      "input": "micro-world://heldout?rows=6&seed=0", "keep": ["image"]},
@@ -207,8 +208,12 @@ def draw_chain(chain: Path) -> None:
 
 
 def draw_captions(chain: Path) -> None:
-    """Pictures, and what the captioner says of them."""
-    found, font = rows(chain / "captions"), ImageFont.load_default(14)
+    """The first pictures of one thing, which is what it was trained on, and what the captioner says of them."""
+    from micro import world
+
+    font = ImageFont.load_default(14)
+    told = [(int(row["id"].rpartition("#")[2]), row) for row in rows(chain / "captions")]
+    found = [row for index, row in told if len(world.sample_scene(index, "heldout").things) == 1][:6]
     width = max(round(font.getlength(row["caption"])) for row in found) + SIDE + 3 * MARGIN
     canvas = Image.new("RGB", (width, len(found) * (SIDE + MARGIN) + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
