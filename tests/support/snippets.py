@@ -8,35 +8,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from tests.support import ROOT
+from tests.support.snippet_runner import OURS
 
-OURS = frozenset({"latentmill", "jobs", "pipeline", "stages", "index", "micro", "tests", "benchmarks"})
-
-_RUN = """
-import importlib.abc, json, os, sys, traceback
-
-class Refused(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in {ours!r}:
-            raise ModuleNotFoundError(f"a snippet that claims to need nothing of ours needs {{name}}")
-
-if {alone!r}:
-    sys.meta_path.insert(0, Refused())
-else:
-    import pytest
-    from tests.support.in_process import without_ray
-    without_ray(pytest.MonkeyPatch())
-for number, (code, folder) in enumerate(json.loads(sys.stdin.read())):
-    os.chdir(folder)
-    try:
-        exec(compile(code, f"snippet {{number}}", "exec"), {{"__name__": "snippet"}})
-    except BaseException:
-        print("-----", code, traceback.format_exc(), sep="\\n")
-        sys.exit(1)
-"""
+RUNNER = ROOT / "tests/support/snippet_runner.py"
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -55,20 +35,37 @@ def needs_us(code: str) -> bool:
     return False
 
 
+@cache
+def _forks() -> subprocess.Popen[str]:
+    """What runs blocks alone; it ends with this process, whose pipe it reads."""
+    command = [sys.executable, "-P", str(RUNNER), "alone"]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(""), cwd="/"
+    )
+
+
+def _environment(path: str) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+
+
 def run(snippets: Sequence[tuple[str, Path]]) -> None:
     """Run blocks, each in its folder; those that import nothing of ours in a process that refuses to import it.
 
     Raises:
         AssertionError: One fails; the message holds it.
     """
-    for ours in (False, True):
-        chosen = [(code, str(folder)) for code, folder in snippets if needs_us(code) == ours]
-        if not chosen:
-            continue
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        environment["PYTHONPATH"] = str(ROOT) if ours else ""
+    alone, ours = ([(code, str(folder)) for code, folder in snippets if needs_us(code) == us] for us in (False, True))
+    if alone:
+        forks = _forks()
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+        with tempfile.NamedTemporaryFile("r") as told:
+            print(json.dumps([told.name, alone]), file=forks.stdin, flush=True)
+            ended = forks.stdout.readline()
+            assert ended == "0\n", f"ended with {ended}{told.read()}"
+    if ours:
         done = subprocess.run(
-            [sys.executable, "-c", _RUN.format(ours=OURS, alone=not ours)], input=json.dumps(chosen), text=True,
-            capture_output=True, env=environment, check=False, cwd=chosen[0][1],
+            [sys.executable, "-P", str(RUNNER), "ours"], input=json.dumps(ours), text=True, capture_output=True,
+            env=_environment(str(ROOT)), check=False, cwd=ours[0][1],
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr[-2000:]
