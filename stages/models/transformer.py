@@ -156,7 +156,7 @@ class FlowTransformer:
                 f"model {path!r} takes {channels} channels, its autoencoder gives {cls.channels(vae)}: one that takes "
                 "a picture beside the text cannot be inverted here"
             )
-        check_colours(path, int(vae.get("in_channels", vae.get("input_channels", 3))), cls.colours)
+        check_colours(path, int(vae.get("in_channels") or vae.get("input_channels") or 3), cls.colours)
 
     @classmethod
     def packed(cls) -> int:
