@@ -88,7 +88,7 @@ def push(
     output = Output.open(path)
     _require_name(name)
     with _hub(name):
-        api = _logged_in()
+        api = _logged_in(dry_run)
         found = _find(api, name, revision, private)
     _require_whole(path)
     files = _files(output)
@@ -139,10 +139,11 @@ def _is_ours(own: str, files: Mapping[str, int]) -> bool:
     return folder in {name.partition("/")[0] for name in files if "/" in name}
 
 
-def _logged_in() -> HfApi:
+def _logged_in(dry_run: bool) -> HfApi:
+    """Who only looks needs no login, and sees what is public."""
     from huggingface_hub import HfApi, get_token
 
-    if get_token() is None:
+    if get_token() is None and not dry_run:
         raise ValueError("not logged in to the hub: run `hf auth login`, or set HF_TOKEN to a token that may write")
     return HfApi(library_name=TAG)
 

@@ -173,6 +173,16 @@ def test_a_dry_run_asks_and_changes_nothing(out: Path, hub: Hub) -> None:
     assert not hub.datasets
 
 
+def test_a_dry_run_needs_no_login(out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    push(str(out), "ada/stars")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert push(str(out), "ada/stars", "--dry-run").stdout.startswith("would send 0 of 6 files")
+    assert push(str(out), "ada/others", "--dry-run").stdout.startswith("would send 6 of 6 files")
+
+
 def test_an_output_on_a_store_goes_over_this_disk_a_group_at_a_time(
     out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
