@@ -1,6 +1,6 @@
 """The pictures on the pages of the jobs, from chains of small jobs on the miniature models.
 
-``python -m benchmarks.pages.pictures [pages chain words corpora]`` writes docs/figures/job-*.webp. What came out
+``python -m benchmarks.pages.pictures [pages chain words texts corpora]`` writes docs/figures/job-*.webp. What came out
 is drawn, nothing is picked. ``corpora`` draws what ``benchmarks.rare.judge`` found; the others run their jobs.
 """
 
@@ -66,6 +66,16 @@ WORDS: list[dict[str, Any]] = [
      "keep": ["image"]},
 ]  # fmt: skip
 """Captions by a small BLIP that `captioner` trains."""
+
+TEXTS: list[dict[str, Any]] = [
+    {"name": "inverter", "job": "train-inverter", "guidance": 3, "steps": 12,
+     "input": {"path": "micro-world://train?rows=1000&seed=7", "columns": {"prompt": "caption"}},
+     "model": "micro:stable-diffusion", "network": {"width": 128, "layers": 4, "heads": 4},
+     "training": {"steps": 1000, "batch_size": 32, "lr": 1e-3, "noise_rows": 2}},
+    {"name": "texts", "job": "invert-text", "model": "micro:stable-diffusion", "inverter": "${inverter}",
+     "input": "micro-world://heldout?rows=6&seed=0", "keep": ["image"]},
+]  # fmt: skip
+"""A network that reads text latents off pictures, and its use on six that it has not seen."""
 
 
 Row = dict[str, Any]
@@ -216,6 +226,33 @@ def draw_captions(chain: Path) -> None:
     canvas.save(FIGURES / "job-caption.webp", quality=85, method=6)
 
 
+def draw_texts(chain: Path) -> None:
+    """Pictures, and two that the model draws of the text latent read off each, from noise of their own."""
+    import numpy as np
+    import torch
+
+    from stages.engine.randomness import row_generator
+    from stages.inverter.training import text_conditions
+    from stages.models.families import open_latent_model
+    from stages.models.pictures import to_picture
+    from stages.models.settings import LatentModelSettings
+
+    found = rows(chain / "texts")
+    model = open_latent_model(LatentModelSettings(model=str(micro.MODELS / "stable-diffusion"), device="cpu"))
+    empty_1TK = text_conditions(model, [""])[0]
+    read = np.stack([np.asarray(row["text_latent"], np.float32) for row in found])
+    text_BTK = torch.from_numpy(read).reshape(len(found), *empty_1TK.shape[1:])
+    condition = {"text_BLE": text_BTK, "null_text_BLE": empty_1TK.expand_as(text_BTK)}
+    lines: list[Line] = [("picture", [opened(row["image"]) for row in found])]
+    for number in range(2):
+        generators = [row_generator(0, row["id"], f"drawn {number}") for row in found]
+        with torch.no_grad():
+            z_BCHW = model.draw(condition, steps=25, guidance=3.0, generators=generators)
+            drawn = [to_picture(x_CHW) for x_CHW in model.decode(z_BCHW)]
+        lines.append((f"drawn {number}", drawn))
+    sheet(lines, [], "job-train-inverter")
+
+
 def draw_corpora() -> None:
     """What a classifier tells right with each corpus, as `benchmarks.rare.judge` left it."""
     from matplotlib import pyplot
@@ -240,7 +277,7 @@ def draw_corpora() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", nargs="*", default=["pages", "chain", "words", "corpora"])
+    parser.add_argument("which", nargs="*", default=["pages", "chain", "words", "texts", "corpora"])
     parser.add_argument("--work", type=Path, default=Path("out/pages"), help="where the jobs write; resumed")
     given = parser.parse_args()
     work: Path = given.work
@@ -250,6 +287,7 @@ def main() -> None:
         "pages": (STEPS, (draw_reference, draw_prompts, draw_decode, draw_images, draw_words, draw_rare)),
         "chain": (CHAIN, (draw_chain,)),
         "words": (WORDS, (draw_captions,)),
+        "texts": (TEXTS, (draw_texts,)),
     }
     if "words" in given.which:
         WORDS[0]["model"] = str(captioner.train(work / "blip"))

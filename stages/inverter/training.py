@@ -113,11 +113,10 @@ def train_inverter(
     _standardise(inverter, model, pairs, trained, seed)
     noise_loss = DenoisingLoss(model)
     optimiser = torch.optim.AdamW(inverter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, settings.steps))
     # One scale for the batch's one loss: a step whose gradient overflows is skipped, as its kind does.
     scale = loss_scale(model.dtypes.values())
     scaler = torch.amp.GradScaler(model.device.type, init_scale=scale or 1.0, enabled=scale is not None)
-    first, curve = _resume(checkpoint, inverter, optimiser, schedule, scaler)
+    first, curve = _resume(checkpoint, inverter, optimiser, scaler)
     saved = time.monotonic()
     model.rooms["training"].relief = model.rooms["gradient"].relief
     inverter.train()
@@ -128,11 +127,12 @@ def train_inverter(
         errors, gradients = _gradients(model, inverter, noise_loss, batch, settings.noise_weight, scaler)
         for weight, gradient in zip(inverter.parameters(), gradients, strict=True):
             weight.grad = gradient
+        for group in optimiser.param_groups:  # PyTorch's schedulers warn of every step that is skipped or resumed from
+            group["lr"] = settings.lr * warm_cosine(step, settings.steps)
         scaler.unscale_(optimiser)
         nn.utils.clip_grad_norm_(inverter.parameters(), 1.0)
         scaler.step(optimiser)
         scaler.update()
-        schedule.step()
         if (step + 1) % max(1, settings.steps // 20) == 0 or step + 1 == settings.steps:
             curve.append({"step": step + 1, "error": errors[0].item(), "noise_loss": errors[1].item()})
             report(f"inverter: step {step + 1} of {settings.steps}, error {curve[-1]['error']:.4f}")
@@ -274,9 +274,8 @@ def _keep(
 
 
 def _resume(
-    path: str | None, inverter: TextInverter, optimiser: torch.optim.AdamW,
-    schedule: torch.optim.lr_scheduler.LambdaLR, scaler: torch.amp.GradScaler,
-) -> tuple[int, list[dict[str, Any]]]:  # fmt: skip
+    path: str | None, inverter: TextInverter, optimiser: torch.optim.AdamW, scaler: torch.amp.GradScaler
+) -> tuple[int, list[dict[str, Any]]]:
     found = read_checkpoint(path) if path else None
     if found is None:
         return 0, []
@@ -291,6 +290,4 @@ def _resume(
     optimiser.load_state_dict({"state": states, "param_groups": plain["param_groups"]})
     if meta.get("scaler"):  # none in checkpoints of before
         scaler.load_state_dict(meta["scaler"])
-    for _ in range(meta["step"]):
-        schedule.step()
     return meta["step"], meta["curve"]

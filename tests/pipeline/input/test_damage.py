@@ -10,6 +10,7 @@ import lzma
 import os
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ def _zstd(data: bytes) -> bytes:
 
 
 CODECS: dict[str, Callable[[bytes], bytes]] = {
-    "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": _zstd,
+    "gz": partial(gzip.compress, mtime=0), "bz2": bz2.compress, "xz": lzma.compress, "zst": _zstd,
 }  # fmt: skip
 TEXTS = [f"text {i} {os.urandom(40).hex()}" for i in range(1000)]
 

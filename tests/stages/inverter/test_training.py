@@ -47,6 +47,7 @@ def test_inverter_learns_and_beats_the_mean_latent(model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.filterwarnings("error:Detected call of")
 def test_training_killed_and_resumed_ends_equal(dtype, tmp_path, monkeypatch: pytest.MonkeyPatch):
     """In float16 from a scale at which the first steps overflow, so that it is not the first one any more."""
     monkeypatch.setattr(training, "loss_scale", lambda dtypes: 2.0**28 if dtype == "float16" else None)
