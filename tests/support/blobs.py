@@ -27,8 +27,8 @@ KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr
 
 
 class Blobs(BaseHTTPRequestHandler):
-    """The server has `blobs` (container/name -> bytes), `containers`, `blocks`, `copying` (target -> source and what is
-    left to wait), `guard`.
+    """The server has `blobs` (container/name -> bytes), `containers`, `blocks`, those `committed`, `copying` (target ->
+    source and what is left to wait), `guard`.
     """
 
     protocol_version = "HTTP/1.1"
@@ -74,7 +74,14 @@ class Blobs(BaseHTTPRequestHandler):
             self._copy(name, unquote(urlsplit(source).path).strip("/").partition("/")[2])
             return
         if query.get("comp") == "blocklist":
-            body = b"".join(self.server.blocks.pop((name, part.text)) for part in ElementTree.fromstring(body))
+            sent, named = self.server.blocks, [(name, part.text) for part in ElementTree.fromstring(body)]
+            # A list whose answer was lost is sent again: blocks of the blob as it stands will do.
+            there = {own: sent.pop(own, self.server.committed.get(own)) for own in named}
+            if None in there.values():
+                self._say(400, "InvalidBlockList")
+                return
+            self.server.committed |= there
+            body = b"".join(there[own] for own in named)
         self.server.blobs[name] = body
         self._say(201, more=self._facts(name))
 
@@ -119,6 +126,7 @@ class Blobs(BaseHTTPRequestHandler):
 
     def _delete(self, name: str, query: dict[str, str], body: bytes) -> None:
         gone = self.server.blobs.pop(name, None) is None
+        self.server.committed = {own: data for own, data in self.server.committed.items() if own[0] != name}
         self._say(404 if gone else 202, "BlobNotFound" if gone else "")
 
     def _list(self, container: str, query: dict[str, str]) -> None:
@@ -176,7 +184,7 @@ class _Server(ThreadingHTTPServer):
 def fake_server() -> Iterator[int]:
     """The port of such a server."""
     server: Any = _Server(("127.0.0.1", 0), Blobs)
-    server.blobs, server.containers, server.blocks, server.copying = {}, set(), {}, {}
+    server.blobs, server.containers, server.blocks, server.committed, server.copying = {}, set(), {}, {}, {}
     server.guard = threading.Lock()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:

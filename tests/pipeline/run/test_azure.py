@@ -15,6 +15,8 @@ from tests.support.in_process import without_ray
 from tests.support.weather import Weather, check_end, check_lock, check_run, check_shards, check_writing, weather_before
 
 adlfs = pytest.importorskip("adlfs")
+HttpResponseError = pytest.importorskip("azure.core.exceptions").HttpResponseError
+BlobServiceClient = pytest.importorskip("azure.storage.blob").BlobServiceClient
 
 needs_azurite = pytest.mark.skipif("AZURITE" not in os.environ, reason="AZURITE names no azurite-blob")
 
@@ -55,6 +57,20 @@ def test_what_a_commit_needs(store: tuple[dict[str, Any], Any], quick: None) -> 
     folder.remove("new")
     assert list(folder.names()) == ["a", "data", "parts-of-another"]
     check_lock(folder)
+
+
+def test_a_list_of_blocks_is_taken_twice(store: tuple[dict[str, Any], Any], quick: None) -> None:
+    """The client sends it again where the answer was lost."""
+    blobs = BlobServiceClient.from_connection_string(store[0]["connection_string"]).get_container_client("bucket")
+    blob = blobs.get_blob_client("a")
+    blob.stage_block("MQ==", b"one")
+    blob.stage_block("Mg==", b"two")
+    for _ in range(2):
+        blob.commit_block_list(["MQ==", "Mg=="])
+        assert blob.download_blob().readall() == b"onetwo"
+    blob.delete_blob()
+    with pytest.raises(HttpResponseError, match="InvalidBlockList"):
+        blob.commit_block_list(["MQ==", "Mg=="])
 
 
 def test_the_end_of_a_file_tells_its_size(store: tuple[dict[str, Any], Any], quick: None) -> None:
