@@ -262,7 +262,7 @@ def _resumed(
     state: Literal["complete", "interrupted", "failed"] = "complete"
     reason = None
     try:
-        tally, done, again = _survey(output, reporter, retry_failed)
+        tally, done, again, placed = _survey(output, reporter, retry_failed)
         resumed, published = tally.shards, output.folder.exists(SUCCESS)
         if 0 < resumed < planned:
             for message in _other_versions(tally):
@@ -270,7 +270,7 @@ def _resumed(
         wrong = wrong_products(output, checksums=False) if published else []
         for problem in wrong:
             reporter.phase("planning", tally, f"{problem}; it is made again")
-        complete = published and not wrong and resumed == planned
+        complete = published and placed and not wrong and resumed == planned
         if published and not complete:  # what is not there is not deleted: by then it could be another's, if one slept
             output.check()
             output.folder.remove(SUCCESS)
@@ -279,7 +279,7 @@ def _resumed(
                 break
             reporter.phase("starting", tally)
             _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done, again)
-            tally, done, again = _survey(output, reporter)  # what was committed may be gone again
+            tally, done, again, _ = _survey(output, reporter)  # what was committed may be gone again
         if tally.shards < planned:
             raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
         if not complete:
@@ -347,8 +347,11 @@ def _finish_at(
     finish(Finished(replace(output, lock=Proxy(output.folder, epoch)), spread))
 
 
-def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> tuple[Tally, set[int], dict[int, Again]]:
-    """What earlier runs committed: in all, which shards, and which of the others are to be done again.
+def _survey(
+    output: Output, reporter: Reporter, retry_failed: bool = False
+) -> tuple[Tally, set[int], dict[int, Again], bool]:
+    """What earlier runs committed: in all, which shards, and which of the others are to be done again; and whether what
+    counts lies in ``data/``. A late worker's may not, though the run was complete, where what counted before is lost.
 
     A record whose file or summary is lost is withdrawn; those of earlier generations, losers and strangers go.
 
@@ -357,7 +360,7 @@ def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> t
     """
     for name in set_aside(output):
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
-    tally, done, again = Tally(), set[int](), dict[int, Again]()
+    tally, done, again, placed = Tally(), set[int](), dict[int, Again](), True
     listed, folding = output.listings(), Folding(output)
     leftovers = Leftovers(output, listed)
 
@@ -392,12 +395,13 @@ def _survey(output: Output, reporter: Reporter, retry_failed: bool = False) -> t
                 continue
             tally.add(record)
             done.add(record.shard)
+            placed = placed and file == output.part(record.shard)
     folding.close()
     leftovers.remove()
     for shard, latest in output.log.generations(done).items():
         known = again.get(shard, Again("", 0, 0, (), ()))
         again[shard] = replace(known, generation=max(known.generation, latest + 1))
-    return tally, done, again
+    return tally, done, again, placed
 
 
 def _compute(

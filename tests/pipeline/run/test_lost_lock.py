@@ -14,6 +14,7 @@ from pipeline.output.commit import ATTEMPTS, RECORDS, Superseded
 from pipeline.output.dataset import SUCCESS, Output, Tally
 from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost, lock_name
+from pipeline.output.log import LOG
 from pipeline.output.planfile import read_files, read_shards
 from pipeline.output.publish import publish, set_aside
 from pipeline.output.verify import verify
@@ -216,3 +217,20 @@ def test_who_plans_is_overtaken_and_wakes_puts_no_tables_in_the_place_of_the_oth
     assert sorted(name for name in own.listing("") if name.endswith(".parquet")) == [
         f"{output.run}-files.parquet", f"{output.run}-shards.parquet"
     ]  # fmt: skip
+
+
+def test_what_a_late_worker_commits_in_a_lost_ones_place_is_published(tmp_path: Path) -> None:
+    """It counts where the table of what counted was deleted from a complete output, and lies among the attempts."""
+    spec = spec_for(tmp_path, [f"line {i}" for i in range(6)], shard_rows=6)
+    expected = data(run_plain(spec).path)
+    output = Output.open(spec.output)
+    for folder in (RECORDS, LOG):
+        for name in output.folder.listing(folder):
+            output.folder.remove(f"{folder}/{name}")
+    Worker(_worker_job(spec, output, Resources())).process(Task.of(next(read_shards(output.own))))
+    part = Path(spec.output) / output.part(0)
+    part.write_bytes(bytes(part.stat().st_size))  # of other rows, as where some had failed
+    assert run(spec, resources=Resources()).state == "complete"
+    assert data(spec.output).equals(expected)
+    assert not output.folder.listing(ATTEMPTS)
+    assert verify(spec.output).ok
