@@ -1,7 +1,8 @@
 """Both distributions of a release from one checkout: ``python scripts/release.py`` (``make wheels``).
 
 ``latentmill`` holds all packages but ``micro``; ``latentmill-micro`` holds that one: the miniature models, their world
-and their prompts. Both have the version of pyproject.toml. Only files under version control are built, each
+and their prompts. Both have the version of the tag on the checked-out commit (``v1.2.0``), without one that of
+pyproject.toml. Only files under version control are built, each
 distribution from a folder of its own, so that what lies about in the checkout gets into neither.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIATURE = "micro"
@@ -50,14 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def tracked() -> list[str]:
     """Files under version control, or, in an unpacked archive, all there are."""
     if (ROOT / ".git").exists():
-        listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        return [name for name in listing.splitlines() if (ROOT / name).is_file()]
+        return [name for name in _git("ls-files").splitlines() if (ROOT / name).is_file()]
     return [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
 
 
 def staged(work: Path) -> tuple[Path, Path]:
     """Make the sources of both distributions in a folder: of ``latentmill``, and of ``latentmill-micro``."""
-    files, project = tracked(), (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    files, project = tracked(), _versioned((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     main, small = work / "latentmill", work / "latentmill-micro"
     inside = [name for name in files if name.startswith(f"{MINIATURE}/")]
     _copy(sorted({*files} - {*inside}), main)
@@ -65,6 +66,31 @@ def staged(work: Path) -> tuple[Path, Path]:
     (main / "pyproject.toml").write_text(_pinned(project), encoding="utf-8")
     (small / "pyproject.toml").write_text(_miniature(project), encoding="utf-8")
     return main, small
+
+
+def _versioned(project: str) -> str:
+    """The project's file with the version that a tag on the commit names, if one does.
+
+    Raises:
+        SystemExit: Two tags do, or one that is no version, or files differ from the tagged ones.
+    """
+    tags = _git("tag", "--points-at", "HEAD", "--list", "v[0-9]*").split() if (ROOT / ".git").exists() else []
+    if not tags:
+        return project
+    if len(tags) > 1:
+        raise SystemExit(f"the commit has the tags {', '.join(tags)}: which version is it? Delete all but one")
+    try:
+        version = str(Version(tags[0]))
+    except InvalidVersion:
+        raise SystemExit(f"the tag {tags[0]} is no version: v1.2.0, v1.2.0rc1 ...") from None
+    if changed := _git("status", "--porcelain", "--untracked-files=no"):
+        raise SystemExit(f"the commit is {tags[0]}, and the checkout is not: commit or undo\n{changed}")
+    own = f'version = "{tomllib.loads(project)["project"]["version"]}"\n'
+    return project.replace(own, f'version = "{version}"\n', 1)
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def _copy(names: Iterable[str], folder: Path) -> None:

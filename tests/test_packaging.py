@@ -38,6 +38,50 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {file.name.partition("-")[0]: file for file in (work / "dist").iterdir()}
 
 
+@pytest.fixture
+def tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with little in it, of a commit that is to be tagged."""
+    root = tmp_path / "checkout"
+    (root / "micro").mkdir(parents=True)
+    for name in ("pyproject.toml", "LICENSE"):
+        (root / name).write_bytes((ROOT / name).read_bytes())
+    (root / "micro/__init__.py").touch()
+    monkeypatch.setattr(release, "ROOT", root)
+    git(root, "init", "--quiet")
+    git(root, "add", ".")
+    git(root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "all")
+    return root
+
+
+def git(root: Path, *words: str) -> None:
+    subprocess.run(["git", *words], cwd=root, check=True)
+
+
+@pytest.mark.parametrize(("tag", "version"), [("v7.1.0", "7.1.0"), ("v7.1.0-rc1", "7.1.0rc1"), (None, None)])
+def test_a_tag_names_the_version(tagged: Path, tmp_path: Path, tag: str | None, version: str | None) -> None:
+    version = version or tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    if tag:
+        git(tagged, "tag", tag)
+    projects = [tomllib.loads((source / "pyproject.toml").read_text())["project"] for source in
+                release.staged(tmp_path / "work")]  # fmt: skip
+    assert [project["version"] for project in projects] == [version] * 2
+    assert projects[0]["optional-dependencies"]["micro"] == [f"latentmill-micro=={version}"]
+
+
+def test_a_tag_that_says_something_else_is_refused(tagged: Path, tmp_path: Path) -> None:
+    git(tagged, "tag", "v7.1.0")
+    (tagged / "LICENSE").write_text("another")
+    with pytest.raises(SystemExit, match=r"v7\.1\.0, and the checkout is not"):
+        release.staged(tmp_path / "work")
+    git(tagged, "tag", "v7.2.0")
+    with pytest.raises(SystemExit, match=r"tags v7\.1\.0, v7\.2\.0"):
+        release.staged(tmp_path / "work")
+    git(tagged, "tag", "--delete", "v7.1.0", "v7.2.0")
+    git(tagged, "tag", "v1-final")
+    with pytest.raises(SystemExit, match="v1-final is no version"):
+        release.staged(tmp_path / "work")
+
+
 def names(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())

@@ -159,7 +159,7 @@ class Life:
     def _heard(self) -> None:
         """Note what a driver ended with."""
         said = self.log.read_text(errors="replace") if self.log.exists() else ""
-        last = (said.splitlines() or [""])[-1]
+        last = (said.splitlines() or [""])[-1].replace(f"{self.log.parent}/", "")
         self.told.append(f"ended with {self.driver.returncode}: {last[:300]}")
 
     def recover(self) -> None:
