@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -166,6 +166,11 @@ def value_at(values: Mapping[str, Any], column: str) -> Any:
         return values[column]
     outer, _, inner = column.partition(".")
     return value_at(values[outer], inner) if inner and isinstance(values.get(outer), Mapping) else None
+
+
+def outer(column: str, names: Container[str]) -> str:
+    """The column that one is, or that the object lies in of which it is a key."""
+    return column if column in names else column.partition(".")[0]
 
 
 def field_at(schema: pa.Schema | pa.StructType, column: str) -> pa.Field | None:

@@ -14,7 +14,7 @@ from pipeline.contract import Form
 from pipeline.input.files import InputFile, list_files
 from pipeline.input.formats.columnar import is_output
 from pipeline.input.read import reader_of
-from pipeline.input.rows import Look, Raw, Span, field_at, is_picture, value_at
+from pipeline.input.rows import Look, Raw, Span, field_at, is_picture, outer, value_at
 from pipeline.input.source import Source, SourceError
 from pipeline.output.kept import Settling, Values, typed_field
 from pipeline.output.schema import noted
@@ -129,7 +129,7 @@ def check_file(source: Source, file: InputFile, schema: pa.Schema, keep: Keep, r
         if column not in schema.names and not (key.startswith(MAPPED) and field_at(schema, column)):
             raise SourceError(f"{key}: {file.path} has no column {column!r}; {_offer(column, schema.names)}")
     asked = _asked(source, keep)
-    named = {column if column in schema.names else column.partition(".")[0]: key for key, column in asked}
+    named = {outer(column, schema.names): key for key, column in asked}
     if not source.columns:
         everything = [name for name in schema.names if name] if reads is None else reads
         named |= {name: "input" for name in everything if name not in named}

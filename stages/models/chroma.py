@@ -10,25 +10,18 @@ from typing import Any
 
 import torch
 
-from stages.models.flow_schedule import FlowGrid
 from stages.models.flux import image_ids
 from stages.models.latent import Condition
-from stages.models.transformer import FlowTransformer, pack, unpack
+from stages.models.transformer import PackedTransformer, pack, unpack
 
 
-class Chroma(FlowTransformer):
+class Chroma(PackedTransformer):
     """Chroma1-HD, -Base and their relatives (Lodestone Rock, 2025)."""
 
     index = "ChromaPipeline"
     transformer_class = "ChromaTransformer2DModel"
     encoders = {"text_encoder": "tokenizer"}
     left_out = {"image_encoder": None, "feature_extractor": None}
-    grid = FlowGrid(linear="float64")
-    latents = "pipe._pack_latents(seed, *seed.shape)"
-
-    @classmethod
-    def packed(cls) -> int:
-        return 4
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:
         """The mask is of the text and of one token of padding behind it."""

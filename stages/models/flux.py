@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import torch
 
-from stages.models.flow_schedule import FlowGrid
 from stages.models.latent import Condition, Predict
-from stages.models.transformer import FlowTransformer, pack, unpack
+from stages.models.transformer import PackedTransformer, pack, unpack
 
 
-class Flux(FlowTransformer):
+class Flux(PackedTransformer):
     """FLUX.1-dev, whose guidance is an input of the network, and FLUX.1-schnell, which has none (Black Forest Labs,
     2024)."""
 
@@ -24,12 +23,6 @@ class Flux(FlowTransformer):
     transformer_class = "FluxTransformer2DModel"
     encoders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     left_out = {"image_encoder": None, "feature_extractor": None}
-    grid = FlowGrid(linear="float64")
-    latents = "pipe._pack_latents(seed, *seed.shape)"
-
-    @classmethod
-    def packed(cls) -> int:
-        return 4
 
     @classmethod
     def guiding(cls, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> Literal["told", "none"]:

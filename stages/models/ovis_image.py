@@ -11,25 +11,18 @@ from typing import Any
 import torch
 
 from stages.models.captions import Reader
-from stages.models.flow_schedule import FlowGrid
 from stages.models.flux import image_ids
 from stages.models.latent import Condition
-from stages.models.transformer import FlowTransformer, pack, unpack
+from stages.models.transformer import PackedTransformer, pack, unpack
 
 
-class OvisImage(FlowTransformer):
+class OvisImage(PackedTransformer):
     """Ovis-Image (Wang et al., 2025); text that is padding is nought, and has its say in the network."""
 
     index = "OvisImagePipeline"
     transformer_class = "OvisImageTransformer2DModel"
     encoders = {"text_encoder": "tokenizer"}
-    grid = FlowGrid(linear="float64")
     tokens = most_tokens = 256
-    latents = "pipe._pack_latents(seed, *seed.shape)"
-
-    @classmethod
-    def packed(cls) -> int:
-        return 4
 
     @property
     def readers(self) -> tuple[Reader, ...]:

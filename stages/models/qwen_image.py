@@ -11,31 +11,24 @@ from typing import Any
 import torch
 
 from stages.models.captions import Reader
-from stages.models.flow_schedule import FlowGrid
 from stages.models.guidance import classifier_free
 from stages.models.latent import Combine, Condition
-from stages.models.transformer import FlowTransformer, pack, padded, unpack
+from stages.models.transformer import PackedTransformer, pack, padded, unpack, unpadded
 
 
-class QwenImage(FlowTransformer):
+class QwenImage(PackedTransformer):
     """Qwen-Image (Wu et al., 2025)."""
 
     index = "QwenImagePipeline"
     transformer_class = "QwenImageTransformer2DModel"
     vae_class = "AutoencoderKLQwenImage"
     encoders = {"text_encoder": "tokenizer"}
-    grid = FlowGrid(linear="float64")
     most_tokens = 1024
-    latents = "pipe._pack_latents(seed, *seed.shape)"
 
     @staticmethod
     def guidance_options(guidance: float, negative: str | None) -> str:
         """See `stages.models.usage.Usage`: the pipeline guides only where it is given a negative prompt."""
         return f"true_cfg_scale={guidance}" + (f", negative_prompt={negative or ''!r}" if guidance > 1 else "")
-
-    @classmethod
-    def packed(cls) -> int:
-        return 4
 
     @classmethod
     def channels(cls, vae: Mapping[str, Any]) -> int:
@@ -72,9 +65,7 @@ class QwenImage(FlowTransformer):
         text_BLE, mask_BL = self.pipeline.encode_prompt(
             list(prompts), device=self.reads_on, max_sequence_length=self.length
         )
-        if mask_BL is None:
-            return list(text_BLE)
-        return [text[mask.bool()] for text, mask in zip(text_BLE, mask_BL, strict=True)]
+        return unpadded(text_BLE, mask_BL)
 
     def forward(
         self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, network: Any = None

@@ -16,7 +16,7 @@ from stages.models.flow_schedule import FlowGrid
 from stages.models.latent import Condition, Network, Sizes
 from stages.models.qwen_image import QwenImage
 from stages.models.settings import LatentModelSettings
-from stages.models.transformer import FlowTransformer, padded
+from stages.models.transformer import FlowTransformer, padded, unpadded
 from stages.models.usage import Usage
 
 
@@ -105,9 +105,7 @@ class QwenImage21(FlowTransformer):
     def _texts(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """(L, E) of each prompt, as long as it is."""
         text_BLE, mask_BL, _ = self.pipeline.encode_prompt(list(prompts), device=self.reads_on)
-        if mask_BL is None:
-            return list(text_BLE)
-        return [text[mask.bool()] for text, mask in zip(text_BLE, mask_BL, strict=True)]
+        return unpadded(text_BLE, mask_BL)
 
     def forward(
         self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, network: Any = None

@@ -78,6 +78,8 @@ class FlowTransformer:
     """Lists of the transformer's blocks whose results it puts together itself: on one card (`stages.models.cards`)."""
     latents: ClassVar[str] = "seed"
     """See `Usage`."""
+    packed: ClassVar[int] = 1
+    """Latents of one channel that the transformer takes as channels of one token."""
 
     @staticmethod
     def guidance_options(guidance: float, negative: str | None) -> str:
@@ -150,18 +152,13 @@ class FlowTransformer:
         Raises:
             ValueError: It is one.
         """
-        channels = int(transformer["in_channels"]) // cls.packed()
+        channels = int(transformer["in_channels"]) // cls.packed
         if channels != cls.channels(vae):
             raise ValueError(
                 f"model {path!r} takes {channels} channels, its autoencoder gives {cls.channels(vae)}: one that takes "
                 "a picture beside the text cannot be inverted here"
             )
         check_colours(path, int(vae.get("in_channels") or vae.get("input_channels") or 3), cls.colours)
-
-    @classmethod
-    def packed(cls) -> int:
-        """Latents of one channel that the transformer takes as channels of one token."""
-        return 1
 
     @classmethod
     def channels(cls, vae: Mapping[str, Any]) -> int:
@@ -513,6 +510,21 @@ def visiting(networks: Sequence[Any], device: torch.device) -> Iterator[None]:
     finally:
         for network, home in zip(networks, homes, strict=True):
             network.to(home)
+
+
+class PackedTransformer(FlowTransformer):
+    """One whose tokens are 2 x 2 squares of latents (`pack`), at FLUX.1's noise levels."""
+
+    grid = FlowGrid(linear="float64")
+    latents = "pipe._pack_latents(seed, *seed.shape)"
+    packed = 4
+
+
+def unpadded(text_BLE: torch.Tensor, mask_BL: torch.Tensor | None) -> list[torch.Tensor]:
+    """Texts (L, E), each as long as it is; None: all of them are whole."""
+    if mask_BL is None:
+        return list(text_BLE)
+    return [text_LE[mask_L.bool()] for text_LE, mask_L in zip(text_BLE, mask_BL, strict=True)]
 
 
 def padded(texts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ from pipeline.input.rows import (
     field_at,
     file_digest,
     is_picture,
+    outer,
     own_id,
     picked,
     picture_type,
@@ -180,7 +181,7 @@ def _read_columns(source: Source, schema: pa.Schema, wanted: Wanted, path: str) 
     if lost:
         raise MissingColumn(path, lost[0], schema.names)
     there = (name for name in needed if name not in missing)  # a kept column that this file lacks is null in its rows
-    needed = list(dict.fromkeys(name if name in schema.names else name.partition(".")[0] for name in there))
+    needed = list(dict.fromkeys(outer(name, schema.names) for name in there))
     if is_output(schema):
         own = [name for name in ("status", "error", "duplicate_of") if name in schema.names]
         needed += [name for name in own if name not in needed]

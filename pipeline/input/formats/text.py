@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.input.rows import (
     Wanted,
     derived_id,
     fixed,
+    outer,
     own_id,
     picked,
     untold,
@@ -103,7 +104,7 @@ def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
         else:
             if not isinstance(values, dict):
                 problem = f"row {row} of {span.name} is no JSON object"
-            elif twice := _twice(text, values if wanted is None else (_outer(values, own) for own in wanted.values())):
+            elif twice := _twice(text, values if wanted is None else (outer(own, values) for own in wanted.values())):
                 problem = f"row {row} of {span.name} has the key {twice!r} twice; there is no telling which is meant"
         if not problem:
             yield Raw(own_id(source, values, span, row), picked(values, wanted))
@@ -111,11 +112,6 @@ def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
             yield Raw(derived_id(span.name, row), {}, problem)
         else:
             raise SourceError(f"{problem}, so its id {source.id!r} cannot be read; mend or remove the line")
-
-
-def _outer(values: Mapping[str, Any], column: str) -> str:
-    """The key of a row's object that a column is, or lies in."""
-    return column if column in values else column.partition(".")[0]
 
 
 def _twice(text: str, names: Iterable[str]) -> str | None:
