@@ -92,9 +92,22 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
 
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     pipeline.to(torch.float32)
-    for path in folder.glob("*/config.json"):  # a part says which folder of this machine it was read from
-        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    for path in folder.glob("*/config.json"):
+        _forget_origin(path)
+
+
+def save_part(part: Any, folder: Path) -> None:
+    """Write one network of a pipeline's folder, as `save` does."""
+    import torch
+
+    part.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    _forget_origin(folder / "config.json")
+
+
+def _forget_origin(path: Path) -> None:
+    """A part says which folder of this machine it was read from."""
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load(name: str, folder: Path | None = None, device: str = "cpu") -> Any:

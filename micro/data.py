@@ -53,15 +53,18 @@ def split_backgrounds(work: Path, split: world.Split, count: int, seed: int = 0)
     return cached(work / f"{split}-{seed}-{count}-backgrounds.npy", make)
 
 
+def captions_of(index: int, scene: world.Scene, split: world.Split, wordings: int, seed: int = 0) -> list[str]:
+    """Several wordings of a scene's caption; the first names everything."""
+    rng = np.random.default_rng([7, world._SPLIT_SEED[split], seed, index])
+    return [world.caption(scene, rng, "full" if w == 0 else "varied") for w in range(wordings)]
+
+
 def split_captions(work: Path, split: world.Split, count: int, wordings: int, seed: int = 0) -> np.ndarray:
     """(n, wordings) str: several wordings of each picture's caption; the first names everything."""
 
     def make() -> np.ndarray:
-        rows = []
-        for i in range(count):
-            scene = world.sample_scene(i, split, seed)
-            rng = np.random.default_rng([7, world._SPLIT_SEED[split], seed, i])
-            rows.append([world.caption(scene, rng, "full" if w == 0 else "varied") for w in range(wordings)])
-        return np.array(rows)
+        return np.array(
+            [captions_of(i, world.sample_scene(i, split, seed), split, wordings, seed) for i in range(count)]
+        )
 
     return cached(work / f"{split}-{seed}-{count}-captions{wordings}.npy", make)

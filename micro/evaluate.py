@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from micro import MODELS, assemble, autoencoder, clip, oracle, photographs, prompts, t5, world
-from micro.training import pictures_to_tensor
+from micro.training import pick_device, pictures_to_tensor
 
 SHEETS = Path(__file__).parent / "sheets"
 CARD = Path(__file__).parent / "README.md"
@@ -266,7 +266,7 @@ def write_card(lines: Sequence[Line], count: int) -> None:
 def judge_flow(folder: Path, name: str, judge: oracle.Oracle, count: int) -> list[Line]:
     """What one of the flow models draws, and what its autoencoder keeps of the world."""
     said, steps, guidance = _FLOWS[name]
-    pipeline = assemble.load(name, folder / name)
+    pipeline = assemble.load(name, folder / name, str(pick_device()))
     kept = autoencoder.psnr_of(pipeline.vae, _heldout(count)[0])
     return [
         Line(f"{said}: autoencoder, world, dB PSNR", kept, 34.0),

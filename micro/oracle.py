@@ -216,29 +216,28 @@ def degrade(x_BCHW: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return (x_BCHW * gain + shift + noise).clamp(-1, 1)
 
 
-def _targets(labels_BTF: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat indices (n, 3) of (picture, row, column) and the labels (n, 7) of every object."""
-    pictures, things = np.nonzero(labels_BTF[:, :, 0] >= 0)
-    found = labels_BTF[pictures, things]
-    cols, rows = (np.clip(found[:, i] // _CELL, 0, data.GRID - 1).astype(np.int64) for i in (4, 5))
-    return torch.from_numpy(np.stack([pictures, rows, cols], 1)), torch.from_numpy(found)
+def cell_loss(cells_BGGK: torch.Tensor, labels_BTF: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Objectness over all cells; place and attributes at the cells that hold an object's centre.
 
-
-def cell_loss(cells_BGGK: torch.Tensor, labels_BTF: np.ndarray) -> torch.Tensor:
-    """Objectness over all cells; place and attributes at the cells that hold an object's centre."""
-    device = cells_BGGK.device
-    where, found = _targets(labels_BTF)
-    b, i, j = where.to(device).unbind(1)
-    wanted = torch.zeros(cells_BGGK.shape[:3], device=device)
-    wanted[b, i, j] = 1
-    found = found.to(device)
-    loss = F.binary_cross_entropy_with_logits(cells_BGGK[..., 0], wanted, reduction="sum") / len(found)
-    at = cells_BGGK[b, i, j]
-    offset = found[:, 4:6] / _CELL - torch.stack([j, i], 1) - 0.5
-    loss = loss + F.smooth_l1_loss(at[:, 1:3], offset, beta=0.1) + F.l1_loss(at[:, 3], (found[:, 6] / _CELL).log())
-    for k, logits in enumerate(at[:, 4:].split(list(_CLASSES.values()), dim=1)):
-        loss = loss + F.cross_entropy(logits, found[:, k].long())
-    return loss
+    All on the device of ``cells_BGGK``, without a look at the host where the labels are there too.
+    """
+    labels_BTF = torch.as_tensor(labels_BTF, device=cells_BGGK.device)
+    held_BT = (labels_BTF[..., 0] >= 0).float()
+    count = held_BT.sum()
+    j_BT, i_BT = (labels_BTF[..., f].div(_CELL, rounding_mode="floor").clamp(0, data.GRID - 1).long() for f in (4, 5))
+    b_BT = torch.arange(len(labels_BTF), device=held_BT.device)[:, None].expand_as(i_BT)
+    wanted = torch.zeros(cells_BGGK.shape[:3], device=held_BT.device)
+    wanted.index_put_((b_BT, i_BT, j_BT), held_BT, accumulate=True)
+    loss = F.binary_cross_entropy_with_logits(cells_BGGK[..., 0], wanted.clamp(max=1), reduction="sum") / count
+    at_BTK = cells_BGGK[b_BT, i_BT, j_BT]
+    offset = labels_BTF[..., 4:6] / _CELL - torch.stack([j_BT, i_BT], 2) - 0.5
+    apart = F.smooth_l1_loss(at_BTK[..., 1:3], offset, beta=0.1, reduction="none").mean(2)
+    radius = (labels_BTF[..., 6].clamp(min=_CELL / 100) / _CELL).log()
+    each = apart + (at_BTK[..., 3] - radius).abs()
+    for k, logits in enumerate(at_BTK[..., 4:].split(list(_CLASSES.values()), dim=2)):
+        said = labels_BTF[..., k].clamp(min=0).long()
+        each = each + F.cross_entropy(logits.transpose(1, 2), said, reduction="none")
+    return loss + (each * held_BT).sum() / count
 
 
 EVERY = 8000
