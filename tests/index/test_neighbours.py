@@ -311,6 +311,7 @@ def test_a_gpu_build_keeps_the_bytes_and_moves_what_faiss_can_move(
 
 @pytest.mark.gpu
 def test_gpu_build_and_search_agree_with_the_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
     if neighbours.gpus() == 0:
         pytest.skip("needs faiss-gpu and a GPU")
     x_NE = _stored(tmp_path, _clustered(30_000))

@@ -152,22 +152,29 @@ PROMPT_METHODS: list[dict[str, Any]] = [
 
 
 @on_devices
-def test_prompts_are_inverted_and_decoded_as_on_the_cpu(tmp_path: Path, device: str) -> None:
+@pytest.mark.parametrize("methods", [PROMPT_METHODS, [{"method": "ovi", "steps": 3}]], ids=["reference", "bare"])
+def test_prompts_are_inverted_and_decoded_as_on_the_cpu(
+    tmp_path: Path, device: str, methods: list[dict[str, Any]]
+) -> None:
+    """With a reference, whose index needs FAISS, and without one."""
     from stages.ovi.settings import InvertPromptsSettings
     from stages.ovi.stage import InvertPrompts
 
-    prior = tiny_kandinsky.build_prior(tmp_path / "prior")
+    prior, reference = tiny_kandinsky.build_prior(tmp_path / "prior"), None
+    if methods is PROMPT_METHODS:
+        pytest.importorskip("faiss")
+        reference = build_captioned(tmp_path / "reference", prior, 200)
     told = InvertPromptsSettings(
-        encoder=prior, methods=PROMPT_METHODS, reference=build_captioned(tmp_path / "reference", prior, 200),
+        encoder=prior, methods=methods, reference=reference,
         decoder={"model": tiny_kandinsky.build_decoder(tmp_path / "decoder"), "steps": 2, "batch": 2},
     )  # fmt: skip
     given = [
         {"id": f"{word}/{method['method']}", "prompt": f"a {word} star", "method": method["method"]}
         for word in ("red", "blue")
-        for method in PROMPT_METHODS
+        for method in methods
     ]
     both = [{row["id"]: row for row in InvertPrompts(told, where)(given)} for where in (device, "cpu")]
-    for method in PROMPT_METHODS:
+    for method in methods:
         ours, theirs = ({key: row for key, row in one.items() if key.endswith(method["method"])} for one in both)
         agree(ours, theirs, "embedding", 0.2 if method["method"] == "trained-prior" else 5e-3)  # in half precision
 
