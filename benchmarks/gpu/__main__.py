@@ -20,12 +20,18 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu.record import Record, slug, table
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.instruments import Bench
+    from benchmarks.gpu.measures import Measure
 
 RESULTS = Path(__file__).parents[1] / "results"
 PRICE = 2.5
@@ -112,21 +118,26 @@ def measure_all(options: argparse.Namespace) -> int:
     try:
         import torch
 
-        from benchmarks.gpu.instruments import Bench, Unavailable, lost
+        from benchmarks.gpu.instruments import Bench
         from benchmarks.gpu.measures import chosen
 
         measures = chosen(options.only.split(",") if options.only else None)
     except (ImportError, ValueError) as error:
         print(f"cannot begin: {error}")
         return 1
-    scratch = record.path.parent / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
     record.describe(torch=torch.__version__, python=platform.python_version())
     if options.device == "cuda":
         about = torch.cuda.get_device_properties(0)
         record.describe(memory_bytes=about.total_memory, processors=about.multi_processor_count)
-    bench = Bench(options.device, options.toy, scratch)
     gc.freeze()  # what was imported stays: looking for cycles in it would take longer than some measures
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        return run_each(measures, record, Bench(options.device, options.toy, Path(scratch)), options)
+
+
+def run_each(measures: Mapping[str, Measure], record: Record, bench: Bench, options: argparse.Namespace) -> int:
+    """Each measure's result, error, or why it was left out, into the record."""
+    from benchmarks.gpu.instruments import Unavailable, lost
+
     for name, measure in measures.items():
         entry = record.entry(name)
         if entry.get("state") != "done" and entry.get("run") != options.run:
@@ -154,7 +165,6 @@ def measure_all(options: argparse.Namespace) -> int:
             bench.clear()
         if name == "card":
             bench.peaks = record.entry(name).get("found", {})
-    shutil.rmtree(scratch, ignore_errors=True)
     return 0
 
 

@@ -55,7 +55,7 @@ class Bench:
         """A size of the published networks, or of the toys."""
         return toy if self.toy else full
 
-    def timed(self, call: Callable[[], Any], seconds: float = 1.0) -> float:
+    def timed(self, call: Callable[[], Any], seconds: float = 0.4) -> float:
         """Seconds a call, over as many as fill `seconds` (3 at least), after one that warms up and one that tells how
         many; the device is waited for at the ends alone."""
         call()
@@ -122,9 +122,11 @@ class Bench:
 
 
 def operations(call: Callable[[], Any]) -> int:
-    """Floating-point operations of a call's products, convolutions and attentions."""
+    """Floating-point operations of a call's products, convolutions and attentions, after one that warms up: a model's
+    first one also runs on the meta device, to learn what a row takes."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    call()
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

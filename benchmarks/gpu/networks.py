@@ -6,7 +6,6 @@ networks of the same classes and a few thousand numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 
 from stages.engine.device import exact_float32
 from stages.models.families import family_of
-from stages.models.flux import Flux
 from stages.models.latent import Condition, Geometry, LatentModel
 from stages.models.settings import LatentModelSettings
+from stages.models.transformer import FlowTransformer
 from tests.support import full_size, tiny_flows, tiny_stable_diffusion
 
 VISION: dict[str, dict[str, Any]] = {
@@ -33,6 +32,12 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Image encoders: OpenAI's, and the one of Kandinsky 2.2's prior."""
+FLOWS: dict[str, str] = {
+    "FLUX.1-dev": "flux-dev", "SD3.5-medium": "sd35-medium", "SD3.5-large": "sd35-large",
+    "FLUX.2-klein-4B": "flux2-klein", "Z-Image-Turbo": "z-image", "Chroma1-HD": "chroma", "Qwen-Image": "qwen-image",
+    "Ovis-Image-7B": "ovis-image", "Qwen-Image-2.1": "qwen-image-21",
+}  # fmt: skip
+"""Rectified flows by their names in `tests.support.full_size`, and their toys' in `tests.support.tiny_flows`."""
 TOY_VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 16,
     "image_size": 28, "patch_size": 14,
@@ -82,48 +87,48 @@ class Drawn:
 
 
 def folder_of(kind: str, scratch: Path, *, toy: bool = False) -> Path:
-    """A model's folder without weights: ``sd15``, ``sdxl`` or ``flux``."""
+    """A model's folder without weights: ``sd15``, ``sdxl`` or one of `FLOWS`."""
     folder = scratch / f"{kind}{'-toy' if toy else ''}"
     if (folder / "model_index.json").exists():
         return folder
-    if toy and kind == "flux":
-        tiny_flows.build(folder, "flux-dev")
+    if toy and kind in FLOWS:
+        tiny_flows.build(folder, FLOWS[kind])
     elif toy:
         tiny_stable_diffusion.build(folder, "sdxl" if kind == "sdxl" else "sd")
-    elif kind == "flux":
-        full_size.write_flow_configs("FLUX.1-dev", folder)
+    elif kind in FLOWS:
+        full_size.write_flow_configs(kind, folder)
     else:
         full_size.write_configs(kind, folder, tiny_stable_diffusion.tokenizer(77))
     return folder
 
 
 def latent_model(settings: LatentModelSettings) -> LatentModel:
-    """The model of a folder of `folder_of`, as its family loads it, but for the weights. Of FLUX, transformer and
-    autoencoder alone."""
+    """The model of a folder of `folder_of`, as its family loads it, but for the weights. Of a rectified flow,
+    transformer and autoencoder alone."""
     exact_float32(settings.dtype == "float32")
     family: Any = family_of(settings)
     geometry: Geometry = family.read_geometry(settings)
     folder = Path(settings.model)
     parts = {part: Drawn(folder / part, settings.device) for part in geometry.parts}
-    if family is not Flux:
+    if not issubclass(family, FlowTransformer):
         return family.load(settings, replace(geometry, parts=parts))
     import diffusers
 
-    geometry = replace(geometry, parts={part: parts[part] for part in ("transformer", "vae")})
-    index = json.loads((folder / "model_index.json").read_text())
+    kinds = {"transformer": (family.transformer_class, settings.dtype), "vae": (family.vae_class, "float32")}
     networks = {
-        part: parts[part].load(
-            getattr(diffusers, index[part][1]), torch.float32 if part == "vae" else getattr(torch, settings.dtype)
-        )
-        for part in geometry.parts
+        part: parts[part].load(getattr(diffusers, kind), getattr(torch, dtype)) for part, (kind, dtype) in kinds.items()
     }
-    return Flux(SimpleNamespace(**networks), geometry)
+    return family(SimpleNamespace(**networks), replace(geometry, parts={part: parts[part] for part in kinds}))
 
 
 def condition_of(model: LatentModel, rows: int) -> Condition:
-    """A condition of so many rows: of one prompt, or, where no text encoder was loaded, random numbers."""
-    if isinstance(model, Flux):
-        width = int(model.transformer.config.pooled_projection_dim)
-        text = torch.randn(rows, *model.geometry.text_shape, device=model.device)
-        return {"text_BLE": text, "pooled_BE": torch.randn(rows, width, device=model.device)}
-    return model.condition(["photo of a robot"] * rows)
+    """A condition of so many rows: of one prompt, or, where no text encoder was loaded, random numbers in texts as long
+    as they can be."""
+    if not isinstance(model, FlowTransformer):
+        return model.condition(["photo of a robot"] * rows)
+    return {
+        name: torch.ones(rows, *one.shape[1:], dtype=torch.bool, device=model.device)
+        if one.dtype == torch.bool
+        else torch.randn(rows, *one.shape[1:], device=model.device)
+        for name, one in model.blank_condition().items()
+    }

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import measures, networks
-from benchmarks.gpu.instruments import Bench, HostReads, Unavailable
+from benchmarks.gpu.instruments import Bench, HostReads, Unavailable, operations
 from benchmarks.gpu.record import Record, table
 from tests.support import ROOT, full_size
 
@@ -76,9 +76,7 @@ def test_no_measure_begins_without_time_for_it(tmp_path: Path, monkeypatch: pyte
     [("os.kill(os.getpid(), signal.SIGKILL)", 600, "ended with code -9"),
      ("time.sleep(600)", 0.5, "stopped: it took longer than its limit of 0.5 s")],
 )  # fmt: skip
-def test_a_child_that_dies_or_hangs_is_followed_by_another(
-    tmp_path: Path, does: str, limit: float, error: str
-) -> None:
+def test_a_child_that_dies_or_hangs_is_followed_by_another(tmp_path: Path, does: str, limit: float, error: str) -> None:
     """A stand-in for the child: it begins `first`, comes to grief, and does `second` when it is started again."""
     record = Record(tmp_path / "card.json")
     record.describe(card="none")
@@ -130,6 +128,20 @@ def test_a_latent_model_is_measured(bench: Bench) -> None:
     assert not errors
 
 
+def test_every_family_of_flows_comes_there_and_back(bench: Bench) -> None:
+    found = measures.families(bench)
+    jobs = found.pop("jobs")
+    assert set(found) == networks.FLOWS.keys() - {"FLUX.1-dev"}
+    assert len(jobs) == len(found)
+    for name, part in found.items():
+        assert part["velocity"] > 1e-2, name
+        assert part["operations_a_pass"] > 1e4, name
+        picture = part["one picture"]
+        assert picture["error_of_row"] is None, name
+        assert picture["forwards"] >= picture["steps"], name
+        assert 0 <= picture["mse"] < 1e-3, name
+
+
 def test_ovi_is_measured_in_every_way_that_needs_no_gpu(bench: Bench) -> None:
     found = measures.ovi(bench, "ViT-L/14", 64)
     ways = {name: part for name, part in found.items() if isinstance(part, dict)}
@@ -149,9 +161,15 @@ def test_the_published_networks_are_those_that_are_built(tmp_path: Path) -> None
         assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
     tower = networks.drawn_vision("ViT-bigG/14", "meta", torch.bfloat16)
     assert 1.84e9 < sum(parameter.numel() for parameter in tower.parameters()) < 1.85e9
-    flux = networks.Drawn(networks.folder_of("flux", tmp_path) / "transformer", "meta")
+    flux = networks.Drawn(networks.folder_of("FLUX.1-dev", tmp_path) / "transformer", "meta")
     transformer = flux.load(diffusers.FluxTransformer2DModel, torch.bfloat16)
     assert sum(parameter.numel() for parameter in transformer.parameters()) == 11_901_408_320
+
+
+def test_what_only_the_first_call_does_is_not_among_its_operations() -> None:
+    sizes = [64, 4, 4]
+    square = lambda: (lambda x: x @ x)(torch.ones(2 * (sizes.pop(0),)))  # noqa: E731
+    assert operations(square) == 2 * 4**3
 
 
 def test_reads_by_the_host_are_counted() -> None:
