@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +50,10 @@ class Machine:
     def threads(self, count: int) -> Executor:
         """So many threads, to be closed as a context manager."""
         return ThreadPoolExecutor(count, "latentmill")
+
+    def guard(self) -> AbstractContextManager[Any]:
+        """A context that one thread at a time is in, any number of times."""
+        return threading.Lock()
 
     def every(self, seconds: float, action: Callable[[], bool]) -> Callable[[], None]:
         """Call in the background from now on, until it answers False or the returned function is called."""

@@ -318,12 +318,17 @@ class Folder:
         os.makedirs(parent, exist_ok=True)
         return parent
 
-    def write(self, name: str, data: bytes) -> None:
-        """Put a small file in place as a whole: readers see the old one or the new one."""
+    def write(self, name: str, data: bytes | Callable[[], bytes]) -> None:
+        """Put a small file in place as a whole: readers see the old one or the new one.
+
+        Args:
+            data: Or what makes it, for each attempt anew.
+        """
+        make = data if callable(data) else lambda: data
         if not self.local:
-            patiently(lambda: self.fs.pipe_file(self.path(name), data))
+            patiently(lambda: self.fs.pipe_file(self.path(name), make()))
             return
-        self._replace(name, data, lambda temp: os.replace(temp, self.path(name)))
+        self._replace(name, make(), lambda temp: os.replace(temp, self.path(name)))
 
     def create(self, name: str, data: bytes) -> bool:
         """Put a small file in place unless there is one already.

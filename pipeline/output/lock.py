@@ -9,6 +9,9 @@ a run that ends on a full disk cannot say so. Any other that is silent is watche
 clock: one that renews in that time is alive, whatever its clock says. A holder that finds a higher epoch than its own
 has lost the folder; it asks before all that it changes. One that was silent for long shows first that it lives, and
 asks then: an answer is worth nothing while somebody's patience may run out.
+
+A watcher sees that a holder lives by its file's content alone. So no sign of life says what an earlier one said, also
+where an answer was lost and it is sent again; and one at a time is on its way, so that no older one lies over it.
 """
 
 from __future__ import annotations
@@ -141,6 +144,7 @@ class Lock:
         self._folder, self._token, self._say = folder, machine.here.token(), say
         self.lost = False
         self._exclusive = folder.local or self._probed(sole)
+        self._signs = machine.here.guard()
         self._known = self._shown = machine.here.clock()
         _held.add(self._token)
         try:
@@ -254,14 +258,15 @@ class Lock:
         """A sign of life. After a long silence one asks again behind it: who takes the folder looks for one once it is
         taken (`_take`), so that of the two at least one sees the other.
         """
-        silent = self._silent()
-        self._ask()
-        if not self.lost:
-            shown = machine.here.clock()
-            self._folder.write(lock_name(self.epoch), self._mine())
-            self._shown = shown
-            if silent:
-                self._ask()
+        with self._signs:
+            silent = self._silent()
+            self._ask()
+            if not self.lost:
+                shown = machine.here.clock()  # not when it was sent again: a store's client may do so by itself
+                self._folder.write(lock_name(self.epoch), self._mine)
+                self._shown = shown
+                if silent:
+                    self._ask()
 
     def _renew(self) -> bool:
         """Whether it is to be renewed again."""
@@ -278,5 +283,6 @@ class Lock:
         """
         self._stop()
         _held.discard(self._token)
-        if not self.lost and self._holds(self.epoch):
-            self._folder.write(lock_name(self.epoch), self._mine(done=True))
+        with self._signs:
+            if not self.lost and self._holds(self.epoch):
+                self._folder.write(lock_name(self.epoch), self._mine(done=True))

@@ -293,6 +293,22 @@ class _Threads:
             thread.ended.wait()
 
 
+class _Guard:
+    """A context that one thread at a time is in."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._left = world, Event(world)
+        self._left.set()
+
+    def __enter__(self) -> None:
+        while not self._left.happened:
+            self._left.wait()
+        self._left = Event(self._world)
+
+    def __exit__(self, *exit: object) -> None:
+        self._left.set()
+
+
 class Simulated(Machine):
     """The machine under the process whose thread asks."""
 
@@ -317,6 +333,9 @@ class Simulated(Machine):
 
     def threads(self, count: int) -> Any:
         return _Threads(self._process, count)
+
+    def guard(self) -> Any:
+        return _Guard(self._process.world)
 
     def every(self, seconds: float, action: Callable[[], bool]) -> Callable[[], None]:
         process, ended = self._process, []

@@ -314,6 +314,59 @@ def test_a_holder_that_asks_after_a_long_silence_and_who_takes_its_folder_do_not
         lock.release()
 
 
+def test_a_sign_of_life_that_is_sent_again_is_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to one was lost and the holder stood still; it sent the same again, which no watcher could see."""
+    folder, real = Folder.at("memory://sent-again"), MemoryFileSystem.pipe_file
+    lock, sent = Lock(folder), list[bytes]()
+
+    def lossy(self: MemoryFileSystem, path: str, value: bytes, *args: Any, **rest: Any) -> None:
+        real(self, path, value, *args, **rest)
+        sent.append(value)
+        if len(sent) == 1:
+            raise ConnectionError("the connection was closed")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lossy)
+    assert lock._renew()
+    first, second = (json.loads(value) for value in sent)
+    assert second["renewed"] > first["renewed"]
+    assert {**second, "renewed": 0} == {**first, "renewed": 0}
+    lock.release()
+
+
+@pytest.mark.parametrize("then", ["check", "release"])
+def test_an_older_sign_of_life_does_not_lie_over_a_newer_one(monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    """A store's client sends again what had no answer, while the holder's other thread shows that it lives, or ends."""
+    folder, here, real = Folder.at(f"memory://older-{then}"), Paused(), MemoryFileSystem.pipe_file
+    monkeypatch.setattr(machine, "here", here)
+    lock, watched = Lock(folder), list[Any]()
+    landed, over = threading.Event(), threading.Event()
+
+    def twice(self: MemoryFileSystem, path: str, value: bytes, *args: Any, **rest: Any) -> None:
+        real(self, path, value, *args, **rest)
+        if threading.current_thread() is renewing and not landed.is_set():
+            watched.append(locks._content(folder, 1))
+            here.paused += 100.0
+            landed.set()
+            over.wait(0.3)
+            real(self, path, value, *args, **rest)
+
+    renewing = threading.Thread(target=lock._renew)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", twice)
+    renewing.start()
+    assert landed.wait(10.0)
+    getattr(lock, then)()
+    over.set()
+    renewing.join()
+    if then == "release":
+        assert holder(folder) is None
+        return
+    monkeypatch.setattr(Lock, "_acquire", lambda lock: lock._take(2, watched[0]))
+    with pytest.raises(OutputLocked, match="just woken"):
+        Lock(folder)
+    lock.check()
+    lock.release()
+
+
 @pytest.mark.parametrize(
     ("method", "answer", "told"),
     [
