@@ -46,6 +46,7 @@ class Parametrization:
         passes: Encoder passes (forward and backward) that one step costs a row: 1, or 0 without an encoder.
         centred: The row's centre (`Whitening.centres`) is to be added.
         slots: Rows at once, where the method names no number.
+        light: A GPU would do a step's arithmetic faster than the host can launch it.
     """
 
     shape: tuple[int, ...]
@@ -55,6 +56,7 @@ class Parametrization:
     passes: int
     centred: bool = False
     slots: Callable[[], int] = lambda: CPU_SLOTS
+    light: bool = False
 
     @staticmethod
     def tokens(tower: VisionTower) -> Parametrization:
@@ -65,14 +67,14 @@ class Parametrization:
             free = free_bytes(device)
             return CPU_SLOTS if free is None else power_of_two(rows_in(free, tower.row_bytes()))
 
-        return Parametrization(shape, tower, tower.embedding_width, device, 1, slots=slots)
+        return Parametrization(shape, tower, tower.embedding_width, device, 1, slots=slots, light=tower.compact)
 
     @staticmethod
     def direct(whitening: Whitening) -> Parametrization:
         """The embedding itself, in whitened coordinates u: z = centre + L u (ours). Starts near the centre."""
         cholesky_EE = whitening.cholesky_EE
         width, device = len(cholesky_EE), cholesky_EE.device
-        return Parametrization((width,), lambda u_BE: u_BE @ cholesky_EE.mT, width, device, 0, centred=True)
+        return Parametrization((width,), lambda u_BE: u_BE @ cholesky_EE.mT, width, device, 0, centred=True, light=True)
 
 
 def stopping_rule(method: OVI | Direct) -> StoppingRule:
@@ -138,11 +140,12 @@ class OviProblem:
         self._encoder = self.parametrization.encode
         if method.accelerate == "compile":
             self._encoder = torch.compile(self._encoder, dynamic=False)
-        self._advance: Callable[[], None] | None = None
-        if method.accelerate != "graph":
-            self._advance = self._evaluate_and_update
-        elif self.search is not None and self.constraint.interval and not self.search.on_device:
+        searches = self.search is not None and self.constraint.interval and not self.search.on_device
+        if method.accelerate == "graph" and searches:
             raise ValueError("`accelerate: graph` needs the bank in device memory, or `interval: 0`")
+        unasked = method.accelerate == "none" and self.parametrization.light and device.type == "cuda" and not searches
+        self.recorded = method.accelerate == "graph" or unasked
+        self._advance: Callable[[], None] | None = None if self.recorded else self._evaluate_and_update
 
     def forget(self, most: int) -> None:
         """All slots are empty; there are so many at most."""
@@ -204,7 +207,8 @@ class OviProblem:
 
     def _encode(self, x_B: torch.Tensor) -> torch.Tensor:
         """z_BE; zero in empty slots, which the encoder is not shown unless it was compiled or recorded for all."""
-        which = held(self.rows, x_B.device) if self.method.accelerate == "none" else None
+        for_all = self.recorded or self.method.accelerate == "compile"
+        which = None if for_all else held(self.rows, x_B.device)
         if which is None:
             z_BE = self._encode_all(x_B)
         else:
@@ -239,7 +243,7 @@ class OviProblem:
         """Where a row's interval is over, and for those rows alone; all of them in a graph, which keeps the shapes."""
         assert self.search is not None
         due_B = self.active_B & (self.stopper.steps_B % self.constraint.interval == 0)
-        if self.method.accelerate == "graph":
+        if self.recorded:
             self.near_BKE.copy_(torch.where(due_B[:, None, None], self.search(z_BE), self.near_BKE))
         elif (due_b := due_B.nonzero().flatten()).numel():
             self.near_BKE[due_b] = self.search(z_BE[due_b])

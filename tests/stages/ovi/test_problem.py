@@ -344,6 +344,30 @@ def test_accelerated_steps_equal_eager_ones(accelerate):
     assert all((eager[i] - fast[i]).abs().max() <= 1e-4 for i in IDS)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("constraint", [{}, {"mahalanobis": 0.05}, {"neighbours": 0.3, "k": 2, "interval": 3}])
+@pytest.mark.parametrize("variable", ["compact", "direct"])
+def test_light_steps_are_recorded_unasked_and_equal_the_cpu(variable, constraint):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    bank, mean, covariance = gaussian()
+
+    def run(device):
+        whitening = Whitening.of(mean, torch.linalg.cholesky(covariance), device)
+        if variable == "direct":
+            space, kind = Parametrization.direct(whitening), Direct
+        else:
+            space, kind = Parametrization.tokens(VisionTower(clip_model().to(device), 4, True)), OVI
+        settings = kind(slots=4, steps=40, stop=Stop(), constraint=Constraint(**constraint))
+        search = ExactSearch(bank.to(device), 2) if "neighbours" in constraint else None
+        problem = OviProblem(space, settings, whitening=whitening, search=search)
+        assert problem.recorded == (device == "cuda")
+        return {r["id"]: torch.from_numpy(r["embedding"]) for r in solve(problem, rows())}
+
+    cpu, card = run("cpu"), run("cuda")
+    assert all((cpu[i] - card[i]).abs().max() <= 1e-3 for i in IDS)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_what_a_row_is_told_to_take_is_what_is_alive(model, compact):
     tower = VisionTower(model, 4, compact)
