@@ -224,7 +224,7 @@ def go_on(name: str, flow: Flow, loss_of: Loss, *, batch: int, lr: float, second
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         step += 1
-        decay = min(0.998, (1 + step) / (10 + step))
+        decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(flow.parameters()), 1 - decay)
         losses.append(loss.detach())

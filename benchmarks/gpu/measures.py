@@ -366,9 +366,9 @@ def flux(bench: Bench) -> Found:
 
 
 def families(bench: Bench) -> Found:
-    """The other rectified flows at their published sizes, text given as numbers: a pass, and one picture there and back
-    by LBO in a few steps. Weights are as the classes draw them; none of these begins with an output of nought, and
-    `velocity` says how long it is."""
+    """The other rectified flows at their published sizes, text given as numbers: a pass, one picture there and back by
+    LBO in a few steps, what a gradient takes. Weights are as the classes draw them; none of these begins with an output
+    of nought, and `velocity` says how long it is."""
     found: Found = {}
     for name in FLOWS:
         if name != FLUX.kind:
@@ -399,6 +399,7 @@ def family(bench: Bench, name: str) -> Found:
         "weights_bytes": torch.cuda.memory_allocated() if bench.cuda else None, "peak_bytes": bench.memory(run),
     }  # fmt: skip
     bench.tried(found, "one picture", partial(one_picture, bench, model, LboMethod(), settings.steps))
+    bench.tried(found, "gradient", partial(_row_bytes, bench, model, "predict", True))
     return found
 
 

@@ -30,6 +30,7 @@ from stages.concepts.settings import LegoSettings
 from stages.concepts.templates import texts
 from stages.engine.adamw import RowAdamW
 from stages.engine.checkpoint import read_checkpoint, write_checkpoint
+from stages.engine.device import sent
 from stages.engine.gradients import RowGradient, loss_scale
 from stages.engine.slots import slot_mask
 from stages.engine.stopping import REASONS, RUNNING, StoppingRule
@@ -254,9 +255,9 @@ class LegoProblem:
         b, K, device = len(slots), self.settings.pictures, self.model.device
 
         def stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            return torch.stack(list(parts)).to(device).flatten(0, 1)
+            return sent(torch.stack(list(parts)), device).flatten(0, 1)
 
-        slot_b = torch.as_tensor(slots, device=device)
+        slot_b = sent(slots, device)
         slot, picture = slot_b.repeat_interleave(K), stacked([one.picture_K for one in drawn])
         template, flip = stacked([one.template_K for one in drawn]), stacked([one.flip_K for one in drawn])
         ids, which = ([x[slot, picture, template] for x in side] for side in (self.ids_EBIPT, self.which_EBIPT))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from stages.engine.device import sent
+
 
 def slot_mask(
     slots: int, which: Sequence[int] | torch.Tensor, device: torch.device | str | None = None
@@ -17,7 +19,7 @@ def slot_mask(
     if isinstance(which, torch.Tensor) and which.dtype == torch.bool:
         return which
     which_B = torch.zeros(slots, dtype=torch.bool, device=device)
-    which_B[torch.as_tensor(which, dtype=torch.long, device=device)] = True
+    which_B[sent(which, device, torch.long)] = True
     return which_B
 
 
@@ -26,7 +28,7 @@ def held(rows: Sequence[object | None], device: torch.device | str | None = None
     nothing for empty slots, and whoever holds the rows knows them without asking the device.
     """
     filled = [slot for slot, row in enumerate(rows) if row is not None]
-    return None if len(filled) == len(rows) else torch.tensor(filled, dtype=torch.long, device=device)
+    return None if len(filled) == len(rows) else sent(filled, device, torch.long)
 
 
 def per_row(value_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from pipeline.contract import Row, failed
-from stages.engine.device import LateFlags
+from stages.engine.device import LateFlags, sent
 from stages.engine.gradients import scaled_gradient
 from stages.engine.room import Room
 from stages.engine.slots import held, per_row, slot_mask
@@ -241,7 +241,7 @@ class Walk(Generic[State]):
     # --- what every walk does
 
     def load(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
-        where = torch.as_tensor(slots, device=self.device)
+        where = sent(slots, self.device)
         for slot, row in zip(slots, rows, strict=True):
             self.rows[slot] = row
         for name in rows[0]["condition"]:
@@ -280,7 +280,7 @@ class Walk(Generic[State]):
         getting_B = slot_mask(self.slots, getting, self.device)
         for count_B in (self.made_B, self.backwards_B):
             count_B += getting_B
-        with_it = torch.tensor(getting, device=self.device)
+        with_it = sent(getting, self.device)
         if len(getting) == self.slots:
             return *self._differentiate(with_it, step), counts_B
         # Some rows only: they go by themselves, so that the others don't pay for a backward pass.
@@ -288,7 +288,7 @@ class Walk(Generic[State]):
         m_BCHW[with_it], gradient_BCHW[with_it] = self._differentiate(with_it, step)
         others = [slot for slot, row in enumerate(self.rows) if row is not None and slot not in getting]
         if others:
-            without = torch.tensor(others, device=self.device)
+            without = sent(others, self.device)
             with torch.no_grad():
                 m_BCHW[without] = self.predict(self.x_BCHW[without], t_B[without], take(self.condition, without))
         return m_BCHW, gradient_BCHW, counts_B
@@ -377,7 +377,7 @@ class Walk(Generic[State]):
                 outputs["residual"] = self.residual_BS[slot].to("cpu", copy=True)
             why = self.failure(slot)
             rows.append({**(row if why is None else failed(row, why)), **outputs})
-        where = torch.as_tensor(slots, device=self.device)
+        where = sent(slots, self.device)
         self.broken_B[where] = False
         self.active_B[where] = False
         return rows

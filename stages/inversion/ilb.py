@@ -22,6 +22,7 @@ import torch
 
 from pipeline.contract import Row, failed
 from stages.engine.adamw import RowAdamW
+from stages.engine.device import sent
 from stages.engine.gradients import RowGradient
 from stages.engine.room import Room
 from stages.engine.slots import held, per_row
@@ -100,7 +101,7 @@ class BoostProblem:
                 first, second, steps, scale = row["boost"]
                 self.optimiser.first[slot], self.optimiser.second[slot] = first.to(self.device), second.to(self.device)
                 self.optimiser.steps_B[slot], self.gradient.scale_B[slot] = steps, scale
-        self.active_B[torch.as_tensor(slots, device=self.device)] = True
+        self.active_B[sent(slots, self.device)] = True
 
     def step(self) -> torch.Tensor:
         with torch.enable_grad():
@@ -134,7 +135,7 @@ class BoostProblem:
                 row = failed(row, "boosting diverged: no finite picture; lower ilb's rate, or take dtype float32")
             decodes = row.get("decodes", 0) + 3 * int(self.stopper.steps_B[slot])
             rows.append({**row, "z": self.z_BCHW[slot].to("cpu", copy=True), "boost": boost, "decodes": decodes})
-        self.active_B[torch.as_tensor(slots, device=self.device)] = False
+        self.active_B[sent(slots, self.device)] = False
         return rows
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.contract import Row, failed, ok
 from stages.engine.adamw import RowAdamW
-from stages.engine.device import free_bytes
+from stages.engine.device import free_bytes, sent
 from stages.engine.gradients import FLOAT16_SCALE, RowGradient
 from stages.engine.randomness import row_normal
 from stages.engine.slots import held, slot_mask
@@ -159,7 +159,7 @@ class OviProblem:
             self._advance = capture(self._evaluate_and_update)
         device, shape = self.parametrization.device, self.parametrization.shape
         which_B = slot_mask(self.slots, slots, device)
-        index_b = torch.as_tensor(slots, device=device)
+        index_b = sent(slots, device)
         text_bE = torch.stack([torch.as_tensor(row["text"], dtype=torch.float32) for row in rows]).to(device)
         start_b = row_normal(shape, self.seed, [row["id"] for row in rows], "tokens") * self.method.init_std
         for i, row in enumerate(rows):
@@ -249,7 +249,7 @@ class OviProblem:
             self.near_BKE[due_b] = self.search(z_BE[due_b])
 
     def unload(self, slots: Sequence[int]) -> list[Row]:
-        index_b = torch.as_tensor(slots, device=self.parametrization.device)
+        index_b = sent(slots, self.parametrization.device)
         z_bE, report_b4, x_b = self.z_BE[index_b].cpu(), self.report_B4[index_b].cpu(), self.x_B[index_b].cpu()
         evaluations_b = self.stopper.steps_B[index_b].tolist()
         reasons_b = self.stopper.reason_B[index_b].tolist()

@@ -289,8 +289,8 @@ class OVI(PromptMethod):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast of the encoder; the tokens stay float32."""
     accelerate: Literal["none", "compile", "graph"] = "none"
-    """``compile``: torch.compile for the encoder; ``graph``: the whole step as a CUDA graph (needs a GPU), as which that
-    of ``compact`` tokens runs on a GPU anyway where the bank is in its memory."""
+    """``compile``: torch.compile for the encoder; ``graph``: the whole step as a CUDA graph (needs a GPU). That of
+    ``compact`` tokens is one on a GPU anyway where the bank is in its memory."""
 
     @property
     def needs_reference(self) -> bool:
