@@ -205,6 +205,7 @@ def few_steps(corpus: Corpus, teacher: Flow, flow: Flow, average: Flow, count: i
 def go_on(name: str, flow: Flow, loss_of: Loss, *, batch: int, lr: float, seconds: float, seed: int) -> Flow:
     """AdamW for so many seconds, warmed up and annealed by the clock; the averaged weights."""
     torch.manual_seed(seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H200 its backward pass failed for FLUX
     device = next(flow.parameters()).device
     flow.transformer.requires_grad_(True)
     params = [p for p in flow.parameters() if p.requires_grad]

@@ -101,6 +101,7 @@ def train(name: str, module: M, loss_of: StepFunction, count: int, recipe: Recip
         name: Names the checkpoint ``work/<name>.pt`` from which a stopped run resumes.
         loss_of: Maps item indices (batch,) and a generator to a scalar loss.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H200 its backward pass failed for FLUX
     params = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
     average = copy.deepcopy(module).requires_grad_(False)

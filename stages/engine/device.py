@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline import machine
 
@@ -50,6 +52,12 @@ def sent(values: Any, device: torch.device | str | None, dtype: torch.dtype | No
     if device is None or torch.device(device).type != "cuda" or held.is_cuda:
         return held.to(device)
     return held.pin_memory().to(device, non_blocking=True)
+
+
+def without_cudnn_attention() -> AbstractContextManager[Any]:
+    """Attention by PyTorch's other kernels: cuDNN's may fail on the way back ("mha_graph.execute ... is_good()"), as it
+    did on every gradient of FLUX's transformer at 32 numbers a head (H200, PyTorch 2.11; pytorch issue 190321)."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class LateFlags:

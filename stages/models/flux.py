@@ -6,7 +6,6 @@ Legend as in `stages.models.transformer`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -57,7 +56,7 @@ class Flux(PackedTransformer):
 
     def predictor(self, guidance: float = 1.0) -> Predict:
         self.geometry.check_guidance(guidance, None)
-        return partial(self.rooms["predict"], partial(self.forward, guidance=guidance))
+        return self.in_parts(guidance=guidance)
 
 
 def image_ids(height: int, width: int, **like: Any) -> torch.Tensor:

@@ -105,7 +105,7 @@ class Flux2(Flux2Family):
 
     def predictor(self, guidance: float = 1.0) -> Predict:
         self.geometry.check_guidance(guidance, None)
-        return partial(self.rooms["predict"], partial(self.forward, guidance=guidance))
+        return self.in_parts(guidance=guidance)
 
 
 class Flux2Klein(Flux2Family):

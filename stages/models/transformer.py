@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
-from stages.engine.device import chosen_devices
+from stages.engine.device import chosen_devices, without_cudnn_attention
 from stages.engine.room import Rooms
 from stages.models import autoencoder, cards, quantized
 from stages.models.captions import Reader
@@ -440,15 +440,20 @@ class FlowTransformer:
         raise NotImplementedError
 
     def predictor(self, guidance: float = 1.0) -> Predict:
-        return self.in_parts if guidance <= 1 else guided(self.in_parts, self.combination(guidance))
+        return self.in_parts() if guidance <= 1 else guided(self.in_parts(), self.combination(guidance))
 
     def combination(self, guidance: float) -> Combine:
         return classifier_free(guidance)
 
-    @property
-    def in_parts(self) -> Predict:
-        """`forward`, in parts that fit into the device's memory."""
-        return partial(self.rooms["predict"], self.forward)
+    def in_parts(self, **options: Any) -> Predict:
+        """`forward`, with a family's own options, in parts that fit into the device's memory; where a gradient is asked
+        for, by kernels that can be relied on for it."""
+
+        def forward(*given: Any) -> torch.Tensor:
+            with without_cudnn_attention() if torch.is_grad_enabled() else nullcontext():
+                return self.forward(*given, **options)
+
+        return partial(self.rooms["predict"], forward)
 
     def schedule(self, steps: int) -> Schedule | Multistep:
         return self.geometry.schedule(steps).to(self.device)
@@ -496,7 +501,9 @@ class FlowTransformer:
         return cards.laid_out(self.transformer if call == "predict" else self.vae)
 
     def recompute(self, call: Literal["predict", "decode"]) -> bool:
-        return recompute(self.transformer if call == "predict" else self.vae)
+        if call == "decode":
+            return recompute(self.vae)
+        return recompute(self.transformer, without_cudnn_attention)
 
 
 @contextmanager

@@ -101,3 +101,32 @@ def test_a_decoder_of_published_shape_keeps_two_fifths_for_one_more_pass() -> No
     with torch.no_grad(), Convolutions() as counted:
         vae.decode(z_BCHW)
     assert counted.count <= convolutions  # without a gradient nothing is done twice
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_gradient_of_a_flow_is_taken_without_cudnn_attention(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the pass forward, which decides by what the way back goes, and where blocks are computed again; no other."""
+    model = open_latent_model(LatentModelSettings(model="micro:flux", device="cpu"))
+    if again:
+        model.recompute("predict")
+    seen: list[bool] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    condition = model.condition(["a red star"])
+    seen.clear()
+    z_BCHW, t_B = torch.randn(1, *model.geometry.latent_shape), torch.full((1,), 500.0)
+    with torch.no_grad():
+        model.predictor()(z_BCHW, t_B, condition)
+    assert set(seen) == {True}
+    passes = len(seen)
+    seen.clear()
+    z_BCHW.requires_grad_()
+    torch.autograd.grad(model.predictor()(z_BCHW, t_B, condition).sum(), z_BCHW)
+    assert set(seen) == {False}
+    assert len(seen) == (2 if again else 1) * passes
+    assert torch.backends.cuda.cudnn_sdp_enabled()
