@@ -302,13 +302,13 @@ class Batch:
         return z, clip_ids, t5_ids
 
 
-def _levels(count: int, shift: float, device: torch.device) -> torch.Tensor:
+def levels(count: int, shift: float, device: torch.device) -> torch.Tensor:
     """(count,) noise levels: logit-normal about ``shift``, one in ten uniform so that the ends are seen."""
     sigma = torch.sigmoid(shift + torch.randn(count, device=device))
     return torch.where(torch.rand(count, device=device) < 0.1, torch.rand(count, device=device), sigma)
 
 
-def _noised(z_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def noised(z_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The noisy latents, and the velocity there."""
     noise = torch.randn_like(z_BCHW)
     s = sigma_B.view(-1, 1, 1, 1)
@@ -350,8 +350,8 @@ def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         batch = corpus.pick(len(rows), rng)
         z, clip_ids, t5_ids = batch.on(device)
-        sigma = _levels(len(z), flow.shift, device)
-        noisy, wanted = _noised(z, sigma)
+        sigma = levels(len(z), flow.shift, device)
+        noisy, wanted = noised(z, sigma)
         with half_precision(device):
             said = flow.text(clip_ids, t5_ids)
             v, cells = flow.aided(noisy, sigma, said)
@@ -382,8 +382,8 @@ def embed_guidance(name: str, teacher: Flow, corpus: Corpus, recipe: Recipe, wor
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         batch = corpus.pick(len(rows), rng)
         z, clip_ids, t5_ids = batch.on(device)
-        sigma = _levels(len(z), student.shift, device)
-        noisy, _ = _noised(z, sigma)
+        sigma = levels(len(z), student.shift, device)
+        noisy, _ = noised(z, sigma)
         low, high = GUIDANCES
         guidance = low + (high - low) * torch.rand(len(z), device=device)
         with half_precision(device):
@@ -445,7 +445,7 @@ def shorten(
         batch = corpus.pick(len(rows), rng)
         z, clip_ids, t5_ids = batch.on(device)
         start = torch.from_numpy(1 - rng.integers(FEW_STEPS, size=len(z)) / FEW_STEPS).to(device, torch.float32)
-        noisy, _ = _noised(z, start)
+        noisy, _ = noised(z, start)
         scale = torch.full_like(start, guidance)
         with half_precision(device):
             with torch.no_grad():
