@@ -30,7 +30,7 @@ JOBS: dict[str, tuple[int, int, dict[str, Any]]] = {
         "pictures": False,
     }),
     "invert-prompts": (96, 12, {
-        "input": {**WORLD, "columns": {"prompt": "caption"}}, "encoder": "micro:prior",
+        "input": {**WORLD, "columns": {"prompt": "caption"}}, "model": "micro:prior",
         "methods": ["text-embedding", {"method": "ovi", "compact": True, "slots": 8}],
     }),
     "decode": (80, 10, {
