@@ -120,7 +120,7 @@ def steps(asked: RunSpec, rows: int, shards: int) -> dict[str, Callable[[], obje
         return Output.open(asked.output, asked.storage_options)
 
     def resume() -> int:
-        tally, done, again = _survey(opened(), Reporter(None, None, None))
+        tally, done, again, _ = _survey(opened(), Reporter(None, None, None))
         assert (tally.rows, len(done), not again) == (each * len(done), -(-shards // 2), True)
         return next(shard.index for shard in read_shards(opened().own) if shard.index not in done)
 

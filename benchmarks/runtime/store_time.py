@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from pipeline import machine
 from pipeline.output import dataset
 from pipeline.output.commit import ATTEMPTS, Record
 from pipeline.output.dataset import Output, Tally
@@ -38,7 +39,7 @@ from tests.simulation import schedule
 from tests.simulation.pool import _lines, made
 from tests.simulation.schedule import OUT, _draft, _spec, simulated
 from tests.simulation.store import Bucket, Weather
-from tests.simulation.world import Host, World
+from tests.simulation.world import Host, Simulated, World
 
 RESULTS = Path(__file__).parent / "results"
 ANSWER_S = 0.03
@@ -133,8 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, nargs=2, default=[1000, 4000])
     few, many = parser.parse_args().shards
-    readers, schedule.LINES = dataset.READERS, many
-    with simulated(), patch.object(dataset, "READERS", readers):
+    schedule.LINES = many
+    readers = {name: getattr(dataset, name) for name in ("READERS", "RECORD_READERS")}
+    with simulated(), patch.multiple(dataset, **readers):
         less, more = waited(few), waited(many)
     found = {}
     for name, (seconds, requests) in more.items():
@@ -144,7 +146,7 @@ def main() -> None:
                        "seconds": at}  # fmt: skip
         told = ", ".join(f"{n} shards {value:,.1f} s" for n, value in at.items())
         print(f"{name:28} {found[name]['requests_a_shard']:.3f} requests, {1e3 * a_shard:.3f} ms a shard: {told}")
-    with simulated(), patch.object(dataset, "READERS", readers):
+    with patch.object(machine, "here", Simulated()):  # `simulated` would keep all that is read
         for shards in (100_999, 1_000_999):
             found[f"status of {shards}"] = asked(shards)
             told = ", ".join(f"{value:.1f} {name}" for name, value in found[f"status of {shards}"].items())

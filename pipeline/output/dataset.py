@@ -29,6 +29,8 @@ from pipeline.storage import Folder
 
 PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
 READERS = 16
+RECORD_READERS = 32
+"""Of records and files of the log, which are small: of more at a time a client's processor is the limit."""
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -144,7 +146,7 @@ class Output:
         for gone in self._known.keys() - loose.values():
             del self._known[gone]
         keys = sorted(loose)
-        single = zip(keys, self.several(self._record, [loose[own] for own in keys]), strict=True)
+        single = zip(keys, self._several_small(self._record, [loose[own] for own in keys]), strict=True)
         last = -1
         for own, found in heapq.merge(self.log.records(but), single, key=lambda entry: entry[0]):
             if shard_of(own) == last and not superseded:
@@ -159,14 +161,14 @@ class Output:
     def _look(self) -> tuple[dict[int, tuple[str, int]], dict[str, OutputError]]:
         """Names and sizes of the records that are not in the log, by key; and what is wrong with files of the log."""
         listed = self.folder.listing(RECORDS)  # first, so that what is folded meanwhile is seen in the log
-        broken = self.log.look(self.folder, self.run, self.several)
+        broken = self.log.look(self.folder, self.run, self._several_small)
         found = ((recorded(name, self.run), (f"{RECORDS}/{name}", size)) for name, size in listed.items())
         named = {key(*of): name for of, name in found if of is not None}
         return {own: name for own, name in named.items() if not self.log.holds(own)}, broken
 
     def _folded_since(self, own: int) -> Record | OutputError | None:
         """A record that was listed and is gone: in the log by now, withdrawn (None), or lost."""
-        self.log.look(self.folder, self.run, self.several)
+        self.log.look(self.folder, self.run, self._several_small)
         if self.log.holds(own):
             return self.log.find(own)
         return OutputError(f"{self.path}: the record of shard {shard_of(own)} is gone; run the job again")
@@ -191,6 +193,10 @@ class Output:
     def several(self, function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
         """Results in the order of the items; from a store, which answers late, some are fetched at a time."""
         return map(function, items) if self.folder.local else machine.several(function, items, READERS)
+
+    def _several_small(self, function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
+        """`several`, of records and files of the log."""
+        return map(function, items) if self.folder.local else machine.several(function, items, RECORD_READERS)
 
     def _record(self, named: tuple[str, int]) -> Record | OutputError | None:
         """The record in a file of a name and size, read once: what it says is final. None if it is gone."""

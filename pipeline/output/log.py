@@ -209,7 +209,8 @@ class Log:
 
     def _set(self, files: dict[str, _File]) -> None:
         self._files = files
-        self._keys = np.unique(np.concatenate([np.empty(0, np.int64), *(file.keys for file in files.values())]))
+        keys = _merged_values(file.keys for file in files.values())
+        self._keys = keys[np.diff(keys, prepend=keys[:1] - 1) > 0]
         self._withdrawn = frozenset().union(*(file.withdrawn for file in files.values()))
 
     def holds(self, key: int) -> bool:
@@ -239,9 +240,8 @@ class Log:
             others: Shards that have a record which is not in the log.
         """
         shards = [file.keys >> _GENERATION_BITS for file in self._files.values()]
-        every = np.concatenate([np.empty(0, np.int64), *shards, np.fromiter(others, np.int64)])
-        found, counts = np.unique(every, return_counts=True)
-        more = found[counts > 1]
+        every = _merged_values([*shards, np.fromiter(others, np.int64)])
+        more = every[1:][np.diff(every) == 0]
         return {
             name: json.loads(file.sum)
             for (name, file), own in zip(self._files.items(), shards, strict=True)
@@ -266,6 +266,11 @@ class Log:
             return None
         file = min((file for file in self._files.values() if key in file.keys), key=lambda file: file.order)
         return next(row.record() for row in file.rows() if row.key == key)
+
+
+def _merged_values(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """All values, ascending, as often as they come. Most parts are so already: a stable sort merges them."""
+    return np.sort(np.concatenate([np.empty(0, np.int64), *parts]), kind="stable")
 
 
 def _merged(files: Iterable[_File]) -> Iterator[Row]:

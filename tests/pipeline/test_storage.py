@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline import machine
-from pipeline.output.dataset import READERS
+from pipeline.output.dataset import RECORD_READERS
 from pipeline.storage import END_BYTES, Folder
 from tests.simulation.store import Bucket
 from tests.simulation.world import World
@@ -75,7 +75,7 @@ def test_files_directly_in_a_folder_are_listed(tmp_path: Path, address: str) -> 
 
 def test_as_many_threads_as_ask_s3_are_answered_at_once() -> None:
     """Before: its client opened ten connections for sixteen threads."""
-    all_here = threading.Barrier(READERS)
+    all_here = threading.Barrier(RECORD_READERS)
 
     class Waits(BaseHTTPRequestHandler):
         """Answers when all have asked; else it forbids what they ask for."""
@@ -93,12 +93,13 @@ def test_as_many_threads_as_ask_s3_are_answered_at_once() -> None:
         def log_message(self, *rest: Any) -> None: ...
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 2 * READERS
+        request_queue_size = 2 * RECORD_READERS
 
     with Server(("127.0.0.1", 0), Waits) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         options = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "key": "a", "secret": "b",
                    "config_kwargs": {"read_timeout": 120}, "skip_instance_cache": True}  # fmt: skip
         folder = Folder.at("s3://bucket/out", options)
-        assert list(machine.several(folder.read, map(str, range(READERS)), READERS)) == [b"x"] * READERS
+        read = machine.several(folder.read, map(str, range(RECORD_READERS)), RECORD_READERS)
+        assert list(read) == [b"x"] * RECORD_READERS
         server.shutdown()

@@ -50,7 +50,7 @@ def _removed_first(self: Folding) -> None:
 
 
 def _beside_the_log(self: Output) -> tuple[dict[int, tuple[str, int]], dict[str, Any]]:
-    self.log.look(self.folder, self.run, self.several)
+    self.log.look(self.folder, self.run, self._several_small)
     listed = self.folder.listing(commit.RECORDS)
     named = {name: commit.recorded(name, self.run) for name in listed}
     mine = {name: of for name, of in named.items() if of is not None}

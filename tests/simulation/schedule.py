@@ -262,7 +262,7 @@ def simulated() -> Iterator[None]:
         patch.object(fsspec, "url_to_fs", _opened),
         patch.object(locks, "POLL_S", 8.0),
         patch.object(locks, "RENEW_S", RENEW_S),
-        patch.object(dataset, "READERS", 4),
+        patch.multiple(dataset, READERS=4, RECORD_READERS=4),
         patch.object(dispatch, "TICK_S", 10.0),
         patch.object(reporter, "SAVE_S", 60.0),
     ):  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import machine
 from pipeline.output import fold, log
 from pipeline.output.commit import RECORDS, Record
 from pipeline.output.dataset import Output, Tally
@@ -26,6 +27,8 @@ from pipeline.run.reporter import Reporter
 from pipeline.run.tasks import Task
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder
+from tests.simulation.store import Bucket, Weather
+from tests.simulation.world import Host, Simulated, World
 from tests.support.faulty import commit_plain, data, spec_for
 from tests.support.in_process import without_ray
 
@@ -261,6 +264,34 @@ def test_sums_are_those_of_the_records_that_count() -> None:
         used = len(output.log.sums(()))
         taken, left = taken + used, left + 5 - used
     assert min(taken, left) > 40
+
+
+@pytest.mark.parametrize("summed_up", [True, False])
+def test_status_asks_a_store_for_many_files_at_a_time(summed_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tells what a plain loop over all records adds up, which files say their sums or none."""
+    monkeypatch.setattr(machine, "here", Simulated())
+    monkeypatch.setattr(log, "LONGEST_SUM", log.LONGEST_SUM if summed_up else 0)
+    world = World(0)
+    bucket = Bucket(world)
+    written = [some_record(shard, 0, f"{shard}", float(shard)) for shard in range(1200)]
+    folded, loose = written[:800], written[800:]
+    output = Output(Folder.at("sim://out", {"bucket": bucket}), {"run": "abcdef012345", "rows": 7200, "shards": 1200})
+    for number in range(400):
+        rows = [(record.shard, 0, record) for record in folded[number::400]]
+        bucket.put(f"out/{log_name(output.run, 1, number)}", encode(rows))
+    for record in loose:
+        bucket.put(f"out/{record.name}", record.to_json().encode())
+    bucket.weather = Weather(delay_s=0.03)
+    thread = world.process(Host("node", "boot", "pid"), "reader").start(output.status)
+    world.run(1e9)
+    said, tally = thread.result, Tally()
+    for record in written:
+        tally.add(record)
+    progress = said.progress
+    assert (progress.rows_ok, progress.rows_failed, progress.rows_duplicate) == (tally.ok, tally.failed, 1200)
+    assert (progress.shards_done, said.errors, said.measures) == (1200, tally.errors, tally.measures)
+    assert bucket.requests < 810
+    assert world.now < 0.03 * bucket.requests / 20
 
 
 def test_what_counts_is_what_a_plain_model_says(tmp_path: Path) -> None:
