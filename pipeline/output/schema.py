@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -165,12 +165,25 @@ def column_array(values: list[Any], field: pa.Field) -> pa.Array:
     return pa.array([value.tolist() if isinstance(value, np.ndarray) else value for value in values], type=kind)
 
 
-def _fails(value: Any, field: pa.Field) -> str | None:
+def _fail(values: Sequence[Any], field: pa.Field) -> str | None:
     try:
-        column_array([cell(value, field)], field)
+        column_array([cell(value, field) for value in values], field)
     except (CellError, pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         return str(error) if isinstance(error, CellError) else f"column {field.name!r}: {error}"
     return None
+
+
+def misfits(rows: Sequence[Mapping[str, Any]], fields: Iterable[pa.Field]) -> list[dict[str, str]]:
+    """Of each row, the columns whose values do not fit, and why."""
+    found: list[dict[str, str]] = [{} for _ in rows]
+    for field in fields:
+        values = [row.get(field.name) for row in rows]
+        if _fail(values, field) is None:
+            continue
+        for value, problems in zip(values, found, strict=True):
+            if (problem := _fail([value], field)) is not None:
+                problems[field.name] = problem
+    return found
 
 
 def table(rows: list[dict[str, Any]], schema: pa.Schema, kept: frozenset[str] = frozenset()) -> pa.Table:
@@ -188,7 +201,7 @@ def table(rows: list[dict[str, Any]], schema: pa.Schema, kept: frozenset[str] = 
 
 def _mended(row: dict[str, Any], schema: pa.Schema, kept: frozenset[str]) -> dict[str, Any]:
     row = {**row, "id": _valid_text(row["id"]), "error": _valid_text(row["error"]) if row.get("error") else None}
-    problems = {field.name: problem for field in schema if (problem := _fails(row.get(field.name), field)) is not None}
+    (problems,) = misfits([row], schema)
     if not problems:
         return row
     fitting = {name: value for name, value in row.items() if name in kept and name not in problems}

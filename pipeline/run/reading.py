@@ -22,7 +22,7 @@ from pipeline.input.forms import FormError, as_picture, short
 from pipeline.input.pins import Pins
 from pipeline.input.read import prepare, read_rows
 from pipeline.input.rows import Encoded, Raw
-from pipeline.output.schema import kept_value, picture_columns
+from pipeline.output.schema import kept_value, misfits, picture_columns
 from pipeline.pictures import PictureError, decode_picture
 from pipeline.run.tasks import Task, WorkerJob
 
@@ -120,6 +120,7 @@ class Reader:
 
     def __init__(self, job: WorkerJob, schema: pa.Schema) -> None:
         self._job, self._schema, self._pictures = job, schema, picture_columns(schema)
+        self._copied = [schema.field(name) for name in job.kept if name not in self._pictures]
         self._pins = Pins(job.source)
         self.read = 0
         self._threads = max(1, job.decode_threads)
@@ -225,7 +226,15 @@ class Reader:
                 found.row, found.problem = None, str(error)
                 found.kept = self.kept(found.raw, found.folder, None)
             found.problem = found.problem and short(found.problem)
+        self._refuse_misfits(chunk)
         return chunk
+
+    def _refuse_misfits(self, chunk: list[Found]) -> None:
+        """A row with a value that does not fit the column that it is copied to fails before the stage works on it."""
+        for found, wrong in zip(chunk, misfits([found.kept for found in chunk], self._copied), strict=True):
+            if wrong and found.twin is None:
+                found.row, found.problem = None, found.problem or short(next(iter(wrong.values())))
+                found.kept = {name: value for name, value in found.kept.items() if name not in wrong}
 
     def _note_pictures(self, raw: Raw) -> None:
         """Paths of kept pictures become `Encoded`, so that what the stage and the output need is fetched once."""

@@ -27,16 +27,16 @@ from pipeline.run.reading import Found, Reader
 from pipeline.run.stream import Stream
 from pipeline.run.tasks import Again, Piece, Task, WorkerJob
 from pipeline.run.versions import told, versions
-from pipeline.run.writing import Writer, in_order
+from pipeline.run.writing import Done, Writer, in_order
 from pipeline.storage import Folder
 
 
-def _passed_by(found: Found) -> Row:
+def _passed_by(found: Found) -> Done:
     """A row that the stage never sees: it cannot be had, or is a duplicate of another."""
     row = {**found.kept, "id": found.raw.id}
     if found.twin is not None:
-        return {**row, "status": "duplicate", "error": None, "duplicate_of": found.twin}
-    return {**row, "status": "failed", "error": found.problem}
+        return Done({**row, "status": "duplicate", "error": None, "duplicate_of": found.twin})
+    return Done({**row, "status": "failed", "error": found.problem})
 
 
 class Worker:
@@ -55,6 +55,7 @@ class Worker:
         self._reader = Reader(job, self.schema)
         self._stream = Stream(self._reader, Guard(self.stage), joins=self.holds > 0)
         self._writer = Writer(job, self._folder, self.schema)
+        self._pictures = frozenset(column.name for column in job.columns if column.kind == "image")
         self._through = Counter[int]()  # shard in hand -> its rows that are through the stage
         self._ended = 0.0
         self._taking = threading.Lock()
@@ -85,37 +86,33 @@ class Worker:
         if fits and isinstance(rooms, Lessons):
             rooms.heed(fits)
 
-    def _rows(
-        self, task: Task, tally: Tally | None, only: Container[int] | None = None
-    ) -> Iterator[tuple[int, Row]]:  # fmt: skip
+    def _rows(self, task: Task, only: Container[int] | None = None) -> Iterator[tuple[int, Done]]:
         """(position, finished row) in any order, exactly one for each planned row (of those at the places `only`)."""
         for row, out in self._stream.rows(task, only):
             self._through[task.shard] += 1
-            if tally is not None and out is not None:
-                tally.add(out)
             yield row.position, _passed_by(row) if isinstance(row, Found) else self._finished(row, out or {})
 
-    def _finished(self, waiting: Waiting, out: Row) -> Row:
-        """What of a row is written."""
+    def _finished(self, waiting: Waiting, out: Row) -> Done:
         row: Row = {"id": out["id"], "status": out["status"], "error": out.get("error")}
         if out["status"] == "ok":
             row["error"] = None
             for column in self.job.columns:
                 value = out.get(column.name)
-                row[column.name] = self._writer.encoded(value) if column.kind == "image" else value
+                row[column.name] = self._writer.encoded(value) if column.name in self._pictures else value
         elif not row["error"]:
             row["error"] = "failed without a reason"
-        return {**row, **waiting.kept}
+        given = {name: value for name, value in out.items() if name not in self._pictures}
+        return Done({**row, **waiting.kept}, given)
 
     def _tables(self, task: Task, tally: Tally | None = None) -> Iterator[Future[pa.Table]]:
-        return self._writer.tables(in_order(self._rows(task, tally), task, self._writer.group_rows))
+        return self._writer.tables(in_order(self._rows(task), task, self._writer.group_rows), tally)
 
-    def _condemned(self, task: Task) -> Iterator[tuple[int, Row]]:
+    def _condemned(self, task: Task) -> Iterator[tuple[int, Done]]:
         """The row that kills workers: read, but neither decoded nor given to the stage."""
         assert task.condemned is not None
         failure = {"status": "failed", "error": task.condemned}
         for position, raw in enumerate(self._reader.undecoded(task), task.start):
-            yield position, {**self._reader.kept(raw, "", None), "id": raw.id, **failure}
+            yield position, Done({**self._reader.kept(raw, "", None), "id": raw.id, **failure})
 
     def _again(self, task: Task, tally: Tally | None) -> Iterator[pa.Table]:
         """The task's rows as they were committed, but for those that had failed, which are done anew.
@@ -128,15 +125,15 @@ class Worker:
         ids = dict(zip(range(task.start, task.stop), old["id"].to_pylist(), strict=True))
         statuses = zip(ids, old["status"].to_pylist(), strict=True)
         failed = frozenset(position for position, status in statuses if status == "failed")
-        fresh = dict(self._condemned(task) if task.condemned else self._rows(task, tally, failed)) if failed else {}
-        for position, row in fresh.items():
+        fresh = dict(self._condemned(task) if task.condemned else self._rows(task, failed)) if failed else {}
+        for position, (row, _) in fresh.items():
             if row["id"] != ids[position]:
                 raise SourceError(f"the input has {row['id']!r} where {ids[position]!r} was; it changed since the run")
         for start in range(task.start, task.stop, self._writer.group_rows):
             group = range(start, min(start + self._writer.group_rows, task.stop))
             part, places = old.slice(start - task.start, len(group)), [place for place in group if place in fresh]
             if places:
-                new = self._writer.table([fresh.pop(place) for place in places])
+                new = self._writer.table([fresh.pop(place) for place in places], tally)
                 order = [len(group) + places.index(p) if p in places else p - start for p in group]
                 part = pa.concat_tables([part, new]).take(order)
             yield part
@@ -148,7 +145,7 @@ class Worker:
         if task.again and task.again.file:
             return self._again(task, tally)
         if task.condemned:
-            return iter([self._writer.table([row for _, row in self._condemned(task)])])
+            return iter([self._writer.table([done for _, done in self._condemned(task)])])
         return self._tables(task, tally)
 
     def process(self, task: Task) -> Record | Piece:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.contract import Row
+from pipeline.contract import Row, Tally, failed
 from pipeline.input.rows import Encoded
 from pipeline.output import commit
 from pipeline.output.schema import measures, merge_measures, picture_columns, table
@@ -19,10 +19,23 @@ from pipeline.run.guard import ContractError
 from pipeline.run.tasks import Piece, Task, WorkerJob
 from pipeline.storage import Folder
 
+T = TypeVar("T")
 GROUP_ROWS = 4096
 GROUP_PICTURES = 256
 UNWRITTEN = 2
 """Groups of rows that may wait for the writer before the stage is held back."""
+
+
+class Done(NamedTuple):
+    """A row that is through.
+
+    Attributes:
+        row: What is written.
+        out: What the stage gave back, less its pictures; None: it never had the row.
+    """
+
+    row: Row
+    out: Row | None = None
 
 
 class Writer:
@@ -45,18 +58,28 @@ class Writer:
             return value
         return self._encoders.submit(encode_picture, value)
 
-    def table(self, rows: list[Row]) -> pa.Table:
-        """Finished rows as a table; waits for their pictures."""
-        for row in rows:
+    def table(self, rows: Sequence[Done], tally: Tally | None = None) -> pa.Table:
+        """Finished rows as a table; waits for their pictures.
+
+        Args:
+            tally: Told of each row that the stage had as it is written: one with a value that does not fit has failed.
+        """
+        for row, _ in rows:
             for name, value in row.items():
                 if isinstance(value, Future):
                     row[name] = value.result()
-        return table(rows, self._schema, self._kept)
+        made = table([row for row, _ in rows], self._schema, self._kept)
+        if tally is not None:
+            ends = zip(made["status"].to_pylist(), made["error"].to_pylist(), strict=True)
+            for (_, out), (status, error) in zip(rows, ends, strict=True):
+                if out is not None:
+                    tally.add(out if status == out["status"] else failed(out, error))
+        return made
 
-    def tables(self, groups: Iterator[list[Row]]) -> Iterator[Future[pa.Table]]:
+    def tables(self, groups: Iterator[list[Done]], tally: Tally | None) -> Iterator[Future[pa.Table]]:
         """Arrow tables on their way, built in the writer's thread; the stage runs in the caller's."""
         for group in groups:
-            yield self._thread.submit(self.table, group)
+            yield self._thread.submit(self.table, group, tally)
 
     def write(self, task: Task, name: str, tables: Iterator[pa.Table | Future[pa.Table]]) -> Piece:
         """Write a task's rows as an attempt's file, and read it back.
@@ -97,14 +120,14 @@ class Writer:
         )  # fmt: skip
 
 
-def in_order(rows: Iterator[tuple[int, Row]], task: Task, size: int) -> Iterator[list[Row]]:
+def in_order(rows: Iterator[tuple[int, T]], task: Task, size: int) -> Iterator[list[T]]:
     """A task's rows, which come with their positions in any order, in the input's order and in groups of ``size``.
 
     Raises:
         ContractError: There are more or fewer than were planned.
     """
-    early: dict[int, Row] = {}
-    group: list[Row] = []
+    early: dict[int, T] = {}
+    group: list[T] = []
     position = task.start
     for found, row in rows:
         early[found] = row

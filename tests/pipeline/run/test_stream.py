@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from pipeline.contract import Column, Row, StageInfo, StageSpec, failed, ok
-from pipeline.input.source import SourceError
+from pipeline.input.source import Source, SourceError
 from pipeline.output.commit import ATTEMPTS, Record, read_summary
+from pipeline.run.draft import RunSpec
 from pipeline.run.guard import Poisoned
 from pipeline.run.tasks import Again, Task
 from tests.support.faulty import spec_for
@@ -76,7 +78,8 @@ class Slots:
                 left[0] -= 1
             for own in [own for own, left in held.items() if not left[0]]:
                 number, row = held.pop(own)[1], inside.pop(own)
-                yield failed(row, "odd") if number % 10 == 9 else ok(row, number=number, steps=1 + 7 * number % 11)
+                steps = 1 << 70 if self.mode == "wide" and number % 5 == 2 else 1 + 7 * number % 11
+                yield failed(row, "odd") if number % 10 == 9 else ok(row, number=number, steps=steps)
 
 
 class Bench(Planned):
@@ -165,18 +168,36 @@ def test_what_a_stage_makes_waits_for_a_writer_that_is_slow(
     assert len(list(rows)) == SHARD - 1
 
 
-def numbers(bench: Bench, record: Record | BaseException) -> list[int]:
+def numbers(bench: Planned, record: Record | BaseException) -> list[int]:
     """What a task's summaries tell of its rows."""
     assert isinstance(record, Record), record
     return [int(n) for name in record.summary for n in read_summary(bench.output.folder, name)["numbers"]]
 
 
-@pytest.mark.parametrize("mode", ["", "apart", "raise"])
+@pytest.mark.parametrize("mode", ["", "apart", "raise", "wide"])
 def test_a_summary_is_of_its_own_shards_rows_whatever_is_beside_them(tmp_path: Path, mode: str) -> None:
     bench = Bench(tmp_path, mode)
     for record in bench.all():
         well = [row["number"] for row in bench.rows(record) if row["status"] == "ok"]
         assert sorted(numbers(bench, record)) == well
+        assert len(well) == record.rows_ok < SHARD or mode != "wide"
+
+
+def test_a_kept_value_that_does_not_fit_fails_its_row_before_the_stage_has_it(tmp_path: Path) -> None:
+    """Before: the row was counted, then refused by the writer; a reference of it could never be finished."""
+    rows = [{"id": f"r{i}", "text": LINES[i], "label": "x", "number": i} for i in range(SHARD)]
+    rows[3] |= {"label": "half of a pair: \ud83d"}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = StageSpec("tests.pipeline.run.test_stream:Slots", {"mode": ""})
+    source = Source((str(tmp_path / "in.jsonl"),), columns={"text": "text"}, id="id")
+    planned = Planned(RunSpec(stage, source, str(tmp_path / "out"), keep=("label",), shard_rows=SHARD))
+    (record,) = planned.all()
+    done = planned.rows(record)
+    assert [row["status"] for row in done] == ["ok"] * 3 + ["failed"] + ["ok"] * 2
+    assert "column 'label'" in done[3]["error"]
+    assert [row["label"] for row in done] == ["x"] * 3 + [None] + ["x"] * 2
+    assert sorted(numbers(planned, record)) == [0, 1, 2, 4, 5]
+    assert planned.worker.stage.busy == sum(1 + 7 * i % 11 for i in (0, 1, 2, 4, 5))  # type: ignore[attr-defined]
 
 
 def test_an_attempt_that_failed_leaves_nothing_in_the_summaries(
