@@ -40,7 +40,8 @@ class Status:
     """What another shell may ask at any time.
 
     Attributes:
-        state: ``running`` (a live lock), ``complete`` (``_SUCCESS`` is there), else ``incomplete``.
+        state: ``running`` (a live lock), ``complete`` (``_SUCCESS`` and a record of each shard are there), else
+            ``incomplete``.
         progress: The last snapshot a run left; counts of committed shards are fresh, read from the records.
         holder: Who holds the lock: host, pid, seconds since its last sign of life. None: nobody.
         errors: Commonest reasons of failed rows -> count.
@@ -281,7 +282,7 @@ class Output:
         progress = self._last_progress()
         held = lock.holder(self.folder)
         alive = held is not None and not held["stale"]
-        complete = self.folder.exists(SUCCESS)
+        complete = tally.shards == int(self.plan["shards"]) and self.folder.exists(SUCCESS)
         state = "running" if alive else "complete" if complete else "incomplete"
         counted = replace(
             progress,

@@ -56,6 +56,7 @@ def publish(output: Output, tally: Tally, title: str, description: str) -> None:
     summary = {"rows": int(output.plan["rows"]), "ok": tally.ok, "failed": tally.failed,
                **({"duplicates": tally.duplicates} if tally.duplicates else {}), "shards": tally.shards,
                "fingerprint": output.plan["fingerprint"]}  # fmt: skip
+    output.check()  # who stands still from here on may write it into a folder of another; `Output.status` counts too
     output.folder.write(SUCCESS, (json.dumps(summary) + "\n").encode())
     leftovers.remove()
 

@@ -16,7 +16,7 @@ from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost, lock_name
 from pipeline.output.log import LOG
 from pipeline.output.planfile import read_files, read_shards
-from pipeline.output.publish import publish, set_aside
+from pipeline.output.publish import CARD, publish, set_aside
 from pipeline.output.verify import verify
 from pipeline.run import driver
 from pipeline.run.draft import RunSpec, draft
@@ -112,6 +112,34 @@ def test_publishing_and_finishing_stop_when_the_lock_is_lost(held: tuple[RunSpec
     with pytest.raises(LockLost):
         output.save_progress(Reporter(None, None, 1)._last)
     assert files(output) == before
+
+
+def test_success_is_not_written_once_the_lock_is_lost(
+    held: tuple[RunSpec, Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: the last question came before the card."""
+    spec, output = held
+    tally, real = commit(spec, output), Folder.write
+
+    def overtaken(folder: Folder, name: str, *rest: Any) -> None:
+        real(folder, name, *rest)
+        if name == CARD:
+            take(output.path, 2)
+
+    monkeypatch.setattr(Folder, "write", overtaken)
+    with pytest.raises(LockLost):
+        publish(output, tally, "test", "")
+    assert not (Path(output.path) / SUCCESS).exists()
+
+
+def test_success_that_came_late_into_the_folder_of_another_makes_no_run_complete(held: tuple[RunSpec, Output]) -> None:
+    spec, output = held
+    commit(spec, output)
+    output.lock.release()  # type: ignore[union-attr]
+    output.folder.write(SUCCESS, b"{}")
+    assert output.status().state == "complete"
+    next((Path(output.path) / RECORDS).iterdir()).unlink()
+    assert output.status().state == "incomplete"
 
 
 def test_workers_of_a_driver_that_was_replaced_commit_nothing(held: tuple[RunSpec, Output]) -> None:
