@@ -34,6 +34,8 @@ MORE_ROWS = (
     "start a folder with all of them.)"
 )
 
+MOVED = " (If these are the same files in another place, link them to where they were, which the plan goes by: ln -s.)"
+
 
 class PlanMismatch(PlanError):
     """The output folder holds a run that was planned differently.
@@ -50,7 +52,9 @@ class PlanMismatch(PlanError):
         lines = "\n".join(f"  {now.get(name, name)}: {_apart(old, new)}" for name, (old, new) in self.fields.items())
         super().__init__(
             f"{output} holds a run that was planned differently:\n{lines}\n"
-            "Change it back to resume, or name another output folder." + (MORE_ROWS if "limit" in self.fields else "")
+            "Change it back to resume, or name another output folder."
+            + (MORE_ROWS if "limit" in self.fields else "")
+            + (MOVED if "input.path" in self.fields else "")
         )
 
 

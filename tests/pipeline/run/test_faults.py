@@ -267,6 +267,21 @@ def test_two_runs_on_one_output_and_an_interrupt(tmp_path: Path, local_ray: str)
     _whole(spec, expected)
 
 
+def test_an_input_that_was_moved_goes_on_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    spec = spec_for(tmp_path, LINES)
+    Path(spec.source.path[0]).rename(tmp_path / "rows/in.txt")
+    spec = replace(spec, source=replace(spec.source, path=(str(tmp_path / "rows"),)))
+    run_plain(spec)
+    (tmp_path / "rows").rename(tmp_path / "mounted")
+    moved = replace(spec, source=replace(spec.source, path=(str(tmp_path / "mounted"),)))
+    with pytest.raises(PlanMismatch, match=r"(?s)input\.path: was .*link them to where they were"):
+        run(moved)
+    (tmp_path / "rows").symlink_to("mounted")
+    assert run(spec).state == "complete"
+    _whole(spec, data(spec.output))
+
+
 def test_changes_are_refused_and_named(tmp_path: Path) -> None:
     spec = replace(spec_for(tmp_path, LINES), config={"solver": {"lr": 0.1}, "steps": 10})
     run_plain(spec)
