@@ -293,6 +293,8 @@ class Output:
             rows_duplicate=tally.duplicates,
             shards_done=tally.shards,
         )
+        if state == "incomplete" and counted.phase == "complete":  # it was; files or records of it are lost since
+            counted = replace(counted, phase="interrupted")
         if not alive:
             counted = replace(counted, rows_active=0, workers=0, rows_per_second=0.0, seconds_left=None)
         kept = {key: held[key] for key in ("host", "pid", "silent_s")} if held is not None and alive else None

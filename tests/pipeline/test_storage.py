@@ -40,6 +40,21 @@ def test_a_file_that_goes_while_a_folder_is_listed_hides_no_other(
     assert Folder.at(str(tmp_path)).listing("nothing") == {}
 
 
+def test_a_file_of_ones_own_that_is_said_to_exist_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS answers so to a request that it was sent twice; a run then took its own lock for another's."""
+    real = os.link
+
+    def twice(source: Any, target: Any) -> None:
+        real(source, target)
+        real(source, target)
+
+    folder = Folder.at(str(tmp_path))
+    monkeypatch.setattr(os, "link", twice)
+    assert folder.create("lock.json", b"mine")
+    assert not folder.create("lock.json", b"another's")
+    assert (folder.read("lock.json"), [*folder.listing("")]) == (b"mine", ["lock.json"])
+
+
 def test_the_end_of_a_file_on_a_store_tells_its_size() -> None:
     """One request instead of two, and no other size passes."""
     folder = Folder.at("memory://ends")

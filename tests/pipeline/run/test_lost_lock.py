@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.output.commit import ATTEMPTS, RECORDS, Superseded
-from pipeline.output.dataset import SUCCESS, Output, Tally
+from pipeline.output.dataset import PROGRESS, SUCCESS, Output, Tally
 from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost, lock_name
 from pipeline.output.log import LOG
@@ -137,9 +137,11 @@ def test_success_that_came_late_into_the_folder_of_another_makes_no_run_complete
     commit(spec, output)
     output.lock.release()  # type: ignore[union-attr]
     output.folder.write(SUCCESS, b"{}")
+    output.folder.write(PROGRESS, json.dumps({"phase": "complete"}).encode())
     assert output.status().state == "complete"
     next((Path(output.path) / RECORDS).iterdir()).unlink()
-    assert output.status().state == "incomplete"
+    now = output.status()
+    assert (now.state, now.progress.phase) == ("incomplete", "interrupted")
 
 
 def test_workers_of_a_driver_that_was_replaced_commit_nothing(held: tuple[RunSpec, Output]) -> None:
