@@ -6,6 +6,9 @@ Importing it loads nothing but this file; each name loads its module when it is 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +45,10 @@ _HOMES = {
 }
 """Name -> ``module:name`` where it lives."""
 
+_PACKAGES = ("jobs", "pipeline", "stages", "index", "micro")
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+"""The folder that they lie in, as this one does."""
+
 __all__ = [
     "DryRun",
     "JobFileError",
@@ -67,9 +74,32 @@ def __getattr__(name: str) -> Any:
         return version("latentmill")
     if name not in _HOMES:
         raise AttributeError(f"module 'latentmill' has no attribute {name!r}; it has {', '.join(__all__)}")
+    _take_our_own()
     module, _, own = _HOMES[name].partition(":")
     found = globals()[name] = getattr(importlib.import_module(module), own)
     return found
+
+
+def _take_our_own() -> None:
+    """Load our packages, whose names are plain: Python looks into a script's own folder first, and a folder `pipeline`
+    or a file ``index.py`` there is not ours.
+
+    Raises:
+        ImportError: One of that name has been imported already.
+    """
+    sys.path.insert(0, _HOME)
+    try:
+        for name in _PACKAGES:
+            with suppress(ModuleNotFoundError):  # `micro` may not be installed
+                importlib.import_module(name)
+    finally:
+        sys.path.remove(_HOME)
+    for name in _PACKAGES[:-1]:
+        place = getattr(sys.modules.get(name), "__file__", None) or name
+        if os.path.dirname(os.path.dirname(os.path.abspath(place))) != _HOME:
+            raise ImportError(
+                f"{place} was imported as {name!r}, which is a package of latentmill's too: give yours another name"
+            )
 
 
 def __dir__() -> list[str]:

@@ -29,8 +29,12 @@ def installed(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "venv/bin/python"), str(script)]
 
 
+FROM_PYTHON = "import latentmill; assert latentmill.run_job('job.yaml', output='out').state == 'complete'"
+
+
 @pytest.mark.slow
-def test_a_run_in_a_folder_with_our_names(tmp_path: Path, installed: list[str]) -> None:
+@pytest.mark.parametrize("python", [False, True])
+def test_a_run_in_a_folder_with_our_names(tmp_path: Path, installed: list[str], python: bool) -> None:
     here = tmp_path / "mine"
     for name in ("pipeline", "stages", "micro"):
         (here / name).mkdir(parents=True)
@@ -40,7 +44,8 @@ def test_a_run_in_a_folder_with_our_names(tmp_path: Path, installed: list[str]) 
     np.save(here / "vectors.npy", np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32))
     job = {"job": "reference", "input": "vectors.npy", "given": "embeddings", "dim": 4}
     (here / "job.yaml").write_text(json.dumps(job))
-    command, env = [*installed, "run-job", "job.yaml", "-o", "out"], {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = [installed[0], "-c", FROM_PYTHON] if python else [*installed, "run-job", "job.yaml", "-o", "out"]
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (here / "out/_SUCCESS").exists()

@@ -34,7 +34,7 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30),
 """glibc keeps freed memory instead of handing it back to the kernel. On a CPU a network's activations are megabytes
 that come and go in every layer; fetching them anew each time costs page faults (docs/runtime.md has the figures)."""
 
-PACKAGES = ("index", "micro", "pipeline", "stages")
+PACKAGES = ("index", "jobs", "micro", "pipeline", "stages")
 """What workers import of ours."""
 
 
@@ -99,9 +99,20 @@ def _allocator() -> dict[str, str]:
 
 
 def _import_paths() -> str:
-    """Where this process imports from, for the workers of a Ray that we start: tests and notebooks work uninstalled."""
+    """Where this process imports from, for the workers of a Ray that we start: tests and notebooks work uninstalled.
+    Folders that hold something of our packages' names are left out, but for ours.
+    """
+    home = os.path.dirname(os.path.dirname(os.path.abspath(machine.__file__)))
     own = [path or os.getcwd() for path in sys.path]
-    return os.pathsep.join(path for path in own if os.path.isdir(path) and "site-packages" not in path)
+    return os.pathsep.join(
+        path for path in own
+        if os.path.isdir(path) and "site-packages" not in path and (os.path.samefile(path, home) or not _shadows(path))
+    )  # fmt: skip
+
+
+def _shadows(path: str) -> bool:
+    """Whether a folder holds what Python would take for one of our packages."""
+    return any(os.path.exists(os.path.join(path, one)) for name in PACKAGES for one in (name, f"{name}.py"))
 
 
 def _importer() -> Callable[[], None]:

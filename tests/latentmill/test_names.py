@@ -48,6 +48,20 @@ def test_every_name_is_what_it_says_and_type_checkers_see_the_same() -> None:
     assert {*seen, "__version__"} == set(latentmill.__all__)
 
 
+def test_a_folder_of_the_users_is_not_taken_for_ours(tmp_path: Path) -> None:
+    """Python looks where it was started first."""
+    (tmp_path / "pipeline").mkdir()
+    for name in ("pipeline/__init__.py", "jobs.py", "index.py", "stages.py"):
+        (tmp_path / name).write_text("raise RuntimeError('the user\\'s own')\n")
+    command = [sys.executable, "-c", "import sys; sys.path.append({!r}); {}"]
+    use = "import latentmill; latentmill.open_dataset; import pipeline.machine; assert '' in sys.path"
+    for code, said in ((use, ""), ("sys.modules['pipeline'] = sys; " + use, "give yours another name")):
+        run = [*command[:2], command[2].format(str(ROOT), code)]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == (said == ""), done.stderr
+        assert said in done.stderr
+
+
 def test_a_name_that_is_not_there_is_told_with_those_that_are() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'run_jobs'; it has .*run_job"):
         latentmill.run_jobs  # noqa: B018

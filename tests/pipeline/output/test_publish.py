@@ -36,6 +36,15 @@ def test_a_strangers_markup_is_code_in_the_card(tmp_path: Path) -> None:
         assert not line.startswith("# Heading")
 
 
+def test_the_card_has_the_commit_of_a_branch(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "fine"}) + "\n")
+    spec = spec_of(tmp_path / "in.jsonl", tmp_path / "out")
+    run_plain(spec)
+    output = Output.open(spec.output)
+    output.plan["models"] = {"unet": {"path": "org/name", "revision": "main", "commit": "0123abcd"}}
+    assert "| unet | `org/name` | `main` `0123abcd` |\n" in card(output, Tally(ok=1), "0", "title", "what it is")
+
+
 def test_a_record_cannot_name_what_lies_outside(tmp_path: Path) -> None:
     """Before: a downloaded output's records were followed wherever they led."""
     folder = Folder.at(str(tmp_path / "out"))
