@@ -26,6 +26,7 @@ import numpy as np
 from index import captions, gaussian, joint, neighbours
 from index.copies import fetched
 from pipeline import record
+from pipeline.storage import Folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -241,11 +242,15 @@ def find(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: There is none.
+        ValueError: A link in it leads out of it.
     """
     if "://" in str(path):
         return fetched(str(path), ("", FOLDER))
     for folder in (Path(path), Path(path) / FOLDER):
         if (folder / "reference.json").exists():
+            own = Folder.at(str(path))
+            for file in folder.iterdir():
+                own.path(file.relative_to(path).as_posix())
             return folder
     raise FileNotFoundError(
         f"no finished reference at {path}: run `latentmill run-job` on a job file with `job: reference` to make one"

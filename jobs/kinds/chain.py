@@ -18,7 +18,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from jobs.schema import registry
 from jobs.schema.base import Job, Resources
 from jobs.schema.concept_input import absolute
-from jobs.schema.steps import step_kinds, step_model
+from jobs.schema.steps import STEP_NAME, step_kinds, step_model
 from pipeline.output.planfile import PLAN, OutputError
 from pipeline.storage import Folder
 
@@ -152,13 +152,24 @@ def read_listing(output: str) -> list[dict[str, str]] | None:
         return None
     try:
         steps: list[dict[str, str]] = [
-            {"name": step["name"], "job": step["job"], "output": _found(output, step)}
+            {"name": _named(step["name"]), "job": str(step["job"]), "output": _found(output, step)}
             for step in json.loads(folder.read(CHAIN_FILE))["steps"]
         ]
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{output.rstrip('/')}/{CHAIN_FILE} is damaged ({error}); run the chain again"
         raise OutputError(problem) from None
     return steps
+
+
+def _named(name: str) -> str:
+    """A step's name as a chain may have written it; it is shown, and stands for a folder.
+
+    Raises:
+        ValueError: No chain has such a step.
+    """
+    if not re.fullmatch(STEP_NAME, name):
+        raise ValueError(f"no step is called {name[:40]!r}")
+    return name
 
 
 def _found(output: str, step: Mapping[str, str]) -> str:

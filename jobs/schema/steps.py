@@ -10,7 +10,8 @@ from pydantic import Field, create_model
 from jobs.schema import registry
 from jobs.schema.base import Job
 
-StepName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+STEP_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+StepName = Annotated[str, Field(pattern=f"^{STEP_NAME}$")]
 
 
 @cache

@@ -112,3 +112,15 @@ def test_what_a_killed_process_left_is_cleared_away(address: str) -> None:
 def test_there_is_none(address: str) -> None:
     with pytest.raises(FileNotFoundError, match="no finished reference at memory://copies/else"):
         find("memory://copies/else")
+
+
+def test_a_link_that_leads_out_of_a_reference_is_not_followed(tmp_path: Path) -> None:
+    """Before: `search` showed the rows of whatever a link in a folder of a stranger's led to."""
+    (tmp_path / "out/reference").mkdir(parents=True)
+    (tmp_path / "out/reference/reference.json").write_text("{}")
+    assert find(tmp_path / "out") == find(tmp_path / "out/reference") == tmp_path / "out/reference"
+    (tmp_path / "rows.arrow").write_bytes(b"")
+    (tmp_path / "out/reference/rows.arrow").symlink_to(tmp_path / "rows.arrow")
+    for path in ("out", "out/reference"):
+        with pytest.raises(ValueError, match=r"rows\.arrow' is a link to .*, which lies outside"):
+            find(tmp_path / path)

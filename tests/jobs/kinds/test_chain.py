@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,12 @@ def test_a_listing_of_older_code_is_found_from_another_directory(tmp_path: Path)
 
 
 def test_a_damaged_listing_is_told_in_a_sentence(tmp_path: Path) -> None:
-    for damaged in ('{"steps": [', "[]", '{"steps": [{"name": "one"}]}'):
+    strange = json.dumps({"steps": [{"name": "\x1b]0;mine\x07", "job": "toy", "output": "one"}]})
+    for damaged in ('{"steps": [', "[]", '{"steps": [{"name": "one"}]}', strange):
         (tmp_path / "chain.json").write_text(damaged)
-        with pytest.raises(OutputError, match="run the chain again"):
+        with pytest.raises(OutputError, match="run the chain again") as told:
             read_listing(str(tmp_path))
+        assert str(told.value).isprintable()
 
 
 def test_a_refused_chain_leaves_the_listing_of_another(

@@ -57,8 +57,8 @@ def test_a_record_cannot_name_what_lies_outside(tmp_path: Path) -> None:
         read_summary(folder, "../../../secret")
 
 
-LINKED = ("README.md", "_SUCCESS", "data", "data/part-00000-of-00001.parquet", "_latentmill", "_latentmill/plan.json",
-          "_latentmill/files.parquet")  # fmt: skip
+LINKED = ("README.md", "_SUCCESS", "chain.json", "data", "data/part-00000-of-00001.parquet", "_latentmill",
+          "_latentmill/plan.json", "_latentmill/files.parquet")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LINKED)
