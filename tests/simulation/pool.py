@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.contract import Row, Tally
+from pipeline.contract import Tally
 from pipeline.failures import Fault
 from pipeline.output import commit
 from pipeline.output.schema import decode_schema, measures, merge_measures, table
 from pipeline.run import cluster
 from pipeline.run.tasks import Outcome, Piece, Resources, Task, WorkerJob
 from pipeline.run.worker import Worker
-from pipeline.run.writing import Writer
+from pipeline.run.writing import Done, Writer
 from pipeline.storage import Folder, checksum
 from tests.simulation.world import Crash, Event, Host, Process, World, current
 
@@ -120,13 +120,11 @@ class _Worker(Worker):
     def _tables(self, task: Task, tally: Tally | None = None) -> Iterator[Any]:
         yield from ()
 
-    def _rows(
-        self, task: Task, tally: Tally | None, only: Container[int] | None = None
-    ) -> Iterator[tuple[int, Row]]:  # fmt: skip
+    def _rows(self, task: Task, only: Container[int] | None = None) -> Iterator[tuple[int, Done]]:
         factor, moody = self.job.stage.params["factor"], self._fleet.fails()
         for position, (name, line, _) in enumerate(_lines(task), task.start):
             if only is None or position in only:
-                yield position, _row(name, line, factor, moody)
+                yield position, Done(_row(name, line, factor, moody))
 
     def _tally(self) -> Tally | None:
         return None
