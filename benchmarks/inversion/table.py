@@ -303,7 +303,7 @@ def main() -> None:
     model = open_latent_model(settings)
     shipped = Path(settings.model) == micro.MODELS / "stable-diffusion"
     name = "inversion_table" if shipped else f"inversion_table_{Path(settings.model).name}"
-    weights = digest(model.geometry.fingerprints())
+    weights = digest({part: one["fingerprint"] for part, one in model.geometry.fingerprints().items()})
     file = options.results / f"{name}.json"
     before = json.loads(file.read_text())["results"] if file.exists() else []
     results: list[dict[str, Any]] = [line for line in before if line.get("weights", weights) == weights]
