@@ -29,7 +29,7 @@ from torch import nn
 
 from micro import MODELS, assemble, autoencoder16, clip, data, flows, oracle, t5, world
 from micro.flows import Flow, SD3Text
-from micro.training import half_precision, pick_device
+from micro.training import half_precision, pick_device, steady_attention
 
 _WORDINGS = 6
 _DROPOUT = 0.1
@@ -149,8 +149,8 @@ def matching(corpus: Corpus, flow: Flow, count: int) -> torch.Tensor:
 def go_on(flow: Flow, corpus: Corpus, *, batch: int, lr: float, seconds: float, seed: int) -> Flow:
     """AdamW for so many seconds, warmed up and annealed by the clock; the averaged weights."""
     torch.manual_seed(seed)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H200 its backward pass failed for FLUX
     device = next(flow.parameters()).device
+    steady_attention(device)
     flow.transformer.requires_grad_(True)
     params = [p for p in flow.parameters() if p.requires_grad]
     average = copy.deepcopy(flow).requires_grad_(False).eval()

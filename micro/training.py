@@ -48,6 +48,12 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def steady_attention(device: torch.device) -> None:
+    """Leave cuDNN's attention out from now on: on an H200 its backward pass failed for FLUX (PyTorch 2.11)."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def half_precision(device: torch.device) -> torch.autocast:
     """Autocast to bfloat16 on a GPU. On a CPU it was no faster than float32: see `halve_products`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -101,7 +107,7 @@ def train(name: str, module: M, loss_of: StepFunction, count: int, recipe: Recip
         name: Names the checkpoint ``work/<name>.pt`` from which a stopped run resumes.
         loss_of: Maps item indices (batch,) and a generator to a scalar loss.
     """
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H200 its backward pass failed for FLUX
+    steady_attention(next(module.parameters()).device)
     params = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
     average = copy.deepcopy(module).requires_grad_(False)

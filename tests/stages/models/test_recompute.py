@@ -117,6 +117,7 @@ def test_a_gradient_of_a_flow_is_taken_without_cudnn_attention(again: bool, monk
         return attention(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # PyTorch's own way: no other test may change it
     condition = model.condition(["a red star"])
     seen.clear()
     z_BCHW, t_B = torch.randn(1, *model.geometry.latent_shape), torch.full((1,), 500.0)
