@@ -198,7 +198,8 @@ def test_the_fullest_card_says_how_many_rows_fit(tmp_path: Path, monkeypatch: py
     assert memory.fitting(model, "gradient") == min(
         int(0.8 * free[card]) // int(kept * share) for card, share in ((0, first), (1, second))
     )
-    assert memory.fitting(model, "decode") == int(0.8 * 50_000_000) // model.activation_bytes("decode")
+    each = int(1.1 * model.activation_bytes("decode"))  # with what its kernels take for themselves
+    assert memory.fitting(model, "decode") == int(0.8 * 50_000_000) // each
 
 
 def test_a_dry_run_says_what_lies_where(tmp_path: Path) -> None:
