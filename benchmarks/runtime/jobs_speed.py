@@ -45,7 +45,7 @@ JOBS: dict[str, tuple[int, int, dict[str, Any]]] = {
         "learning": {"steps": 20, "window": 10, "lr": 0.02, "context": "none"},
     }),
     "rare-concepts": (24, 12, {
-        "input": str(EXAMPLES / "rare-concepts"), "model": "micro:stable-diffusion", "encoder": "micro:prior",
+        "input": str(EXAMPLES / "rare-concepts"), "model": "micro:stable-diffusion", "clip": "micro:prior",
         "methods": ["random", "slerp", "nao"], "count": 2, "candidates": 2, "score": ["text"], "steps": 5,
         "guidance": 4,
     }),
