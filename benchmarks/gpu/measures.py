@@ -70,17 +70,18 @@ def tests(bench: Bench) -> Found:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--junitxml", str(report)]
     if find_spec("xdist") is not None:
         command += ["-n", bench.sized("4", "1")]
-    told = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    run = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     if not report.exists():
-        raise RuntimeError(f"pytest gave no report:\n{told.stdout[-1500:]}{told.stderr[-1500:]}")
+        raise RuntimeError(f"pytest gave no report:\n{run.stdout[-1500:]}{run.stderr[-1500:]}")
     found: dict[str, str] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname')}.{case.get('name')}"
         problem = next(
             (case.find(kind) for kind in ("failure", "error", "skipped") if case.find(kind) is not None), None
         )
-        found[name] = "passed" if problem is None else f"{problem.tag}: {problem.get('message')} {problem.text}"[:1500]
-    return {"exit_code": told.returncode, "tests": found}
+        told = "passed" if problem is None else f"{problem.tag}: {problem.get('message')} {problem.text}"
+        found[name] = told.replace(f"{ROOT}/", "")[:1500]
+    return {"exit_code": run.returncode, "tests": found}
 
 
 # --- latent models
