@@ -38,8 +38,8 @@ _SIDE = 8
 """Of a latent; networks see patches of 2x2."""
 _HEADS, _HEAD = 6, 32
 _WIDTH = _HEADS * _HEAD
-_DROPOUT = 0.1
-_HELP = 0.1
+DROPOUT = 0.1
+HELP = 0.1
 """Weight of the head that reads objects out of the features."""
 _READS = 5.0
 """Weight of the head that reads out of T5 which attributes go together, and who stands where."""
@@ -272,7 +272,7 @@ class Corpus:
             kept = fits[:wanted] if len(fits) >= wanted else np.resize(fits, wanted)
             halves.append(np.stack([rows[kept], wording[kept]], 1))
         rows, wording = np.concatenate(halves).T
-        dropped = rng.uniform(size=count) < _DROPOUT
+        dropped = rng.uniform(size=count) < DROPOUT
         clip_ids, t5_ids = self.clip_ids[rows, wording], self.t5_ids[rows, wording].astype(np.int64)
         clip_ids, t5_ids = (np.where(dropped[:, None], nothing, ids)
                             for nothing, ids in zip(self.nothing, (clip_ids, t5_ids), strict=True))  # fmt: skip
@@ -355,7 +355,7 @@ def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path
         with half_precision(device):
             said = flow.text(clip_ids, t5_ids)
             v, cells = flow.aided(noisy, sigma, said)
-        loss = (v - wanted).square().mean() + _HELP * oracle.cell_loss(cells, batch.labels)
+        loss = (v - wanted).square().mean() + HELP * oracle.cell_loss(cells, batch.labels)
         return loss + _reading_loss(flow.reads, said.gist, batch) if learns and batch.whole else loss
 
     return train(name, flow, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)

@@ -12,8 +12,6 @@ FLUX was tried in the same way, its embedded guidance learnt from what its own a
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import multiprocessing
 import os
 import shutil
@@ -25,16 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from micro import MODELS, assemble, autoencoder16, clip, data, flows, oracle, t5, world
 from micro.flows import Flow, SD3Text
-from micro.training import half_precision, pick_device, steady_attention
+from micro.training import Recipe, half_precision, pick_device, train
 
 _WORDINGS = 6
-_DROPOUT = 0.1
-_HELP = 0.1
-_WARMUP = 100
 
 
 # --- the corpus on the device
@@ -62,7 +56,7 @@ class Corpus:
         nothing = on["no_clip_ids"].long(), on["no_t5_ids"].long()
         return Corpus(on["latents"], on["labels"], on["clip_ids"], on["t5_ids"], pairs, nothing)
 
-    def pick(self, count: int, dropout: float = _DROPOUT) -> Batch:
+    def pick(self, count: int, dropout: float = flows.DROPOUT) -> Batch:
         """A batch, half of it scenes of two objects."""
         device = self.latents.device
         two = self.pairs[torch.randint(len(self.pairs), (count // 2,), device=device)]
@@ -132,55 +126,21 @@ def opened(models: Path, device: torch.device) -> Flow:
     return flow
 
 
-def matching(corpus: Corpus, flow: Flow, count: int) -> torch.Tensor:
-    """`micro.flows.train_flow`'s loss on a batch of so many."""
-    batch = corpus.pick(count)
-    sigma = flows.levels(count, flow.shift, batch.latents.device)
-    noisy, wanted = flows.noised(batch.latents, sigma)
-    with torch.no_grad():
-        said = flow.text(batch.clip_ids, batch.t5_ids)
-    v, cells = flow.aided(noisy, sigma, said)
-    return (v - wanted).square().mean() + _HELP * oracle.cell_loss(cells, batch.labels)
-
-
-# --- training
-
-
-def go_on(flow: Flow, corpus: Corpus, *, batch: int, lr: float, seconds: float, seed: int) -> Flow:
-    """AdamW for so many seconds, warmed up and annealed by the clock; the averaged weights."""
-    torch.manual_seed(seed)
+def go_on(flow: Flow, corpus: Corpus, recipe: Recipe, work: Path) -> Flow:
+    """`micro.flows.train_flow`'s loss, on batches that are picked on the device."""
     device = next(flow.parameters()).device
-    steady_attention(device)
     flow.transformer.requires_grad_(True)
-    params = [p for p in flow.parameters() if p.requires_grad]
-    average = copy.deepcopy(flow).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
-    flow.train()
-    flow.text.eval()
-    began, step, losses, told = time.monotonic(), 0, [], 0.0
-    while (done := (time.monotonic() - began) / seconds) < 1:
-        rate = lr * min(1.0, (step + 1) / _WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+    def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        batch = corpus.pick(len(rows))
+        sigma = flows.levels(len(rows), flow.shift, device)
+        noisy, wanted = flows.noised(batch.latents, sigma)
         with half_precision(device):
-            loss = matching(corpus, flow, batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        step += 1
-        decay = min(0.999, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(flow.parameters()), 1 - decay)
-        losses.append(loss.detach())
-        if step % 20 == 0 and time.monotonic() - began > told + 10:
-            mean, told = float(torch.stack(losses).mean()), time.monotonic() - began
-            print(f"step {step} loss {mean:.4f} lr {rate:.1e} {step * batch / told:.0f} pictures/s", flush=True)
-            losses = []
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} at step {step}; lower the learning rate")
-    print(f"{step} steps of {batch}: {step * batch:,} pictures in {time.monotonic() - began:.0f} s", flush=True)
-    return average
+            said = flow.text(batch.clip_ids, batch.t5_ids)
+            v, cells = flow.aided(noisy, sigma, said)
+        return (v - wanted).square().mean() + flows.HELP * oracle.cell_loss(cells, batch.labels)
+
+    return train("sd3-further", flow, loss_of, len(corpus.latents), recipe, work, seed=21)
 
 
 def write(models: Path, flow: Flow, output: Path) -> None:
@@ -194,7 +154,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, default=MODELS, help="the folder whose sd3 is to start from")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--corpus", type=Path, default=Path("micro/work/corpus.npz"), help="drawn there if missing")
-    parser.add_argument("--seconds", type=float, default=180.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training; stopped, it resumes")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--pictures", type=int, default=world.TRAIN_SIZE)
@@ -205,8 +165,8 @@ def main() -> int:
         draw(asked.models, asked.pictures, device, asked.processes, asked.corpus)
         print(f"{asked.pictures:,} pictures drawn and encoded in {time.monotonic() - began:.0f} s", flush=True)
     corpus = Corpus.load(asked.corpus, device)
-    options = {"batch": asked.batch, "lr": asked.lr, "seconds": asked.seconds, "seed": 21}
-    write(asked.models, go_on(opened(asked.models, device), corpus, **options), asked.output)
+    recipe = Recipe(steps=10**9, batch=asked.batch, lr=asked.lr, minutes=asked.minutes, warmup=100)
+    write(asked.models, go_on(opened(asked.models, device), corpus, recipe, asked.corpus.parent), asked.output)
     return 0
 
 

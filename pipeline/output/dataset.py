@@ -191,13 +191,13 @@ class Output:
         loose, _ = self._look()
         return len({*self.log.shards().tolist(), *map(shard_of, loose)})
 
-    def several(self, function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
-        """Results in the order of the items; from a store, which answers late, some are fetched at a time."""
-        return map(function, items) if self.folder.local else machine.several(function, items, READERS)
+    def several(self, function: Callable[[T], S], items: Iterable[T], count: int = READERS) -> Iterator[S]:
+        """Results in the order of the items; from a store, which answers late, so many are fetched at a time."""
+        return map(function, items) if self.folder.local else machine.several(function, items, count)
 
     def _several_small(self, function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
         """`several`, of records and files of the log."""
-        return map(function, items) if self.folder.local else machine.several(function, items, RECORD_READERS)
+        return self.several(function, items, RECORD_READERS)
 
     def _record(self, named: tuple[str, int]) -> Record | OutputError | None:
         """The record in a file of a name and size, read once: what it says is final. None if it is gone."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from micro import MODELS, assemble, clip, data, further, oracle, t5, world
+from micro.training import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,10 @@ def test_the_cells_loss_is_that_of_a_plain_loop() -> None:
 def test_a_model_goes_on_and_is_written_as_its_pipeline(corpus: further.Corpus, tmp_path: Path) -> None:
     flow = further.opened(MODELS, torch.device("cpu"))
     before = {key: value.clone() for key, value in flow.state_dict().items()}
-    made = further.go_on(flow, corpus, batch=4, lr=1e-4, seconds=0.5, seed=0)
+    made = further.go_on(flow, corpus, Recipe(steps=2, batch=4, lr=1e-4, warmup=1), tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in made.text.state_dict(prefix="text.").items())
-    further.write(MODELS, made, tmp_path)
-    again, shipped = assemble.load("sd3", tmp_path), assemble.load("sd3")
+    further.write(MODELS, made, tmp_path / "sd3")
+    again, shipped = assemble.load("sd3", tmp_path / "sd3"), assemble.load("sd3")
     moved = [(a - b).abs().max() for a, b in zip(again.transformer.parameters(), shipped.transformer.parameters(),
                                                  strict=True)]  # fmt: skip
     assert 0 < max(moved) < 0.01
