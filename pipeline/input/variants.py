@@ -11,11 +11,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from pipeline.input.rows import Raw
 from pipeline.input.source import Source
 
 if TYPE_CHECKING:
     from pipeline.input.files import InputFile
-    from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted
+    from pipeline.input.rows import Begins, FileScan, Format, Look, Span, Wanted
 
 
 def repeated(format: Format, name: str, values: tuple[str, ...]) -> Format:
@@ -39,11 +40,11 @@ def repeated(format: Format, name: str, values: tuple[str, ...]) -> Format:
         entered = (span.start - span.ahead) // count
         inner = replace(span, start=first, stop=-(-span.stop // count), ahead=first - entered)
         every = (
-            replace(
-                raw,
-                id=f"{raw.id}/{value}",
-                values={**raw.values, name: value},
-                twin=None if raw.twin is None else f"{raw.twin}/{value}",
+            Raw(
+                f"{raw.id}/{value}",
+                {**raw.values, name: value},
+                raw.error,
+                None if raw.twin is None else f"{raw.twin}/{value}",
             )
             for raw in format.rows(source, inner, wanted)
             for value in values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -94,11 +94,14 @@ def picture_columns(schema: pa.Schema) -> frozenset[str]:
     return frozenset(field.name for field in schema if field.type == IMAGE)
 
 
-def kept_value(value: Any, field: pa.Field) -> Any:
-    """A kept column's value in the form that `cells` takes."""
-    if value is not None and (field.metadata or {}).get(b"json"):
-        return json.dumps(value, default=_as_json)
-    return value
+def json_columns(schema: pa.Schema) -> frozenset[str]:
+    """Kept columns that hold other things than the input's format has a type for, as JSON texts."""
+    return frozenset(field.name for field in schema if (field.metadata or {}).get(b"json"))
+
+
+def as_json(value: Any) -> str | None:
+    """A value of one of `json_columns` in the form that `cells` takes."""
+    return None if value is None else json.dumps(value, default=_as_json)
 
 
 def _as_json(value: Any) -> Any:
@@ -108,42 +111,67 @@ def _as_json(value: Any) -> Any:
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
-def cell(value: Any, field: pa.Field) -> Any:
-    """Check one value against its column, and bring it into the form that `column_array` takes.
+def cells(values: list[Any], field: pa.Field) -> list[Any]:
+    """Check values against their column, and bring them into the form that `column_array` takes.
 
     Raises:
-        CellError: It does not fit.
+        CellError: One does not fit.
     """
     kind = field.type
-    if value is None:
-        return None
+    fits: Callable[[Any, pa.Field], Any]
     if _is_tensor(field):
-        if hasattr(value, "detach"):
-            value = value.detach().cpu().numpy()
-        array = np.asarray(value)
-        if pa.types.is_fixed_size_list(kind) and array.size != kind.list_size:
-            raise CellError(f"column {field.name!r}: {array.size} values, expected {kind.list_size}")
-        with np.errstate(over="ignore"):
-            stored = array.reshape(-1).astype(kind.value_type.to_pandas_dtype(), copy=False)
-        if not np.isfinite(stored).all() and np.isfinite(array).all():
-            raise CellError(f"column {field.name!r}: overflows {kind.value_type}")
-        return stored
-    if kind == IMAGE:
-        if isinstance(value, (bytes, bytearray)):
-            return {"bytes": bytes(value), "path": None}
-        if isinstance(value, Encoded):
-            return {"bytes": value.data, "path": None}
-        raise CellError(f"column {field.name!r}: expected a picture, got {type(value).__name__}")
-    if pa.types.is_integer(kind) and isinstance(value, float) and not value.is_integer():
+        fits = _numbers
+    elif kind == IMAGE:
+        fits = _picture
+    elif pa.types.is_integer(kind):
+        fits = _whole
+    elif pa.types.is_string(kind):
+        fits = _text
+    else:
+        return values
+    return [None if value is None else fits(value, field) for value in values]
+
+
+def _numbers(value: Any, field: pa.Field) -> np.ndarray:
+    kind = field.type
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if pa.types.is_fixed_size_list(kind) and array.size != kind.list_size:
+        raise CellError(f"column {field.name!r}: {array.size} values, expected {kind.list_size}")
+    dtype = kind.value_type.to_pandas_dtype()
+    if array.dtype == dtype:
+        return array.reshape(-1)
+    with np.errstate(over="ignore"):
+        stored = array.reshape(-1).astype(dtype)
+    if not np.isfinite(stored).all() and np.isfinite(array).all():
+        raise CellError(f"column {field.name!r}: overflows {kind.value_type}")
+    return stored
+
+
+def _picture(value: Any, field: pa.Field) -> dict[str, Any]:
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": bytes(value), "path": None}
+    if isinstance(value, Encoded):
+        return {"bytes": value.data, "path": None}
+    raise CellError(f"column {field.name!r}: expected a picture, got {type(value).__name__}")
+
+
+def _whole(value: Any, field: pa.Field) -> Any:
+    if isinstance(value, float) and not value.is_integer():
         raise CellError(f"column {field.name!r}: {value} is no whole number")  # Arrow would cut it
-    if pa.types.is_string(kind) and isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            raise CellError(f"column {field.name!r}: {len(value)} bytes that are no UTF-8 text") from None
-    if pa.types.is_string(kind) and not isinstance(value, str):
-        return json.dumps(value, default=str)
     return value
+
+
+def _text(value: Any, field: pa.Field) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        return json.dumps(value, default=str)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise CellError(f"column {field.name!r}: {len(value)} bytes that are no UTF-8 text") from None
 
 
 def column_array(values: list[Any], field: pa.Field) -> pa.Array:
@@ -167,7 +195,7 @@ def column_array(values: list[Any], field: pa.Field) -> pa.Array:
 
 def _fail(values: Sequence[Any], field: pa.Field) -> str | None:
     try:
-        column_array([cell(value, field) for value in values], field)
+        column_array(cells(values, field), field)
     except (CellError, pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         return str(error) if isinstance(error, CellError) else f"column {field.name!r}: {error}"
     return None
@@ -213,14 +241,8 @@ def _valid_text(text: str) -> str:
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    arrays = []
-    for field in schema:
-        name, kind = field.name, field.type
-        checked = (pa.types.is_string, pa.types.is_integer, pa.types.is_fixed_size_list)
-        if kind == IMAGE or _is_tensor(field) or any(is_kind(kind) for is_kind in checked):
-            arrays.append(column_array([cell(row.get(name), field) for row in rows], field))
-        else:
-            arrays.append(column_array([row.get(name) for row in rows], field))
+    columns = ((field, [row.get(field.name) for row in rows]) for field in schema)
+    arrays = [column_array(cells(values, field), field) for field, values in columns]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 

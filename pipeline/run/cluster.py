@@ -6,6 +6,7 @@ is exactly what a run has to know. Descriptors go out, records come back; no row
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -66,6 +67,9 @@ class _Actor:
 
             access.hold(job.granted)
             self.worker = Worker(job)
+            # What is loaded by now stays: else the collector walks through all of it again for every few rows.
+            gc.collect()
+            gc.freeze()
             self.heart = Heart(lambda: (self.worker.done, self.worker.read))
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"

@@ -22,7 +22,7 @@ from pipeline.input.forms import FormError, as_picture, short
 from pipeline.input.pins import Pins
 from pipeline.input.read import prepare, read_rows
 from pipeline.input.rows import Encoded, Raw
-from pipeline.output.schema import kept_value, misfits, picture_columns
+from pipeline.output.schema import as_json, json_columns, misfits, picture_columns
 from pipeline.pictures import PictureError, decode_picture
 from pipeline.run.tasks import Task, WorkerJob
 
@@ -119,7 +119,8 @@ class Reader:
     """
 
     def __init__(self, job: WorkerJob, schema: pa.Schema) -> None:
-        self._job, self._schema, self._pictures = job, schema, picture_columns(schema)
+        self._job, self._pictures = job, picture_columns(schema)
+        self._jsoned = json_columns(schema)
         self._copied = [schema.field(name) for name in job.kept if name not in self._pictures]
         self._pins = Pins(job.source)
         self.read = 0
@@ -257,7 +258,7 @@ class Reader:
         for name in self._job.kept:
             value = raw.values.get(name)
             if name not in self._pictures:
-                kept[name] = kept_value(value, self._schema.field(name))
+                kept[name] = as_json(value) if name in self._jsoned else value
                 continue
             kept[name] = None
             if row is not None and value is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,11 @@ from pipeline.run.tasks import Task
 
 UNTAKEN = 4096
 """Finished rows of a task that may wait for its thread, which builds tables of them, before the stage is held back."""
-LOOK_S = 0.2
-"""How often who is held back looks whether anybody still wants the rows."""
+LOOK_S = 0.005
+"""How often who is held back looks whether there is room again, and whether anybody still wants the rows."""
+GATHER_S = 0.002
+"""How long who has taken all finished rows lets new ones gather: two threads that wake each other for every row spend
+twice the time of all else that a row of text costs."""
 Done = tuple[Found | Waiting, Row | None]
 """A row that is done: with what the stage made of it, or as it was found if the stage was not to see it."""
 _END = object()
@@ -41,15 +45,14 @@ class Passage(Reading):
 
     inside: int = 0
     read: bool = False
-    done: queue.Queue[Any] = field(default_factory=lambda: queue.Queue(UNTAKEN))
+    done: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
 
     def put(self, item: Any) -> None:
         """Hand over a row, an error, or the end."""
         while not self.closed:
-            try:
-                return self.done.put(item, timeout=LOOK_S)
-            except queue.Full:
-                continue
+            if self.done.qsize() < UNTAKEN:
+                return self.done.put(item)
+            time.sleep(LOOK_S)
 
     def fail(self, error: BaseException) -> None:
         """It ends with an error; rows of it that the stage has are dropped as they come out."""
@@ -101,6 +104,8 @@ class Stream:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
+                if passage.done.empty():
+                    time.sleep(GATHER_S)
         finally:
             with self._changed:
                 passage.closed = True

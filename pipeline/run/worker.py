@@ -101,7 +101,7 @@ class Worker:
                 row[column.name] = self._writer.encoded(value) if column.name in self._pictures else value
         elif not row["error"]:
             row["error"] = "failed without a reason"
-        given = {name: value for name, value in out.items() if name not in self._pictures}
+        given = {name: value for name, value in out.items() if name not in self._pictures} if self._pictures else out
         return Done({**row, **waiting.kept}, given)
 
     def _tables(self, task: Task, tally: Tally | None = None) -> Iterator[Future[pa.Table]]:

@@ -18,7 +18,11 @@ PROMPT_READS: dict[str, Form] = dict.fromkeys(PROMPT_COLUMNS, "text?")
 
 def prompt_of(row: Row) -> str | None:
     """The row's prompt: the first of `PROMPT_COLUMNS` that holds a text."""
-    return next((row[name] for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), None)
+    for name in PROMPT_COLUMNS:
+        value = row.get(name)
+        if isinstance(value, str):
+            return value
+    return None
 
 
 class Reader(NamedTuple):

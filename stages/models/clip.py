@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Role = Literal["image", "text"]
+TEXTS = 1024
+"""Prompts at once: so many that those of one length, which go together, are many."""
 _PARTS = {"image": ("image_encoder", "image_processor"), "text": ("text_encoder", "tokenizer")}
 
 
@@ -260,12 +262,12 @@ class TextEncoder:
         positions = getattr(self.model.config, "max_position_embeddings", 77)
         self.length = min(positions, self.tokenizer.model_max_length)
 
-    def __call__(self, prompts: Sequence[str], batch: int = 256) -> torch.Tensor:
+    def __call__(self, prompts: Sequence[str], batch: int = TEXTS) -> torch.Tensor:
         """t_BE, float32 on the CPU. Prompts longer than the encoder's context are cut, as its pipelines cut them."""
         return self.counted(prompts, batch)[0]
 
     @torch.inference_mode()
-    def counted(self, prompts: Sequence[str], batch: int = 256) -> tuple[torch.Tensor, list[int]]:
+    def counted(self, prompts: Sequence[str], batch: int = TEXTS) -> tuple[torch.Tensor, list[int]]:
         """The same, and how many tokens each prompt has, uncut, with those of its start and end."""
 
         def encoded(part: slice) -> tuple[torch.Tensor, list[int]]:
@@ -281,7 +283,9 @@ class TextEncoder:
         """Ids and mask, cut and padded to the context as the tokenizer itself does it, and how many there were before:
         told from one pass over the text, and a second over those that are too long."""
         tokenizer, length = self.tokenizer, self.length
-        read = tokenizer(list(prompts), verbose=False)["input_ids"]
+        read = tokenizer(
+            list(prompts), verbose=False, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]  # fmt: skip
         counts = [len(ids) for ids in read]
         if long := [b for b, count in enumerate(counts) if count > length]:
             cut = tokenizer([prompts[b] for b in long], truncation=True, max_length=length)["input_ids"]
@@ -295,15 +299,17 @@ class TextEncoder:
         return ids_BL, mask_BL.long(), counts
 
     def _causal(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-        """t_BE. A token sees none behind it, so what stands behind a prompt's end changes nothing and is left out: to
-        the next multiple of 4, whatever other prompts there are, so that a prompt's numbers are its own."""
+        """t_BE. A token sees none behind it, so what stands behind a prompt's end changes nothing, needs no mask, and is
+        left out: to the next multiple of 2, whatever other prompts there are, so that a prompt's numbers are its own."""
+        right = self.tokenizer.padding_side == "right"
         end_B = torch.full((len(ids_BL),), ids_BL.shape[1], device=ids_BL.device)
-        if self.tokenizer.padding_side == "right":
-            end_B = (mask_BL.sum(1) + 3).div(4, rounding_mode="floor").mul(4).clamp(max=ids_BL.shape[1])
+        if right:
+            end_B = (mask_BL.sum(1) + 1).div(2, rounding_mode="floor").mul(2).clamp(max=ids_BL.shape[1])
         t_BE: torch.Tensor | None = None
         for end in end_B.unique().tolist():
             which = (end_B == end).nonzero().flatten()
-            made = self.model(input_ids=ids_BL[which, :end], attention_mask=mask_BL[which, :end]).text_embeds
+            mask = None if right else mask_BL[which]
+            made = self.model(input_ids=ids_BL[which, :end], attention_mask=mask).text_embeds
             t_BE = made.new_empty((len(ids_BL), made.shape[1])) if t_BE is None else t_BE
             t_BE[which] = made
         assert t_BE is not None

@@ -26,8 +26,8 @@ from stages.ovi.settings import OVI, InvertPromptsSettings, TrainedPrior
 from stages.ovi.summary import Moments, Spent
 
 _READS: dict[str, Form] = {**PROMPT_READS, **dict.fromkeys(scoring.ASKED, "value")}
-CHUNK = 256
-"""Most rows that are read, or finished, at once."""
+CHUNK, DRAWN = clip.TEXTS, 256
+"""Most rows that are read, or finished, at once: those without pictures, and those with."""
 KNOWN = 4096
 """Prompts whose text embeddings are kept: the rows of a prompt, one a method and draw, come one after another."""
 _INTERNAL = frozenset({"key", "own_id", "variable", "start", "text"})
@@ -101,7 +101,8 @@ class InvertPrompts:
         self.spent = Spent(self.methods, context.occupancy)
         self.slots = sum(context.slots.values())
         # No more than the slots give back in a while: what waits to be many holds its shards open.
-        self.chunk = min(CHUNK, max(context.slots.values(), default=CHUNK))
+        most = CHUNK if settings.decoder is None else DRAWN
+        self.chunk = min(most, max(context.slots.values(), default=most))
         if self.settings.decoder is not None:
             self.chunk = max(self.chunk, self.settings.decoder.batch_size)
         self._known: dict[str, tuple[np.ndarray, dict[str, int | bool]]] = {}
