@@ -186,7 +186,8 @@ def field_at(schema: pa.Schema | pa.StructType, column: str) -> pa.Field | None:
 
 
 def own_id(source: Source, values: Mapping[str, Any], span: Span, row: int) -> str:
-    """A row's id: from the user's column, else derived.
+    """A row's id: from the user's column, else derived. What is no valid text in it is written as an escape; see
+    `id_problem`.
 
     Raises:
         SourceError: The column is empty in this row.
@@ -202,7 +203,23 @@ def own_id(source: Source, values: Mapping[str, Any], span: Span, row: int) -> s
     if isinstance(value, (bytes, list, tuple, Mapping, np.ndarray, Encoded)):
         kind = type(value).__name__
         raise SourceError(f"{span.name}, row {row}: the id column {source.id!r} holds {kind}; write text or numbers")
-    return str(value)
+    return valid_text(str(value))
+
+
+def valid_text(text: str) -> str:
+    """What is no character in it (halves of surrogate pairs, bytes of a name that are no UTF-8) as an escape."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+
+
+def id_problem(source: Source, values: Mapping[str, Any]) -> str | None:
+    """Why a row cannot bear its id: JSON can name half of a surrogate pair, which no text holds."""
+    value = None if source.id is None else values.get(source.id)
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"the id column {source.id!r} holds half of a surrogate pair; write whole characters"
+    return None
 
 
 def picture_type() -> pa.DataType:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.contract import Column
-from pipeline.input.rows import Encoded, Raw, picture_type, value_at
+from pipeline.input.rows import Encoded, Raw, picture_type, valid_text, value_at
 
 SCHEMA_VERSION = 1
 """Counts up when the layout of the output changes; part of every run fingerprint."""
@@ -111,7 +111,7 @@ def _as_json(value: Any) -> Any:
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
-def cells(values: list[Any], field: pa.Field) -> list[Any]:
+def cells(values: Sequence[Any], field: pa.Field) -> Sequence[Any]:
     """Check values against their column, and bring them into the form that `column_array` takes.
 
     Raises:
@@ -174,7 +174,7 @@ def _text(value: Any, field: pa.Field) -> str:
         raise CellError(f"column {field.name!r}: {len(value)} bytes that are no UTF-8 text") from None
 
 
-def column_array(values: list[Any], field: pa.Field) -> pa.Array:
+def column_array(values: Sequence[Any], field: pa.Field) -> pa.Array:
     """Checked cells as an Arrow array."""
     kind = field.type
     if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
@@ -228,16 +228,12 @@ def table(rows: list[dict[str, Any]], schema: pa.Schema, kept: frozenset[str] = 
 
 
 def _mended(row: dict[str, Any], schema: pa.Schema, kept: frozenset[str]) -> dict[str, Any]:
-    row = {**row, "id": _valid_text(row["id"]), "error": _valid_text(row["error"]) if row.get("error") else None}
+    row = {**row, "id": valid_text(row["id"]), "error": valid_text(row["error"]) if row.get("error") else None}
     (problems,) = misfits([row], schema)
     if not problems:
         return row
     fitting = {name: value for name, value in row.items() if name in kept and name not in problems}
-    return {**fitting, "id": row["id"], "status": "failed", "error": _valid_text(next(iter(problems.values())))}
-
-
-def _valid_text(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+    return {**fitting, "id": row["id"], "status": "failed", "error": valid_text(next(iter(problems.values())))}
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -299,8 +299,8 @@ class TextEncoder:
         return ids_BL, mask_BL.long(), counts
 
     def _causal(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-        """t_BE. A token sees none behind it, so what stands behind a prompt's end changes nothing, needs no mask, and is
-        left out: to the next multiple of 2, whatever other prompts there are, so that a prompt's numbers are its own."""
+        """t_BE. A token sees none behind it, so what stands behind a prompt's end changes nothing, needs no mask, and
+        is left out: to the next multiple of 2, whatever the other prompts, so that a prompt's numbers are its own."""
         right = self.tokenizer.padding_side == "right"
         end_B = torch.full((len(ids_BL),), ids_BL.shape[1], device=ids_BL.device)
         if right:

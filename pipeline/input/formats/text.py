@@ -20,6 +20,7 @@ from pipeline.input.rows import (
     Wanted,
     derived_id,
     fixed,
+    id_problem,
     outer,
     own_id,
     picked,
@@ -107,7 +108,7 @@ def _jsonl_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
             elif twice := _twice(text, values if wanted is None else (outer(own, values) for own in wanted.values())):
                 problem = f"row {row} of {span.name} has the key {twice!r} twice; there is no telling which is meant"
         if not problem:
-            yield Raw(own_id(source, values, span, row), picked(values, wanted))
+            yield Raw(own_id(source, values, span, row), picked(values, wanted), id_problem(source, values))
         elif source.id is None:
             yield Raw(derived_id(span.name, row), {}, problem)
         else:

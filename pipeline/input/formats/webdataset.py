@@ -17,7 +17,21 @@ import numpy as np
 from pipeline.input.files import InputFile, printable
 from pipeline.input.formats.arrays import read_header
 from pipeline.input.formats.beside import Member, check_downloads, members
-from pipeline.input.rows import Begins, Encoded, FileScan, Format, Look, Raw, Span, Wanted, own_id, picked, untold
+from pipeline.input.rows import (
+    Begins,
+    Encoded,
+    FileScan,
+    Format,
+    Look,
+    Raw,
+    Span,
+    Wanted,
+    id_problem,
+    own_id,
+    picked,
+    untold,
+    valid_text,
+)
 from pipeline.input.source import SUFFIXES, Source, SourceError
 from pipeline.input.streams import decompressing, open_input
 
@@ -263,8 +277,9 @@ def _rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
         samples = _samples(tar, lambda number, extension: span.ahead <= number < last)
         for row, sample in enumerate(span.of(samples), span.start):
             values, problem = _values(sample, span.name)
-            own = f"{span.name}/{sample.key}" if source.id is None else own_id(source, values, span, row)
-            yield Raw(own, picked(values, wanted), problem)
+            derived = valid_text(f"{span.name}/{sample.key}")
+            own = derived if source.id is None else own_id(source, values, span, row)
+            yield Raw(own, picked(values, wanted), problem or id_problem(source, values))
 
 
 def _values(sample: _Sample, place: str) -> tuple[dict[str, Any], str | None]:

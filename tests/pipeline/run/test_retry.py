@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.contract import Column, Row, StageInfo, StageSpec, failed, ok
+from pipeline.input.source import Source
 from pipeline.output.commit import RECORDS, Record
 from pipeline.output.dataset import Output
 from pipeline.output.failed import failed_rows
@@ -262,3 +263,21 @@ def test_a_store_that_goes_while_the_driver_works_ends_the_run_in_a_sentence(
     monkeypatch.setattr("pipeline.output.lock._alive", lambda content: False)
     again, seen = start(moody)
     assert (again.state, again.resumed, seen) == ("complete", 4, [])
+
+
+def test_an_id_that_is_no_text_is_told_and_does_not_keep_its_shard_from_being_retried(moody: RunSpec) -> None:
+    """Before: the retry said that the input had changed, since the id that was written is an escape of the one read."""
+    rows = [{"own": f"id {i}", "text": line} for i, line in enumerate(LINES)]
+    rows[3]["own"], rows[7]["own"] = "half \ud83d", "half \ud83e"
+    file = Path(moody.output).with_name("in.jsonl")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = replace(moody, source=Source((str(file),), columns={"text": "text"}, id="own"))
+    start(spec, ["line 4", "line 8"])
+    result, seen = start(spec, [], retry_failed=True)
+    assert result.state == "complete"
+    assert (result.ok, result.failed) == (len(LINES) - 2, 2)
+    assert seen == ["id 4", "id 8"]
+    found = data(spec.output).to_pylist()
+    assert [row["id"] for row in found if row["status"] == "failed"] == ["half \\ud83d", "half \\ud83e"]
+    assert all("half of a surrogate pair" in row["error"] for row in found if row["status"] == "failed")
+    assert verify(spec.output).ok
