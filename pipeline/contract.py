@@ -11,9 +11,10 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from types import UnionType
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, runtime_checkable
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 Row = dict[str, Any]
@@ -56,6 +57,8 @@ class StageInfo:
         notes: What the user should know before the run: a column that will stay null, and why.
         bodily: Kept columns that have to hold pictures themselves, because what is built at the end takes them from
             the output; the addresses of pictures are no use there.
+        needs: Columns of which every row has to have one, and what for: an input that has none of them anywhere is
+            refused while it is planned, instead of failing row by row.
     """
 
     columns: tuple[Column, ...]
@@ -64,6 +67,21 @@ class StageInfo:
     reads: Mapping[str, Form] | None = None
     notes: tuple[str, ...] = ()
     bodily: tuple[str, ...] = ()
+    needs: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation allows; of a `Literal` those of its values."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _kinds(parts[0])
+    elif origin in (Union, UnionType):
+        for part in parts:
+            yield from _kinds(part)
+    elif origin is Literal:
+        yield from map(type, parts)
+    else:
+        yield annotation
 
 
 class Settings(BaseModel):
@@ -71,8 +89,23 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, defer_build=True,
-        serialize_by_alias=True,
+        serialize_by_alias=True, allow_inf_nan=False,
     )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, given: Any) -> Any:
+        """``steps: true`` is a slip, and would be one step: as the word it is refused like any other."""
+        truths = [key for key, value in given.items() if isinstance(value, bool)] if isinstance(given, dict) else []
+        if not truths:
+            return given
+        numbers = {
+            key
+            for name, info in cls.model_fields.items()
+            if (kinds := set(_kinds(info.annotation))) & {int, float} and not kinds & {bool, Any}
+            for key in (name, info.alias, *getattr(info.validation_alias, "choices", ()))
+        }
+        return {**given, **{key: str(given[key]).lower() for key in truths if key in numbers}}
 
     def part(self, kind: type[S], **others: Any) -> S:
         """The settings of another kind: `others`, and one's own values for the rest of its fields. So a job that *is* a

@@ -153,6 +153,13 @@ class Resources(Settings):
     price_per_worker_hour: float | None = Field(None, ge=0)
     """What one worker costs an hour, in any currency; ``--dry-run --calibrate`` multiplies with it."""
 
+    @field_validator("gpus")
+    @classmethod
+    def _whole_beyond_one(cls, gpus: float) -> float:
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"{gpus:g} will not do: should be a share of one GPU, below 1, or a whole number of them.")
+        return gpus
+
     def pool(self) -> pipeline.run.driver.Resources:
         """The same as the plain description that the pipeline takes."""
         from pipeline.run.driver import Resources as Pool

@@ -28,6 +28,7 @@ _PLAIN = {
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of keys to values"),
     "string_type": "text",
+    "finite_number": "a finite number",
 }
 """Pydantic's types of error, and what a value should be in the words of people who know no Python."""
 
@@ -278,6 +279,8 @@ def _explain(problem: Mapping[str, Any], data: Any, model: type[BaseModel], wher
         return f"the key {context['discriminator']} is required here."
     if kind in ("chain", "value_error", "assertion_error"):
         return str(context.get("message") or context.get("error") or problem["msg"])
+    if kind in ("too_short", "string_too_short") and context.get("min_length") == 1:
+        return f"{_short(problem['input'])} will not do: should not be empty."
     message = _PLAIN.get(kind, problem["msg"].removeprefix("Input should be "))
     return f"{_short(problem['input'])} will not do: should be {message}."
 

@@ -353,6 +353,29 @@ def check_texts(source: Source, seen: Seen, reads: Reads) -> None:
         )
 
 
+def check_needs(source: Source, seen: Seen, needs: Mapping[tuple[str, ...], str]) -> None:
+    """Whether the input has what every row has to have.
+
+    Args:
+        needs: As `StageInfo.needs`.
+
+    Raises:
+        SourceError: No row of it can have it.
+    """
+    told = list(source.columns) or seen.names
+    for columns, why in needs.items():
+        wanted = set(columns)
+        if not told or wanted & {*told, *source.variants}:
+            continue
+        if not source.columns:
+            files = list_files(source)
+            if _found_late(source, wanted) if seen.schema is None else _typed_late(source, files, wanted):
+                continue
+        mapped = f"; write it under input.columns too: columns: {{{columns[0]}: ...}}" if source.columns else ""
+        names, others = " or ".join(map(repr, columns)), ", ".join(name for name in told if name not in source.variants)
+        raise SourceError(f"{why}: the input has no column {names}, but {others}{mapped}")
+
+
 def _holds_text(source: Source, column: str) -> bool:
     """Whether the first row of one of the first files has a text there: pictures have the column, text or not."""
     plain = replace(source, variants={}, id=None)

@@ -20,6 +20,7 @@ from pipeline.input.source import Source
 from pipeline.output import schema as columns_of
 from pipeline.run.columns import (
     Watched,
+    check_needs,
     check_pictures,
     check_texts,
     look,
@@ -111,6 +112,7 @@ def draft(spec: RunSpec) -> Draft:
     seen = look(source, asked, spec.limit, info.reads)
     check_pictures(source, seen, info.reads)
     check_texts(source, seen, info.reads)
+    check_needs(source, seen, info.needs)
     kept = {name: (wanted or {}).get(name, name) for name in keep}
     fields = [seen.field(name, column) for name, column in kept.items()]
     try:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.contract import Settings, renamed, speed
-from stages.models.names import ModelName
+from stages.models.names import DeviceName, ModelName
 
 
 class Captioning(Settings):
@@ -23,7 +23,7 @@ class Captioning(Settings):
     it."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the weights; large models are made for ``bfloat16``."""
-    device: str = speed("auto")
+    device: DeviceName = speed("auto")
     """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one."""
     question: str | None = Field(None, min_length=1)
     """What a model that chats is asked; Florence-2's task, such as ``<DETAILED_CAPTION>``; of BLIP the words that its

@@ -63,6 +63,7 @@ class LearnConcepts:
         return StageInfo(
             columns=columns(settings.max_words, sum(geometry.word_widths), settings.samples is not None),
             models=geometry.fingerprints(),
+            needs={("concept",): "a concept's words, for instance 'frozen in ice', are what is learned"},
             metadata={
                 "scheduler": json.dumps(dict(geometry.scheduler)),
                 "vae_scaling_factor": str(geometry.scaling_factor),

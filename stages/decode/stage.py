@@ -41,7 +41,8 @@ class DecodeEmbeddings:
         metadata = {"decoder.width": str(kind.width(settings))}
         if (length := kind.length(settings)) is not None:
             metadata["decoder.length"] = str(length)
-        return StageInfo((Column("image", "image"),), kind.identity(settings), metadata, {"embedding": "value"})
+        return StageInfo((Column("image", "image"),), kind.identity(settings), metadata, {"embedding": "value"},
+                         needs={("embedding",): "each row's picture is drawn from its embedding"})  # fmt: skip
 
     @property
     def holds(self) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from pipeline.contract import Settings, renamed, speed
+from stages.models.names import DeviceName
 
 REAL = "real"
 """What the training on real pictures alone is called."""
@@ -49,7 +50,7 @@ class Judging(Settings):
     """Pictures of a corpus that are added to the real ones, the same number for all. Left out: as many as the smallest
     corpus has. A larger one is drawn from at random, a smaller one repeated; real pictures alone are repeated to the
     same sum, so that all trainings take as many steps."""
-    device: str = speed("auto")
+    device: DeviceName = speed("auto")
     """``cpu``, ``cuda``; ``auto``: a GPU where there is one."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -50,7 +51,18 @@ def _folder(name: str) -> str:
     return name if "://" in name or name.startswith("${") else os.path.abspath(os.path.expanduser(name))
 
 
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?")
+
+
+def _device(name: str) -> str:
+    if name != "auto" and not all(_DEVICE.fullmatch(part.strip()) for part in name.split(",")):
+        raise ValueError(f"{name!r} is no device: write auto, cpu, cuda, cuda:1, mps, or several as cuda:0,cuda:1")
+    return name
+
+
 ModelName = Annotated[str, AfterValidator(shipped), AfterValidator(_model), AfterValidator(_without_password)]
 """Path, hub id or address of a model, or ``micro:NAME`` for a shipped one, found from any working directory."""
+DeviceName = Annotated[str, AfterValidator(_device)]
+"""PyTorch's name of a device, several with commas between them, or ``auto``."""
 FolderName = Annotated[str, AfterValidator(_folder)]
 """Path or address of a folder: another job's output, or where pictures lie."""

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.contract import Settings, added, speed
 from stages.models.loras import Lora
-from stages.models.names import ModelName
+from stages.models.names import DeviceName, ModelName
 
 VP_SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
@@ -37,7 +37,7 @@ class LatentModelSettings(Settings):
     """Of the weight files, for instance ``fp16``."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the frozen networks; what is computed with them (latents, words, optimisers) stays float32."""
-    device: str = speed("auto")
+    device: DeviceName = speed("auto")
     """``cpu``, ``cuda``, ... ``auto`` takes the GPU where there is one, and all that a worker was given. Several,
     ``cuda:0,cuda:1``: the transformer of a rectified flow lies over them."""
     size: int | None = Field(None, ge=8)

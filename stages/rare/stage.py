@@ -42,10 +42,10 @@ from stages.rare.candidates import Candidates, new_noise
 from stages.rare.columns import columns, filled
 from stages.rare.guides import Texts, check_guide, drawn_by, lacks, read_texts, uses_anchor
 from stages.rare.inverted import InvertedDataset, fingerprint
-from stages.rare.references import ConceptRow, References, invert, read_concept_row
+from stages.rare.references import PICTURE_COLUMNS, ConceptRow, References, invert, read_concept_row
 from stages.rare.scores import Judge
 from stages.rare.seed_select import Target, centroid, embedder, optimise_noise
-from stages.rare.settings import Guide, NoiseMethod, RandomMethod, RareConceptsSettings, SeedSelectMethod
+from stages.rare.settings import ComposeGuide, Guide, NoiseMethod, RandomMethod, RareConceptsSettings, SeedSelectMethod
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,7 +109,7 @@ class RareConcepts:
         if settings.seeds is not None:
             models["seeds"] = {"path": settings.seeds, "revision": "", "fingerprint": fingerprint(settings.seeds)}
         metadata = {"model": settings.model, "steps": str(settings.steps), "guidance": str(settings.guidance)}
-        return StageInfo(columns(settings, geometry.latent_shape), models, metadata)
+        return StageInfo(columns(settings, geometry.latent_shape), models, metadata, needs=_needs(settings))
 
     @property
     def slots(self) -> int:
@@ -323,6 +323,25 @@ class RareConcepts:
             own = measured[number * M : (number + 1) * M]
             (read,) = token_counts([one.concept.prompt], self.model.readers)
             yield ok(one.row, **read, **filled(one, own, self.judge.best(own), self.settings))
+
+
+def _needs(settings: RareConceptsSettings) -> dict[tuple[str, ...], str]:
+    """Columns without which no row can be drawn, and why."""
+    needs: dict[tuple[str, ...], str] = {("prompt",): "a concept's prompt says what to draw"}
+    if settings.seeds is None:
+        for method in settings.methods:
+            if not isinstance(method.start_method, RandomMethod) or isinstance(method, SeedSelectMethod):
+                needs[PICTURE_COLUMNS] = f"{method.label} starts from a concept's pictures"
+        if "image" in settings.scores:
+            needs[PICTURE_COLUMNS] = "the score 'image' needs a concept's pictures"
+    for guide in settings.drawn:
+        if isinstance(guide, ComposeGuide):
+            needs["parts",] = f"{guide.label} draws by a list of texts, each of one attribute"
+        elif uses_anchor(guide) and settings.anchors is None:
+            needs["anchor",] = f"{guide.label} draws by a text near the prompt, of what the model draws well"
+    if "oracle" in settings.scores:
+        needs["objects",] = "the oracle needs a list of the attributes that a concept shows"
+    return needs
 
 
 def _key(row: Row) -> str:

@@ -14,6 +14,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from jobs.kinds.rare_concepts import RareConcepts as Job
+from jobs.run import run_job
+from pipeline.input.source import SourceError
 from stages.rare.references import read_concept_row
 from tests.support import tiny_kandinsky, tiny_stable_diffusion
 from tests.support.rare import method, picture
@@ -158,3 +160,21 @@ def test_a_guide_makes_rows_of_its_own_and_none_leaves_ids_as_they_were() -> Non
     ):
         with pytest.raises(ValidationError, match=said):
             Job.model_validate({"input": "x", "methods": ["nao"], **wrong})
+
+
+def test_what_no_concept_of_the_input_has_is_told_before_anything_is_drawn(
+    folder: str, clip: str, tmp_path: Path
+) -> None:
+    """Before: every row failed, each for itself, after the models were loaded."""
+    table = tmp_path / "concepts.jsonl"
+    table.write_text(json.dumps({"name": "a", "prompt": "a red moon"}) + "\n")
+    job = {"job": "rare-concepts", "input": {"path": str(table), "id": "name"}, "model": folder, "encoder": clip,
+           "steps": 4, "score": ["text"]}  # fmt: skip
+    for more, said in (
+        ({"methods": ["random"], "guides": ["plain", "aapb"]}, "aapb draws by a text near the prompt.* 'anchor'"),
+        ({"methods": ["random"], "guides": ["compose"]}, "compose draws by a list of texts.* no column 'parts'"),
+        ({"methods": ["random", "slerp"]}, "slerp starts from a concept's pictures.* 'pictures' or 'with'"),
+        ({"methods": ["random"], "score": ["image"]}, "the score 'image' needs a concept's pictures"),
+    ):
+        with pytest.raises(SourceError, match=said):
+            run_job({**job, **more}, output=str(tmp_path / "out"))

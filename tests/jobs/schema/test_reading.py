@@ -73,6 +73,10 @@ resources:
         ("job: toy\n", "line 1: input: this key is required."),
         ("job: toy\ninput: {path: []}\n", "line 2: input.path: [] will not do"),
         ("job: toy\ninput: a\nseed: -1\n", "line 3: seed: -1 will not do: should be greater than or equal to 0."),
+        ("job: toy\ninput: a\nseed: true\n", "line 3: seed: 'true' will not do: should be a whole number."),
+        ("job: toy\ninput: a\nfactor: .inf\n", "line 3: factor: inf will not do: should be a finite number."),
+        ("job: toy\ninput: a\nresources: {gpus: 1.5}\n", "resources.gpus: 1.5 will not do: should be a share of one"),
+        ("job: toy\ninput: a\nresources: {decode_threads: true}\n", "'true' will not do: should be a whole number."),
         ("job: toy\ninput: a\nkeep: {a: b}\n", "line 3: keep"),
         ("job: toy\ninput: a\nresources: {gpu: 1}\n", "line 3: resources.gpu: unknown key. Did you mean 'gpus'?"),
         ("job: {a: b}\ninput: a\n", "unknown kind of job {'a': 'b'}"),
@@ -89,6 +93,8 @@ def test_single_mistakes(tmp_path: Path, toy_job: type[RowJob], text: str, said:
         ("[{steps: 3}]", "methods[0]: the key 'method' is required here."),
         ("[lbo, [a]]", "methods[1]: ['a'] will not do: should be a mapping of keys to values."),
         ("7", "methods: 7 will not do: should be a list."),
+        ("[]", "methods: [] will not do: should not be empty."),
+        ("[{method: lbo, passes: true}]", "methods[0].passes: 'true' will not do: should be a whole number."),
         ("", "methods: nothing will not do: should be a list."),
     ],
 )
@@ -169,3 +175,9 @@ def test_a_value_that_holds_itself_is_refused_in_a_line(tmp_path: Path, toy_job:
     assert "--set keep=&a [*a]" in complaint(fine, "keep=&a [*a]")
     twice = write(tmp_path, "job: toy\ninput: &a rows.jsonl\noutput: *a\n")  # an anchor by itself is none
     assert reading.load(twice).output == "rows.jsonl"
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "gpu", "cuda:0, tpu", ""])
+def test_a_device_that_is_none_is_told_before_a_worker_starts(tmp_path: Path, device: str) -> None:
+    text = f"job: invert-images\ninput: a\nmodel: b\ndevice: '{device}'\n"
+    assert f"line 4: device: {device!r} is no device: write auto, cpu, cuda" in complaint(write(tmp_path, text))

@@ -7,6 +7,7 @@ import datetime
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.input.source import SourceError
+from pipeline.input.files import resolve
+from pipeline.input.source import Source, SourceError
 from pipeline.output.schema import table
 from pipeline.pictures import encode_picture
+from pipeline.run.columns import check_needs, look
 from pipeline.run.draft import draft
 from pipeline.run.plan import make_plan
 from tests.support.faulty import data
@@ -357,3 +360,30 @@ def test_the_object_that_is_asked_for_stands_once(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"json": {"prompt": "a"}, "json": {"prompt": "b"}}\n')
     (row,) = rows_of(tmp_path / "in.jsonl", tmp_path / "out", columns={"text": "json.prompt"})
     assert "the key 'json' twice" in row["error"]
+
+
+NEEDS = {("anchor",): "aapb draws by an anchor", ("pictures", "with"): "slerp starts from pictures"}
+
+
+def needing(path: Path, columns: Mapping[str, str] | None = None) -> None:
+    source = resolve(Source((str(path),), columns=columns or {}))
+    check_needs(source, look(source, {}, None, None), NEEDS)
+
+
+def test_an_input_without_what_every_row_needs_is_refused_as_a_whole(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "anchor": "b", "with": ["0.png"]}, {"prompt": "c"}]
+    whole, half = tmp_path / "whole.jsonl", tmp_path / "half.jsonl"
+    whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    needing(whole)
+    half.write_text("".join(json.dumps({"prompt": "a", "anchor": "b"}) + "\n" for _ in range(300)))
+    with pytest.raises(SourceError, match=r"slerp starts from pictures: .* 'pictures' or 'with', but anchor, prompt"):
+        needing(half)
+    with half.open("a") as handle:  # far behind the rows that are looked at first
+        handle.write(json.dumps({"pictures": []}) + "\n")
+    needing(half)
+    with pytest.raises(SourceError, match=r"aapb draws by an anchor: .* no column 'anchor', but prompt, with; write"):
+        needing(whole, {"prompt": "prompt", "with": "with"})
+    table = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"anchor": ["a"], "prompt": ["b"]}), table)
+    with pytest.raises(SourceError, match="no column 'pictures' or 'with', but anchor, prompt"):
+        needing(table)
