@@ -67,10 +67,12 @@ def embed(reference: Reference, query: str) -> torch.Tensor:
     """The query's embedding (1, E), by the reference's own encoders, checked to be the same weights as then.
 
     Raises:
-        ValueError: There is no such encoder, or it has changed.
+        ValueError: There is no such encoder, or it has changed, or the query is empty.
     """
     from jobs.page.queries import encoder
 
+    if not query.strip():
+        raise ValueError("the query is empty: write some text, or the path of a picture")
     if _names_picture(query):
         picture = _picture(query)  # first: an encoder takes longer to load than a wrong path to be seen
         images: Any = encoder(reference, "image")
