@@ -208,13 +208,18 @@ class Fit:
     def ridge(self) -> float:
         """The ridge that generalised cross-validation chooses (Golub, Heath and Wahba, 1979), of those for which there
         are rows enough; in units of the texts' mean variance."""
-        power_T, images = np.square(self.cross_ET).sum(0), float(np.trace(self.images_EE))
-        scores = {}
-        for ridge in filter(self._is_carried, RIDGES):
-            damped_T = self.spectrum_T + ridge * self._unit
-            left = images - float((power_T * (2 / damped_T - self.spectrum_T / damped_T**2)).sum())
-            scores[float(ridge)] = left / (1 - (1 + self.freedom(ridge)) / self.rows) ** 2
-        return min(scores, key=lambda ridge: scores[ridge])
+        return min((float(ridge) for ridge in RIDGES if self._is_carried(ridge)), key=self.score)
+
+    def score(self, ridge: float) -> float:
+        """What generalised cross-validation expects of a ridge: squared distance of an image to its text's mean."""
+        damped_T = self.spectrum_T + ridge * self._unit
+        explained_T = self._power_T * (2 / damped_T - self.spectrum_T / damped_T**2)
+        left = float(np.trace(self.images_EE)) - float(explained_T.sum())
+        return left / (1 - (1 + self.freedom(ridge)) / self.rows) ** 2
+
+    @cached_property
+    def _power_T(self) -> np.ndarray:
+        return np.asarray(np.square(self.cross_ET).sum(0))
 
     def under(self, ridge: float | None = None) -> Regression:
         """The conditional mean of images given texts.

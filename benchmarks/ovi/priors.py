@@ -80,7 +80,7 @@ def asked(count: int, categories: Sequence[str]) -> list[Row]:
 
 def stage_of(method: PromptMethod, reference: str) -> InvertPrompts:
     settings = InvertPromptsSettings(
-        model=str(micro.MODELS / "prior"), methods=(method,), reference=reference, decoder=Decode(steps=20),
+        encoder=str(micro.MODELS / "prior"), methods=(method,), reference=reference, decoder=Decode(steps=20),
         scores=("clip", "oracle"),
     )  # fmt: skip
     return InvertPrompts(settings, device="cpu")

@@ -83,11 +83,21 @@ def _arrays(features: Nystroem, regression: joint.Regression) -> dict[str, np.nd
 
 
 def fit(reference: Reference, captions: Captions, method: Kernel) -> Fitted:
-    """Kernel ridge regression; the sharpness is in units of the texts' spread, one minus the mean cosine of two
-    captions.
+    """Kernel ridge regression.
 
     Raises:
         index.joint.TooFewRows: There are too few captioned rows for the ridge.
+    """
+    features, fitted = features_and_fit(reference, captions, method)
+    return features, fitted.under(method.ridge)
+
+
+def features_and_fit(reference: Reference, captions: Captions, method: Kernel) -> tuple[Nystroem, joint.Fit]:
+    """The features, and the joint Gaussian of them and the images, to be conditioned under any ridge; the sharpness is
+    in units of the texts' spread, one minus the mean cosine of two captions.
+
+    Raises:
+        index.joint.TooFewRows: There are hardly any captioned rows.
     """
     count = captions.pairs.rows
     order_M = np.random.default_rng(SEED).permutation(count)
@@ -101,4 +111,4 @@ def fit(reference: Reference, captions: Captions, method: Kernel) -> Fitted:
         part_M = fitted_M[start : start + BATCH]
         t_BT = torch.from_numpy(captions.index.gather(part_M))
         sums.add(features(t_BT).numpy(), reference.index.gather(captions.rows_M[part_M]))
-    return features, joint.Fit.of(sums.pairs()).under(method.ridge)
+    return features, joint.Fit.of(sums.pairs())

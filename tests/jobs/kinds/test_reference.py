@@ -255,6 +255,11 @@ def test_a_parquet_column_without_an_encoder(made: Path, prior: str, tmp_path: P
         find(str(tmp_path / "adopted"), "a red star", 3)
 
 
+def test_an_empty_query_is_refused(made: Path) -> None:
+    with pytest.raises(ValueError, match="the query is empty"):
+        find(str(made), "  ", 3)
+
+
 def test_search_by_picture_finds_the_picture(made: Path, pictures: Path, tmp_path: Path) -> None:
     found = find(str(made), str(pictures / "12.png"), 3)
     assert Path(found[0].id).name == "12.png"
