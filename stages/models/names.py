@@ -51,7 +51,8 @@ def _folder(name: str) -> str:
     return name if "://" in name or name.startswith("${") else os.path.abspath(os.path.expanduser(name))
 
 
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?")
+_DEVICE = re.compile(r"(?!(?:gpu|tpu)\b)[a-z]+(:\d+)?")
+"""What may be one to PyTorch, whose list others add theirs to; two words that people try are none of it."""
 
 
 def _device(name: str) -> str:

@@ -177,7 +177,7 @@ def test_a_value_that_holds_itself_is_refused_in_a_line(tmp_path: Path, toy_job:
     assert reading.load(twice).output == "rows.jsonl"
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:x", "gpu", "cuda:0, tpu", ""])
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "gpu:0", "cuda:0, tpu", "GPU", ""])
 def test_a_device_that_is_none_is_told_before_a_worker_starts(tmp_path: Path, device: str) -> None:
     text = f"job: invert-images\ninput: a\nmodel: b\ndevice: '{device}'\n"
     assert f"line 4: device: {device!r} is no device: write auto, cpu, cuda" in complaint(write(tmp_path, text))
