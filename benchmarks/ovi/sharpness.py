@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,19 +32,17 @@ def measured(reference: str, sharpnesses: list[float]) -> list[dict[str, Any]]:
     }
     lines: list[dict[str, Any]] = []
     for sharpness in [None, *sharpnesses]:
-        if sharpness is None:
-            fit = captions.fit
-            regression = fit.under()
-            made = {kind: regression(t_BT.double()) for kind, t_BT in texts.items()}
-        else:
+        features: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double
+        fit = captions.fit
+        if sharpness is not None:
             features, fit = kernel.features_and_fit(bank, captions, Kernel(sharpness=sharpness))
-            regression = fit.under()
-            made = {kind: regression(features(t_BT)) for kind, t_BT in texts.items()}
-        found = {kind: interval(cosine(z_BE, given[kind].true_BE)) for kind, z_BE in made.items()}
-        line = {"rows": fit.rows, "sharpness": sharpness, "expected": fit.score(fit.ridge), "ridge": fit.ridge, **found}
-        lines.append(line)
+        regression, expected = fit.under(), fit.score(fit.ridge)
+        found = {
+            kind: interval(cosine(regression(features(t_BT)), given[kind].true_BE)) for kind, t_BT in texts.items()
+        }
+        lines.append({"rows": fit.rows, "sharpness": sharpness, "expected": expected, "ridge": fit.ridge, **found})
         told = " | ".join(f"{mean:.3f} ± {half:.3f}" for mean, half in found.values())
-        print(f"| {fit.rows} | {sharpness} | {fit.score(fit.ridge):.2f} | {told} |", flush=True)
+        print(f"| {fit.rows} | {sharpness} | {expected:.2f} | {told} |", flush=True)
     return lines
 
 

@@ -211,14 +211,16 @@ def valid_text(text: str) -> str:
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
+def is_text(text: str) -> bool:
+    """Whether all of it is characters."""
+    return valid_text(text) == text
+
+
 def id_problem(source: Source, values: Mapping[str, Any]) -> str | None:
     """Why a row cannot bear its id: JSON can name half of a surrogate pair, which no text holds."""
     value = None if source.id is None else values.get(source.id)
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return f"the id column {source.id!r} holds half of a surrogate pair; write whole characters"
+    if isinstance(value, str) and not is_text(value):
+        return f"the id column {source.id!r} holds half of a surrogate pair; write whole characters"
     return None
 
 

@@ -27,8 +27,8 @@ UNTAKEN = 4096
 LOOK_S = 0.005
 """How often who is held back looks whether there is room again, and whether anybody still wants the rows."""
 GATHER_S = 0.002
-"""How long who has taken all finished rows lets new ones gather: two threads that wake each other for every row spend
-twice the time of all else that a row of text costs."""
+"""How long who has taken all finished rows lets new ones gather, so that two threads do not wake each other for every
+row."""
 Done = tuple[Found | Waiting, Row | None]
 """A row that is done: with what the stage made of it, or as it was found if the stage was not to see it."""
 _END = object()

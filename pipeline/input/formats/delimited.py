@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.input.files import InputFile
 from pipeline.input.formats.text import read_lines
-from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, own_id, picked
+from pipeline.input.rows import Begins, FileScan, Format, Look, Raw, Span, Wanted, is_text, own_id, picked
 from pipeline.input.source import Source, SourceError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _csv_header(source: Source, path: str) -> tuple[list[str], str, int]:
         names = next(csv.reader(counted, delimiter=delimiter))
     except csv.Error as error:
         raise SourceError(f"{path}: its header cannot be read ({error}); save it with line ends of today") from None
-    if not all(map(_valid, names)):
+    if not all(map(is_text, names)):
         raise SourceError(f"{path}: its header is not UTF-8; save it as UTF-8")
     return names, delimiter, counted.position
 
@@ -112,22 +112,13 @@ def _csv_rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
         problem = None
         if len(cells) != len(names):
             problem = f"row {row} of {span.name} has {len(cells)} cells, the header has {len(names)}"
-        elif not all(cell.isprintable() or _valid(cell) for cell in cells):
+        elif not all(cell.isprintable() or is_text(cell) for cell in cells):
             problem = f"row {row} of {span.name} is not UTF-8"
         values = dict(zip(names, cells, strict=False))
         if problem is None:
             yield Raw(own_id(source, values, span, row), picked(values, wanted))
         else:
             yield Raw(own_id(source, values, span, row), {}, problem)
-
-
-def _valid(text: str) -> bool:
-    """Whether text decoded with surrogate escapes was UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _csv_schema(source: Source, file: InputFile) -> pa.Schema:

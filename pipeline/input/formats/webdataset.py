@@ -277,8 +277,7 @@ def _rows(source: Source, span: Span, wanted: Wanted) -> Iterator[Raw]:
         samples = _samples(tar, lambda number, extension: span.ahead <= number < last)
         for row, sample in enumerate(span.of(samples), span.start):
             values, problem = _values(sample, span.name)
-            derived = valid_text(f"{span.name}/{sample.key}")
-            own = derived if source.id is None else own_id(source, values, span, row)
+            own = valid_text(f"{span.name}/{sample.key}") if source.id is None else own_id(source, values, span, row)
             yield Raw(own, picked(values, wanted), problem or id_problem(source, values))
 
 
