@@ -228,6 +228,25 @@ def frugal(model: nn.Module) -> nn.Module:
     return model
 
 
+class LastMlp(nn.Module):
+    """The MLP of a text tower's last layer. Where `read_B` holds a token's place for each row, for that one alone, and
+    nothing for the others: what they become is not read, and is two thirds of that layer's products."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.read_B: torch.Tensor | None = None
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        if self.read_B is None:
+            whole_BLD: torch.Tensor = self.mlp(x_BLD)
+            return whole_BLD
+        which = torch.arange(len(x_BLD), device=x_BLD.device), self.read_B
+        read_BLD = torch.zeros_like(x_BLD)
+        read_BLD[which] = self.mlp(x_BLD[which])
+        return read_BLD
+
+
 class TextEncoder:
     """Prompts to text embeddings.
 
@@ -256,7 +275,10 @@ class TextEncoder:
         else:
             config = _tower_config(place, "text")
             model = load_weights(CLIPTextModelWithProjection, place, allow_pickle, dtype=dtype, config=config)
-        self.model = frugal(model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
+        if not self._siglip:
+            layer = model.text_model.encoder.layers[-1]
+            layer.mlp = self._last = LastMlp(layer.mlp)
+        self.model: Any = frugal(model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
         self.tokenizer = _load(AutoTokenizer, place, place.processor)
         self.device, self.room = device, room or Room()
         positions = getattr(self.model.config, "max_position_embeddings", 77)
@@ -305,15 +327,26 @@ class TextEncoder:
         end_B = torch.full((len(ids_BL),), ids_BL.shape[1], device=ids_BL.device)
         if right:
             end_B = (mask_BL.sum(1) + 1).div(2, rounding_mode="floor").mul(2).clamp(max=ids_BL.shape[1])
+        read_B = self._read(ids_BL)
         t_BE: torch.Tensor | None = None
-        for end in end_B.unique().tolist():
-            which = (end_B == end).nonzero().flatten()
-            mask = None if right else mask_BL[which]
-            made = self.model(input_ids=ids_BL[which, :end], attention_mask=mask).text_embeds
-            t_BE = made.new_empty((len(ids_BL), made.shape[1])) if t_BE is None else t_BE
-            t_BE[which] = made
+        try:
+            for end in end_B.unique().tolist():
+                which = (end_B == end).nonzero().flatten()
+                mask = None if right else mask_BL[which]
+                self._last.read_B = read_B[which]
+                made = self.model(input_ids=ids_BL[which, :end], attention_mask=mask).text_embeds
+                t_BE = made.new_empty((len(ids_BL), made.shape[1])) if t_BE is None else t_BE
+                t_BE[which] = made
+        finally:
+            self._last.read_B = None
         assert t_BE is not None
         return t_BE
+
+    def _read(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Places (B,) of the tokens whose states become the embeddings: the first end of text; that
+        of older models, whose configuration says 2, is the largest id."""
+        end: int = self.model.text_model.eos_token_id
+        return ids_BL.argmax(-1) if end == 2 else ids_BL.eq(end).int().argmax(-1)
 
 
 class ImageEncoder:

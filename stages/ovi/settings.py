@@ -179,7 +179,7 @@ class Kernel(Regressed):
     """The same, on Nystroem features of the kernel exp(a (cos - 1)) of two texts (ours)."""
 
     method: Literal["kernel"] = "kernel"
-    sharpness: float = Field(0.7, gt=0)
+    sharpness: float = Field(0.1, gt=0)
     """a, in units of the inverse of what two captions' cosine lacks to 1 on average."""
     centres: int = Field(2000, ge=2)
     """Captions that the features are made of, at most."""

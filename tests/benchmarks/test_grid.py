@@ -46,6 +46,6 @@ def test_a_cell_holds_the_numbers_of_the_commands_rows(in_process: None, tmp_pat
 def test_the_methods_are_those_of_the_commands_job() -> None:
     assert set(grid.methods()) >= {
         "trained-prior", "retrieval-8", "captions-8", "mean-shift", "procrustes", "linear", "linear-rescaled",
-        "linear-drawn", "kernel", "kernel-rescaled", "kernel-broad", "kernel-typical", "ovi",
+        "linear-drawn", "kernel", "kernel-rescaled", "kernel-sharp", "kernel-typical", "ovi",
         "ovi-kernel", "ovi-captions", "direct-kernel",
     }  # fmt: skip

@@ -61,6 +61,25 @@ def test_prompts_are_read_to_their_ends_and_mean_what_they_mean_at_full_length(p
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("told", [True, False], ids=["end of text told", "the largest id"])
+def test_the_token_that_is_read_is_the_one_that_the_model_pools(prior, side, told):
+    """Also where a prompt spells the end of text itself; the other tokens' last states may be anything."""
+    encoder = clip.TextEncoder(prior)
+    encoder.tokenizer.padding_side = side
+    tower = encoder.model.text_model
+    tower.eos_token_id = encoder.tokenizer.eos_token_id if told else 2
+    prompts = ["a red star", f"a red {encoder.tokenizer.eos_token} star", "", " ".join(["a red star"] * 40), "two blue"]
+    ids_BL, mask_BL, _ = encoder._tokens(prompts)
+    with torch.inference_mode():
+        wanted_BE = encoder.model(input_ids=ids_BL, attention_mask=mask_BL).text_embeds
+    seen = []
+    tower.encoder.layers[-1].mlp.mlp.register_forward_pre_hook(lambda mlp, given: seen.append(given[0].shape))
+    assert (encoder(prompts) - wanted_BE).abs().max() < 1e-5
+    assert sum(shape[0] for shape in seen) == len(prompts)
+    assert all(len(shape) == 2 for shape in seen)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
 def test_tokens_and_their_counts_are_the_tokenizers_own(prior, side):
     encoder = clip.TextEncoder(prior)
     tokenizer = encoder.tokenizer

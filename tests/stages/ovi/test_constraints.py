@@ -83,7 +83,7 @@ def _features(around, captions):
     if around == "prompt":
         return (lambda x: x), t.shape[1], captions.fit.ridge
     u = t / np.linalg.norm(t, axis=1, keepdims=True)
-    a = 0.7 / (1 - np.square(u.mean(0)).sum())
+    a = Kernel().sharpness / (1 - np.square(u.mean(0)).sum())
     features = Nystroem(kernel=lambda x, y: np.exp(a * (x @ y - 1)), n_components=len(u)).fit(u)
     values = np.linalg.eigvalsh(np.exp(a * (u @ u.T - 1)))
     return (

@@ -104,7 +104,7 @@ def test_kernel_with_every_caption_a_centre_is_a_gaussian_process(captioned, row
     t, z = pairs
     u, new = _unit(t), _unit(_texts(rows))
     a = 0.7 / (1 - np.square(u.mean(0)).sum())
-    made = kernel.fit(captioned.reference, captioned.reference.captions, Kernel(ridge=0.2))
+    made = kernel.fit(captioned.reference, captioned.reference.captions, Kernel(ridge=0.2, sharpness=0.7))
     conditional = priors.Conditional(*made)
     features = conditional.features(torch.from_numpy(t)).numpy()
     noise = (TEXTS - 1) * 0.2 * np.trace(np.cov(features.T)) / features.shape[1]
