@@ -1,9 +1,9 @@
 """An output folder: its plan, its commit records, its tables, its state.
 
 ``OUT/data/part-*.parquet``, ``OUT/README.md`` and ``OUT/_SUCCESS`` are what readers see. ``OUT/_latentmill/`` is the
-bookkeeping: ``plan.json``, ``<run>-files.parquet``, ``<run>-shards.parquet``, ``records/``, ``log/``, ``attempts/``
-(until published), ``summaries/``, ``progress.json``, ``locks/``, and ``set-aside/`` for files found in ``data/`` that
-are not its own.
+bookkeeping: ``plan.json`` (and what it grew to), ``<run>-files.parquet``, ``<run>-shards.parquet``, ``records/``,
+``log/``, ``attempts/`` (until published), ``summaries/``, ``progress.json``, ``locks/``, and ``set-aside/`` for files
+found in ``data/`` that are not its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.input.files import OWN
 from pipeline.output import lock, parquet
 from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, read_summary, recorded
 from pipeline.output.log import Log, key, shard_of
-from pipeline.output.planfile import PLAN, OutputError, load_plan, own_folder
+from pipeline.output.planfile import PLAN, OutputError, load_plan, own_folder, steps
 from pipeline.output.progress import Progress
 from pipeline.output.tally import Tally
 from pipeline.storage import Folder
@@ -119,8 +119,10 @@ class Output:
             self.lock.check()
 
     def part(self, shard: int) -> str:
-        """The published name of a shard."""
-        total = int(self.plan["shards"])
+        """The published name of a shard. It stays what it was when the plan grows: its total is that of the first plan
+        that had the shard."""
+        totals = [int(step["shards"]) for step in steps(self.plan)]
+        total = next((total for total in totals if shard < total), totals[-1])
         width = max(5, len(str(total)))
         return f"data/part-{shard:0{width}d}-of-{total:0{width}d}.parquet"
 

@@ -33,7 +33,7 @@ class Leftovers:
         self._names |= {name for name, of in records.items() if of is None}
         self._names |= {f"{LOG}/{name}" for name in output.folder.listing(LOG) if logged(name, output.run) is None}
         if output.folder.local and output.run:
-            self._names |= {f"{OWN}/{name}" for name in unfinished(output.own, output.run)}
+            self._names |= {f"{OWN}/{name}" for name in unfinished(output.own, output.plan)}
 
     def spare(self, record: Record) -> None:
         self._names.discard(f"{ATTEMPTS}/{record.file}")

@@ -4,13 +4,16 @@ and, with ``dedupe``, ``duplicates.parquet`` (a row a duplicate).
 They lie in the bookkeeping folder of an output; the plan exists once ``plan.json`` does, which is written last, and
 names its tables: each planner writes its own (``<run>-shards.parquet``), so that one that was overtaken, and wakes,
 puts nothing in the place of the other's. Plans of older code have tables without a run.
+
+A plan with a limit may grow (`pipeline.run.plan.grow_plan`): its next form, ``<run>-plan.g1.json``, has tables of its
+own, the same run, and the same shards as far as they went.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +36,7 @@ _SPANS = pa.schema([("shard", pa.int64()), ("ids", pa.string()), ("name", pa.str
                     ("ahead", pa.int64())])  # fmt: skip
 FILES, SHARDS, TWINS = "files.parquet", "shards.parquet", "duplicates.parquet"
 _TABLE = re.compile(rf"([0-9a-f]+)-({FILES}|{SHARDS}|{TWINS})")
+_GROWN = re.compile(r"([0-9a-f]+)-plan\.g\d+\.json")
 _TWINS = pa.schema([("shard", pa.int64()), ("place", pa.int64()), ("first", pa.string())])
 
 
@@ -50,12 +54,33 @@ def load_plan(folder: Folder) -> dict[str, Any] | None:
     Raises:
         OutputError: It is damaged.
     """
+    plan = _first(folder)
+    return None if plan is None else _newest(own_folder(folder), plan)
+
+
+def _first(folder: Folder) -> dict[str, Any] | None:
+    """The plan as it was made, before it grew."""
     try:
-        return _plan(folder.read(PLAN))
+        return _read(own_folder(folder), "plan.json")
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _newest(folder: Folder, plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan of a bookkeeping folder as it has last grown."""
+    while run := plan.get("run"):
+        try:
+            plan = _read(folder, grown_name(run, len(steps(plan))))
+        except FileNotFoundError:
+            break
+    return plan
+
+
+def _read(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        return _plan(folder.read(name))
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise OutputError(f"{folder.url}/{PLAN} is damaged ({error}); name another output folder") from None
+        raise OutputError(f"{folder.url}/{name} is damaged ({error}); name another output folder") from None
 
 
 def _plan(content: bytes) -> dict[str, Any]:
@@ -66,8 +91,18 @@ def _plan(content: bytes) -> dict[str, Any]:
 
 def planned_run(folder: Folder) -> str | None:
     """Id of the run whose plan is in a folder: empty for a plan of older code, None if there is no plan."""
-    plan = load_plan(folder)
+    plan = _first(folder)
     return None if plan is None else str(plan.get("run") or "")
+
+
+def grown_name(run: str, number: int) -> str:
+    """Of the file in the bookkeeping folder that holds a plan which has grown so often."""
+    return f"{run}-plan.g{number}.json"
+
+
+def steps(plan: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """How far the plan went each time: ``rows`` and ``shards`` in all, and the run that its tables bear."""
+    return plan.get("steps") or [plan]
 
 
 def table_name(run: str, table: str) -> str:
@@ -77,15 +112,17 @@ def table_name(run: str, table: str) -> str:
 def _named_tables(folder: Folder) -> str:
     """The run that the tables of the plan in a bookkeeping folder bear; empty where they bear none."""
     try:
-        return str(_plan(folder.read("plan.json")).get("tables") or "")
+        return str(_newest(folder, _read(folder, "plan.json")).get("tables") or "")
     except FileNotFoundError:
         return ""
 
 
-def unfinished(folder: Folder, run: str) -> list[str]:
-    """Tables in the bookkeeping folder of a planned run that are not its own: of who died or was overtaken planning."""
-    found = {name: _TABLE.fullmatch(name) for name in folder.listing("")}
-    return [name for name, match in found.items() if match and match[1] != run]
+def unfinished(folder: Folder, plan: Mapping[str, Any]) -> list[str]:
+    """Tables in the bookkeeping folder of a plan that are not its own: of who died or was overtaken planning; and what
+    another plan grew to."""
+    names, own = folder.listing(""), {step.get("tables") for step in steps(plan)}
+    tables = [name for name in names if (match := _TABLE.fullmatch(name)) and match[1] not in own]
+    return tables + [name for name in names if (match := _GROWN.fullmatch(name)) and match[1] != plan.get("run")]
 
 
 class Tables:
@@ -153,6 +190,13 @@ class _Rows:
         self._upload.abandon()
         if self._folder.local:
             self._folder.remove(self._name)
+
+
+def read_twins(folder: Folder, plan: Mapping[str, Any]) -> Iterator[tuple[int, int, str]]:
+    """The duplicates of a plan: shard, place in it, id of the first that holds the same."""
+    name = table_name(str(plan.get("tables") or ""), TWINS)
+    if folder.exists(name):
+        yield from _table_rows(folder, name)
 
 
 def _table_rows(folder: Folder, name: str) -> Iterator[tuple[Any, ...]]:

@@ -31,7 +31,16 @@ from pipeline.run.cluster import ClusterError, Meters, Pool, connected, elsewher
 from pipeline.run.dispatch import Dispatcher, Stopped
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft
 from pipeline.run.memory import Memory
-from pipeline.run.plan import Plan, PlanMismatch, check_input, differences, make_plan, write_plan
+from pipeline.run.plan import (
+    Plan,
+    PlanMismatch,
+    check_input,
+    differences,
+    grow_plan,
+    make_plan,
+    more_rows,
+    write_plan,
+)
 from pipeline.run.reporter import Reporter
 from pipeline.run.scan import Scans, is_heavy, one_by_one, scan_elsewhere
 from pipeline.run.survey import Survey, survey
@@ -176,15 +185,25 @@ def run(
         raise RunError(str(error)) from None
     drafted = draft(spec)
     folder = Folder.at(spec.output, spec.storage_options)
-    planned = _check_folder(spec, drafted, folder)
+    held = _check_folder(spec, drafted, folder)
     lock = Lock(folder, lambda message: reporter.phase("planning", message=message), resources.sole_run)
     try:
-        if not planned and not _check_folder(spec, drafted, folder):  # again: another run may have just ended here
+        if held != "this run":  # again: another run may have just ended here
+            held = _check_folder(spec, drafted, folder)
+        if held != "this run":
+            own = own_folder(folder)
             with _scanning(drafted.source, spec.limit, address, resources.cpus) as scans:
-                plan = write_plan(spec, drafted, own_folder(folder), machine.here.wall(), lock.check, scans)
+                if held == "nothing":
+                    plan = write_plan(spec, drafted, own, machine.here.wall(), lock.check, scans)
+                else:
+                    goal = "all" if spec.limit is None else f"{spec.limit:,}"
+                    reporter.phase("planning", message=f"{spec.output} grows from {held['rows']:,} rows to {goal}")
+                    plan = grow_plan(spec, drafted, own, held, lock.check, scans)
             for note in plan["notes"]:
                 reporter.phase("planning", message=note)
         output = replace(Output.open(spec.output, spec.storage_options), lock=lock)
+        if (reached := output.plan["fields"].get("limit")) != spec.limit:  # another run has let it grow meanwhile
+            raise PlanMismatch(spec.output, {"limit": (reached, spec.limit)}, spec.renamed)
         reporter.output = output
         if finish is not None and finish_apart and address is not None:
             finish = partial(_finish_apart, finish, resources, address, spec.storage_options)
@@ -234,8 +253,10 @@ def _scanning(source: Source, limit: int | None, address: str | None, cpus: floa
         raise RunError(f"the input cannot be scanned: {error}") from None
 
 
-def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
-    """True if the folder holds this very run, False if it is free; anything else is refused."""
+def _check_folder(
+    spec: RunSpec, drafted: Draft, folder: Folder
+) -> Literal["nothing", "this run"] | Mapping[str, Any]:  # fmt: skip
+    """What the folder holds: the plan of this run, where that goes less far and is to grow. All else is refused."""
     plan = load_plan(folder)
     if plan is None:
         stranger = next((name for name in folder.names() if name != OWN), None)
@@ -243,13 +264,15 @@ def _check_folder(spec: RunSpec, drafted: Draft, folder: Folder) -> bool:
             raise OutputError(
                 f"{spec.output} is not empty and holds no run (there is {stranger!r}); name another output folder"
             )
-        return False
+        return "nothing"
     models = [model["path"] for model in drafted.info.models.values() if model.get("fingerprint")]
     found = differences(plan["fields"], json.loads(json.dumps(dict(drafted.fields))), spec.speed, models)
-    found = found or check_input(drafted.source, own_folder(folder), spec.limit)
+    grows = more_rows(found) and bool(plan.get("run"))
+    if not found or grows:
+        found = check_input(drafted.source, own_folder(folder), plan.get("limit"))
     if found:
         raise PlanMismatch(spec.output, found, spec.renamed)
-    return True
+    return plan if grows else "this run"
 
 
 def _resumed(

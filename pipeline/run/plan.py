@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import machine
 from pipeline.input.contents import Contents
 from pipeline.input.files import list_files
 from pipeline.input.read import scanned_again
+from pipeline.input.shards import Shard
 from pipeline.input.source import Source
 from pipeline.output import planfile
 from pipeline.output.lock import LOST, LockLost
-from pipeline.output.schema import encode_schema
+from pipeline.output.schema import decode_schema, encode_schema
 from pipeline.run.draft import Draft, PlanError, RunSpec, compared, draft, fingerprint, watched
 from pipeline.run.scan import Scans, one_by_one
 from pipeline.run.survey import Survey, survey
@@ -25,14 +28,15 @@ from pipeline.storage import Folder
 RUN_DIGITS = 12
 """Of a run's id: names bear it."""
 COLUMNS = "output columns"
+_GROWS = (
+    "rows", "shards", "files", "input_bytes", "estimated_bytes", "fingerprint", "notes", "input_content", "limit",
+)  # fmt: skip
+"""What of a plan is another when it grows."""
 LIMITS = ("input.allow", "input.max_pixels")
 """What they refuse is a failed row, what they let through is as it would have been: a resumed run may have others."""
 
 
-MORE_ROWS = (
-    " (Which rows a folder holds is settled when it is planned: its files are numbered and cut by that. To have more, "
-    "start a folder with all of them.)"
-)
+MORE_ROWS = " (A limit may grow, or go, where nothing else is another; for fewer rows start another folder.)"
 
 MOVED = " (If these are the same files in another place, link them to where they were, which the plan goes by: ln -s.)"
 
@@ -166,21 +170,80 @@ def write_plan(
     Raises:
         LockLost: Another driver has planned here meanwhile; its plan stands.
     """
-    totals, columns, contents = Survey(), watched(drafted), compared(drafted)
     run = machine.here.token()[:RUN_DIGITS]
-    with planfile.Tables(folder, run, twins=contents is not None) as tables:
+    plan = _written(spec, drafted, folder, run, check, scans)
+    content = {"created": created, "run": run, "tables": run, **plan}
+    return _in_place(folder, "plan.json", content)
+
+
+def grow_plan(
+    spec: RunSpec,
+    drafted: Draft,
+    folder: Folder,
+    old: Mapping[str, Any],
+    check: Callable[[], None] = lambda: None,
+    scans: Scans = one_by_one,
+) -> dict[str, Any]:
+    """Scan the input to a further limit, and write what the plan grows to. The run stays the same, and its shards as
+    they are, the last of them however short; further rows are further shards, whose files say how many there are by
+    then, so that no file that is published changes its name.
+
+    Args:
+        folder: The bookkeeping folder inside the output folder.
+        old: The plan so far; it differs in its limit alone.
+        check, scans: As for `write_plan`.
+
+    Returns:
+        What the new form of the plan holds.
+
+    Raises:
+        PlanError: The rows that were planned would be cut otherwise by now, or with further rows the output would have
+            other types, or too many files for their numbers.
+        LockLost: Another driver has let it grow meanwhile.
+    """
+    run, tables = str(old["run"]), machine.here.token()[:RUN_DIGITS]
+    plan, before = _written(spec, drafted, folder, tables, check, scans, old), planfile.steps(old)
+    reached = [{name: step[name] for name in ("rows", "shards", "tables")} for step in before]
+    reached.append({"rows": plan["rows"], "shards": plan["shards"], "tables": tables})
+    content = {
+        **old,
+        **{name: plan[name] for name in _GROWS},
+        "fields": {**old["fields"], "limit": spec.limit},
+        "tables": tables,
+        "steps": reached,
+    }
+    return _in_place(folder, planfile.grown_name(run, len(before)), content)
+
+
+def _written(
+    spec: RunSpec, drafted: Draft, folder: Folder, token: str, check: Callable[[], None], scans: Scans,
+    old: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Scan the input into tables of this token: what the plan holds besides.
+
+    Args:
+        old: A plan that these have to begin with.
+    """
+    totals, columns, contents = Survey(), watched(drafted), compared(drafted)
+    ends = sorted({int(step["rows"]) for step in planfile.steps(old)}) if old else []
+    with planfile.Tables(folder, token, twins=contents is not None) as tables:
+        before = None if old is None else _Before(spec.output, folder, old)
         for shard in survey(
-            drafted.source, spec.shard_rows, spec.limit, totals, tables.file, columns, scans, contents
+            drafted.source, spec.shard_rows, spec.limit, totals, tables.file, columns, scans, contents, ends
         ):  # fmt: skip
+            if before is not None:
+                before.shard(shard)
             tables.shard(shard)
         for row, first in _twins(contents, totals):
-            tables.twin(*divmod(row, spec.shard_rows), first)
+            twin = (*_place(row, spec.shard_rows, ends), first)
+            if before is not None:
+                before.twin(twin)
+            tables.twin(*twin)
+        plan, schema = _plan(drafted, totals), columns.settled(drafted.schema)
+        if before is not None:
+            before.end(plan, schema)
         check()
-    plan = _plan(drafted, totals)
-    content = {
-        "created": created,
-        "run": run,
-        "tables": run,
+    return {
         **asdict(plan),
         "versions": versions(),
         "fields": dict(drafted.fields),
@@ -195,13 +258,77 @@ def write_plan(
         "stage_columns": [asdict(column) for column in drafted.info.columns],
         "metadata": dict(drafted.info.metadata),
         "reads": drafted.info.reads and dict(drafted.info.reads),
-        "schema": encode_schema(columns.settled(drafted.schema)),
+        "schema": encode_schema(schema),
     }
+
+
+def _place(row: int, every: int, ends: Sequence[int]) -> tuple[int, int]:
+    """Shard of a row, and its place there, where shards have so many rows and end behind some rows besides."""
+    shards = start = 0
+    for end in ends:
+        if row < end:
+            break
+        shards, start = shards - (start - end) // every, end
+    further, place = divmod(row - start, every)
+    return shards + further, place
+
+
+class _Before:
+    """A plan so far, read beside what it grows to, a shard at a time. Each function raises PlanError where they do not
+    go together."""
+
+    def __init__(self, output: str, folder: Folder, old: Mapping[str, Any]) -> None:
+        self._output, self._old = output, old
+        self._shards, self._twins = planfile.read_shards(folder), planfile.read_twins(folder, old)
+        self._further = int(old["shards"])
+
+    def shard(self, shard: Shard) -> None:
+        if shard.index < self._further and _cut(next(self._shards, None)) != _cut(shard):
+            raise self._others()
+
+    def twin(self, twin: tuple[int, int, str]) -> None:
+        if twin[0] < self._further and next(self._twins, None) != twin:
+            raise self._others()
+
+    def end(self, plan: Plan, schema: pa.Schema) -> None:
+        """What was planned has been found, and the whole of it has the same columns and as long names."""
+        if next(self._shards, None) is not None or next(self._twins, None) is not None:
+            raise self._others()
+        columns = ((was, schema.field(was.name)) for was in decode_schema(self._old["schema"]))
+        if apart := [f"{was.name} {now.type}, not {was.type}" for was, now in columns if now != was]:
+            raise self._error(f"with further rows columns would have other types ({'; '.join(apart)})")
+        if len(str(plan.shards)) > max(5, len(str(planfile.steps(self._old)[0]["shards"]))):
+            raise self._error(f"{plan.shards} files are more than its files' names have digits for")
+
+    def _others(self) -> PlanError:
+        return self._error("the rows that it holds would be cut or named otherwise by now")
+
+    def _error(self, why: str) -> PlanError:
+        return PlanError(f"{self._output}: {why}; name another output folder")
+
+
+def _cut(shard: Shard | None) -> Any:
+    """What makes a shard the same; where in a file its rows lie may be told otherwise."""
+    return shard and (shard.ids, [(span.name, span.start, span.stop) for span in shard.spans])
+
+
+def _in_place(folder: Folder, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Create a plan's file.
+
+    Raises:
+        LockLost: Another driver has put its own there meanwhile.
+    """
     text = json.dumps(content, indent=1, default=str)
-    if not folder.create("plan.json", text.encode()):
+    if not folder.create(name, text.encode()):
         raise LockLost(LOST)
     loaded: dict[str, Any] = json.loads(text)
     return loaded
+
+
+def more_rows(found: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether what differs from a plan is its limit alone, and that has grown, or is gone."""
+    old, new = found.get("limit", (None, None))
+    return set(found) == {"limit"} and old is not None and (new is None or new > old)
 
 
 def differences(

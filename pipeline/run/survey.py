@@ -6,7 +6,7 @@ Memory does not grow with the number of rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -36,11 +36,13 @@ class Survey:
 def survey(
     source: Source, every: int, limit: int | None, totals: Survey, seen: Callable[[InputFile, FileScan], None],
     columns: Watched | None = None, scans: Scans = one_by_one, contents: Contents | None = None,
+    ends: Sequence[int] = (),
 ) -> Iterator[Shard]:  # fmt: skip
     """Scan a resolved source and cut it into shards; ``totals``, ``seen``, ``columns`` and ``contents`` follow along.
 
     Args:
         scans: How files are scanned. With a limit they have to be scanned one by one.
+        ends: Rows, ascending, behind which a shard ends however few it has: as far as earlier plans went.
 
     Raises:
         SourceError: A file cannot be read, or lacks a column; two rows share an id; there are no rows.
@@ -50,6 +52,8 @@ def survey(
     ids: list[str] = []
     held = 0
     aside = LeftOut()
+    further = iter(ends)
+    end = next(further, None)
     for found in scans(_tasks(source, limit, totals, columns, aside)):
         file, scan = found.file, found.scan
         if columns is not None:
@@ -69,6 +73,8 @@ def survey(
         at = 0
         while at < rows:
             take = min(every - held, rows - at)
+            if end is not None:
+                take = min(take, end - totals.rows)
             offset, ahead = entered(scan, at)
             spans.append(Span(file.name, file.path, at, at + take, offset, ahead))
             if row_ids is not None:
@@ -77,10 +83,12 @@ def survey(
                 ids += fresh
             at, held = at + take, held + take
             totals.rows += take
-            if held == every:
+            if held == every or totals.rows == end:
                 yield Shard(totals.shards, tuple(spans), digest(ids) if ids else None)
                 totals.shards += 1
                 spans, ids, held = [], [], 0
+            if totals.rows == end:
+                end = next(further, None)
     if held:
         yield Shard(totals.shards, tuple(spans), digest(ids) if ids else None)
         totals.shards += 1

@@ -108,6 +108,24 @@ def test_a_chain_runs_resumes_and_reports(
     _check_commands(out)
 
 
+def test_a_chain_grows_with_its_limit(
+    tmp_path: Path, rows: str, toy_job: type[RowJob], local_ray: str
+) -> None:  # fmt: skip
+    """Every step does its further rows alone: the files of the one before have stayed as they were."""
+    steps = [
+        {"job": "toy", "name": "upper", "input": rows},
+        {"job": "toy", "name": "lower", "mode": "lower", "input": {"path": "${upper}", "columns": {"text": "changed"}}},
+    ]
+    job = {"job": "chain", "steps": steps, "resources": SMALL}
+    for limit, resumed in ((2, 0), (5, 2), (None, 4)):
+        result = run_job(job, output=str(tmp_path / "out"), limit=limit)
+        count = limit or 7
+        assert (result.state, result.planned, result.ok, result.resumed) == ("complete", 2 * count, 2 * count, resumed)
+        table = pyarrow.dataset.dataset(sorted((tmp_path / "out/lower/data").glob("*.parquet"))).to_table()
+        assert table["changed"].to_pylist() == [f"row {n}" for n in range(count)]
+    _check_commands(tmp_path / "out")
+
+
 def _only_upper() -> Any:
     from tests.support.toy_job import Letters
 

@@ -64,6 +64,19 @@ def _tables_without_run() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _cut_anew() -> Iterator[None]:
+    """Without the look whether a plan that grows begins as it did."""
+    survey = schedule._survey
+
+    def wherever(source: Any, every: int, limit: int, totals: Any, seen: Any, *rest: Any) -> Iterator[Any]:
+        return survey(source, every, limit, totals, seen, *rest[:-1], ())
+
+    unseen = patch.multiple(plan._Before, shard=lambda *args: None, end=lambda *args: None)
+    with patch.object(schedule, "_survey", wherever), unseen:
+        yield
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "names are lost where records are read several at a time": lambda: patch.object(machine, "several", _swallowing),
     "records and attempts bear no run": lambda: patch.object(plan, "RUN_DIGITS", 0),
@@ -78,4 +91,5 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "a record counts though its shard is in the log": lambda: patch.object(Output, "_look", _beside_the_log),
     "who has lost the lock goes on": lambda: patch.object(Lock, "check", lambda lock: None),
     "tables of a plan bear no run": _tables_without_run,
+    "a plan that grows cuts its rows anew": _cut_anew,
 }

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -61,6 +63,8 @@ PARQUET = 8
 """Of so many schedules one has the log's files in the format that they have elsewhere."""
 TASKS = 12
 """Of so many schedules one is planned by tasks on workers."""
+GROWING = 0.15
+"""Of the schedules that are not planned by tasks, in so many the user asks for a part of the rows first."""
 VERIFIED = 5
 """Of so many schedules one is verified at its end; all are compared with what was planned."""
 
@@ -93,26 +97,27 @@ def _folder() -> Source:
 
 
 @lru_cache(1024)
-def _surveyed(shards: int, rows: int) -> tuple[Survey, list[Any], list[Any]]:
+def _surveyed(limit: int, rows: int, ends: tuple[int, ...]) -> tuple[Survey, list[Any], list[Any]]:
     totals, files = Survey(), list[tuple[Any, FileScan]]()
-    drafted = _drafted(1.0, shards, rows)
-    cut = list(survey(drafted.source, rows, shards * rows, totals, lambda file, scan: files.append((file, scan))))
-    return totals, files, cut
+    source = _drafted(1.0, limit, rows).source
+    cut = survey(source, rows, limit, totals, lambda file, scan: files.append((file, scan)), ends=ends)
+    return totals, files, list(cut)
 
 
 @lru_cache(1024)
-def _drafted(factor: float, shards: int, rows: int) -> Draft:
-    return draft(_spec(factor, shards, rows, None))
+def _drafted(factor: float, limit: int, rows: int) -> Draft:
+    return draft(_spec(factor, limit, rows, None))
 
 
 @lru_cache(1024)
 def _drafted_tasks(factor: float, rows: int) -> Draft:
-    return draft(_spec(factor, 0, rows, None, tasks=True))
+    return draft(_spec(factor, None, rows, None))
 
 
-def _spec(factor: float, shards: int, rows: int, bucket: Bucket | None, tasks: bool = False) -> RunSpec:
+def _spec(factor: float, limit: int | None, rows: int, bucket: Bucket | None) -> RunSpec:
+    """Without a limit it is planned by tasks."""
     stage = StageSpec("tests.simulation.schedule:Lengths", {"factor": factor})
-    source, limit = (_folder(), None) if tasks else (_input(), shards * rows)
+    source = _folder() if limit is None else _input()
     return RunSpec(stage, source, OUT, {"factor": factor}, shard_rows=rows, limit=limit, keep=("text",),
                    storage_options={"bucket": bucket})  # fmt: skip
 
@@ -127,7 +132,7 @@ def _add_up(finished: Finished) -> None:
 def _draft(spec: RunSpec) -> Draft:
     if spec.limit is None:
         return _drafted_tasks(spec.stage.params["factor"], spec.shard_rows)
-    return _drafted(spec.stage.params["factor"], spec.limit // spec.shard_rows, spec.shard_rows)
+    return _drafted(spec.stage.params["factor"], spec.limit, spec.shard_rows)
 
 
 def _listed(source: Source, *rest: Any) -> Iterator[InputFile]:
@@ -142,7 +147,8 @@ def _survey(source: Source, every: int, limit: int | None, totals: Survey, seen:
     if limit is None:
         yield from survey(source, every, limit, totals, seen, *rest)
         return
-    known, files, shards = _surveyed(limit // every, every)
+    *_, ends = rest
+    known, files, shards = _surveyed(limit, every, tuple(ends))
     for file, scan in files:
         seen(file, scan)
     yield from shards
@@ -301,6 +307,10 @@ class Schedule:
         self.inputs = Inputs(self.random, self.shards * self.rows, self.random.random() < 1 / TASKS)
         planning.settle(self.world, self.inputs, self.fleet)
         self.products = self.random.random() < 0.15
+        self.total = self.limit = self.shards * self.rows
+        self.growth = Random(-1 - seed)  # by itself: other schedules are what they were
+        if not self.inputs.tasks and self.total > 1 and self.growth.random() < GROWING:
+            self.limit = self.growth.randint(1, self.total - 1)
         self.factor, self.claims, self.drivers = 1.0, 0, list[_Attempted]()
         self._taken: list[tuple[float, int]] = []
         self._renewed: dict[int, tuple[float, Process | None]] = {}
@@ -340,6 +350,9 @@ class Schedule:
             self.world.call(chance.random() * span * 1.5, action)
         if self.inputs.tasks and chance.random() < 0.15:
             self.world.call(chance.random() * span, self._edit)
+        if self.limit < self.total:
+            for _ in range(self.growth.choice((0, 1, 1, 2))):
+                self.world.call(self.growth.random() * span * 1.5, self._more)
         self.world.call(2 * span, self._calm)
         probed = Lock._probed if chance.random() < 0.1 else lambda *args: True  # fourteen requests that harm nobody
         as_it_is = self.seed % PARQUET == 0
@@ -354,7 +367,7 @@ class Schedule:
     def _lives(self) -> None:
         try:
             self._to_the_end()
-            self.last = True
+            self.last, self.limit = True, self.total
             if "out/_latentmill/plan.json" in self.bucket.objects:
                 self.inputs.put_back(json.loads(self.bucket.objects["out/_latentmill/plan.json"])["rows"])
             last = self._start()
@@ -393,7 +406,7 @@ class Schedule:
         options: dict[str, Any] = {"finish": _add_up, "products": ("sums",)} if self.products else {}
         again = self.fleet.moody and (self.last or self.random.random() < 0.5)
         try:
-            spec = _spec(factor, self.shards, self.rows, self.bucket, self.inputs.tasks)
+            spec = _spec(factor, None if self.inputs.tasks else self.limit, self.rows, self.bucket)
             result = run(spec, max_failed_fraction=1.0, retry_failed=again, **options)
         except (OutputError, locks.OutputLocked, RunError, PlanMismatch, OSError, KeyboardInterrupt):
             process.die()  # it has ended, and said why
@@ -437,11 +450,14 @@ class Schedule:
         output = Output.open(OUT, options)
         if output.plan["config"]["factor"] != self.factor:
             raise Wrong("a run said complete, and the plan is another's")
-        lines = self.inputs.lines(output.plan["rows"])
-        shards = -(-len(lines) // self.rows)
-        for number in range(shards):
-            name = f"out/{output.part(number)}"
-            some = lines[number * self.rows : (number + 1) * self.rows]
+        planned = output.plan["rows"]
+        if not self.inputs.tasks and planned != self.limit:
+            raise Wrong(f"a run said complete, and {planned} rows are planned, not {self.limit}")
+        lines = self.inputs.lines(planned)[:planned]
+        cuts = self._cuts([step["rows"] for step in planfile.steps(output.plan)])
+        shards = len(cuts)
+        for number, (start, stop) in enumerate(cuts):
+            name, some = f"out/{output.part(number)}", lines[start:stop]
             own = tuple((file, line, line + 1) for file, line in some)
             content, table = made(output.plan["schema"], self.factor, own)
             found = objects.get(name, b"")
@@ -458,6 +474,12 @@ class Schedule:
             report = verify(OUT, options)
             if not report.ok:
                 raise Wrong(f"verify, after a run that said complete: {report.problems[:3]}")
+
+    def _cuts(self, reached: list[int]) -> list[tuple[int, int]]:
+        """First and last row of each shard of a plan that went so far each time."""
+        starts = {row for start, end in zip([0, *reached], reached, strict=False)
+                  for row in range(start, end, self.rows)}  # fmt: skip
+        return list(pairwise([*sorted(starts), reached[-1]]))
 
     def _alike(self, found: pa.Table, planned: pa.Table) -> bool:
         """Whether a shard holds its rows; some may have failed and not been done again."""
@@ -571,6 +593,12 @@ class Schedule:
             del self.bucket.objects[name]
         else:
             self.bucket.put(name, self.bucket.objects[name][: len(self.bucket.objects[name]) // 2])
+
+    def _more(self) -> None:
+        """The user wants more rows, whoever is at work on the folder."""
+        self.limit = self.growth.randint(self.limit, self.total)
+        self.disturbed = self.world.now + 1e-9
+        self.world.call(self.world.now + 60 * self.growth.random(), self._start)
 
     def _edit(self) -> None:
         """A user adds a line to a file of the input."""

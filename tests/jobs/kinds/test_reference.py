@@ -78,6 +78,23 @@ def test_a_reference_holds_every_embedding_in_order(made: Path, pictures: Path, 
     assert opened.mean_norm == pytest.approx(float(np.linalg.norm(opened.index.vectors_NE, axis=1).mean()), rel=1e-6)
 
 
+def test_a_reference_grows_with_its_limit(made: Path, pictures: Path, prior: str, tmp_path: Path) -> None:
+    """Index and statistics are those of all rows, as if they had been there from the start."""
+    grown = tmp_path / "grown"
+    for limit in (3, 9, None):
+        ended = run_job(_job(pictures, prior), output=str(grown), limit=limit)
+        assert ended.state == "complete"
+        assert Reference.open(grown).rows == ended.ok
+        assert verify(str(grown)).ok
+    at_once, opened = Reference.open(made), Reference.open(grown)
+    assert opened.ids(np.arange(opened.rows)).tolist() == at_once.ids(np.arange(at_once.rows)).tolist()
+    np.testing.assert_allclose(opened.index.vectors_NE, at_once.index.vectors_NE, atol=1e-5)
+    np.testing.assert_allclose(opened.cholesky, at_once.cholesky, atol=1e-5)
+    scores, rows = opened.index.search(at_once.index.vectors_NE, 1)
+    assert rows[:, 0].tolist() == list(range(at_once.rows))
+    assert scores.min() > 0.999
+
+
 def test_neighbours_are_exact_and_differentiable(made: Path) -> None:
     opened = Reference.open(made)
     z_BE = torch.from_numpy(opened.index.gather(np.array([3, 11]))).requires_grad_()
