@@ -80,3 +80,28 @@ def test_failed_rows_on_a_store_are_listed_and_done_again(
     assert pa.concat_tables(output.tables()).combine_chunks().equals(data(plain.output))
     report = verify(spec.output, spec.storage_options)
     assert report.ok, report.problems
+
+
+def test_a_limit_grows_on_a_store(
+    tmp_path: Path, store: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is published keeps its name and is not written again."""
+    import s3fs
+
+    without_ray(monkeypatch)
+    stage = StageSpec(f"tests.pipeline.run.test_retry:{Moody.__name__}", {"orders": str(tmp_path / "orders")})
+    plain = replace(spec_for(tmp_path, LINES, shard_rows=5), stage=stage)
+    start(plain)
+    spec = replace(plain, output="s3://bucket/out", storage_options=store[0])
+    fs, before = s3fs.S3FileSystem(**store[0]), dict[str, Any]()
+    for limit, done in ((7, 7), (12, 5), (None, 8)):
+        result, seen = start(replace(spec, limit=limit))
+        assert (result.state, len(seen)) == ("complete", done)
+        output = Output.open(spec.output, spec.storage_options)
+        assert pa.concat_tables(output.tables()).combine_chunks().equals(data(plain.output).slice(0, limit))
+        assert verify(spec.output, spec.storage_options).ok
+        fs.invalidate_cache()
+        now = {found["Key"]: (found["ETag"], found["LastModified"]) for found in fs.ls("bucket/out/data", detail=True)}
+        assert before.items() <= now.items()
+        before = now
+    assert len(before) == 5
