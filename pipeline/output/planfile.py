@@ -245,14 +245,17 @@ def _twins_of(folder: Folder, run: str) -> Callable[[int], dict[int, str]]:
     return twins
 
 
-def read_shards(folder: Folder) -> Iterator[Shard]:
+def read_shards(folder: Folder, plan: Mapping[str, Any] | None = None) -> Iterator[Shard]:
     """The plan's shards in order, a few thousand spans in memory at a time. Their spans say what the files were.
+
+    Args:
+        plan: As it was at some time. None: as it is.
 
     Raises:
         OutputError: The two tables do not belong together.
     """
     index, ids, spans = -1, None, list[Span]()
-    run = _named_tables(folder)
+    run = _named_tables(folder) if plan is None else str(plan.get("tables") or "")
     pins, twins = _Pinned(folder, run), _twins_of(folder, run)
     for shard, own, name, path, start, stop, offset, *ahead in _table_rows(folder, table_name(run, SHARDS)):
         if shard != index and spans:

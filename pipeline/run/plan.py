@@ -279,7 +279,7 @@ class _Before:
 
     def __init__(self, output: str, folder: Folder, old: Mapping[str, Any]) -> None:
         self._output, self._old = output, old
-        self._shards, self._twins = planfile.read_shards(folder), planfile.read_twins(folder, old)
+        self._shards, self._twins = planfile.read_shards(folder, old), planfile.read_twins(folder, old)
         self._further = int(old["shards"])
 
     def shard(self, shard: Shard) -> None:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -28,8 +29,11 @@ from stages.ovi.summary import Moments, Spent
 _READS: dict[str, Form] = {**PROMPT_READS, **dict.fromkeys(scoring.ASKED, "value")}
 CHUNK, DRAWN = clip.TEXTS, 256
 """Most rows that are read, or finished, at once: those without pictures, and those with."""
-KNOWN = 4096
-"""Prompts whose text embeddings are kept: the rows of a prompt, one a method and draw, come one after another."""
+KNOWN_BYTES = 64 << 20
+"""Of prompts whose text embeddings are kept: the rows of a prompt, one a method and draw, come one after another, and
+lists of prompts that people have repeat themselves."""
+_KNOWN_PROMPT = 500
+"""Bytes of such a prompt beside its embedding."""
 _INTERNAL = frozenset({"key", "own_id", "variable", "start", "text"})
 
 _MEASURES = (
@@ -106,6 +110,7 @@ class InvertPrompts:
         if self.settings.decoder is not None:
             self.chunk = max(self.chunk, self.settings.decoder.batch_size)
         self._known: dict[str, tuple[np.ndarray, dict[str, int | bool]]] = {}
+        self._most_known = KNOWN_BYTES // (_KNOWN_PROMPT + 4 * clip.text_width(model, revision))
         self._read = 0.0  # seconds of this call that rows, and their texts' embeddings, were waited for
 
     @cached_property
@@ -235,7 +240,7 @@ class InvertPrompts:
                 for prompt, text_E, count in zip(new, text_BE.numpy(), counts, strict=True)
             }
         found = {prompt: known[prompt] for prompt in prompts}
-        for prompt in list(known)[: max(0, len(known) - KNOWN)]:
+        for prompt in [*islice(known, max(0, len(known) - self._most_known))]:
             del known[prompt]
         return found
 

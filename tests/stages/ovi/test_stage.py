@@ -149,6 +149,23 @@ def test_results_do_not_depend_on_how_rows_are_split(stage, solved):
     stage.take_summary()
 
 
+@pytest.mark.parametrize(("held", "read"), [(1 << 20, 4), (0, 12)])
+def test_a_prompt_is_read_once_while_there_is_room_to_remember_it(params, monkeypatch, held, read):
+    """Wherever its rows stand; what is forgotten is read again, and the same."""
+    monkeypatch.setattr("stages.ovi.stage.KNOWN_BYTES", held)
+    one = {"encoder": params["encoder"], "methods": [{"method": "text-embedding"}]}
+    stage = Stage(InvertPromptsSettings(**one))
+    stage.chunk, seen, counted = 4, [], stage.text.counted
+    monkeypatch.setattr(stage.text, "counted", lambda prompts: seen.extend(prompts) or counted(prompts))
+    prompts = ["a red star", "a blue ring", "two moons", "a cat"] * 3
+    given = [{"id": f"{n}/text-embedding", "prompt": p, "method": "text-embedding"} for n, p in enumerate(prompts)]
+    found = {row["id"]: row["embedding"] for row in stage(given)}
+    assert len(seen) == read
+    wanted_BE = stage.text(prompts[:4]).numpy()
+    for number in range(12):
+        assert np.abs(found[f"{number}/text-embedding"] - wanted_BE[number % 4]).max() < 1e-5
+
+
 def test_bad_rows_fail_alone_and_say_why(stage):
     bad = [
         {"id": "a/ovi", "prompt": None, "method": "ovi"},
