@@ -156,7 +156,7 @@ def test_a_prompt_is_read_once_while_there_is_room_to_remember_it(params, monkey
     one = {"encoder": params["encoder"], "methods": [{"method": "text-embedding"}]}
     stage = Stage(InvertPromptsSettings(**one))
     stage.chunk, seen, counted = 4, [], stage.text.counted
-    monkeypatch.setattr(stage.text, "counted", lambda prompts: seen.extend(prompts) or counted(prompts))
+    monkeypatch.setattr(stage.text, "counted", lambda prompts, *batch: seen.extend(prompts) or counted(prompts, *batch))
     prompts = ["a red star", "a blue ring", "two moons", "a cat"] * 3
     given = [{"id": f"{n}/text-embedding", "prompt": p, "method": "text-embedding"} for n, p in enumerate(prompts)]
     found = {row["id"]: row["embedding"] for row in stage(given)}
@@ -252,9 +252,8 @@ def test_shards_in_hand_together_give_what_they_give_one_after_the_other(planned
         steps |= set(a["steps"].to_pylist())
         for name in ("embedding", "loss", "text_cosine", "norm", "mahalanobis", "clip_score"):
             values = (np.array(table[name].to_pylist(), float) for table in (a, b))
-            assert np.allclose(*values, rtol=1e-4, atol=1e-4, equal_nan=True), (
-                name
-            )  # batches of other sizes round otherwise
+            close = 1e-3 if name == "clip_score" else 1e-4  # batches of other sizes round otherwise, pictures to a level
+            assert np.allclose(*values, rtol=close, atol=close, equal_nan=True), name
         left, right = (summaries(bench, record) for bench, record in ((alone, one), (joined, other)))
         moments = sorted(name for name in left if name.startswith("moments"))
         assert len(moments) == 4 * 2 * len(UNEQUAL)
