@@ -252,7 +252,7 @@ def test_shards_in_hand_together_give_what_they_give_one_after_the_other(planned
         steps |= set(a["steps"].to_pylist())
         for name in ("embedding", "loss", "text_cosine", "norm", "mahalanobis", "clip_score"):
             values = (np.array(table[name].to_pylist(), float) for table in (a, b))
-            close = 1e-3 if name == "clip_score" else 1e-4  # batches of other sizes round otherwise, pictures to a level
+            close = 1e-3 if name == "clip_score" else 1e-4  # of other batches; a level of a pixel
             assert np.allclose(*values, rtol=close, atol=close, equal_nan=True), name
         left, right = (summaries(bench, record) for bench, record in ((alone, one), (joined, other)))
         moments = sorted(name for name in left if name.startswith("moments"))
