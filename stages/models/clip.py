@@ -228,22 +228,36 @@ def frugal(model: nn.Module) -> nn.Module:
     return model
 
 
-class LastMlp(nn.Module):
-    """The MLP of a text tower's last layer. Where `read_B` holds a token's place for each row, for that one alone, and
-    nothing for the others: what they become is not read, and is two thirds of that layer's products."""
+class LastLayer(nn.Module):
+    """The last layer of a causal text tower. Where `read_B` holds a token's place for each row, for that one alone, and
+    nothing for the others, which only that one looks at: their keys and values are a sixth of the layer's products."""
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.mlp = mlp
+        self.layer = layer
         self.read_B: torch.Tensor | None = None
 
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *mask: Any, **options: Any) -> torch.Tensor:
         if self.read_B is None:
-            whole_BLD: torch.Tensor = self.mlp(x_BLD)
+            whole_BLD: torch.Tensor = self.layer(hidden_states, *mask, **options)
             return whole_BLD
-        which = torch.arange(len(x_BLD), device=x_BLD.device), self.read_B
+        x_BLD, attention = hidden_states, self.layer.self_attn
+        (rows, length, width), heads = x_BLD.shape, attention.num_heads
+        places_L = torch.arange(length, device=x_BLD.device)
+        which = torch.arange(rows, device=x_BLD.device), self.read_B
+        normed_BLD = self.layer.layer_norm1(x_BLD)
+        q_BH1d = attention.q_proj(normed_BLD[which]).view(rows, heads, 1, -1)
+        k_BHLd, v_BHLd = (
+            project(normed_BLD).view(rows, length, heads, -1).transpose(1, 2)
+            for project in (attention.k_proj, attention.v_proj)
+        )
+        before_B11L = (places_L <= self.read_B[:, None])[:, None, None]
+        seen_BH1d = nn.functional.scaled_dot_product_attention(
+            q_BH1d, k_BHLd, v_BHLd, attn_mask=before_B11L, scale=attention.scale
+        )
+        y_BD = x_BLD[which] + attention.out_proj(seen_BH1d.reshape(rows, width))
         read_BLD = torch.zeros_like(x_BLD)
-        read_BLD[which] = self.mlp(x_BLD[which])
+        read_BLD[which] = y_BD + self.layer.mlp(self.layer.layer_norm2(y_BD))
         return read_BLD
 
 
@@ -276,8 +290,8 @@ class TextEncoder:
             config = _tower_config(place, "text")
             model = load_weights(CLIPTextModelWithProjection, place, allow_pickle, dtype=dtype, config=config)
         if not self._siglip:
-            layer = model.text_model.encoder.layers[-1]
-            layer.mlp = self._last = LastMlp(layer.mlp)
+            layers = model.text_model.encoder.layers
+            layers[-1] = self._last = LastLayer(layers[-1])
         self.model: Any = frugal(model.text_model if self._siglip else model).to(device).eval().requires_grad_(False)
         self.tokenizer = _load(AutoTokenizer, place, place.processor)
         self.device, self.room = device, room or Room()
@@ -333,7 +347,7 @@ class TextEncoder:
             for end in end_B.unique().tolist():
                 which = (end_B == end).nonzero().flatten()
                 mask = None if right else mask_BL[which]
-                self._last.read_B = read_B[which]
+                self._last.read_B = read_B[which] if right else None
                 made = self.model(input_ids=ids_BL[which, :end], attention_mask=mask).text_embeds
                 t_BE = made.new_empty((len(ids_BL), made.shape[1])) if t_BE is None else t_BE
                 t_BE[which] = made

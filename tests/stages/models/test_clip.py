@@ -73,10 +73,10 @@ def test_the_token_that_is_read_is_the_one_that_the_model_pools(prior, side, tol
     with torch.inference_mode():
         wanted_BE = encoder.model(input_ids=ids_BL, attention_mask=mask_BL).text_embeds
     seen = []
-    tower.encoder.layers[-1].mlp.mlp.register_forward_pre_hook(lambda mlp, given: seen.append(given[0].shape))
+    tower.encoder.layers[-1].layer.mlp.register_forward_pre_hook(lambda mlp, given: seen.append(given[0].shape))
     assert (encoder(prompts) - wanted_BE).abs().max() < 1e-5
     assert sum(shape[0] for shape in seen) == len(prompts)
-    assert all(len(shape) == 2 for shape in seen)
+    assert all(len(shape) == 2 for shape in seen) == (side == "right")
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
