@@ -90,7 +90,9 @@ class Scheme(Generic[Plan]):
         if isinstance(self.method, LboMethod):
             for times in range(1, 1 + (self.method.retries or 0)):
                 stricter = self.method.tightened(times, *self.precision)
-                yield Scheme(stricter, self.model, self.schedule, guidance=self.guidance)
+                scheme = Scheme(stricter, self.model, self.schedule, guidance=self.guidance)
+                scheme.keep_path = self.keep_path
+                yield scheme
 
 
 class Replay(Scheme[Schedule]):

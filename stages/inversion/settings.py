@@ -51,6 +51,8 @@ class InversionMethod(Method):
     inverts: ClassVar[frozenset[str]] = frozenset({"diffusion", "flow"})
     """Models that it inverts: ``diffusion``, variance-preserving (Stable Diffusion 1.x, 2.x, XL), and ``flow``,
     rectified (SD3, FLUX.1, ...)."""
+    walks: ClassVar[bool] = True
+    """It goes from the picture to the noise by latents that the sampler's way back passes too."""
 
     @property
     def extra(self) -> Extra | None:
@@ -138,6 +140,7 @@ class RfInversionMethod(InversionMethod):
 
     method: Literal["rf-inversion"] = "rf-inversion"
     inverts: ClassVar[frozenset[str]] = frozenset({"flow"})
+    walks: ClassVar[bool] = False
     gamma: float = Field(0.5, ge=0, le=1)
     """Weight of the straight line to the noise, which is drawn from the row's id."""
     eta: float = Field(0.9, ge=0, le=1)
@@ -318,6 +321,7 @@ class BelmMethod(InversionMethod):
     """O-BELM: an exact two-step scheme. Extra state: two latents a row, and its own sampler."""
 
     method: Literal["belm"] = "belm"
+    walks: ClassVar[bool] = False
 
     @property
     def extra(self) -> Literal["latent_2"]:
@@ -328,6 +332,7 @@ class EdictMethod(InversionMethod):
     """EDICT: two coupled latents, exact. Extra state: two latents a row, and its own sampler with twice the passes."""
 
     method: Literal["edict"] = "edict"
+    walks: ClassVar[bool] = False
     mixing: float = Field(0.93, gt=0.5, le=1)
     """The paper's p."""
 
@@ -412,8 +417,19 @@ class InvertImagesSettings(SamplingSettings):
     """Measure LPIPS too; needs ``latentmill[metrics]``, and is null without: the plan says so."""
     store: Literal["float32", "float16"] = "float32"
     """dtype of stored latents. What is measured is regenerated from the stored numbers."""
+    store_path: Annotated[int, Field(ge=1)] | Literal["all"] | None = added()
+    """Latents of the way from the picture to the noise that are kept beside the seed, as ``path_latents``, for
+    trainings that take noisy latents of a picture: so many, evenly spread over the steps, the picture's own first;
+    ``all``: that of every step."""
     slots: int | None = speed(None, ge=1)
     """Rows at once. Left out: as many as the GPU's free memory takes, 64 at most; 16 on a CPU."""
+
+    def path_steps(self, steps: int) -> list[int]:
+        """Which latents z_0 ... z_S of a way of so many steps are kept, 0 being the picture's; z_S is the seed."""
+        if self.store_path is None:
+            return []
+        count = steps if self.store_path == "all" else self.store_path
+        return [round(number * steps / count) for number in range(count)]
 
     @model_validator(mode="after")
     def _fits_together(self) -> InvertImagesSettings:
@@ -421,6 +437,14 @@ class InvertImagesSettings(SamplingSettings):
             raise ValueError("inverter: it takes the place of captions; leave out `prompt`")
         if self.inverter is not None and self.fit == "bucket":
             raise ValueError("inverter: it reads squares; take another `fit` than bucket")
+        if self.store_path is not None:
+            if isinstance(self.store_path, int) and self.store_path > self.steps:
+                raise ValueError(f"store_path: {self.store_path} are more than the {self.steps} steps; take all")
+            if still := [method.label for method in self.methods if not method.walks]:
+                raise ValueError(
+                    f"store_path: method {still[0]} has no such way: what it passes is no latent of the sampler's; "
+                    "leave it out of `methods`, or store_path"
+                )
         retried = [m.label for m in self.methods if isinstance(m, LboMethod) and m.retries]
         if retried and self.reconstruct is not True:
             raise ValueError(f"method {retried[0]}: retries need `reconstruct: true`, which tells who comes back")

@@ -32,8 +32,10 @@ from stages.models.captions import CUT_COLUMN, TOKEN_COLUMNS
 from stages.models.families import open_latent_model, read_geometry
 from stages.models.latent import Geometry, LatentModel
 from stages.models.memory import fitting_slots
+from stages.models.multistep import Multistep
 from stages.models.pictures import to_picture
 from stages.models.sampler import sample
+from stages.models.schedule import Schedule
 
 SIZE_COLUMNS = (
     Column("width", "int64", doc="of the picture as it was fitted to the model, in pixels"),
@@ -125,6 +127,21 @@ class InvertImages:
         if any(method.ilb for method in settings.methods):
             columns.append(latent("latent_0", doc="z_0 as boosted, scaled as the U-Net sees it"))
         columns += [column for name, column in extra.items() if name in needed]
+        if kept := settings.path_steps(len(schedule)):
+            if isinstance(schedule, Multistep):
+                raise ValueError(
+                    "store_path: the steps of the model's sampler hang together, so that no latent stands for one: "
+                    "leave `sampler` or `store_path` out"
+                )
+            columns += [
+                each_step(
+                    "path_latents", shape=(len(kept), *shape),
+                    doc="z_t on the way to z_T as the network is shown them, the picture's own z_0 first",
+                ),
+                Column("path_times", "tensor", (len(kept),), doc="what the network is told as their times; 0 of z_0"),
+                Column("path_alphas", "tensor", (len(kept),), doc="z_t = alpha z_0 + sigma eps: alpha"),
+                Column("path_sigmas", "tensor", (len(kept),), doc="sigma"),
+            ]  # fmt: skip
         columns += [
             Column(
                 "residual", "tensor", (len(schedule),), doc="|D(z) - z_prev| / |z_prev| at each step's last evaluation"
@@ -224,7 +241,10 @@ class InvertImages:
         return self._made(label, self.model.at(*size))
 
     def _made(self, label: str, model: LatentModel) -> Scheme[Any]:
-        return scheme_of(self.methods[label], model, steps=self.settings.steps, guidance=self.settings.guidance)
+        settings = self.settings
+        scheme = scheme_of(self.methods[label], model, steps=settings.steps, guidance=settings.guidance)
+        scheme.keep_path = scheme.keep_path or settings.store_path is not None
+        return scheme
 
     @property
     def slots(self) -> int:
@@ -352,6 +372,8 @@ class InvertImages:
             for i, row in zip(chosen, measured, strict=True):
                 rows[i] = row
         statistics = noise_statistics(self._as_stored(rows, "noise"))
+        kept = self.settings.path_steps(len(scheme.schedule))
+        levels = _noise_levels(scheme.schedule, kept) if kept else {}
         for i, row in enumerate(rows):
             made: Row = {
                 "id": row["id"],
@@ -376,6 +398,8 @@ class InvertImages:
                 made |= dict(zip(("width", "height"), scheme.model.geometry.picture_size, strict=True))
             if method.ilb is not None:
                 made["latent_0"] = self._stored(row["z"])
+            if kept:
+                made |= {"path_latents": self._stored(row["path"][kept]), **levels}
             if self.settings.pictures:
                 made["picture"] = to_picture(row["x"])
             outputs.append(made)
@@ -446,6 +470,18 @@ class InvertImages:
         edited_BCHW = sample(scheme.model.predictor(guidance), scheme.schedule, noise_BCHW, condition)
         for i, picture in zip(which, self.model.decode(edited_BCHW), strict=True):
             outputs[i]["edited"] = to_picture(picture.cpu())
+
+
+def _noise_levels(schedule: Schedule, kept: Sequence[int]) -> dict[str, np.ndarray]:
+    """Of some latents z_k of the way: their times, and alpha and sigma of z_k = alpha z_0 + sigma eps."""
+    none = torch.zeros(1, device=schedule.t_S.device)
+    levels = {
+        "path_times": (none, schedule.t_S),
+        "path_alphas": (schedule.alpha_prev_S[:1], schedule.alpha_S),
+        "path_sigmas": (schedule.sigma_prev_S[:1], schedule.sigma_S),
+    }
+    every = {name: torch.cat([value.float() for value in values]) for name, values in levels.items()}
+    return {name: values[list(kept)].cpu().numpy() for name, values in every.items()}
 
 
 def _off(again_BCHW: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
