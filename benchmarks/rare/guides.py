@@ -7,6 +7,7 @@ judged, not drawn again. Frequent combinations are drawn by plain prompts alone:
 the table; writes guides.md.
 
     python -m benchmarks.rare.guides [--methods random nao] [--guides plain aapb] [--kinds never rare] [--pool FOLDER]
+    python -m benchmarks.rare.guides --methods nao --guides plain --ilb
     python -m benchmarks.rare.guides --methods random --guides plain --kinds frequent --parts 0
 """
 
@@ -29,7 +30,7 @@ import micro
 from benchmarks.rare.concepts import concepts
 from micro import prompts, world
 from micro.oracle import Oracle, score
-from stages.inversion.settings import DdimMethod, LboMethod
+from stages.inversion.settings import Boost, DdimMethod, LboMethod
 from stages.models.clip import ImageEncoder, TextEncoder
 from stages.models.fingerprint import describe_model
 from stages.rare.seed_select import centroid
@@ -71,6 +72,8 @@ GUIDES: tuple[AnyGuide, ...] = (
 FEWER = {"seed-select": 1, "seed-select-nao": 2}
 """Pictures of a concept and slice, of the methods that optimise every seed, at most."""
 BASELINE = "random:plain"
+BOOSTED = "+ilb"
+"""Behind a method whose concepts' pictures were inverted from boosted latents."""
 COPY_DB = 25.0
 """A picture nearer than this to one of the concept's own, by PSNR, is called a copy."""
 STAND_IN = {"heart": "circle", "moon": "circle", "star": "cross", "ring": "circle"}
@@ -155,7 +158,8 @@ def measure(
     stage = RareConcepts(RareConceptsSettings(
         model=options.model, methods=(method,), guides=guides, steps=options.steps, guidance=options.guidance,
         scores=("text", "image", "oracle"), slots=options.slots, device="cpu", seed=0,
-        inversion=DdimMethod() if isinstance(method, RandomMethod) else LboMethod(),  # random takes no seed of it
+        # Random seeds take nothing of it.
+        inversion=DdimMethod() if isinstance(method, RandomMethod) else LboMethod(ilb=Boost() if options.ilb else None),
     ))  # fmt: skip
     given = [row for guide in guides for row in rows(options, kind, method.label, guide.label, part)]
     done = list(stage(given))
@@ -237,7 +241,7 @@ def line(name: str, cell: dict[str, Any], steps: int) -> str:
     if cell["gains"] and f"{method}:{guide}" != BASELINE:
         less, more = interval(cell["gains"])
         gain = f"{np.mean(cell['gains']):+.3f} ({less:+.2f} to {more:+.2f})"
-    taken = passes(_named(METHODS, method), _named(GUIDES, guide), steps)
+    taken = passes(_named(METHODS, method.removesuffix(BOOSTED)), _named(GUIDES, guide), steps)
     told = [
         kind, method, guide, f"{cell['pictures']}", f"{success:.3f} ({low:.2f} - {high:.2f})", gain,
         f"{cell['clip_score']:.1f}", f"{cell['clip_image']:.1f}", f"{cell['copies']:.3f}",
@@ -274,6 +278,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["random"], choices=[one.label for one in METHODS])
     parser.add_argument("--guides", nargs="+", default=["plain", "aapb"], choices=[one.label for one in GUIDES])
     parser.add_argument("--parts", nargs="+", type=int, default=[0, 1, 2], help="slices, by number")
+    parser.add_argument("--ilb", action="store_true", help="invert the concepts' pictures from boosted latents")
     parser.add_argument("--pool", type=Path, help="work folder of benchmarks.rare.pool")
     parser.add_argument("--concepts", type=int, default=24, help="a kind")
     parser.add_argument("--pictures", type=int, default=4, help="a concept and slice")
@@ -297,7 +302,8 @@ def main() -> None:
         raise SystemExit(f"{file} was measured otherwise ({found.get('setting')}): delete it, or name another folder")
     begun = time.monotonic()
     for part, label, kind in product(options.parts, options.methods, options.kinds):
-        missing = [one for one in options.guides if f"{kind}:{label}:{one}:{part}" not in found["slices"]]
+        cell = f"{kind}:{label}{BOOSTED * options.ilb}"
+        missing = [one for one in options.guides if f"{cell}:{one}:{part}" not in found["slices"]]
         if not missing or time.monotonic() - begun > options.limit:
             continue
         used = time.process_time()
@@ -306,7 +312,7 @@ def main() -> None:
         guides = tuple(one for one in GUIDES if one.label in missing and one.label not in made)
         if guides:
             made |= measure(options, kind, _named(METHODS, label), guides, part)
-        found["slices"] |= {f"{kind}:{label}:{guide}:{part}": one for guide, one in made.items()}
+        found["slices"] |= {f"{cell}:{guide}:{part}": one for guide, one in made.items()}
         options.output.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
         (options.output / "guides.md").write_text(markdown(found))
