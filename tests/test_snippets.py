@@ -48,7 +48,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     picture(9).save("picture.png")
     Path("prompts.txt").write_text("a red star\n")
     Path("job.yaml").write_text("job: invert-prompts\ninput: prompts.txt\nmethods: [ovi]\n")
-    seeds = {"job": "invert-images", "input": "pictures", "methods": ["ddim"], "steps": 1, "size": 128, "prompt": "red"}
+    seeds = {"job": "invert-images", "input": "pictures", "methods": ["ddim"], "steps": 2, "size": 128, "prompt": "red"}
+    seeds["store_path"] = 2
     run_job({**seeds, "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "device": "cpu"}, output="out/seeds")
     export("out/seeds", "seeds-tars", "webdataset", ["picture", "latent", "prompt"])
     encoder = "kandinsky-community/kandinsky-2-2-prior"
