@@ -85,13 +85,16 @@ def test_what_cannot_be_listed_or_retried_is_told(tmp_path: Path, toy_job: type[
     assert (dry.exit_code, "--retry-failed runs the job" in dry.stderr) == (EXIT_USAGE, True)
 
 
-def test_a_limit_that_grows_is_refused_with_the_reason(
+def test_a_limit_grows_and_one_that_shrinks_is_refused_with_the_reason(
     tmp_path: Path, toy_job: type[RowJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
     command = _job(tmp_path, ["row"] * 6)
     assert runner.invoke(app, [*command, "--limit", "2"]).exit_code == 0
     more = runner.invoke(app, command)
-    assert more.exit_code == EXIT_USAGE
-    assert "limit: was 2, is None" in more.stderr
-    assert "Which rows a folder holds is settled when it is planned" in more.stderr
+    assert (more.exit_code, "6 rows: 6 ok, 0 failed" in more.output) == (0, True)
+    assert "grows from 2 rows to all" in more.output
+    fewer = runner.invoke(app, [*command, "--limit", "3"])
+    assert fewer.exit_code == EXIT_USAGE
+    assert "limit: was None, is 3" in fewer.stderr
+    assert "A limit may grow, or go, where nothing else is another" in fewer.stderr
