@@ -151,6 +151,25 @@ def crashing(patch: pytest.MonkeyPatch, at: int, after: bool) -> list[str]:
     return done
 
 
+def crashes(output: str, after: bool, act: Callable[[], Any]) -> Iterator[tuple[int, str]]:
+    """The folder as `act` leaves it where it dies at its first operation, its second, ...: their numbers and names."""
+    saved = Path(f"{output}-saved")
+    shutil.copytree(output, saved)
+    for at in range(200):
+        shutil.rmtree(output)
+        shutil.copytree(saved, output)
+        with pytest.MonkeyPatch.context() as patch:
+            done = crashing(patch, at, after)
+            try:
+                act()
+            except Crash:
+                pass
+            else:
+                assert len(done) <= at
+                return
+        yield at, done[-1]
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("after", [False, True])
 def test_a_crash_at_any_operation_loses_and_doubles_nothing(
@@ -159,30 +178,19 @@ def test_a_crash_at_any_operation_loses_and_doubles_nothing(
     expected = undisturbed(moody)
     start(moody, BAD)
     monkeypatch.setattr("pipeline.output.lock._alive", lambda content: False)
-    saved = Path(f"{moody.output}-saved")
-    shutil.copytree(moody.output, saved)
-    for at in range(200):
-        shutil.rmtree(moody.output)
-        shutil.copytree(saved, moody.output)
-        with pytest.MonkeyPatch.context() as patch:
-            done = crashing(patch, at, after)
-            try:
-                start(moody, retry_failed=True)
-            except Crash:
-                pass
-            else:
-                assert len(done) <= at
-                break
+    operations = list[str]()
+    for at, last in crashes(moody.output, after, lambda: start(moody, retry_failed=True)):
+        operations.append(last)
         plain = at % 2  # whether the next start is told to try again or just to go on: what is committed stays
         result, seen = start(moody, retry_failed=not plain)
-        assert result.state == "complete", (done[-1], result.reason)
+        assert result.state == "complete", (last, result.reason)
         assert set(seen) <= set(IDS)
         report = verify(moody.output)
-        assert report.ok, (done[-1], report.problems)
+        assert report.ok, (last, report.problems)
         start(moody, retry_failed=True)
-        assert data(moody.output).equals(expected), done[-1]
+        assert data(moody.output).equals(expected), last
         assert sum(int(s["count"][0]) for s in Output.open(moody.output).summaries()) == 20
-    assert 20 < at < 200
+    assert 20 < len(operations) < 200
 
 
 def test_two_workers_that_retry_one_shard_commit_it_once(moody: RunSpec) -> None:

@@ -14,6 +14,7 @@ from pipeline.contract import StageSpec
 from pipeline.output.dataset import Output
 from pipeline.output.failed import failed_rows
 from pipeline.output.verify import verify
+from pipeline.run.draft import RunSpec
 from pipeline.storage import Folder
 from tests.pipeline.run.test_retry import BAD, IDS, LINES, Moody, start
 from tests.support.faulty import data, spec_for
@@ -63,14 +64,20 @@ def test_any_number_of_shards(
     check_shards(tmp_path, "s3", s3fs.S3FileSystem(**options), options, shards, monkeypatch)
 
 
-def test_failed_rows_on_a_store_are_listed_and_done_again(
+@pytest.fixture
+def moody(
     tmp_path: Path, store: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> tuple[RunSpec, RunSpec]:  # fmt: skip
+    """A run that is done on the disk, and the same, not begun, on the store."""
     without_ray(monkeypatch)
     stage = StageSpec(f"tests.pipeline.run.test_retry:{Moody.__name__}", {"orders": str(tmp_path / "orders")})
     plain = replace(spec_for(tmp_path, LINES, shard_rows=5), stage=stage)
     start(plain)
-    spec = replace(plain, output="s3://bucket/out", storage_options=store[0])
+    return plain, replace(plain, output="s3://bucket/out", storage_options=store[0])
+
+
+def test_failed_rows_on_a_store_are_listed_and_done_again(moody: tuple[RunSpec, RunSpec]) -> None:
+    plain, spec = moody
     assert start(spec, BAD)[0].failed == 3
     rows = failed_rows(Output.open(spec.output, spec.storage_options))
     assert sorted(row.id for row in rows) == IDS
@@ -82,18 +89,12 @@ def test_failed_rows_on_a_store_are_listed_and_done_again(
     assert report.ok, report.problems
 
 
-def test_a_limit_grows_on_a_store(
-    tmp_path: Path, store: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_limit_grows_on_a_store(moody: tuple[RunSpec, RunSpec]) -> None:
     """What is published keeps its name and is not written again."""
     import s3fs
 
-    without_ray(monkeypatch)
-    stage = StageSpec(f"tests.pipeline.run.test_retry:{Moody.__name__}", {"orders": str(tmp_path / "orders")})
-    plain = replace(spec_for(tmp_path, LINES, shard_rows=5), stage=stage)
-    start(plain)
-    spec = replace(plain, output="s3://bucket/out", storage_options=store[0])
-    fs, before = s3fs.S3FileSystem(**store[0]), dict[str, Any]()
+    plain, spec = moody
+    fs, before = s3fs.S3FileSystem(**spec.storage_options), dict[str, Any]()
     for limit, done in ((7, 7), (12, 5), (None, 8)):
         result, seen = start(replace(spec, limit=limit))
         assert (result.state, len(seen)) == ("complete", done)
