@@ -62,10 +62,12 @@ class JobResult:
     report: str | None = None
     steps: Mapping[str, JobResult] = field(default_factory=dict)
     duplicates: int = 0
+    parts: str = "data/part-*.parquet"
 
     @property
     def data(self) -> str:
-        return f"{self.output}/data/part-*.parquet"
+        """The dataset's files, as a pattern."""
+        return f"{self.output}/{self.parts}"
 
 
 def run_job(
@@ -170,6 +172,7 @@ def _run_rows(job: RowJob, output: str, given: _Circumstances) -> JobResult:
         measures=ended.measures,
         errors=ended.errors,
         duplicates=ended.duplicates,
+        parts=ended.parts,
         report=_report(given, ended.output, job),
     )
 

@@ -28,6 +28,8 @@ from pipeline.failures import behind_the_end, passing, status_of
 T = TypeVar("T")
 FORBIDDEN = (401, 403)
 DIGEST_BYTES, BLOCK_BYTES, END_BYTES = 16, 4 << 20, 1 << 16
+PART_BYTES = 5 << 20
+"""The least that S3 takes as a part of an upload."""
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.2
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -124,12 +126,17 @@ def checksum(handle: IO[bytes]) -> str:
 
 
 class Upload:
-    """A write-only file that hashes and counts what goes through it."""
+    """A write-only file that hashes and counts what goes through it.
 
-    def __init__(self, handle: IO[bytes], local: bool) -> None:
-        self._handle, self._local = handle, local
+    Attributes:
+        size: Bytes so far.
+        tail: The last of them, `END_BYTES` at most; kept of one that is refused a taken name.
+    """
+
+    def __init__(self, handle: IO[bytes], local: bool, once: bool = False) -> None:
+        self._handle, self._local, self._once = handle, local, once
         self._digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        self.size = 0
+        self.size, self.tail = 0, b""
         self.closed = self._abandoned = False
 
     def write(self, data: Any) -> int:
@@ -140,6 +147,8 @@ class Upload:
             self._handle.write(view)
         self._digest.update(view)
         self.size += view.nbytes
+        if self._once:
+            self.tail = (self.tail + view.cast("B")[-END_BYTES:])[-END_BYTES:]
         return view.nbytes
 
     def tell(self) -> int:
@@ -162,7 +171,12 @@ class Upload:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Durable from here on: fsync on a local disk, the end of the upload on an object store."""
+        """Durable from here on: fsync on a local disk, the end of the upload on an object store.
+
+        Raises:
+            FileExistsError: It was begun to be refused a taken name, and the name is: by another file, or by this one,
+                of which a first answer was lost.
+        """
         if self.closed:
             return
         self.closed = True
@@ -171,20 +185,29 @@ class Upload:
                 self._handle.flush()
                 os.fsync(self._handle.fileno())
         finally:
-            with _as_os_error:
-                self._handle.close()
+            try:
+                with _as_os_error:
+                    self._handle.close()
+            except OSError:
+                if self._once:  # whatever a client does when this is collected, it must not be to end it
+                    with suppress(Exception):
+                        self._discard()
+                raise
 
     def abandon(self) -> None:
         """Close without finishing: an object store keeps nothing, a local disk a part that is to be removed."""
         if not self.closed:
             self.closed = self._abandoned = True
-            discard = getattr(self._handle, "discard", None)
-            if discard is None:
-                self._handle.close()
-            else:  # fsspec's buffered uploads: closing would complete them
-                with suppress(AttributeError):
-                    self._handle.closed = True  # type: ignore[misc]
-                discard()
+            self._discard()
+
+    def _discard(self) -> None:
+        discard = getattr(self._handle, "discard", None)
+        if discard is None:
+            self._handle.close()
+        else:  # fsspec's buffered uploads: closing would complete them
+            with suppress(AttributeError):
+                self._handle.closed = True  # type: ignore[misc]
+            discard()
 
 
 def _works(check: Callable[[], bool]) -> bool:
@@ -402,12 +425,45 @@ class Folder:
             if os.path.exists(temp):
                 os.unlink(temp)
 
-    def begin(self, name: str) -> Upload:
-        """Start a large file; it counts once closed."""
+    def begin(self, name: str, once: bool = False, part: int | None = None) -> Upload:
+        """Start a large file; it counts once closed.
+
+        Args:
+            once: On a store: its end is refused if there is a file of this name by then.
+            part: Bytes that a store is sent at a time, rather than what its client thinks fit.
+
+        Raises:
+            FileExistsError: As `Upload.close` does, if the client asks at once.
+        """
         if self.local:
             self._parent(name)
             return Upload(open(self.path(name), "wb", buffering=1 << 20), True)
-        return Upload(patiently(lambda: self.fs.open(self.path(name), "wb")), False)
+        path, mode, sent = self.path(name), "xb" if once else "wb", {} if part is None else {"block_size": part}
+        return Upload(patiently(lambda: self.fs.open(path, mode, **sent)), False, once)
+
+    def ends_once(self, name: str) -> bool:
+        """Whether a store refuses a taken name at the end of an upload in parts, and says that it does: asked with two
+        files of 5 MB, made and removed for it.
+        """
+
+        def uploaded(byte: bytes) -> Upload | None:
+            try:
+                upload = self.begin(name, True, PART_BYTES)
+                upload.write(byte * PART_BYTES)
+                upload.write(byte)
+                upload.close()
+            except FileExistsError:
+                return None
+            return upload
+
+        def once() -> bool:
+            first, second = uploaded(b"1"), uploaded(b"2")
+            return first is not None and second is None and self.end(name, first.size) == first.tail
+
+        try:
+            return not self.local and _works(once)
+        finally:
+            self.remove(name)
 
     def open(self, name: str) -> Any:
         """Open for reading, seekable."""

@@ -26,14 +26,13 @@ from pipeline.output import lock as locks
 from pipeline.output.dataset import Output, Tally
 from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock
-from pipeline.output.planfile import own_folder, read_shards
+from pipeline.output.planfile import own_folder
 from pipeline.output.publish import publish
 from pipeline.output.verify import verify
 from pipeline.run.draft import draft
-from pipeline.run.driver import Resources, RunSpec, _survey, _worker_job
+from pipeline.run.driver import Resources, RunSpec, _survey, _tasks, _worker_job
 from pipeline.run.plan import write_plan
 from pipeline.run.reporter import Reporter
-from pipeline.run.tasks import Task
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder
 
@@ -59,10 +58,8 @@ def server() -> Any:
 class Count:
     """Requests of a client by step, as `Counter` of their methods."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        import s3fs
-
-        fs = s3fs.S3FileSystem(**options)  # fsspec gives the same one to all who ask with these options
+    def __init__(self, folder: Folder) -> None:
+        fs = folder.fs  # fsspec gives the same one to all who ask with its options
         fs.connect()
         fs.s3.meta.events.register("before-send.s3", self._sent)
         self.steps: dict[str, Counter[str]] = {}
@@ -86,12 +83,14 @@ def counted(shards: int, options: dict[str, Any]) -> dict[str, Counter[str]]:
         source = Source((f"{name}/in.txt",), columns={"text": "text"})
         stage = StageSpec("benchmarks.runtime.rows:Lengths")
         spec = RunSpec(stage, source, f"s3://bucket/out-{shards}", shard_rows=2, storage_options=options)
-        count, folder = Count(options), Folder.at(spec.output, options)
+        folder = Folder.at(spec.output, options)
+        count = Count(folder)
         lock = count.step("lock", lambda: Lock(folder))
-        count.step("plan", lambda: write_plan(spec, draft(spec), own_folder(folder), 0.0))
+        early = count.step("whether it refuses a taken name", lambda: folder.ends_once("_latentmill/one.probe"))
+        count.step("plan", lambda: write_plan(spec, draft(spec), own_folder(folder), 0.0, named_at_commit=early))
         output = replace(Output.open(spec.output, options), lock=lock)
         worker = Worker(_worker_job(spec, output, Resources()))
-        tasks = [Task.of(shard) for shard in read_shards(output.own)]
+        tasks = list(_tasks(output, set(), {}, set()))
         count.step("worker", lambda: [worker.process(task) for task in tasks])
         tally, *_ = count.step("survey", lambda: _survey(output, Reporter(None, None, 1)))
         assert isinstance(tally, Tally)
@@ -105,7 +104,7 @@ def counted(shards: int, options: dict[str, Any]) -> dict[str, Counter[str]]:
         assert report.ok, report.problems
         for task in tasks:  # as if a second run had been lost
             with suppress(FileNotFoundError):
-                worker.process(task)
+                worker.process(replace(task, part=None))
         count.step("sweep", lambda: Leftovers(output, output.listings()).remove())
         lock.release()
     return count.steps

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 from pipeline import machine
 from pipeline.output import dataset
-from pipeline.output.commit import ATTEMPTS, Record
+from pipeline.output.commit import Record
 from pipeline.output.dataset import Output, Tally
 from pipeline.output.fold import FOLD_RECORDS
 from pipeline.output.leftovers import Leftovers
@@ -59,12 +59,12 @@ def waited(shards: int) -> dict[str, tuple[float, int]]:
 
     def work() -> None:
         spec = _spec(1.0, shards, 1, bucket)
-        plan.write_plan(spec, _draft(spec), own_folder(Folder.at(OUT, options)), 0.0)
+        plan.write_plan(spec, _draft(spec), own_folder(Folder.at(OUT, options)), 0.0, named_at_commit=True)
         output = Output.open(OUT, options)
         for shard in read_shards(output.own):
             content, _ = made(output.plan["schema"], 1.0, _lines(Task.of(shard)))
-            file = f"{output.run}-e1-{shard.index:06d}.made.parquet"
-            bucket.put(f"out/{ATTEMPTS}/{file}", content)
+            file = output.part(shard.index).removeprefix("data/")
+            bucket.put(f"out/data/{file}", content)
             record = Record(shard.index, "made", file, len(content), _digest(content), shard.rows, 0, 0.0, 0.0, "here",
                             run=output.run, epoch=1)  # fmt: skip
             bucket.put(f"out/{record.name}", json.dumps(asdict(record)).encode())
@@ -94,7 +94,7 @@ def asked(shards: int) -> dict[str, float]:
     options, found = {"bucket": bucket}, dict[str, float]()
 
     def work() -> None:
-        plan.write_plan(spec, _draft(spec), own_folder(Folder.at(OUT, options)), 0.0)
+        plan.write_plan(spec, _draft(spec), own_folder(Folder.at(OUT, options)), 0.0, named_at_commit=True)
         output = Output.open(OUT, options)
         for start in range(0, shards, FOLD_RECORDS):
             records = [_record(output.run, shard) for shard in range(start, min(start + FOLD_RECORDS, shards))]

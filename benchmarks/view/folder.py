@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.contract import Column
 from pipeline.input.files import OWN
-from pipeline.output.commit import Attempt, Record, write_record
+from pipeline.output.commit import ATTEMPTS, Attempt, Record, write_record
 from pipeline.output.dataset import Output, Tally
 from pipeline.output.publish import publish
 from pipeline.output.schema import encode_schema, measures, output_schema
@@ -58,11 +58,12 @@ def make(out: str, rows: int, shard_rows: int, seed: int = 0) -> None:
     for shard in range(shards):
         count = min(shard_rows, rows - shard * shard_rows)
         table = pa.table(list(cells(rng, shard * shard_rows, count, pictures, schema)), schema=schema)
-        attempt = Attempt(folder, f"0123456789ab-e0-{shard:06d}.0.parquet", schema)
+        name = f"0123456789ab-e0-{shard:06d}.0.parquet"
+        attempt = Attempt(folder, f"{ATTEMPTS}/{name}", schema)
         attempt.add(table)
         size, checksum = attempt.close()
         failed = table["status"].to_pylist().count("failed")
-        record = Record(shard, "0", attempt.name, size, checksum, count - failed, failed, time.time(), 1.0, "one",
+        record = Record(shard, "0", name, size, checksum, count - failed, failed, time.time(), 1.0, "one",
                         measures(table, NUMERIC), {"the picture is cut off": failed} if failed else {},
                         run="0123456789ab")  # fmt: skip
         tally.add(write_record(folder, record))

@@ -49,7 +49,7 @@ class Decode(EmbeddingDecoding, RowJob):
         }  # fmt: skip
         if decode.size is None:
             told["size"] = ""
-        rows = _ROW.format(rows=loading(finished.output.path)) if "embedding" in self.keep else _NO_ROW
+        rows = _ROW.format(rows=loading(finished.output)) if "embedding" in self.keep else _NO_ROW
         return _CARD.format(**told, rows=rows)
 
     def panels(self) -> list[Panel]:

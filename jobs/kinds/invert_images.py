@@ -53,7 +53,7 @@ class InvertImages(RowJob, InvertImagesSettings):
             return _CARD_OF_MORE
         geometry = read_geometry(self)
         shown = lines(
-            geometry, finished.output.path, steps=self.steps, guidance=self.guidance, negative=self.negative,
+            geometry, finished.output, steps=self.steps, guidance=self.guidance, negative=self.negative,
             method=label, buckets=self.fit == "bucket", dtype=self.dtype,
             said=None if self.inverter is None else geometry.usage.from_row(),
         )  # fmt: skip

@@ -70,7 +70,7 @@ class RareConcepts(RowJob, RareDrawing):
         shown = "No picture was drawn by its prompt alone, so no seed draws its picture in plain diffusers."
         if plain is not None:
             shown = lines(
-                read_geometry(self), finished.output.path, steps=self.steps, guidance=self.guidance,
+                read_geometry(self), finished.output, steps=self.steps, guidance=self.guidance,
                 negative=self.negative, guide=plain if self.guides else None,
             )  # fmt: skip
         return _CARD.format(lines=shown, score=self.score[0])

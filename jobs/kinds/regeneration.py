@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.output.dataset import Output
     from stages.models.latent import Geometry
 
 _LINES = """```python
@@ -23,14 +24,14 @@ picture.save("again.png")
 
 
 def lines(
-    geometry: Geometry, output: str, *, steps: int, guidance: float, negative: str | None,
+    geometry: Geometry, output: Output, *, steps: int, guidance: float, negative: str | None,
     method: str | None = None, said: str | None = None, buckets: bool = False,
     dtype: str = "float32", guide: str | None = None,
 ) -> str:  # fmt: skip
     """A block of Python that regenerates the picture of the first processed row.
 
     Args:
-        output: The dataset's folder.
+        output: The dataset.
         method: Of the row; None: whichever comes first.
         said: How the pipeline is told what the picture shows; None: by the row's prompt.
         buckets: The size is the row's own.

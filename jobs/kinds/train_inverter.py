@@ -81,7 +81,7 @@ class TrainInverter(RowJob, DrawPairsSettings):
         usage = geometry.usage
         return _CARD.format(
             names=", ".join(usage.names), load=usage.pipeline, output=finished.output.path,
-            rows=loading(finished.output.path),
+            rows=loading(finished.output),
             shape=", ".join(map(str, geometry.latent_shape)), steps=self.steps,
             given=", ".join(f"{argument}={name}" for argument, (name, _) in usage.text_latent.items()),
         )  # fmt: skip

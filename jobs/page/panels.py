@@ -250,10 +250,11 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _loading(view: View) -> Html:
-    path = view.output.path.rstrip("/")
-    files = f"{path}/data/*.parquet"
+    from pipeline.output.publish import loading
+
+    files = f"{view.output.path.rstrip('/')}/{view.output.parts}"
     text = (
-        f"from datasets import load_dataset\nrows = load_dataset({path!r}, split='train')\n\n"
+        f"from datasets import load_dataset\nrows = {loading(view.output)}\n\n"
         f"import duckdb\nduckdb.sql(\"SELECT status, count(*) FROM '{files}' GROUP BY 1\")\n\n"
         f"import polars\npolars.scan_parquet({files!r})"
     )

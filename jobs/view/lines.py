@@ -38,9 +38,9 @@ def lines(run: Run, place: Place, row: Mapping[str, Any]) -> list[dict[str, str]
 def _loading(run: Run, place: Place, row: Mapping[str, Any]) -> str:
     from pipeline.output.publish import loading
 
-    path = run.output.path if "://" in run.output.path else run.output.folder.path("")
+    path = None if "://" in run.output.path else run.output.folder.path("")
     number = sum(part.rows for part in run.parts if part.shard < place.shard) + place.row
-    return f'rows = {loading(path)}\nrow = rows[{number}]\nassert row["id"] == {_python(str(row["id"]))}'
+    return f'rows = {loading(run.output, path)}\nrow = rows[{number}]\nassert row["id"] == {_python(str(row["id"]))}'
 
 
 def _again(run: Run, row: Mapping[str, Any], load: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -108,6 +108,19 @@ def _place(entry: str, source: Source) -> _Place:
     return _Place(fs, path, root, "pattern")
 
 
+def parts(plan: Mapping[str, Any]) -> str:
+    """What the names of a run's published files match, by its plan, and no other run's."""
+    return f"data/part-*-{plan['run']}.parquet" if plan.get("named_at_commit") else "data/part-*.parquet"
+
+
+def _parts(place: _Place, entry: str) -> str:
+    """Of the run in a folder."""
+    try:
+        return parts(dict(json.loads(patiently(partial(place.fs.cat_file, f"{place.path}/{OWN}/plan.json")))))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{entry}: {OWN}/plan.json is damaged ({error}); name the folder's `data` instead") from None
+
+
 def _own_output(place: _Place) -> bool:
     return place.kind == "folder" and patiently(partial(place.fs.exists, f"{place.path}/{OWN}/plan.json"))
 
@@ -171,7 +184,7 @@ def resolve(source: Source) -> Source:
         if source.format in (None, "parquet") and _own_output(place):
             if not patiently(partial(place.fs.exists, f"{place.path}/_SUCCESS")):
                 raise SourceError(f"{entry}: this run is not complete; run its job again, then read it")
-            paths.append(f"{entry.rstrip('/')}/data/part-*.parquet")
+            paths.append(f"{entry.rstrip('/')}/{_parts(place, entry)}")
             formats["parquet"] += SAMPLED_NAMES
             ids = ids or "id"
             continue

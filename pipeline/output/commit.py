@@ -6,6 +6,10 @@ leaves what the stage wants kept; `write_record` creates ``records/<run>-<shard>
 dies before the last step has changed nothing; whoever comes second finds the record, and its own attempt is swept.
 (`pipeline.record` says why the parts of an index are committed otherwise.)
 
+On a store, where a copy costs, the first attempt at a shard is written under its final name, whose end the store
+refuses if the name is taken. Who is refused finds the record of who took it, or (who took it died before there was
+one) has the shard done again, as an attempt like those on a disk: `publish` puts it in the other's place.
+
 A shard may be committed again: because rows of it had failed (they are done anew, those that were well stay as they
 were), or because its file was lost. That is its next generation, another file and another record,
 ``<run>-<shard>.g1.json``. The highest generation counts; `publish` then puts its file in the place of the one before.
@@ -35,16 +39,24 @@ from pipeline.input.files import OWN
 from pipeline.output import parquet
 from pipeline.output.lock import latest_epoch
 from pipeline.output.planfile import planned_run
-from pipeline.storage import Folder
+from pipeline.storage import Folder, Upload
 
 ATTEMPTS, RECORDS, SUMMARIES = f"{OWN}/attempts", f"{OWN}/records", f"{OWN}/summaries"
 NAMED_ERRORS, LONGEST_ERROR = 20, 300
+ATTEMPT_KEY = "latentmill.attempt"
+"""In the footer of a file that was written under its final name."""
 _RECORD = re.compile(r"(?:([0-9a-f]+)-)?(\d{6,})(?:\.g(\d+))?\.json")
 _EPOCH = re.compile(r"(?:[0-9a-f]{12}-)?e(\d+)-")
 
 
 class CommitError(OSError):
     """What was written is not what reads back."""
+
+
+class Taken(OSError):
+    """Another attempt's file has the shard's final name; nothing was committed."""
+
+    fault = Fault.TRANSIENT
 
 
 class Superseded(RuntimeError):
@@ -60,7 +72,7 @@ class Record:
     Attributes:
         shard: Number of the shard.
         attempt: Token of the attempt that won.
-        file: Name of the winning attempt's file.
+        file: Name of the winning attempt's file; if it was written under its final name, that.
         size: Its bytes.
         checksum: Its BLAKE2b digest, hex.
         rows_ok, rows_failed, rows_duplicate: Rows in it by status.
@@ -141,11 +153,22 @@ def recorded(name: str, run: str) -> tuple[int, int] | None:
 
 
 class Attempt:
-    """A Parquet file being written. It counts for nothing before a record names it."""
+    """A Parquet file being written. It counts for nothing before a record names it.
 
-    def __init__(self, folder: Folder, name: str, schema: pa.Schema) -> None:
-        self._upload = folder.begin(f"{ATTEMPTS}/{name}")
-        self._folder, self.name, self.rows = folder, name, 0
+    Args:
+        path: Among the attempts, or the shard's final name.
+        token: Tells it from all other attempts; of one that is written under its final name.
+
+    Raises:
+        Taken: Another file has the final name.
+    """
+
+    def __init__(self, folder: Folder, path: str, schema: pa.Schema, token: str | None = None) -> None:
+        try:
+            self._upload = folder.begin(path, once=token is not None)
+        except FileExistsError:
+            raise Taken(f"{path} is an attempt's that may never be committed") from None
+        self._folder, self._path, self._token, self.rows = folder, path, token, 0
         self._writer = pq.ParquetWriter(
             self._upload,
             schema,
@@ -159,24 +182,43 @@ class Attempt:
         self.rows += rows.num_rows
 
     def close(self) -> tuple[int, str]:
-        """Write the footer and make the file durable: (bytes, checksum)."""
+        """Write the footer and make the file durable: (bytes, checksum).
+
+        Raises:
+            Taken: Another file has the final name.
+        """
+        if self._token is not None:
+            self._writer.add_key_value_metadata({ATTEMPT_KEY: self._token})  # so that no two end with the same bytes
         self._writer.close()
-        self._upload.close()
+        end(self._upload, self._folder, self._path)
         return self._upload.size, self._upload.checksum
 
     def abandon(self) -> None:
         """Give up, and leave nothing behind if that can be helped."""
         self._upload.abandon()
-        self._folder.remove(f"{ATTEMPTS}/{self.name}")
+        if self._token is None:
+            self._folder.remove(self._path)
 
 
-def check_attempt(folder: Folder, name: str, size: int, rows: int) -> None:
+def end(upload: Upload, folder: Folder, path: str) -> None:
+    """Make a file that has been written durable.
+
+    Raises:
+        Taken: Another file has the name, and this one was begun to be refused then.
+    """
+    try:
+        upload.close()
+    except FileExistsError:  # this one, if a first answer was lost
+        if folder.end(path, upload.size) != upload.tail:
+            raise Taken(f"{path} is an attempt's that may never be committed") from None
+
+
+def check_attempt(folder: Folder, path: str, size: int, rows: int) -> None:
     """Read the footer back.
 
     Raises:
         CommitError: The file's size or row count is not what was written.
     """
-    path = f"{ATTEMPTS}/{name}"
     end = None if folder.local else folder.end(path, size)
     if end is None and (found := folder.size(path)) != size:
         raise CommitError(f"{path}: {found} bytes are there, {size} were written")
@@ -186,9 +228,9 @@ def check_attempt(folder: Folder, name: str, size: int, rows: int) -> None:
             with parquet.opened(folder, path) as file:
                 stored = file.metadata.num_rows
     except pa.ArrowInvalid as error:
-        raise CommitError(f"{ATTEMPTS}/{name}: cannot be read back ({error})") from None
+        raise CommitError(f"{path}: cannot be read back ({error})") from None
     if stored != rows:
-        raise CommitError(f"{ATTEMPTS}/{name}: {stored} rows on disk, {rows} were written")
+        raise CommitError(f"{path}: {stored} rows on disk, {rows} were written")
 
 
 def write_summary(folder: Folder, name: str, arrays: Mapping[str, np.ndarray]) -> int:
@@ -204,26 +246,37 @@ def read_summary(folder: Folder, name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def check_current(folder: Folder, run: str, epoch: int, shard: int) -> None:
+    """To be asked before a shard is committed, or a file gets its final name.
+
+    Raises:
+        Superseded: The folder holds another plan by now, or none; or a later driver has it.
+    """
+    if (now := planned_run(folder)) != run:
+        found = "holds no plan any more" if now is None else f"was planned anew (run {now})"
+        raise Superseded(f"{folder.url} {found}; what run {run or '(unnamed)'} made of shard {shard} is not committed")
+    if (latest := latest_epoch(folder)) > epoch:
+        raise Superseded(f"{folder.url} is held by a later driver (epoch {latest}); what a worker of epoch {epoch} "
+                         f"made of shard {shard} is not committed")  # fmt: skip
+
+
 def write_record(folder: Folder, record: Record) -> Record:
     """Commit: the record appears as a whole, and only if the shard has none.
 
     Returns:
         The record that stands: this one, or the one of an attempt that was faster.
-
-    Raises:
-        Superseded: The folder holds another plan by now, or none; or a later driver has it.
     """
-    name, data = record.name, record.to_json().encode()
-    if (now := planned_run(folder)) != record.run:
-        found = "holds no plan any more" if now is None else f"was planned anew (run {now})"
-        raise Superseded(f"{folder.url} {found}; what run {record.run or '(unnamed)'} made of shard {record.shard} is "
-                         "not committed")  # fmt: skip
-    if (latest := latest_epoch(folder)) > record.epoch:
-        raise Superseded(f"{folder.url} is held by a later driver (epoch {latest}); what a worker of epoch "
-                         f"{record.epoch} made of shard {record.shard} is not committed")  # fmt: skip
-    if folder.create(name, data):
+    if folder.create(record.name, record.to_json().encode()):
         return record
-    return Record.from_json(folder.read(name))
+    return Record.from_json(folder.read(record.name))
+
+
+def find_record(folder: Folder, shard: int, run: str) -> Record | None:
+    """A shard's first record, if it is there and has not been folded."""
+    try:
+        return Record.from_json(folder.read(record_name(shard, run)))
+    except FileNotFoundError:
+        return None
 
 
 class Reasons:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import pyarrow as pa
 
 from pipeline import machine
-from pipeline.input.files import OWN
+from pipeline.input.files import OWN, parts
 from pipeline.output import lock, parquet
 from pipeline.output.commit import ATTEMPTS, RECORDS, SUMMARIES, Record, read_summary, recorded
 from pipeline.output.log import Log, key, shard_of
@@ -28,6 +28,8 @@ from pipeline.output.tally import Tally
 from pipeline.storage import Folder
 
 PROGRESS, SUCCESS, SET_ASIDE = f"{OWN}/progress.json", "_SUCCESS", f"{OWN}/set-aside"
+PART = re.compile(r"part-(\d+)-of-\d+(?:-[0-9a-f]+)?\.parquet")
+"""A published file's name."""
 READERS = 16
 RECORD_READERS = 32
 """Of records and files of the log, which are small: of more at a time a client's processor is the limit."""
@@ -118,13 +120,24 @@ class Output:
         if self.lock is not None:
             self.lock.check()
 
+    @property
+    def named_at_commit(self) -> bool:
+        """Whether files get their final names while the run goes on, as on a store, where a copy costs; else at its
+        end. Such names bear the run."""
+        return bool(self.plan.get("named_at_commit"))
+
+    @property
+    def parts(self) -> str:
+        """What the published files' names match, and no other run's."""
+        return parts(self.plan)
+
     def part(self, shard: int) -> str:
         """The published name of a shard. It stays what it was when the plan grows: its total is that of the first plan
         that had the shard."""
         totals = [int(step["shards"]) for step in steps(self.plan)]
         total = next((total for total in totals if shard < total), totals[-1])
         width = max(5, len(str(total)))
-        return f"data/part-{shard:0{width}d}-of-{total:0{width}d}.parquet"
+        return self.parts.replace("*", f"{shard:0{width}d}-of-{total:0{width}d}")
 
     def records(
         self, damaged: Callable[[str, OutputError], None] | None = None, superseded: bool = False
@@ -323,7 +336,9 @@ class Output:
             self.folder.fs.makedirs(self.folder.path(name).rpartition("/")[0], exist_ok=True)
         return self.folder.fs.open(self.folder.path(name), mode)
 
-    def is_published(self, name: str) -> bool:
-        """Whether a file in ``data/`` has the name of one of this plan's shards."""
-        match = re.fullmatch(r"part-(\d+)-of-(\d+)\.parquet", name)
-        return bool(match) and f"data/{name}" == self.part(int(match[1])) and int(match[1]) < int(self.plan["shards"])  # type: ignore[index]
+    def shard_named(self, name: str) -> int | None:
+        """The shard of this plan that a file in ``data/`` has the name of; None: it is no shard's."""
+        if (match := PART.fullmatch(name)) is None:
+            return None
+        shard = int(match[1])
+        return shard if shard < int(self.plan["shards"]) and f"data/{name}" == self.part(shard) else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.copies import fetch
-from pipeline.output.dataset import Output
+from pipeline.output.dataset import PART, Output
 from pipeline.output.planfile import OutputError
 from pipeline.output.products import listed
 from pipeline.output.publish import CARD
@@ -135,7 +135,7 @@ def _is_ours(own: str, files: Mapping[str, int]) -> bool:
     """Whether a file of the repository is such as a push leaves there: a shard, or among a product's files."""
     folder = own.partition("/")[0]
     if folder == "data":
-        return re.fullmatch(r"data/part-\d+-of-\d+\.parquet", own) is not None
+        return PART.fullmatch(own.removeprefix("data/")) is not None
     return folder in {name.partition("/")[0] for name in files if "/" in name}
 
 
@@ -281,7 +281,7 @@ def _commit(repository: _Repository, operations: Sequence[CommitOperationAdd], s
 
 def card_for(card: str, name: str, revision: str | None) -> str:
     """A dataset card that speaks of the repository, and no more of the folder in which the run wrote it."""
-    opened = re.search(r'^dataset = (load_dataset\((?:"parquet", data_files=)?"(.+?)(?:/data/part-\*\.parquet)?".*\))$',
+    opened = re.search(r'^dataset = (load_dataset\((?:"parquet", data_files=)?"(.+?)(?:/data/part-[^"]+)?".*\))$',
                        card, re.MULTILINE)  # fmt: skip
     if opened is None:
         return card

@@ -17,21 +17,26 @@ from pipeline.output.schema import decode_schema
 CARD = "README.md"
 
 
-def set_aside(output: Output) -> list[str]:
+def set_aside(output: Output, listed: dict[str, int]) -> list[str]:
     """Move files in ``data/`` that are not this run's out of readers' way.
+
+    Args:
+        listed: What lies there; what is moved is taken out of it.
 
     Returns:
         Their names.
     """
-    strangers = [name for name in output.folder.listing("data") if not output.is_published(name)]
+    strangers = [name for name in listed if output.shard_named(name) is None]
     for name in strangers:
         output.check()
         output.folder.move(f"data/{name}", f"{SET_ASIDE}/{name}")
+        del listed[name]
     return strangers
 
 
 def publish(output: Output, tally: Tally, title: str, description: str) -> None:
-    """Give the committed files their final names, then the card, then ``_SUCCESS``; delete what is left over.
+    """Give the committed files that have not got them their final names, then the card, then ``_SUCCESS``; delete what
+    is left over.
 
     Safe to repeat.
 
@@ -70,7 +75,7 @@ def _publish_part(output: Output, listed: dict[str, dict[str, int]], record: Rec
             raise gone
         return record
     output.check()
-    its_own = record.replaced and listed["data"].get(base) in (record.replaced, record.size)
+    its_own = output.named_at_commit or (record.replaced and listed["data"].get(base) in (record.replaced, record.size))
     # Nothing is deleted on a store: whoever stood still between copy and deletion, and has lost the folder meanwhile,
     # would delete what another has published. A file of this name is written over; attempts go together afterwards.
     rename = output.folder.move if output.folder.local else output.folder.copy
@@ -94,7 +99,7 @@ def card(output: Output, tally: Tally, content: str, title: str, description: st
     """
     schema, plan = decode_schema(output.plan["schema"]), output.plan
     front = ["---", "configs:", "- config_name: default", f"  description: content {content}",
-             "  data_files:", "  - split: train", "    path: data/part-*.parquet", "tags:", "- latentmill",
+             "  data_files:", "  - split: train", f"    path: {output.parts}", "tags:", "- latentmill",
              "---"]  # fmt: skip
     docs = {column["name"]: column for column in plan["stage_columns"]}
     rows = [f"| {_code(f.name)} | {_kind(f.type, docs.get(f.name))} | {docs.get(f.name, {}).get('doc', '')} |"
@@ -112,7 +117,7 @@ def card(output: Output, tally: Tally, content: str, title: str, description: st
         "\n".join(errors),
         "## Input\n\n" + "\n".join(f"- {_code(note)}" for note in notes) if notes else "",
         "## Load\n\n```python\nfrom datasets import load_dataset\n\n"
-        f"dataset = {loading(output.path)}\n```",
+        f"dataset = {loading(output)}\n```",
         "## Columns\n\n| column | type | meaning |\n|---|---|---|\n" + "\n".join(rows),
         "## Measures\n\n| column | rows | mean | least | greatest |\n|---|---|---|---|---|\n" + "\n".join(measures)
         if measures else "",
@@ -151,11 +156,16 @@ def _revision(model: Mapping[str, str]) -> str:
     return " ".join(_code(word) for word in dict.fromkeys((asked, commit)) if word) or "-"
 
 
-def loading(path: str) -> str:
-    """The expression that opens a dataset with `datasets`, which takes a folder of this machine, or files anywhere."""
+def loading(output: Output, path: str | None = None) -> str:
+    """The expression that opens a dataset with `datasets`, which takes a folder of this machine, or files anywhere.
+
+    Args:
+        path: How the folder is named; None: as the user did.
+    """
+    path = output.path if path is None else path
     if "://" not in path:
         return f'load_dataset("{path}", split="train")'
-    return f'load_dataset("parquet", data_files="{path}/data/part-*.parquet", split="train")'
+    return f'load_dataset("parquet", data_files="{path}/{output.parts}", split="train")'
 
 
 def _kind(arrow: Any, column: dict[str, Any] | None) -> str:

@@ -99,7 +99,7 @@ def verify(
         unique.add(ids)
     if suspects := unique.suspects():
         problems += _twice(output, suspects, listed)
-    foreign = tuple(sorted(f"data/{name}" for name in listed["data"] if not output.is_published(name)))
+    foreign = tuple(sorted(f"data/{name}" for name in listed["data"] if output.shard_named(name) is None))
     problems += [f"{name} is not this run's; move it away, or run the job again to set it aside" for name in foreign]
     problems += [f"{problem}; run the job again" for problem in wrong_products(output, checksums)]
     if not output.folder.exists(SUCCESS):

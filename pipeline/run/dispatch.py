@@ -7,12 +7,11 @@ A shard that kills its workers is cut in halves until the row that does it is al
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from pipeline import machine
 from pipeline.failures import Fault
-from pipeline.input.shards import Shard
 from pipeline.output.commit import Record
 from pipeline.output.dataset import Tally
 from pipeline.output.fold import Folding
@@ -21,7 +20,7 @@ from pipeline.run.cluster import Meters, Pool
 from pipeline.run.deaths import Deaths
 from pipeline.run.memory import Memory
 from pipeline.run.reporter import TICK_S, Reporter
-from pipeline.run.tasks import Again, Outcome, Piece, Task
+from pipeline.run.tasks import Outcome, Piece, Task
 
 STORAGE_TRIES = 4
 AWAY_TRIES = 10
@@ -54,13 +53,12 @@ class Dispatcher:
     """
 
     def __init__(
-        self, pool: Pool, shards: Iterator[Shard], tally: Tally, lock: Lock, reporter: Reporter, meters: Meters,
+        self, pool: Pool, tasks: Iterator[Task], tally: Tally, lock: Lock, reporter: Reporter, meters: Meters,
         max_failed: float, left: int, min_workers: int, folding: Folding, memory: Memory,
-        again: Mapping[int, Again] = {},
     ) -> None:  # fmt: skip
-        self._pool, self._shards, self._tally, self._lock = pool, shards, tally, lock
+        self._pool, self._tasks, self._tally, self._lock = pool, tasks, tally, lock
         self._reporter, self._meters, self._max_failed, self._left = reporter, meters, max_failed, left
-        self._min_workers, self._folding, self._memory, self._again = min_workers, folding, memory, again
+        self._min_workers, self._folding, self._memory = min_workers, folding, memory
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, Task]] = []
         self._deaths = Deaths()
@@ -140,12 +138,12 @@ class Dispatcher:
             if self._deaths.may_go(task):
                 return task
             self._waiting.append(task)
-        shard = next(self._shards, None)
-        return None if shard is None else Task.of(shard, self._again.get(shard.index))
+        return next(self._tasks, None)
 
     def _settle(self, task: Task, outcome: Outcome) -> None:
         self._given -= 1
         self._meters.ended(outcome)
+        task = replace(task, tried=True)
         for message in self._memory.add(outcome.fits):
             self._say(message)
         key = (task.shard, task.start, task.stop)

@@ -81,6 +81,7 @@ class RunResult:
         measures: Numeric stage column -> ``{"n", "mean", "min", "max"}``.
         errors: Commonest reasons of failed rows -> count.
         duplicates: Rows that hold what an earlier row holds; with those that are ok or failed, all that were planned.
+        parts: What the names of the dataset's files match.
     """
 
     output: str
@@ -95,6 +96,7 @@ class RunResult:
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     errors: Mapping[str, int] = field(default_factory=dict)
     duplicates: int = 0
+    parts: str = "data/part-*.parquet"
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,8 @@ def run(
             own = own_folder(folder)
             with _scanning(drafted.source, spec.limit, address, resources.cpus) as scans:
                 if held == "nothing":
-                    plan = write_plan(spec, drafted, own, machine.here.wall(), lock.check, scans)
+                    early = folder.ends_once(f"{OWN}/{machine.here.token()}.probe")
+                    plan = write_plan(spec, drafted, own, machine.here.wall(), lock.check, scans, early)
                 else:
                     goal = "all" if spec.limit is None else f"{spec.limit:,}"
                     reporter.phase("planning", message=f"{spec.output} grows from {held['rows']:,} rows to {goal}")
@@ -285,7 +288,7 @@ def _resumed(
     state: Literal["complete", "interrupted", "failed"] = "complete"
     reason = None
     try:
-        tally, done, again, placed = _survey(output, reporter, retry_failed)
+        tally, done, again, taken, placed = _survey(output, reporter, retry_failed)
         resumed, published = tally.shards, output.folder.exists(SUCCESS)
         if 0 < resumed < planned:
             for message in _other_versions(tally):
@@ -301,8 +304,8 @@ def _resumed(
             if tally.shards == planned:
                 break
             reporter.phase("starting", tally)
-            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done, again)
-            tally, done, again, _ = _survey(output, reporter)  # what was committed may be gone again
+            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done, again, taken)
+            tally, done, again, taken, _ = _survey(output, reporter)  # what was committed may be gone again
         if tally.shards < planned:
             raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
         if not complete:
@@ -332,6 +335,7 @@ def _resumed(
         output=spec.output, state=state, reason=reason, planned=int(output.plan["rows"]), ok=tally.ok,
         failed=tally.failed, shards=int(output.plan["shards"]), resumed=resumed, seconds=reporter.seconds,
         measures=tally.measures, errors=tally.errors, duplicates=tally.duplicates,
+        parts=output.parts,
     )  # fmt: skip
 
 
@@ -372,19 +376,21 @@ def _finish_at(
 
 def _survey(
     output: Output, reporter: Reporter, retry_failed: bool = False
-) -> tuple[Tally, set[int], dict[int, Again], bool]:
-    """What earlier runs committed: in all, which shards, and which of the others are to be done again; and whether what
-    counts lies in ``data/``. A late worker's may not, though the run was complete, where what counted before is lost.
+) -> tuple[Tally, set[int], dict[int, Again], set[int], bool]:
+    """What earlier runs committed: in all, which shards, and which of the others are to be done again; of which others
+    a file that has the final name already is nobody's; and whether what counts lies in ``data/``. A late worker's may
+    not, though the run was complete, where what counted before is lost.
 
     A record whose file or summary is lost is withdrawn; those of earlier generations, losers and strangers go.
 
     Args:
         retry_failed: Shards with failed rows do not count as done.
     """
-    for name in set_aside(output):
+    listed = output.listings()
+    for name in set_aside(output, listed["data"]):
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
     tally, done, again, placed = Tally(), set[int](), dict[int, Again](), True
-    listed, folding = output.listings(), Folding(output)
+    folding = Folding(output)
     leftovers = Leftovers(output, listed)
 
     def withdraw(shard: int, generation: int, why: str) -> None:
@@ -424,16 +430,21 @@ def _survey(
     for shard, latest in output.log.generations(done).items():
         known = again.get(shard, Again("", 0, 0, (), ()))
         again[shard] = replace(known, generation=max(known.generation, latest + 1))
-    return tally, done, again, placed
+    named = {output.shard_named(name) for name in listed["data"]} if output.named_at_commit else set()
+    return tally, done, again, {shard for shard in named - done if shard is not None}, placed
 
 
 def _compute(
     spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
-    address: str | None, tally: Tally, done: set[int], again: Mapping[int, Again],
+    address: str | None, tally: Tally, done: set[int], again: Mapping[int, Again], taken: set[int],
 ) -> None:  # fmt: skip
-    """Dispatch the shards that are not done; ``tally`` follows."""
+    """Dispatch the shards that are not done; ``tally`` follows.
+
+    Args:
+        taken: Those of which a final name is taken.
+    """
     left = int(output.plan["shards"]) - len(done)
-    todo = (shard for shard in read_shards(output.own) if shard.index not in done)
+    tasks = _tasks(output, done, again, taken)
     try:
         with connected(address, resources.cpus) as ours:
             pool = Pool(_worker_job(spec, output, resources), resources)
@@ -443,11 +454,20 @@ def _compute(
                 meters = Meters(output.path, int(output.plan["rows"]))
                 folding, few = Folding(output), resources.min_workers
                 memory = Memory(output, spec.stage, resources.gpus)
-                Dispatcher(pool, todo, tally, lock, reporter, meters, limit, left, few, folding, memory, again).run()
+                Dispatcher(pool, tasks, tally, lock, reporter, meters, limit, left, few, folding, memory).run()
             finally:
                 pool.close()
     except ClusterError as error:
         raise RunError(str(error)) from None
+
+
+def _tasks(output: Output, done: set[int], again: Mapping[int, Again], taken: set[int]) -> Iterator[Task]:
+    """A task for each shard that is not done."""
+    named = output.named_at_commit and not output.folder.local  # as a copy of a store's folder is
+    for shard in read_shards(output.own):
+        if shard.index not in done:
+            once = named and shard.index not in again and shard.index not in taken
+            yield Task.of(shard, again.get(shard.index), output.part(shard.index) if once else None)
 
 
 def _check_room(pool: Pool, ours: bool) -> None:

@@ -156,6 +156,7 @@ def write_plan(
     created: float,
     check: Callable[[], None] = lambda: None,
     scans: Scans = one_by_one,
+    named_at_commit: bool = False,
 ) -> dict[str, Any]:
     """Scan the input and write the plan; it exists once ``plan.json`` does.
 
@@ -163,6 +164,7 @@ def write_plan(
         folder: The bookkeeping folder inside the output folder.
         check: Asked before the plan is put in place; raises if the folder is another run's by now.
         scans: How the input's files are scanned.
+        named_at_commit: Files get their final names while the run goes on.
 
     Returns:
         What ``plan.json`` holds.
@@ -172,7 +174,8 @@ def write_plan(
     """
     run = machine.here.token()[:RUN_DIGITS]
     plan = _written(spec, drafted, folder, run, check, scans)
-    content = {"created": created, "run": run, "tables": run, **plan}
+    early = {"named_at_commit": True} if named_at_commit else {}
+    content = {"created": created, "run": run, "tables": run, **early, **plan}
     return _in_place(folder, "plan.json", content)
 
 

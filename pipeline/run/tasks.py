@@ -121,6 +121,9 @@ class Task:
         again: The shard was committed before.
         alone: A worker that has it gets no other beside it: should it die, one knows of what.
         fits: What running out of memory taught the run's workers so far.
+        part: The shard's final name, if the file of the whole is to be written under it, unless it is taken; None: it
+            is an attempt's, and gets its name when it is published.
+        tried: A worker has had it before: a file may have its final name.
     """
 
     shard: int
@@ -135,11 +138,13 @@ class Task:
     again: Again | None = None
     alone: bool = False
     fits: Fits = field(default_factory=dict)
+    part: str | None = None
+    tried: bool = False
 
     @staticmethod
-    def of(shard: Shard, again: Again | None = None) -> Task:
+    def of(shard: Shard, again: Again | None = None, part: str | None = None) -> Task:
         """A whole shard."""
-        return Task(shard.index, shard.spans, 0, shard.rows, twins=shard.twins, again=again)
+        return Task(shard.index, shard.spans, 0, shard.rows, twins=shard.twins, again=again, part=part)
 
     def rows(self) -> str:
         """Which, for a message."""

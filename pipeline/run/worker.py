@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ from pipeline.run.reading import Found, Reader
 from pipeline.run.stream import Stream
 from pipeline.run.tasks import Again, Piece, Task, WorkerJob
 from pipeline.run.versions import told, versions
-from pipeline.run.writing import Done, Writer, in_order
+from pipeline.run.writing import Done, Named, Writer, in_order
 from pipeline.storage import Folder
 
 
@@ -170,7 +171,15 @@ class Worker:
         token = machine.here.token()[:12]
         part = "" if task.whole else f".{task.start}-{task.stop}"
         tally = self._tally()
-        piece = self._writer.write(task, self._name(task, f"{part}.{token}.parquet"), self._made(task, tally))
+        final = self._final(task)
+        named = None if final is None else Named(token, partial(self._check, task))
+        path = final or f"{commit.ATTEMPTS}/{self._name(task, f'{part}.{token}.parquet')}"
+        try:
+            piece = self._writer.write(task, path, self._made(task, tally), named)
+        except commit.Taken:
+            if (record := commit.find_record(self._folder, task.shard, self.job.run)) is None:
+                raise
+            return record
         if task.pieces:
             piece = replace(
                 piece,
@@ -208,7 +217,18 @@ class Worker:
             replaced=again.size,
             made_with=told(versions()),
         )
+        if named is None:
+            self._check(task)
         return commit.write_record(self._folder, record)
+
+    def _check(self, task: Task) -> None:
+        commit.check_current(self._folder, self.job.run, self.job.epoch, task.shard)
+
+    def _final(self, task: Task) -> str | None:
+        """Its shard's final name, if the file is to be written under it."""
+        if task.part is None or not task.whole or (task.tried and self._folder.exists(task.part)):
+            return None
+        return task.part
 
     def _name(self, task: Task, rest: str) -> str:
         return commit.attempt_name(self.job.run, self.job.epoch, task.shard, rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,6 +36,18 @@ class Done(NamedTuple):
 
     row: Row
     out: Row | None = None
+
+
+class Named(NamedTuple):
+    """A file is written under its shard's final name.
+
+    Attributes:
+        token: Tells it from all other attempts.
+        check: Asked before it is there for all; raises if it is not to be any more.
+    """
+
+    token: str
+    check: Callable[[], None]
 
 
 class Writer:
@@ -81,13 +93,21 @@ class Writer:
         for group in groups:
             yield self._thread.submit(self.table, group, tally)
 
-    def write(self, task: Task, name: str, tables: Iterator[pa.Table | Future[pa.Table]]) -> Piece:
+    def write(
+        self, task: Task, path: str, tables: Iterator[pa.Table | Future[pa.Table]], named: Named | None = None
+    ) -> Piece:
         """Write a task's rows as an attempt's file, and read it back.
+
+        Args:
+            path: Where to, in the output folder.
+            named: That is the shard's final name.
 
         Raises:
             OSError: It could not be written, or is not what was written.
+            Taken: Another file has the final name.
+            Superseded: `Named.check` does.
         """
-        attempt = commit.Attempt(self._folder, name, self._schema)
+        attempt = commit.Attempt(self._folder, path, self._schema, named and named.token)
         statuses: Counter[str] = Counter()
         errors: Counter[str] = Counter()
         measured: dict[str, dict[str, float]] = {}
@@ -107,16 +127,18 @@ class Writer:
                     writing.popleft().result()
             while writing:
                 writing.popleft().result()
+            if named is not None:
+                named.check()
             size, checksum = attempt.close()
         except BaseException:
             wait(writing)
             attempt.abandon()
             raise
-        commit.check_attempt(self._folder, name, size, task.stop - task.start)
+        commit.check_attempt(self._folder, path, size, task.stop - task.start)
         found = commit.fold_errors(errors)
         return Piece(
-            task.start, task.stop, name, size, checksum, statuses["ok"], statuses["failed"], measured, found,
-            duplicates=statuses["duplicate"],
+            task.start, task.stop, path.rpartition("/")[2], size, checksum, statuses["ok"], statuses["failed"],
+            measured, found, duplicates=statuses["duplicate"],
         )  # fmt: skip
 
 

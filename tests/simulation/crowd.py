@@ -139,9 +139,9 @@ def crowd(workers: int, shards: int, shard_s: float, turn_s: float = 0.1, charge
     source, found = Source(("in.txt",), columns={"text": "text"}), list[Used]()
     job = WorkerJob(StageSpec(""), source, wanted_columns(source, ()), (), "", (), "", {"bucket": bucket})
 
-    def plan(pool: _Crowd) -> Iterator[Shard]:
+    def plan(pool: _Crowd) -> Iterator[Task]:
         for number in range(shards):
-            yield Shard(number, (Span("in.txt", "in.txt", number, number + 1),), None)
+            yield Task.of(Shard(number, (Span("in.txt", "in.txt", number, number + 1),), None))
         pool.handed_out()
 
     def drive() -> None:

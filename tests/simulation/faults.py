@@ -10,14 +10,15 @@ from typing import Any
 from unittest.mock import patch
 
 from pipeline import machine
-from pipeline.output import commit, log, planfile
+from pipeline.output import commit, dataset, log, planfile, publish
 from pipeline.output import lock as locks
+from pipeline.output.commit import Record
 from pipeline.output.dataset import Output
 from pipeline.output.fold import Folding
 from pipeline.output.leftovers import remove
 from pipeline.output.lock import Lock, OutputLocked
 from pipeline.run import plan
-from tests.simulation import schedule
+from tests.simulation import pool, schedule, store
 
 
 def _swallowing(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
@@ -65,6 +66,34 @@ def _tables_without_run() -> Iterator[None]:
 
 
 @contextmanager
+def _names_without_run() -> Iterator[None]:
+    """Workers stand still more often where they are about to end a file."""
+    with patch.object(dataset, "parts", lambda plan: "data/part-*.parquet"), patch.object(pool, "LATE", 5.0):
+        yield
+
+
+@contextmanager
+def _written_over() -> Iterator[None]:
+    """The store says that it refuses a taken name at the end of an upload, and does not."""
+    put = store._Writing._put
+
+    def over(self: store._Writing, content: bytes) -> None:
+        self._once = self._once and self._path.endswith(".probe")
+        put(self, content)
+
+    with patch.object(store._Writing, "_put", over), patch.object(pool, "LATE", 5.0):
+        yield
+
+
+_publish_part = publish._publish_part
+
+
+def _left_as_it_is(output: Output, listed: dict[str, dict[str, int]], record: Record) -> Record:
+    taken = output.part(record.shard).rpartition("/")[2] in listed["data"]
+    return record if output.named_at_commit and taken else _publish_part(output, listed, record)
+
+
+@contextmanager
 def _cut_anew() -> Iterator[None]:
     """Without the look whether a plan that grows begins as it did."""
     survey = schedule._survey
@@ -92,4 +121,7 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "who has lost the lock goes on": lambda: patch.object(Lock, "check", lambda lock: None),
     "tables of a plan bear no run": _tables_without_run,
     "a plan that grows cuts its rows anew": _cut_anew,
+    "a final name that is taken is written over": _written_over,
+    "final names bear no run": _names_without_run,
+    "a file that has a final name and no record stays": lambda: patch.object(publish, "_publish_part", _left_as_it_is),
 }

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future
 from functools import lru_cache
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.output.schema import decode_schema, measures, merge_measures, tabl
 from pipeline.run import cluster
 from pipeline.run.tasks import Outcome, Piece, Resources, Task, WorkerJob
 from pipeline.run.worker import Worker
-from pipeline.run.writing import Done, Writer
+from pipeline.run.writing import Done, Named, Writer
 from pipeline.storage import Folder, checksum
 from tests.simulation.world import Crash, Event, Host, Process, World, current
 
@@ -36,15 +37,21 @@ def _row(name: str, line: int, factor: float, moody: bool) -> dict[str, Any]:
     return {**row, **({"status": "failed", "error": "not now"} if failed else {"length": factor * line})}
 
 
+FORMS = 3
+LATE = 0.5
+"""Of the workers that are cut off, so many are besides where they are about to end a file."""
+
+
 @lru_cache(8192)
 def made(
-    columns: str, factor: float, lines: tuple[tuple[str, int, int], ...], moody: bool = False
+    columns: str, factor: float, lines: tuple[tuple[str, int, int], ...], moody: bool = False, form: int = 0
 ) -> tuple[bytes, pa.Table]:
     """Rows as they have to come out: as a file, and as a table.
 
     Args:
         columns: The encoded schema.
         lines: File, first line and line after the last, of each span.
+        form: Of the `FORMS` of the file, of other lengths, that attempts write: no two are the same to the byte.
     """
     schema = decode_schema(columns)
     rows = [_row(name, line, factor, moody) for name, start, stop in lines for line in range(start, stop)]
@@ -52,6 +59,7 @@ def made(
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
         writer.write_table(full)
+        writer.add_key_value_metadata({commit.ATTEMPT_KEY: "x" * form})
     return sink.getvalue(), full
 
 
@@ -76,22 +84,29 @@ class _Writer(Writer):
 
     group_rows = 4096
 
-    def __init__(self, job: WorkerJob, folder: Folder, schema: pa.Schema, fleet: Fleet) -> None:
+    def __init__(
+        self, job: WorkerJob, folder: Folder, schema: pa.Schema, fleet: Fleet, stands: Callable[[Task], None]
+    ) -> None:
+        self._stands = stands
         self._folder, self._schema, self._kept, self._measured = folder, schema, frozenset(job.kept), job.measured
         self._thread, self._job, self._fleet = _Inline(), job, fleet  # type: ignore[assignment]
 
-    def write(self, task: Task, name: str, tables: Iterator[Any]) -> Piece:
+    def write(self, task: Task, path: str, tables: Iterator[Any], named: Named | None = None) -> Piece:
         if task.pieces or (task.again and task.again.file):
-            return super().write(task, name, tables)
+            return super().write(task, path, tables, named)
         lines = _lines(task)
-        content, full = made(self._job.schema, self._job.stage.params["factor"], lines, self._fleet.fails())
-        upload = self._folder.begin(f"{commit.ATTEMPTS}/{name}")
+        form = self._fleet.forms.randrange(FORMS)
+        content, full = made(self._job.schema, self._job.stage.params["factor"], lines, self._fleet.fails(), form)
+        upload = self._folder.begin(path, named is not None)
         upload.write(content)
-        upload.close()
-        commit.check_attempt(self._folder, name, len(content), task.stop - task.start)
+        if named is not None:
+            named.check()
+            self._stands(task)
+        commit.end(upload, self._folder, path)
+        commit.check_attempt(self._folder, path, len(content), task.stop - task.start)
         digest, measured, failed = _told(content, self._measured)
         ok, errors = full.num_rows - failed, {"not now": failed} if failed else {}
-        return Piece(task.start, task.stop, name, len(content), digest, ok, failed, measured, errors)
+        return Piece(task.start, task.stop, path.rpartition("/")[2], len(content), digest, ok, failed, measured, errors)
 
 
 @lru_cache(8192)
@@ -111,10 +126,10 @@ def _lines(task: Task) -> tuple[tuple[str, int, int], ...]:
 class _Worker(Worker):
     """The real commit; rows that are made up in no time, after some of the world's."""
 
-    def __init__(self, job: WorkerJob, fleet: Fleet) -> None:
+    def __init__(self, job: WorkerJob, fleet: Fleet, stands: Callable[[Task], None]) -> None:
         self.job, self.schema = job, decode_schema(job.schema)
         self._folder = Folder.at(job.output, job.storage_options)
-        self._writer, self._fleet = _Writer(job, self._folder, self.schema, fleet), fleet
+        self._writer, self._fleet = _Writer(job, self._folder, self.schema, fleet, stands), fleet
         self._through, self._ended, self.stage = Counter(), 0.0, lambda rows: iter(())
 
     def _tables(self, task: Task, tally: Tally | None = None) -> Iterator[Any]:
@@ -181,7 +196,7 @@ class SimPool:
         actor = cluster._Actor.__new__(cluster._Actor)
         actor.heart = _Heart()  # type: ignore[assignment]
         world.pause(world.now + self._fleet.start_s * chance())
-        actor.worker = _Worker(self._job, self._fleet)
+        actor.worker = _Worker(self._job, self._fleet, lambda task: self._stands(member, task))
         member.ready = True
         member.actor = actor
         self._ring()
@@ -202,6 +217,13 @@ class SimPool:
             member.tasks.remove(task)
             self._ended.append((task, outcome))
             self._ring()
+
+    def _stands(self, member: _Member, task: Task) -> None:
+        """It is cut off, and stands still, where a file is about to get its final name."""
+        chance = self._fleet.forms.random
+        if chance() < self._fleet.cut_off * LATE and self._may_die(task):
+            self._loses(member)
+            self._world.pause(self._world.now + chance() * self._fleet.cut_off_s)
 
     def _may_die(self, task: Task) -> bool:
         """Whether the dispatcher would not yet hold the rows for the cause."""
@@ -281,6 +303,7 @@ class Fleet:
     Attributes:
         in_hand: Most tasks that a worker has at once.
         moody: Rows fail until all is calm, and are to be done again.
+        forms: Decides in which form a worker writes a file, and whether it stands still before that has its name.
     """
 
     def __init__(self, world: World, host: Host) -> None:
@@ -291,6 +314,7 @@ class Fleet:
         self.cut_off_s, self.orphans = chance.choice((5.0, 300.0)), chance.choice((0.0, 0.5))
         self.summaries, self.moody = chance.random() < 0.1, chance.random() < 0.15
         self.in_hand = chance.choice((1, 1, 3))
+        self.forms = Random(chance.random())
         self.calm = False
 
     def fails(self) -> bool:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import machine
+from pipeline import machine, storage
 from pipeline.contract import Column, StageInfo, StageSpec
 from pipeline.input.files import InputFile, list_files
 from pipeline.input.rows import FileScan
@@ -43,14 +44,15 @@ from pipeline.run import dispatch, driver, plan, reporter
 from pipeline.run.draft import Draft, RunSpec, draft
 from pipeline.run.driver import Finished, PlanMismatch, RunError, RunResult, run
 from pipeline.run.survey import Survey, survey
-from pipeline.storage import DIGEST_BYTES, Folder
+from pipeline.storage import DIGEST_BYTES, Folder, checksum
 from tests.simulation import planning
 from tests.simulation.planning import Inputs
-from tests.simulation.pool import Fleet, SimPool, made
+from tests.simulation.pool import FORMS, Fleet, SimPool, made
 from tests.simulation.store import CALM, Bucket, Weather
 from tests.simulation.world import Host, Process, Simulated, Thread, World, current
 
 OUT = "sim://out"
+FOREIGN = "out/data/part-00007-of-00009.parquet"
 LINES = 3 * 200
 END_S = 20_000.0
 STARTS = 8
@@ -63,6 +65,8 @@ PARQUET = 8
 """Of so many schedules one has the log's files in the format that they have elsewhere."""
 TASKS = 12
 """Of so many schedules one is planned by tasks on workers."""
+ONCE = 0.75
+"""Of the schedules, in so many the store refuses a taken name at the end of an upload: files get theirs at once."""
 GROWING = 0.15
 """Of the schedules that are not planned by tasks, in so many the user asks for a part of the rows first."""
 VERIFIED = 5
@@ -266,6 +270,7 @@ def simulated() -> Iterator[None]:
         patch.object(planfile, "_Rows", _Rows),
         patch.object(planfile, "_plan", _plan),
         patch.object(fsspec, "url_to_fs", _opened),
+        patch.object(storage, "PART_BYTES", 16),
         patch.object(locks, "POLL_S", 8.0),
         patch.object(locks, "RENEW_S", RENEW_S),
         patch.multiple(dataset, READERS=4, RECORD_READERS=4),
@@ -309,6 +314,7 @@ class Schedule:
         self.products = self.random.random() < 0.15
         self.total = self.limit = self.shards * self.rows
         self.growth = Random(-1 - seed)  # by itself: other schedules are what they were
+        self.bucket.once = self.growth.random() < ONCE
         if not self.inputs.tasks and self.total > 1 and self.growth.random() < GROWING:
             self.limit = self.growth.randint(1, self.total - 1)
         self.factor, self.claims, self.drivers = 1.0, 0, list[_Attempted]()
@@ -317,6 +323,7 @@ class Schedule:
         self._late: dict[Thread, set[tuple[str, str]]] = {}
         self._rash: dict[Process, str] = {}
         self.found: Wrong | None = None
+        self._swept = False
         self.last = False
         self.disturbed = 0.0
         self._published: dict[Process, float] = {}
@@ -367,11 +374,15 @@ class Schedule:
     def _lives(self) -> None:
         try:
             self._to_the_end()
+            self._no_stranger()
             self.last, self.limit = True, self.total
             if "out/_latentmill/plan.json" in self.bucket.objects:
                 self.inputs.put_back(json.loads(self.bucket.objects["out/_latentmill/plan.json"])["rows"])
             last = self._start()
             self._to_the_end()
+            if isinstance(last.thread.error, OutputError) and self._swept:
+                last = self._start()
+                self._to_the_end()
             if not isinstance(last.thread.result, RunResult) or last.thread.result.state != "complete":
                 raise Wrong(f"a last run in calm weather ended with {last.thread.result or last.thread.error!r}")
         finally:
@@ -409,6 +420,7 @@ class Schedule:
             spec = _spec(factor, None if self.inputs.tasks else self.limit, self.rows, self.bucket)
             result = run(spec, max_failed_fraction=1.0, retry_failed=again, **options)
         except (OutputError, locks.OutputLocked, RunError, PlanMismatch, OSError, KeyboardInterrupt):
+            self._sweep()
             process.die()  # it has ended, and said why
             raise
         except Exception as error:
@@ -459,21 +471,43 @@ class Schedule:
         for number, (start, stop) in enumerate(cuts):
             name, some = f"out/{output.part(number)}", lines[start:stop]
             own = tuple((file, line, line + 1) for file, line in some)
-            content, table = made(output.plan["schema"], self.factor, own)
-            found = objects.get(name, b"")
-            if found != content and not (found and self._alike(_whole(found), table)):
+            forms = {made(output.plan["schema"], self.factor, own, form=form)[0] for form in range(FORMS)}
+            found, (_, table) = objects.get(name, b""), made(output.plan["schema"], self.factor, own)
+            if found not in forms and not (found and self._alike(_whole(found), table)):
                 state = "not what was planned" if found else "missing"
                 raise Wrong(f"{name} is {state} after a run that said complete")
         if self.products and (self.last or not self.fleet.moody):
             found = objects.get("out/sums/total", b"")
             if found != b"%d %d" % (len(lines), self.factor * sum(line for _, line in lines)):
                 raise Wrong(f"what finish made says {found!r} of {len(lines)} rows after a run that said complete")
-        if self.last and [record.shard for record in output.records()] != list(range(shards)):
-            raise Wrong("the records are not one for each shard after a run that said complete")
+        if self.last:
+            self._recorded(output, shards)
         if self.last and self.seed % VERIFIED == 0:
             report = verify(OUT, options)
             if not report.ok:
                 raise Wrong(f"verify, after a run that said complete: {report.problems[:3]}")
+
+    def _recorded(self, output: Output, shards: int) -> None:
+        """There is a record for each shard, of the very bytes that are published, and readers see no other file."""
+        objects, records = self.bucket.objects, list(output.records())
+        if [record.shard for record in records] != list(range(shards)):
+            raise Wrong("the records are not one for each shard after a run that said complete")
+        names = {f"out/{output.part(record.shard)}": record for record in records}
+        for name, record in names.items():
+            if checksum(io.BytesIO(objects[name])) != record.checksum:
+                raise Wrong(f"{name} holds other bytes than its record says after a run that said complete")
+        self._no_stranger()
+
+    def _no_stranger(self) -> None:
+        """Readers of what is complete see no file but the run's, whoever wrote one since."""
+        objects = self.bucket.objects
+        if "out/_SUCCESS" not in objects or "out/_latentmill/plan.json" not in objects:
+            return
+        output = Output.open(OUT, {"bucket": self.bucket.still()})
+        own = {f"out/{output.part(shard)}" for shard in range(output.plan["shards"])}
+        seen = {name for name in objects if fnmatchcase(name, f"out/{output.parts}")}
+        if strange := seen - own - {FOREIGN}:
+            raise Wrong(f"readers see {min(strange)}, which is not the run's, in a folder that is complete")
 
     def _cuts(self, reached: list[int]) -> list[tuple[int, int]]:
         """First and last row of each shard of a plan that went so far each time."""
@@ -584,7 +618,7 @@ class Schedule:
             return
         what = self.random.choice(("remove", "cut", "foreign"))
         if what == "foreign":
-            self.bucket.put("out/data/part-00007-of-00009.parquet", b"not ours")
+            self.bucket.put(FOREIGN, b"not ours")
             return
         name = self.random.choice(sorted(names))
         if f"/{log.LOG}/" in name:
@@ -605,10 +639,12 @@ class Schedule:
         self.inputs.version = 1
 
     def _anew(self) -> None:
-        """The user stops the driver, deletes the folder or its plan, and wants other values; workers may go on."""
+        """The user stops the driver, deletes the folder or its plan, and wants other values, cut otherwise; workers may
+        go on."""
         for each in self.drivers:
             each.process.die()
         self.factor *= 10
+        self.rows = self.growth.randint(1, 3)
         published = any(not name.startswith("out/_latentmill/") for name in self.bucket.objects)
         whole = published or self.random.random() < 0.5
         for name in list(self.bucket.objects):
@@ -617,6 +653,14 @@ class Schedule:
         self._taken.clear()
         self._renewed.clear()
         self.world.call(self.world.now + 50 * self.random.random(), self._start)
+
+    def _sweep(self) -> None:
+        """Where a late worker has put a file into the folder that the user has deleted, he deletes it again."""
+        objects = self.bucket.objects
+        late = [name for name in objects if name.startswith("out/data/")]
+        self._swept = bool(late) and "out/_latentmill/plan.json" not in objects
+        for name in late if self._swept else ():
+            del objects[name]
 
     def _calm(self) -> None:
         self.bucket.weather, self.bucket.away, self.fleet.calm = CALM, 0.0, True

@@ -89,6 +89,7 @@ class Bucket:
         watch: Called with (process, verb, path, content) whenever something changes, before it does. The verb is
             ``remove too`` for all but the first of what a request removes.
         requests: Number of requests.
+        once: Uploads in parts, too, may be refused a taken name.
     """
 
     def __init__(self, world: World) -> None:
@@ -96,7 +97,7 @@ class Bucket:
         self.versions: dict[str, int] = {}
         self.watch: Callable[[Process | None, str, str, bytes], None] = lambda process, verb, path, content: None
         self.requests = 0
-        self.conditional = True
+        self.conditional = self.once = True
         self.files = SimStore(self)
 
     def still(self) -> Bucket:
@@ -155,17 +156,28 @@ class Bucket:
 
 
 class _Writing(io.BytesIO):
-    """An object that is uploaded in parts: it is there once it is closed."""
+    """An object that is uploaded in parts: it is there once it is closed.
 
-    def __init__(self, bucket: Bucket, path: str) -> None:
+    Args:
+        once: Its end is refused if there is one of its name by then.
+    """
+
+    def __init__(self, bucket: Bucket, path: str, once: bool) -> None:
         super().__init__()
-        self._bucket, self._path = bucket, path
+        self._bucket, self._path, self._once = bucket, path, once
 
     def close(self) -> None:
         if not self.closed:
             content = self.getvalue()
             super().close()
-            self._bucket.change("put", self._path, lambda: self._bucket.put(self._path, content))
+            self._bucket.request(lambda: self._put(content))
+
+    def _put(self, content: bytes) -> None:
+        bucket = self._bucket
+        if self._once and bucket.conditional and self._path in bucket.objects:
+            raise FileExistsError(self._path)
+        bucket.watch(bucket._caller(), "put", self._path, content)
+        bucket.put(self._path, content)
 
     def discard(self) -> None:
         super().close()
@@ -248,7 +260,9 @@ class SimStore(AbstractFileSystem):
     def open(self, path: str, mode: str = "rb", **rest: Any) -> Any:
         if "r" in mode:
             return io.BytesIO(self.bucket.request(lambda: self._object(path)))
-        return _Writing(self.bucket, path)
+        if "x" in mode and not self.bucket.once:
+            raise NotImplementedError("exclusive")
+        return _Writing(self.bucket, path, "x" in mode)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Stores have no folders."""

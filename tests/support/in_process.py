@@ -10,16 +10,13 @@ from pipeline.run import driver
 
 
 def _compute_here(spec: Any, output: Any, lock: Any, reporter: Any, resources: Any, max_failed: float, address: Any,
-                  tally: Any, done: Any, again: Any) -> None:  # fmt: skip
+                  tally: Any, *left: Any) -> None:  # fmt: skip
     """One worker in this process, in place of the cluster."""
-    from pipeline.output.planfile import read_shards
-    from pipeline.run.tasks import Task
     from pipeline.run.worker import Worker
 
     worker = Worker(driver._worker_job(spec, output, resources))
-    for shard in read_shards(output.own):
-        if shard.index not in done:
-            tally.add(worker.process(Task.of(shard, again.get(shard.index))))
+    for task in driver._tasks(output, *left):
+        tally.add(worker.process(task))
 
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:

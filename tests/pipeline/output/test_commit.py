@@ -35,15 +35,15 @@ def test_first_record_stands(tmp_path: Path) -> None:
 
 def test_a_cut_attempt_is_noticed(tmp_path: Path) -> None:
     folder = Folder.at(str(tmp_path))
-    attempt = Attempt(folder, "x.parquet", SCHEMA)
+    attempt = Attempt(folder, f"{commit.ATTEMPTS}/x.parquet", SCHEMA)
     attempt.add(table([{"id": "a", "v": np.ones(2), "status": "ok", "error": None}], SCHEMA))
     size, _ = attempt.close()
-    check_attempt(folder, "x.parquet", size, 1)
+    check_attempt(folder, f"{commit.ATTEMPTS}/x.parquet", size, 1)
     path = tmp_path / commit.ATTEMPTS / "x.parquet"
     for content in (path.read_bytes()[:-9], path.read_bytes()[:-9] + b"x" * 9):
         path.write_bytes(content)
         with pytest.raises(commit.CommitError):
-            check_attempt(folder, "x.parquet", size, 1)
+            check_attempt(folder, f"{commit.ATTEMPTS}/x.parquet", size, 1)
 
 
 def test_rows_are_told_by_the_end_of_a_file() -> None:

@@ -118,7 +118,7 @@ class _Quiet:
 
 def _run(nodes: list[str], rows: int, fate: Fate, shards: int = 1, told: list[str] | None = None) -> Workers:
     workers, span = Workers(nodes, fate), Span("in.txt", "in.txt", 0, rows)
-    todo = iter([Shard(number, (span,)) for number in range(shards)])
+    todo = iter([Task.of(Shard(number, (span,))) for number in range(shards)])
     quiet: Any = _Quiet()
     quiet.running = lambda *args: told.append(args[4]) if told is not None and len(args) > 4 else None
     Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, shards, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_shards_that_were_in_hand_together_are_tried_alone() -> None:
     """A shard of one row kills every worker: it alone is blamed, and no other is halved or tried beside it again."""
     workers = Joining(["a"], lambda task, node, times: "died" if task.shard == 2 else "done")
     workers.together, span = [], Span("in.txt", "in.txt", 0, 1)
-    todo = iter([Shard(number, (span,)) for number in range(9)])
+    todo = iter([Task.of(Shard(number, (span,))) for number in range(9)])
     quiet: Any = _Quiet()
     Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 9, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     assert workers.together[0] == [0, 1, 2, 3]
@@ -171,7 +171,7 @@ def test_a_row_that_kills_on_the_only_node_is_condemned_there() -> None:
 def test_rows_that_die_together_are_not_to_blame() -> None:
     """The kernel that needs memory kills all workers of a node at once, three times: nobody's row is poison."""
     workers = Shared(["a"] * 4, lambda task, node, times: "died" if workers.rounds <= 3 else "done")
-    todo = iter([Shard(number, (Span("in.txt", "in.txt", 0, 1),)) for number in range(4)])
+    todo = iter([Task.of(Shard(number, (Span("in.txt", "in.txt", 0, 1),))) for number in range(4)])
     quiet: Any = _Quiet()
     Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 4, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     assert workers.condemned == {}
@@ -184,7 +184,7 @@ def test_several_rows_that_kill_are_all_found_on_one_node() -> None:
         return "died" if poison & set(range(task.start, task.stop)) else "done"
 
     shared = Shared(["a"] * 4, fate)
-    todo = iter([Shard(0, (Span("in.txt", "in.txt", 0, 1000),))])
+    todo = iter([Task.of(Shard(0, (Span("in.txt", "in.txt", 0, 1000),)))])
     quiet: Any = _Quiet()
     Dispatcher(shared, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     assert set(shared.condemned) == poison
@@ -212,7 +212,7 @@ def test_a_strike_on_a_node_that_is_gone_since_does_not_count() -> None:
         return "died"
 
     workers = Workers(nodes, fate)
-    todo = iter([Shard(0, (Span("in.txt", "in.txt", 0, 1),))])
+    todo = iter([Task.of(Shard(0, (Span("in.txt", "in.txt", 0, 1),)))])
     quiet: Any = _Quiet()
     Dispatcher(workers, todo, Tally(), quiet, quiet, quiet, 1e9, 1, 1, quiet, Forgetful()).run()  # type: ignore[arg-type]
     assert workers.condemned == {}

@@ -92,7 +92,7 @@ def test_a_survey_after_the_lock_is_lost_removes_nothing(held: tuple[RunSpec, Ou
     with pytest.raises(LockLost):
         _survey(output, Reporter(None, None, 1))
     with pytest.raises(LockLost):
-        set_aside(output)
+        set_aside(output, output.folder.listing("data"))
     (Path(output.path) / "data/stranger.parquet").unlink()
     before.pop("data/stranger.parquet")
     with pytest.raises(LockLost):

@@ -119,7 +119,7 @@ def run_some(spec: RunSpec, shards: range, workers: int = 3, lives: int = 1000) 
     """A driver that does some of the shards, and what it says."""
     output, quiet, told = Output.open(spec.output), _Quiet(), list[str]()
     quiet.running = lambda *args: told.extend(args[4:])  # type: ignore[attr-defined]
-    todo = iter([shard for shard in read_shards(output.own) if shard.index in shards])
+    todo = iter([Task.of(shard) for shard in read_shards(output.own) if shard.index in shards])
     pool: Any = _Pool(_worker_job(spec, output, Resources()), workers, lives)
     memory, other = Memory(output, spec.stage, 0), [quiet] * 3
     Dispatcher(pool, todo, Tally(), *other, 0.0, len(shards), 1, quiet, memory).run()  # type: ignore[arg-type]

@@ -16,14 +16,12 @@ from pipeline import access
 from pipeline.output.commit import SUMMARIES
 from pipeline.output.dataset import Output
 from pipeline.output.lock import lock_name
-from pipeline.output.planfile import read_shards
 from pipeline.output.products import PRODUCTS, problems, take_stock
 from pipeline.output.publish import publish
 from pipeline.output.verify import verify
 from pipeline.run import driver
 from pipeline.run.draft import RunSpec
-from pipeline.run.driver import Finished, Resources, RunError, _worker_job, run
-from pipeline.run.tasks import Task
+from pipeline.run.driver import Finished, Resources, RunError, _tasks, _worker_job, run
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder
 from tests.support.faulty import commit_plain, data, spec_for
@@ -39,12 +37,11 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
     def compute(
         spec: RunSpec, output: Output, lock: Any, reporter: Any, resources: Any, most: Any, address: Any, tally: Any,
-        done: set[int], again: Any,
+        *left: Any,
     ) -> None:  # fmt: skip
         worker = Worker(_worker_job(spec, output, Resources()))
-        for shard in read_shards(output.own):
-            if shard.index not in done:
-                worker.process(Task.of(shard, again.get(shard.index)))
+        for task in _tasks(output, *left):
+            worker.process(task)
 
     def finish(finished: Finished) -> None:
         total = sum(int(summary["count"][0]) for summary in finished.summaries())

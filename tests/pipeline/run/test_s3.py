@@ -19,7 +19,16 @@ from pipeline.storage import Folder
 from tests.pipeline.run.test_retry import BAD, IDS, LINES, Moody, start
 from tests.support.faulty import data, spec_for
 from tests.support.in_process import without_ray
-from tests.support.weather import SHARDS, check_end, check_lock, check_run, check_shards, s3_server, weather_before
+from tests.support.weather import (
+    SHARDS,
+    check_end,
+    check_lock,
+    check_once,
+    check_run,
+    check_shards,
+    s3_server,
+    weather_before,
+)
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -46,6 +55,13 @@ def test_run_on_a_stormy_store(tmp_path: Path, local_ray: str, store: tuple[dict
 
 def test_the_end_of_a_file_tells_its_size(store: tuple[dict[str, Any], Any]) -> None:
     check_end(Folder.at("s3://bucket/ends", store[0]))
+
+
+def test_a_taken_name_is_refused_at_the_end_of_an_upload(store: tuple[dict[str, Any], Any]) -> None:
+    import s3fs
+
+    check_once(Folder.at("s3://bucket/named", store[0]))
+    assert not s3fs.S3FileSystem(**store[0]).list_multipart_uploads("bucket"), "what was refused costs nothing"
 
 
 def test_lock_on_a_store(store: tuple[dict[str, Any], Any]) -> None:
