@@ -86,7 +86,8 @@ def write_input(folder: Path, rows: int) -> None:
 
 
 def record(output: Output, shard: int, rows: int) -> Record:
-    name = attempt_name(output.run, 1, shard, ".0123456789ab.parquet")
+    attempt = attempt_name(output.run, 1, shard, ".0123456789ab.parquet")
+    name = output.part(shard).removeprefix("data/") if output.named_at_commit else attempt
     measures = {"length": {"n": float(rows), "sum": 6.0 * rows, "min": 6.0, "max": 6.0}}
     return Record(shard, "0123456789ab", name, 0, "0" * 32, rows, 0, 1.7e9, 1.0, "host:1", measures, run=output.run,
                   epoch=1, made_with="latentmill 0.1.0, torch 2.13.0, diffusers 0.42.0")  # fmt: skip
@@ -99,7 +100,7 @@ def half_done(output: Output, shards: int, rows: int) -> None:
         os.makedirs(folder.path(name), exist_ok=True)
     done = [record(output, shard, rows) for shard in range(0, shards, 2)]
     for one in done:
-        path = folder.path(f"{ATTEMPTS}/{one.file}")
+        path = folder.path(f"data/{one.file}" if output.named_at_commit else f"{ATTEMPTS}/{one.file}")
         if folder.local:
             os.close(os.open(path, os.O_CREAT))
         else:
@@ -119,8 +120,12 @@ def steps(asked: RunSpec, rows: int, shards: int) -> dict[str, Callable[[], obje
     def opened() -> Output:
         return Output.open(asked.output, asked.storage_options)
 
+    def plan() -> object:
+        own = own_folder(Folder.at(asked.output, asked.storage_options))
+        return write_plan(asked, draft(asked), own, 0.0, named_at_commit=not own.local)["shards"]
+
     def resume() -> int:
-        tally, done, again, _ = _survey(opened(), Reporter(None, None, None))
+        tally, done, again, *_ = _survey(opened(), Reporter(None, None, None))
         assert (tally.rows, len(done), not again) == (each * len(done), -(-shards // 2), True)
         return next(shard.index for shard in read_shards(opened().own) if shard.index not in done)
 
@@ -136,7 +141,7 @@ def steps(asked: RunSpec, rows: int, shards: int) -> dict[str, Callable[[], obje
         return len(output.folder.listing(LOG))
 
     return {
-        "plan": lambda: write_plan(asked, draft(asked), _own(asked), 0.0)["shards"],
+        "plan": plan,
         "half": lambda: half_done(opened(), shards, each),
         "input": lambda: check_input(draft(asked).source, opened().own, None),
         "resume": resume,
@@ -144,10 +149,6 @@ def steps(asked: RunSpec, rows: int, shards: int) -> dict[str, Callable[[], obje
         "status": lambda: opened().status().progress.rows_ok,
         "fold": fold,
     }
-
-
-def _own(asked: RunSpec) -> Folder:
-    return own_folder(Folder.at(asked.output, asked.storage_options))
 
 
 def measured(step: Callable[[], object]) -> dict[str, object]:

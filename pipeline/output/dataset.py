@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
@@ -126,16 +127,20 @@ class Output:
         end. Such names bear the run."""
         return bool(self.plan.get("named_at_commit"))
 
-    @property
+    @cached_property
     def parts(self) -> str:
         """What the published files' names match, and no other run's."""
         return parts(self.plan)
 
+    @cached_property
+    def _totals(self) -> list[int]:
+        """Shards of the plan each time that it grew."""
+        return [int(step["shards"]) for step in steps(self.plan)]
+
     def part(self, shard: int) -> str:
         """The published name of a shard. It stays what it was when the plan grows: its total is that of the first plan
         that had the shard."""
-        totals = [int(step["shards"]) for step in steps(self.plan)]
-        total = next((total for total in totals if shard < total), totals[-1])
+        total = next((total for total in self._totals if shard < total), self._totals[-1])
         width = max(5, len(str(total)))
         return self.parts.replace("*", f"{shard:0{width}d}-of-{total:0{width}d}")
 

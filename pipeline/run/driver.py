@@ -391,7 +391,7 @@ def _survey(
         reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
     tally, done, again, placed = Tally(), set[int](), dict[int, Again](), True
     folding = Folding(output)
-    leftovers = Leftovers(output, listed)
+    leftovers, nobodys = Leftovers(output, listed), set(listed["data"]) if output.named_at_commit else set()
 
     def withdraw(shard: int, generation: int, why: str) -> None:
         folding.withdraw(shard, generation)
@@ -424,14 +424,15 @@ def _survey(
                 continue
             tally.add(record)
             done.add(record.shard)
+            nobodys.discard(record.file)
             placed = placed and file == output.part(record.shard)
     folding.close()
     leftovers.remove()
     for shard, latest in output.log.generations(done).items():
         known = again.get(shard, Again("", 0, 0, (), ()))
         again[shard] = replace(known, generation=max(known.generation, latest + 1))
-    named = {output.shard_named(name) for name in listed["data"]} if output.named_at_commit else set()
-    return tally, done, again, {shard for shard in named - done if shard is not None}, placed
+    taken = {shard for shard in map(output.shard_named, nobodys) if shard is not None}
+    return tally, done, again, taken - done, placed
 
 
 def _compute(

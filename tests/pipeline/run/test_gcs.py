@@ -27,8 +27,9 @@ pytest.importorskip("gcp_storage_emulator.server")
 
 
 @pytest.fixture
-def store() -> Iterator[tuple[dict[str, Any], Any]]:
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], Any]]:
     """fsspec options for a bucket behind the weather, and the proxy."""
+    monkeypatch.setattr("pipeline.storage.PART_BYTES", 1 << 18)  # the emulator takes long for more
     with gcs_server() as port, weather_before(port, Google) as proxy:
         yield {"token": "anon", "project": "test", "endpoint_url": f"http://127.0.0.1:{proxy.server_port}"}, proxy
     gcsfs.GCSFileSystem.clear_instance_cache()
