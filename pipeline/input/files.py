@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -109,15 +110,23 @@ def _place(entry: str, source: Source) -> _Place:
 
 
 def parts(plan: Mapping[str, Any]) -> str:
-    """What the names of a run's published files match, by its plan, and no other run's."""
-    return f"data/part-*-{plan['run']}.parquet" if plan.get("named_at_commit") else "data/part-*.parquet"
+    """What the names of a run's published files match, by its plan, and no other run's.
+
+    Raises:
+        ValueError: The plan's run has no name as runs have, which would lead who knows where.
+    """
+    if not plan.get("named_at_commit"):
+        return "data/part-*.parquet"
+    if not re.fullmatch("[0-9a-f]+", str(plan.get("run"))):
+        raise ValueError(f"the run is named {str(plan.get('run'))[:100]!r}")
+    return f"data/part-*-{plan['run']}.parquet"
 
 
 def _parts(place: _Place, entry: str) -> str:
     """Of the run in a folder."""
     try:
         return parts(dict(json.loads(patiently(partial(place.fs.cat_file, f"{place.path}/{OWN}/plan.json")))))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise SourceError(f"{entry}: {OWN}/plan.json is damaged ({error}); name the folder's `data` instead") from None
 
 

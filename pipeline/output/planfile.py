@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.input.files import OWN, InputFile
+from pipeline.input.files import OWN, InputFile, parts
 from pipeline.input.rows import FileScan, Pin, Span
 from pipeline.input.shards import Shard
 from pipeline.output import parquet
@@ -86,6 +86,7 @@ def _read(folder: Folder, name: str) -> dict[str, Any]:
 def _plan(content: bytes) -> dict[str, Any]:
     plan: dict[str, Any] = json.loads(content)
     decode_schema(plan["schema"])
+    parts(plan)
     return plan
 
 

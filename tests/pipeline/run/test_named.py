@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.input.files import resolve
-from pipeline.input.source import Source
+from pipeline.input.source import Source, SourceError
 from pipeline.output import commit
 from pipeline.output.commit import ATTEMPTS, RECORDS, Superseded, Taken
 from pipeline.output.dataset import SET_ASIDE, Output
-from pipeline.output.planfile import PLAN, read_shards
+from pipeline.output.planfile import PLAN, OutputError, read_shards
 from pipeline.output.publish import set_aside
 from pipeline.output.verify import verify
 from pipeline.run import driver
@@ -26,6 +27,7 @@ from pipeline.run.driver import Resources, RunResult, run
 from pipeline.run.tasks import Task
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder, checksum
+from tests.pipeline.run.test_retry import Crash, crashing
 from tests.simulation.store import Bucket
 from tests.simulation.world import World
 from tests.support.faulty import data, run_plain, spec_for
@@ -217,6 +219,43 @@ def test_a_store_that_cannot_refuse_gets_copies_at_the_end(
     assert "named_at_commit" not in output.plan
     assert output.parts == "data/part-*.parquet"
     assert _same_rows(output, spec, tmp_path)
+
+
+@pytest.mark.parametrize("run", ["../../elsewhere/", "*", "", None])
+def test_a_stranger_s_plan_names_no_files_elsewhere(spec: RunSpec, tmp_path: Path, run: str | None) -> None:
+    _run(spec)
+    copy = _copied(spec, tmp_path)
+    plan = Path(copy) / PLAN
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "run": run}))
+    with pytest.raises(SourceError, match=r"plan\.json is damaged"):
+        resolve(Source((copy,)))
+    with pytest.raises(OutputError, match=r"plan\.json is damaged"):
+        Output.open(copy)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("after", [False, True])
+def test_a_crash_at_any_operation_loses_and_doubles_nothing(
+    spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    monkeypatch.setattr("pipeline.output.lock._alive", lambda content: False)
+    expected = data(run_plain(replace(spec, output=str(tmp_path / "plain"), storage_options={})).path)
+    operations = list[str]()
+    for at in range(200):
+        fresh = replace(spec, storage_options={"bucket": Bucket(World(0))})
+        with pytest.MonkeyPatch.context() as patch:
+            done = crashing(patch, at, after)
+            try:
+                run(fresh)
+            except Crash:
+                operations.append(done[-1])
+            else:
+                break
+        output = _run(fresh)
+        assert pa.concat_tables(output.tables()).combine_chunks().equals(expected), done[-1]
+        assert list(output.folder.listing("data")) == [output.part(shard).removeprefix("data/") for shard in range(4)]
+    assert 40 < len(operations) < 200
+    assert len({name for name in operations if name.startswith("copy data/")}) == 0
 
 
 def test_a_copy_of_the_folder_is_finished_on_a_disk(

@@ -25,7 +25,7 @@ from pipeline.run.driver import Resources, RunResult, _worker_job, run
 from pipeline.run.plan import PlanMismatch
 from pipeline.run.tasks import Again, Piece, Task
 from pipeline.run.worker import Worker
-from pipeline.storage import Folder
+from pipeline.storage import Folder, Upload
 from tests.support.faulty import data, spec_for
 from tests.support.in_process import without_ray
 from tests.support.plain_stages import spec_of
@@ -133,21 +133,22 @@ class Crash(BaseException):
 def crashing(patch: pytest.MonkeyPatch, at: int, after: bool) -> list[str]:
     """From the operation of this number on, a folder does nothing any more; returns the names of what it did."""
     done: list[str] = []
-    for name in ("begin", "write", "create", "move", "remove"):
-        real = getattr(Folder, name)
+    changes = [(Folder, name) for name in ("begin", "write", "create", "move", "copy", "remove", "remove_all")]
+    for kind, name in (*changes, (Upload, "close")):
+        real = getattr(kind, name)
 
-        def operation(self: Folder, *args: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+        def operation(self: Any, *args: Any, name: str = name, real: Callable[..., Any] = real, **rest: Any) -> Any:
             if len(done) > at:
                 raise Crash
-            done.append(f"{name} {args[0]}")
+            done.append(" ".join([name, *map(str, args[:1])]))
             if len(done) > at and not after:
                 raise Crash
-            result = real(self, *args)
+            result = real(self, *args, **rest)
             if len(done) > at:
                 raise Crash
             return result
 
-        patch.setattr(Folder, name, operation)
+        patch.setattr(kind, name, operation)
     return done
 
 
