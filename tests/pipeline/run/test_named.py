@@ -28,7 +28,7 @@ from pipeline.run.tasks import Task
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder, checksum
 from tests.pipeline.run.test_retry import Crash, crashing
-from tests.simulation.store import Bucket
+from tests.simulation.store import Bucket, _Writing
 from tests.simulation.world import World
 from tests.support.faulty import data, run_plain, spec_for
 from tests.support.in_process import without_ray
@@ -209,10 +209,19 @@ def test_no_two_attempts_end_with_the_same_bytes(spec: RunSpec, monkeypatch: pyt
     assert first[-4096:] != second[-4096:]
 
 
+@pytest.mark.parametrize("how", ["writes over it", "refuses to be asked"])
 def test_a_store_that_cannot_refuse_gets_copies_at_the_end(
-    spec: RunSpec, tmp_path: Path, copies: list[str], monkeypatch: pytest.MonkeyPatch
+    spec: RunSpec, tmp_path: Path, copies: list[str], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(Folder, "ends_once", lambda folder, name: False)
+    close = _Writing.close
+
+    def ended(self: _Writing) -> None:
+        if self._once and how == "refuses to be asked":
+            raise OSError("501 a header you provided implies functionality that is not implemented")
+        self._once = False
+        close(self)
+
+    monkeypatch.setattr(_Writing, "close", ended)
     output = _run(spec)
     names = [f"data/part-0000{shard}-of-00004.parquet" for shard in range(4)]
     assert [name for name in copies if "probe" not in name] == names
