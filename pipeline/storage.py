@@ -189,9 +189,8 @@ class Upload:
                 with _as_os_error:
                     self._handle.close()
             except OSError:
-                if self._once:  # whatever a client does when this is collected, it must not be to end it
-                    with suppress(Exception):
-                        self._discard()
+                if self._once:
+                    self._forget()
                 raise
 
     def abandon(self) -> None:
@@ -199,6 +198,13 @@ class Upload:
         if not self.closed:
             self.closed = self._abandoned = True
             self._discard()
+
+    def _forget(self) -> None:
+        """Whatever a client does when this is collected, it must not be to end it. S3 keeps its parts, which cost."""
+        with suppress(Exception):
+            self._handle.closed = True  # type: ignore[misc]
+            if getattr(self._handle, "parts", None):
+                self._discard()
 
     def _discard(self) -> None:
         discard = getattr(self._handle, "discard", None)
