@@ -67,7 +67,7 @@ class JobResult:
     @property
     def data(self) -> str:
         """The dataset's files, as a pattern."""
-        return f"{self.output}/{self.parts}"
+        return f"{self.output.rstrip('/')}/{self.parts}"
 
 
 def run_job(

@@ -58,6 +58,9 @@ class Taken(OSError):
 
     fault = Fault.TRANSIENT
 
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} is an attempt's that may never be committed")
+
 
 class Superseded(RuntimeError):
     """The folder belongs to another run, or to a later driver, by now; nothing was committed."""
@@ -167,7 +170,7 @@ class Attempt:
         try:
             self._upload = folder.begin(path, once=token is not None)
         except FileExistsError:
-            raise Taken(f"{path} is an attempt's that may never be committed") from None
+            raise Taken(path) from None
         self._folder, self._path, self._token, self.rows = folder, path, token, 0
         self._writer = pq.ParquetWriter(
             self._upload,
@@ -210,7 +213,7 @@ def end(upload: Upload, folder: Folder, path: str) -> None:
         upload.close()
     except FileExistsError:  # this one, if a first answer was lost
         if folder.end(path, upload.size) != upload.tail:
-            raise Taken(f"{path} is an attempt's that may never be committed") from None
+            raise Taken(path) from None
 
 
 def check_attempt(folder: Folder, path: str, size: int, rows: int) -> None:

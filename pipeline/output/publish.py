@@ -162,7 +162,7 @@ def loading(output: Output, path: str | None = None) -> str:
     Args:
         path: How the folder is named; None: as the user did.
     """
-    path = output.path if path is None else path
+    path = output.path.rstrip("/") if path is None else path
     if "://" not in path:
         return f'load_dataset("{path}", split="train")'
     return f'load_dataset("parquet", data_files="{path}/{output.parts}", split="train")'

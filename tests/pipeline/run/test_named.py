@@ -19,7 +19,7 @@ from pipeline.output import commit
 from pipeline.output.commit import ATTEMPTS, RECORDS, Superseded, Taken
 from pipeline.output.dataset import SET_ASIDE, Output
 from pipeline.output.planfile import PLAN, OutputError, read_shards
-from pipeline.output.publish import set_aside
+from pipeline.output.publish import loading, set_aside
 from pipeline.output.verify import verify
 from pipeline.run import driver
 from pipeline.run.draft import RunSpec
@@ -92,9 +92,13 @@ def _copied(spec: RunSpec, tmp_path: Path) -> str:
     return str(tmp_path / "copy")
 
 
+def _plain(spec: RunSpec, tmp_path: Path) -> pa.Table:
+    """The rows as an undisturbed run on a disk makes them."""
+    return data(run_plain(replace(spec, output=str(tmp_path / "plain"), storage_options={})).path)
+
+
 def _same_rows(output: Output, spec: RunSpec, tmp_path: Path) -> bool:
-    plain = data(run_plain(replace(spec, output=str(tmp_path / "plain"), storage_options={})).path)
-    return pa.concat_tables(output.tables()).combine_chunks().equals(plain)
+    return pa.concat_tables(output.tables()).combine_chunks().equals(_plain(spec, tmp_path))
 
 
 def test_no_file_is_copied(spec: RunSpec, tmp_path: Path, copies: list[str]) -> None:
@@ -131,6 +135,12 @@ def test_readers_go_by_the_run(spec: RunSpec, tmp_path: Path) -> None:
     assert set_aside(output, output.folder.listing("data")) == [late]
     assert output.folder.read(f"{SET_ASIDE}/{late}") == b"late"
     assert verify(OUT, spec.storage_options).ok
+
+
+def test_a_folder_named_with_a_slash_is_loaded_without_a_second_one(spec: RunSpec) -> None:
+    """To a store `out//data` is another place than `out/data`."""
+    output = Output(replace(_run(spec).folder, url=f"{OUT}/"), Output.open(OUT, spec.storage_options).plan)
+    assert loading(output) == f'load_dataset("parquet", data_files="{OUT}/{output.parts}", split="train")'
 
 
 def test_a_file_that_nobody_committed_is_replaced(
@@ -248,7 +258,7 @@ def test_a_crash_at_any_operation_loses_and_doubles_nothing(
     spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     monkeypatch.setattr("pipeline.output.lock._alive", lambda content: False)
-    expected = data(run_plain(replace(spec, output=str(tmp_path / "plain"), storage_options={})).path)
+    expected = _plain(spec, tmp_path)
     operations = list[str]()
     for at in range(200):
         fresh = replace(spec, storage_options={"bucket": Bucket(World(0))})
