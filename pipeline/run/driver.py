@@ -16,18 +16,17 @@ from pipeline.failures import described, passing
 from pipeline.input.files import OWN
 from pipeline.input.read import wanted_columns
 from pipeline.input.source import Source
-from pipeline.output.commit import recorded
-from pipeline.output.dataset import SET_ASIDE, SUCCESS, Output, Tally
+from pipeline.output.dataset import SUCCESS, Output, Tally
 from pipeline.output.fold import Folding
-from pipeline.output.leftovers import Leftovers
 from pipeline.output.lock import Lock, LockLost, Proxy
-from pipeline.output.planfile import OutputError, load_plan, own_folder, read_shards
+from pipeline.output.planfile import OutputError, load_plan, own_folder
 from pipeline.output.products import problems as wrong_products
 from pipeline.output.products import take_stock
 from pipeline.output.progress import Progress
-from pipeline.output.publish import publish, set_aside
+from pipeline.output.publish import publish
 from pipeline.output.schema import encode_schema
 from pipeline.run.cluster import ClusterError, Meters, Pool, connected, elsewhere, knock, spread
+from pipeline.run.committed import Committed, committed
 from pipeline.run.dispatch import Dispatcher, Stopped
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft
 from pipeline.run.memory import Memory
@@ -44,7 +43,7 @@ from pipeline.run.plan import (
 from pipeline.run.reporter import Reporter
 from pipeline.run.scan import Scans, is_heavy, one_by_one, scan_elsewhere
 from pipeline.run.survey import Survey, survey
-from pipeline.run.tasks import Again, Resources, Task, WorkerJob
+from pipeline.run.tasks import Resources, Task, WorkerJob
 from pipeline.run.versions import differing, told, versions
 from pipeline.storage import Folder
 
@@ -288,7 +287,8 @@ def _resumed(
     state: Literal["complete", "interrupted", "failed"] = "complete"
     reason = None
     try:
-        tally, done, again, taken, placed = _survey(output, reporter, retry_failed)
+        found = committed(output, reporter, retry_failed)
+        tally = found.tally
         resumed, published = tally.shards, output.folder.exists(SUCCESS)
         if 0 < resumed < planned:
             for message in _other_versions(tally):
@@ -296,7 +296,7 @@ def _resumed(
         wrong = wrong_products(output, checksums=False) if published else []
         for problem in wrong:
             reporter.phase("planning", tally, f"{problem}; it is made again")
-        complete = published and placed and not wrong and resumed == planned
+        complete = published and found.placed and not wrong and resumed == planned
         if published and not complete:  # what is not there is not deleted: by then it could be another's, if one slept
             output.check()
             output.folder.remove(SUCCESS)
@@ -304,13 +304,14 @@ def _resumed(
             if tally.shards == planned:
                 break
             reporter.phase("starting", tally)
-            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, tally, done, again, taken)
-            tally, done, again, taken, _ = _survey(output, reporter)  # what was committed may be gone again
+            _compute(spec, output, lock, reporter, resources, max_failed_fraction, address, found)
+            found = committed(output, reporter)  # what was committed may be gone again
+            tally = found.tally
         if tally.shards < planned:
             raise Stopped(f"committed files keep vanishing from {output.path}; does something clean up there?")
         if not complete:
-            if found := check_input(_source(spec, output), output.own, spec.limit):
-                what = "; ".join(f"{name}: {then} then, {now} now" for name, (then, now) in found.items())
+            if changed := check_input(_source(spec, output), output.own, spec.limit):
+                what = "; ".join(f"{name}: {then} then, {now} now" for name, (then, now) in changed.items())
                 raise Stopped(f"the input changed during the run; put it back, or name another output folder: {what}")
             reporter.phase("finishing", tally)
             finished = Finished(output)
@@ -374,78 +375,13 @@ def _finish_at(
     finish(Finished(replace(output, lock=Proxy(output.folder, epoch)), spread))
 
 
-def _survey(
-    output: Output, reporter: Reporter, retry_failed: bool = False
-) -> tuple[Tally, set[int], dict[int, Again], set[int], bool]:
-    """What earlier runs committed: in all, which shards, and which of the others are to be done again; of which others
-    a file that has the final name already is nobody's; and whether what counts lies in ``data/``. A late worker's may
-    not, though the run was complete, where what counted before is lost.
-
-    A record whose file or summary is lost is withdrawn; those of earlier generations, losers and strangers go.
-
-    Args:
-        retry_failed: Shards with failed rows do not count as done.
-    """
-    listed = output.listings()
-    for name in set_aside(output, listed["data"]):
-        reporter.phase("planning", message=f"data/{name} is not this run's; it was moved to {SET_ASIDE}")
-    tally, done, again, placed = Tally(), set[int](), dict[int, Again](), True
-    folding = Folding(output)
-    leftovers, nobodys = Leftovers(output, listed), set(listed["data"]) if output.named_at_commit else set()
-
-    def withdraw(shard: int, generation: int, why: str) -> None:
-        folding.withdraw(shard, generation)
-        reporter.phase("planning", message=f"{why}; the shard is done again")
-
-    def damaged(name: str, error: OutputError) -> None:
-        of = recorded(name.rpartition("/")[2], output.run)
-        if of is None:
-            output.check()
-            output.folder.remove(name)
-            reporter.phase("planning", message=f"{name} holds no commit records; its shards are done again")
-        else:
-            withdraw(*of, f"{name} is no commit record")
-
-    for record in output.records(damaged, superseded=True):
-        of = record.shard, record.generation
-        file = output.locate(record, listed)
-        if record.shard in done or record.shard in again:
-            folding.withdraw(*of)
-        elif file is None:
-            withdraw(*of, f"the file of shard {record.shard} is gone or cut")
-        elif lost := output.lost_summary(record, listed):
-            withdraw(*of, f"{lost}, the summary of shard {record.shard}, is gone or cut")
-        else:
-            leftovers.spare(record)
-            folding.add(record)
-            if retry_failed and record.rows_failed:
-                later = record.generation + 1
-                again[record.shard] = Again(file, record.size, later, record.summary, record.summary_bytes)
-                continue
-            tally.add(record)
-            done.add(record.shard)
-            nobodys.discard(record.file)
-            placed = placed and file == output.part(record.shard)
-    folding.close()
-    leftovers.remove()
-    for shard, latest in output.log.generations(done).items():
-        known = again.get(shard, Again("", 0, 0, (), ()))
-        again[shard] = replace(known, generation=max(known.generation, latest + 1))
-    taken = {shard for shard in map(output.shard_named, nobodys) if shard is not None}
-    return tally, done, again, taken - done, placed
-
-
 def _compute(
     spec: RunSpec, output: Output, lock: Lock, reporter: Reporter, resources: Resources, max_failed_fraction: float,
-    address: str | None, tally: Tally, done: set[int], again: Mapping[int, Again], taken: set[int],
+    address: str | None, found: Committed,
 ) -> None:  # fmt: skip
-    """Dispatch the shards that are not done; ``tally`` follows.
-
-    Args:
-        taken: Those of which a final name is taken.
-    """
-    left = int(output.plan["shards"]) - len(done)
-    tasks = _tasks(output, done, again, taken)
+    """Dispatch the shards that are not done; ``found.tally`` follows."""
+    left = int(output.plan["shards"]) - len(found.done)
+    tasks = found.tasks(output)
     try:
         with connected(address, resources.cpus) as ours:
             pool = Pool(_worker_job(spec, output, resources), resources)
@@ -455,20 +391,11 @@ def _compute(
                 meters = Meters(output.path, int(output.plan["rows"]))
                 folding, few = Folding(output), resources.min_workers
                 memory = Memory(output, spec.stage, resources.gpus)
-                Dispatcher(pool, tasks, tally, lock, reporter, meters, limit, left, few, folding, memory).run()
+                Dispatcher(pool, tasks, found.tally, lock, reporter, meters, limit, left, few, folding, memory).run()
             finally:
                 pool.close()
     except ClusterError as error:
         raise RunError(str(error)) from None
-
-
-def _tasks(output: Output, done: set[int], again: Mapping[int, Again], taken: set[int]) -> Iterator[Task]:
-    """A task for each shard that is not done."""
-    named = output.named_at_commit and not output.folder.local  # as a copy of a store's folder is
-    for shard in read_shards(output.own):
-        if shard.index not in done:
-            once = named and shard.index not in again and shard.index not in taken
-            yield Task.of(shard, again.get(shard.index), output.part(shard.index) if once else None)
 
 
 def _check_room(pool: Pool, ours: bool) -> None:

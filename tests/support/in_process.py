@@ -10,13 +10,13 @@ from pipeline.run import driver
 
 
 def _compute_here(spec: Any, output: Any, lock: Any, reporter: Any, resources: Any, max_failed: float, address: Any,
-                  tally: Any, *left: Any) -> None:  # fmt: skip
+                  found: Any) -> None:  # fmt: skip
     """One worker in this process, in place of the cluster."""
     from pipeline.run.worker import Worker
 
     worker = Worker(driver._worker_job(spec, output, resources))
-    for task in driver._tasks(output, *left):
-        tally.add(worker.process(task))
+    for task in found.tasks(output):
+        found.tally.add(worker.process(task))
 
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ from pipeline.output.log import LOG, Log, encode, key, log_name, logged
 from pipeline.output.planfile import PLAN, OutputError, read_shards
 from pipeline.output.publish import publish
 from pipeline.output.verify import verify
-from pipeline.run.driver import Resources, RunSpec, _survey, _worker_job, run
+from pipeline.run.committed import committed
+from pipeline.run.driver import Resources, RunSpec, _worker_job, run
 from pipeline.run.reporter import Reporter
 from pipeline.run.tasks import Task
 from pipeline.run.worker import Worker
@@ -46,9 +47,9 @@ def spec(tmp_path: Path) -> RunSpec:
     return spec_for(tmp_path, LINES, shard_rows=2)
 
 
-def surveyed(output: Output) -> tuple[set[int], list[str]]:
+def surveyed(output: Output) -> tuple[frozenset[int], list[str]]:
     said: list[str] = []
-    found = _survey(output, Reporter(None, lambda progress: said.append(progress.message or ""), 1))[1]
+    found = committed(output, Reporter(None, lambda progress: said.append(progress.message or ""), 1)).done
     return found, [message for message in said if message]
 
 

@@ -17,8 +17,9 @@ from pipeline.output.dataset import Output, Tally
 from pipeline.output.planfile import PLAN, OutputError, read_shards
 from pipeline.output.publish import publish
 from pipeline.output.verify import verify
+from pipeline.run.committed import committed
 from pipeline.run.draft import RunSpec, draft
-from pipeline.run.driver import Resources, _survey, _worker_job
+from pipeline.run.driver import Resources, _worker_job
 from pipeline.run.plan import write_plan
 from pipeline.run.reporter import Reporter
 from pipeline.run.tasks import Task
@@ -47,8 +48,8 @@ def lengths(output: Output) -> list[float]:
     return values
 
 
-def survey(output: Output) -> set[int]:
-    return _survey(output, Reporter(None, None, 1))[1]
+def survey(output: Output) -> frozenset[int]:
+    return committed(output, Reporter(None, None, 1)).done
 
 
 def test_a_late_worker_of_an_earlier_plan_commits_nothing(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_a_record_that_is_none_is_listed_and_its_shard_done_again(tmp_path: Path
     assert (report.found, output.status().progress.shards_done) == (4, 1)
     said: list[str] = []
     reporter = Reporter(None, lambda progress: said.append(progress.message or ""), 1)
-    assert _survey(output, reporter)[1] == {0}
+    assert committed(output, reporter).done == {0}
     assert [message for message in said if message] == [
         f"{RECORDS}/{record.name} is no commit record; the shard is done again"
     ]

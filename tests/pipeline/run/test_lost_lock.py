@@ -19,8 +19,9 @@ from pipeline.output.planfile import read_files, read_shards
 from pipeline.output.publish import CARD, publish, set_aside
 from pipeline.output.verify import verify
 from pipeline.run import driver
+from pipeline.run.committed import committed
 from pipeline.run.draft import RunSpec, draft
-from pipeline.run.driver import Resources, RunError, _survey, _worker_job, run
+from pipeline.run.driver import Resources, RunError, _worker_job, run
 from pipeline.run.plan import write_plan
 from pipeline.run.reporter import Reporter
 from pipeline.run.tasks import Task
@@ -90,13 +91,13 @@ def test_a_survey_after_the_lock_is_lost_removes_nothing(held: tuple[RunSpec, Ou
     take(output.path, 2)
     before = files(output)
     with pytest.raises(LockLost):
-        _survey(output, Reporter(None, None, 1))
+        committed(output, Reporter(None, None, 1))
     with pytest.raises(LockLost):
         set_aside(output, output.folder.listing("data"))
     (Path(output.path) / "data/stranger.parquet").unlink()
     before.pop("data/stranger.parquet")
     with pytest.raises(LockLost):
-        _survey(output, Reporter(None, None, 1))
+        committed(output, Reporter(None, None, 1))
     assert files(output) == before
 
 
@@ -152,7 +153,7 @@ def test_workers_of_a_driver_that_was_replaced_commit_nothing(held: tuple[RunSpe
     assert not (Path(output.path) / RECORDS).exists()
 
 
-@pytest.mark.parametrize("step", ["_survey", "_compute", "publish"])
+@pytest.mark.parametrize("step", ["committed", "_compute", "publish"])
 def test_a_run_whose_folder_is_taken_ends_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     spec = spec_for(tmp_path, LINES, shard_rows=4)
     expected = data(run_plain(replace(spec, output=str(tmp_path / "plain"))).path)

@@ -17,11 +17,12 @@ from pipeline.input.files import resolve
 from pipeline.input.source import Source, SourceError
 from pipeline.output import commit
 from pipeline.output.commit import ATTEMPTS, RECORDS, Superseded, Taken
-from pipeline.output.dataset import SET_ASIDE, Output
+from pipeline.output.dataset import SET_ASIDE, Output, Tally
 from pipeline.output.planfile import PLAN, OutputError, read_shards
 from pipeline.output.publish import loading, set_aside
 from pipeline.output.verify import verify
 from pipeline.run import driver
+from pipeline.run.committed import Committed
 from pipeline.run.draft import RunSpec
 from pipeline.run.driver import Resources, RunResult, run
 from pipeline.run.tasks import Task
@@ -76,7 +77,7 @@ def _planned(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[Output, Wo
             run(spec)
     output = Output.open(spec.output, spec.storage_options)
     job = replace(driver._worker_job(spec, output, Resources()), epoch=1)
-    return output, Worker(job), list(driver._tasks(output, set(), {}, set()))
+    return output, Worker(job), list(Committed(Tally()).tasks(output))
 
 
 def _stopped(*args: Any) -> None:

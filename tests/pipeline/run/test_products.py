@@ -21,7 +21,7 @@ from pipeline.output.publish import publish
 from pipeline.output.verify import verify
 from pipeline.run import driver
 from pipeline.run.draft import RunSpec
-from pipeline.run.driver import Finished, Resources, RunError, _tasks, _worker_job, run
+from pipeline.run.driver import Finished, Resources, RunError, _worker_job, run
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder
 from tests.support.faulty import commit_plain, data, spec_for
@@ -36,11 +36,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     spec = spec_for(tmp_path, LINES, shard_rows=4)
 
     def compute(
-        spec: RunSpec, output: Output, lock: Any, reporter: Any, resources: Any, most: Any, address: Any, tally: Any,
-        *left: Any,
+        spec: RunSpec, output: Output, lock: Any, reporter: Any, resources: Any, most: Any, address: Any, found: Any,
     ) -> None:  # fmt: skip
         worker = Worker(_worker_job(spec, output, Resources()))
-        for task in _tasks(output, *left):
+        for task in found.tasks(output):
             worker.process(task)
 
     def finish(finished: Finished) -> None:
