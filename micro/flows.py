@@ -43,13 +43,17 @@ HELP = 0.1
 """Weight of the head that reads objects out of the features."""
 _READS = 5.0
 """Weight of the head that reads out of T5 which attributes go together, and who stands where."""
-_CUT = 4
-_LENGTHS = ((_CUT, 0.7), (16, 0.12), (24, 0.08), (t5.LENGTH, 0.1))
+CUT = 4
+_LENGTHS = ((CUT, 0.7), (16, 0.12), (24, 0.08), (t5.LENGTH, 0.1))
 """T5's tokens a caption, and the share of batches."""
 _WHOLE = ((16, 0.5), (24, 0.3), (t5.LENGTH, 0.2))
 GUIDANCES = (1.0, 6.0)
 """Range of the embedded guidance: classifier-free guidance of that scale, in one pass."""
 FEW_STEPS = 4
+INNER = 5
+"""Steps of the teacher to one of the four."""
+TEACHING = 5.0
+"""Embedded guidance at which FLUX's four-step sibling learns from it."""
 
 
 def build_flux(guided: bool = True) -> FluxTransformer2DModel:
@@ -256,6 +260,11 @@ class Corpus:
             (clip.tokenize_all(words, np.array([""]))[0], t5.tokenize_all(t5_words, np.array([""]))[0]),
         )  # fmt: skip
 
+    def empty(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The empty caption's ids on a device, (1, L) each."""
+        clip_ids, t5_ids = (torch.from_numpy(ids)[None].to(device) for ids in self.nothing)
+        return clip_ids, t5_ids
+
     @property
     def pairings(self) -> int:
         return clip.pairings(self.labels[:2], self.grounds[:2]).shape[1]
@@ -267,7 +276,7 @@ class Corpus:
         halves = []
         for source, wanted in ((pairs, count // 2), (np.arange(len(self.labels)), count - count // 2)):
             rows, wording = source[rng.integers(len(source), size=6 * wanted)], rng.integers(6, size=6 * wanted)
-            bounded = _CUT < length < t5.LENGTH
+            bounded = CUT < length < t5.LENGTH
             fits = np.nonzero(self.t5_ids[rows, wording, length - 1] == 0 if bounded else rows >= 0)[0]
             kept = fits[:wanted] if len(fits) >= wanted else np.resize(fits, wanted)
             halves.append(np.stack([rows[kept], wording[kept]], 1))
@@ -294,7 +303,7 @@ class Batch:
     @property
     def whole(self) -> bool:
         """Whether T5 is given whole captions."""
-        return self.t5_ids.shape[1] > _CUT
+        return self.t5_ids.shape[1] > CUT
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents, CLIP's ids and T5's."""
@@ -349,16 +358,22 @@ def train_flow(name: str, flow: Flow, corpus: Corpus, recipe: Recipe, work: Path
 
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         batch = corpus.pick(len(rows), rng)
-        z, clip_ids, t5_ids = batch.on(device)
-        sigma = levels(len(z), flow.shift, device)
-        noisy, wanted = noised(z, sigma)
-        with half_precision(device):
-            said = flow.text(clip_ids, t5_ids)
-            v, cells = flow.aided(noisy, sigma, said)
-        loss = (v - wanted).square().mean() + HELP * oracle.cell_loss(cells, batch.labels)
+        loss, said = matching_loss(flow, *batch.on(device), batch.labels)
         return loss + _reading_loss(flow.reads, said.gist, batch) if learns and batch.whole else loss
 
     return train(name, flow, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)
+
+
+def matching_loss(
+    flow: Flow, z_BCHW: torch.Tensor, clip_ids: torch.Tensor, t5_ids: torch.Tensor, labels: np.ndarray | torch.Tensor
+) -> tuple[torch.Tensor, Said]:
+    """Of flow matching, with what the head reads out of a middle block; and the captions as they were read."""
+    sigma_B = levels(len(z_BCHW), flow.shift, z_BCHW.device)
+    noisy_BCHW, wanted_BCHW = noised(z_BCHW, sigma_B)
+    with half_precision(z_BCHW.device):
+        said = flow.text(clip_ids, t5_ids)
+        v_BCHW, cells = flow.aided(noisy_BCHW, sigma_B, said)
+    return (v_BCHW - wanted_BCHW).square().mean() + HELP * oracle.cell_loss(cells, labels), said
 
 
 def _reading_loss(reads: nn.Linear, gist_BD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -375,32 +390,44 @@ def embed_guidance(name: str, teacher: Flow, corpus: Corpus, recipe: Recipe, wor
     The text encoders stay as they are.
     """
     device = pick_device()
-    teacher = teacher.to(device).eval().requires_grad_(False)
-    student = copy.deepcopy(teacher)
-    student.transformer.requires_grad_(True)
+    teacher, student = pupil(teacher, copy.deepcopy(teacher), device)
 
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        batch = corpus.pick(len(rows), rng)
-        z, clip_ids, t5_ids = batch.on(device)
-        sigma = levels(len(z), student.shift, device)
-        noisy, _ = noised(z, sigma)
-        low, high = GUIDANCES
-        guidance = low + (high - low) * torch.rand(len(z), device=device)
-        with half_precision(device):
-            with torch.no_grad():
-                said = teacher.text(clip_ids, t5_ids)
-                wanted = guided(teacher, noisy, sigma, said, _empty(teacher, corpus, t5_ids.shape[1]), guidance)
-            v = student.velocity(noisy, sigma, said.hidden, said.pooled, guidance)
-        return (v - wanted).square().mean()
+        return guidance_loss(teacher, student, *corpus.pick(len(rows), rng).on(device), corpus.empty(device))
 
     return train(name, student, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)
 
 
-def _empty(flow: Flow, corpus: Corpus, length: int) -> Said:
-    """The empty caption, one row."""
-    device = next(flow.parameters()).device
-    clip_ids, t5_ids = (torch.from_numpy(ids)[None].to(device) for ids in corpus.nothing)
-    return flow.text(clip_ids, t5_ids[:, :length])
+def pupil(teacher: Flow, student: Flow, device: torch.device) -> tuple[Flow, Flow]:
+    """Both on the device: the teacher as it stays, the student with a transformer that learns."""
+    teacher, student = teacher.to(device).eval().requires_grad_(False), student.to(device).requires_grad_(False)
+    student.transformer.requires_grad_(True)
+    for flow in (teacher, student):
+        halve_products(flow.blocks(), device)
+    return teacher, student
+
+
+def guidance_loss(
+    teacher: Flow, student: Flow, z_BCHW: torch.Tensor, clip_ids: torch.Tensor, t5_ids: torch.Tensor,
+    nothing: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """Of what the student says in one pass, at a guidance drawn for each row, and the teacher in two.
+
+    Args:
+        nothing: The empty caption's ids, (1, L) each.
+    """
+    device = z_BCHW.device
+    sigma_B = levels(len(z_BCHW), student.shift, device)
+    noisy_BCHW, _ = noised(z_BCHW, sigma_B)
+    low, high = GUIDANCES
+    scale_B = low + (high - low) * torch.rand(len(z_BCHW), device=device)
+    with half_precision(device):
+        with torch.no_grad():
+            said = teacher.text(clip_ids, t5_ids)
+            without = teacher.text(nothing[0], nothing[1][:, : t5_ids.shape[1]])
+            wanted_BCHW = guided(teacher, noisy_BCHW, sigma_B, said, without, scale_B)
+        v_BCHW = student.velocity(noisy_BCHW, sigma_B, said.hidden, said.pooled, scale_B)
+    return (v_BCHW - wanted_BCHW).square().mean()
 
 
 def guided(
@@ -429,7 +456,7 @@ def without_guidance(flow: Flow, guidance: float) -> Flow:
 
 
 def shorten(
-    name: str, teacher: Flow, corpus: Corpus, guidance: float, recipe: Recipe, work: Path, seed: int, inner: int = 5
+    name: str, teacher: Flow, corpus: Corpus, guidance: float, recipe: Recipe, work: Path, seed: int, inner: int = INNER
 ) -> Flow:
     """A flow of `FEW_STEPS` steps: from the level of each step it goes, in one, where the teacher goes in ``inner``.
 
@@ -437,25 +464,31 @@ def shorten(
     noisy latent is determined, so that nothing is averaged.
     """
     device = pick_device()
-    teacher = teacher.to(device).eval().requires_grad_(False)
-    student = without_guidance(teacher, guidance).to(device)
-    student.transformer.requires_grad_(True)
+    teacher, student = pupil(teacher, without_guidance(teacher, guidance), device)
 
     def loss_of(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        batch = corpus.pick(len(rows), rng)
-        z, clip_ids, t5_ids = batch.on(device)
-        start = torch.from_numpy(1 - rng.integers(FEW_STEPS, size=len(z)) / FEW_STEPS).to(device, torch.float32)
-        noisy, _ = noised(z, start)
-        scale = torch.full_like(start, guidance)
-        with half_precision(device):
-            with torch.no_grad():
-                said = teacher.text(clip_ids, t5_ids)
-                x = noisy
-                for i in range(inner):
-                    sigma = start - i / (inner * FEW_STEPS)
-                    x = x - teacher.velocity(x, sigma, said.hidden, said.pooled, scale) / (inner * FEW_STEPS)
-                wanted = (noisy - x) * FEW_STEPS
-            v = student.velocity(noisy, start, said.hidden, said.pooled)
-        return (v - wanted).square().mean()
+        return shortening_loss(teacher, student, *corpus.pick(len(rows), rng).on(device), guidance, inner)
 
     return train(name, student, loss_of, len(corpus.latents), recipe.on(device), work, seed=seed)
+
+
+def shortening_loss(
+    teacher: Flow, student: Flow, z_BCHW: torch.Tensor, clip_ids: torch.Tensor, t5_ids: torch.Tensor, guidance: float,
+    inner: int,
+) -> torch.Tensor:  # fmt: skip
+    """Of where the student comes in one step of `FEW_STEPS`, and the teacher in ``inner``."""
+    device = z_BCHW.device
+    start_B = 1 - torch.randint(FEW_STEPS, (len(z_BCHW),), device=device) / FEW_STEPS
+    noisy_BCHW, _ = noised(z_BCHW, start_B)
+    scale_B = torch.full_like(start_B, guidance)
+    with half_precision(device):
+        with torch.no_grad():
+            said = teacher.text(clip_ids, t5_ids)
+            x_BCHW = noisy_BCHW
+            for i in range(inner):
+                sigma_B = start_B - i / (inner * FEW_STEPS)
+                v_BCHW = teacher.velocity(x_BCHW, sigma_B, said.hidden, said.pooled, scale_B)
+                x_BCHW = x_BCHW - v_BCHW / (inner * FEW_STEPS)
+            wanted_BCHW = (noisy_BCHW - x_BCHW) * FEW_STEPS
+        v_BCHW = student.velocity(noisy_BCHW, start_B, said.hidden, said.pooled)
+    return (v_BCHW - wanted_BCHW).square().mean()

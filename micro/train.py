@@ -74,8 +74,6 @@ RECIPES = {
 """What the shipped weights aim at; ``--minutes`` shortens each in proportion on a slow machine."""
 PHOTOGRAPHS = "pictures"
 """Folder in the work folder into which the packages that `micro.photographs` names are unpacked."""
-FLUX_GUIDANCE = 5.0
-"""Embedded guidance at which FLUX's four-step sibling learns from it."""
 
 
 def _draw(work: Path) -> None:
@@ -205,7 +203,7 @@ def _schnell(work: Path, recipes: dict[str, Recipe]) -> None:
     corpus = _corpus(work)
     flux = FluxTransformer2DModel.from_pretrained(work / "flux")
     teacher = flows.Flow(flux, flows.FluxText(_pooled(work), _t5(work)), corpus.pairings)
-    few = flows.shorten("schnell", teacher, corpus, FLUX_GUIDANCE, recipes["schnell"], work, seed=12)
+    few = flows.shorten("schnell", teacher, corpus, flows.TEACHING, recipes["schnell"], work, seed=12)
     few.transformer.save_pretrained(work / "schnell")
 
 
