@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from jobs.schema import reading
-from pipeline.run.cluster import COUNTERS, GAUGES
+from pipeline.run.meters import COUNTERS, GAUGES
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "tests/support/rayjob_schema.yaml"

@@ -33,10 +33,10 @@ from jobs.schema.base import RowJob
 from jobs.schema.reading import load
 from pipeline.output.dataset import Output
 from pipeline.output.planfile import read_shards
-from pipeline.run.cluster import _Member
 from pipeline.run.draft import RunSpec, draft
 from pipeline.run.driver import _worker_job
 from pipeline.run.plan import write_plan
+from pipeline.run.pool import _Member
 from pipeline.run.tasks import Resources, Task
 from pipeline.run.worker import Worker
 from pipeline.storage import Folder

@@ -16,9 +16,10 @@ from pipeline.output.commit import Record
 from pipeline.output.dataset import Tally
 from pipeline.output.fold import Folding
 from pipeline.output.lock import Lock
-from pipeline.run.cluster import Meters, Pool
 from pipeline.run.deaths import Deaths
 from pipeline.run.memory import Memory
+from pipeline.run.meters import Meters
+from pipeline.run.pool import Pool
 from pipeline.run.reporter import TICK_S, Reporter
 from pipeline.run.tasks import Outcome, Piece, Task
 

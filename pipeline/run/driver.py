@@ -25,11 +25,12 @@ from pipeline.output.products import take_stock
 from pipeline.output.progress import Progress
 from pipeline.output.publish import publish
 from pipeline.output.schema import encode_schema
-from pipeline.run.cluster import ClusterError, Meters, Pool, connected, elsewhere, knock, spread
+from pipeline.run.cluster import ClusterError, connected, elsewhere, knock, spread
 from pipeline.run.committed import Committed, committed
 from pipeline.run.dispatch import Dispatcher, Stopped
 from pipeline.run.draft import Draft, PlanError, RunSpec, draft
 from pipeline.run.memory import Memory
+from pipeline.run.meters import Meters
 from pipeline.run.plan import (
     Plan,
     PlanMismatch,
@@ -40,6 +41,7 @@ from pipeline.run.plan import (
     more_rows,
     write_plan,
 )
+from pipeline.run.pool import Pool
 from pipeline.run.reporter import Reporter
 from pipeline.run.scan import Scans, is_heavy, one_by_one, scan_elsewhere
 from pipeline.run.survey import Survey, survey

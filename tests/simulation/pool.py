@@ -22,7 +22,7 @@ from pipeline.contract import Tally
 from pipeline.failures import Fault
 from pipeline.output import commit
 from pipeline.output.schema import decode_schema, measures, merge_measures, table
-from pipeline.run import cluster
+from pipeline.run import pool
 from pipeline.run.tasks import Outcome, Piece, Resources, Task, WorkerJob
 from pipeline.run.worker import Worker
 from pipeline.run.writing import Done, Named, Writer
@@ -165,7 +165,7 @@ class _Member:
 
 
 class SimPool:
-    """As `pipeline.run.cluster.Pool`.
+    """As `pipeline.run.pool.Pool`.
 
     The world's `fleet` says how many workers there may be, how long a task takes, and how often one is lost.
     """
@@ -193,7 +193,7 @@ class SimPool:
 
     def _live(self, member: _Member) -> None:
         world, chance = self._world, self._world.random.random
-        actor = cluster._Actor.__new__(cluster._Actor)
+        actor = pool._Actor.__new__(pool._Actor)
         actor.heart = _Heart()  # type: ignore[assignment]
         world.pause(world.now + self._fleet.start_s * chance())
         actor.worker = _Worker(self._job, self._fleet, lambda task: self._stands(member, task))

@@ -27,8 +27,8 @@ from jobs.page.amounts import size
 from jobs.page.hits import Hit
 from jobs.schema.base import RowJob
 from pipeline.output.progress import Progress
-from pipeline.run.cluster import Pool
 from pipeline.run.driver import Resources, RunError, _check_room
+from pipeline.run.pool import Pool
 from stages.models.families import open_without_weights
 from stages.models.vision_tower import VisionTower
 from stages.ovi.stage import InvertPrompts as PromptStage

@@ -156,8 +156,8 @@ def test_workers_that_hang_are_replaced(tmp_path: Path, local_ray: str, monkeypa
     expected = _undisturbed(spec, tmp_path)
     (tmp_path / "orders/stop-once").touch()
     (tmp_path / "orders/wait-once").touch()
-    monkeypatch.setattr("pipeline.run.cluster.DEAF_S", 6.0)
-    monkeypatch.setattr("pipeline.run.cluster.QUIET_S", 12.0)
+    monkeypatch.setattr("pipeline.run.pool.DEAF_S", 6.0)
+    monkeypatch.setattr("pipeline.run.pool.QUIET_S", 12.0)
     messages: list[str] = []
     result = run(spec, resources=TWO, progress=lambda p: messages.append(p.message or ""))
     assert (result.state, result.ok) == ("complete", 42)

@@ -14,12 +14,12 @@ import torch
 from pipeline.contract import Column, Fit, Row, StageInfo, StageSpec, ok
 from pipeline.output.dataset import Output, Tally
 from pipeline.output.planfile import read_shards
-from pipeline.run.cluster import _Actor
 from pipeline.run.dispatch import Dispatcher
 from pipeline.run.draft import RunSpec, draft
 from pipeline.run.driver import Resources, _worker_job
 from pipeline.run.memory import FILE, Memory
 from pipeline.run.plan import write_plan
+from pipeline.run.pool import _Actor
 from pipeline.run.tasks import Outcome, Task
 from pipeline.storage import Folder
 from stages.engine.passthrough import in_batches

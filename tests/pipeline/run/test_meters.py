@@ -9,7 +9,7 @@ import torch
 
 from pipeline.contract import halvings
 from pipeline.failures import Fault
-from pipeline.run.cluster import COUNTERS, GAUGES, Meters, label
+from pipeline.run.meters import COUNTERS, GAUGES, Meters, label
 from pipeline.run.tasks import Outcome
 from stages.engine.room import Room
 
