@@ -13,6 +13,7 @@ from tests.support.imports import (
     check,
     circles,
     faults,
+    missing,
     read_house,
     read_imports,
     sources,
@@ -148,6 +149,35 @@ def test_the_library_knows_nothing_of_its_tests(tmp_path: Path) -> None:
     assert plant(tmp_path, jobs__cli="def main():\n    import tests.support") == [
         "jobs/cli.py:2 imports tests: the library knows nothing of it"
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from pipeline.run.plan import gone",
+        "def measure():\n    from pipeline.run.plan import MOST, gone",
+        "import pipeline.run.gone",
+        "from pipeline.run import gone",
+        "from pipeline.gone import plan",
+    ],
+)
+def test_a_name_that_no_module_has_is_found(tmp_path: Path, text: str) -> None:
+    plant(
+        tmp_path,
+        pipeline__storage="class Folder: ...",
+        pipeline__run__plan="if 1:\n    from pipeline.storage import Folder as Kept\nLEAST, (MOST, *REST) = 1, (2, 3)",
+        pipeline__run__driver="def run(): ...",
+        pipeline__input__read="def rows(): ...",
+        jobs__cli="from pipeline.run.plan import Kept, LEAST, REST\nfrom pipeline.run import plan\nimport pipeline.run",
+        stages__rare__stage="from stages.engine.solver import solve",
+        stages__engine__solver="async def solve(): ...",
+    )
+    assert missing(tmp_path) == []
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/speed.py").write_text(text)
+    (fault,) = missing(tmp_path)
+    assert fault.startswith("benchmarks/speed.py:")
+    assert fault.endswith("which is not there")
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ from pipeline.output.dataset import Output
 from pipeline.output.fold import FOLD_RECORDS, Folding
 from pipeline.output.log import LOG, encode, log_name
 from pipeline.output.planfile import own_folder, read_shards
+from pipeline.run.committed import committed
 from pipeline.run.draft import RunSpec, draft
-from pipeline.run.driver import _survey
 from pipeline.run.plan import check_input, write_plan
 from pipeline.run.reporter import Reporter
 from pipeline.run.tasks import Task
@@ -125,8 +125,9 @@ def steps(asked: RunSpec, rows: int, shards: int) -> dict[str, Callable[[], obje
         return write_plan(asked, draft(asked), own, 0.0, named_at_commit=not own.local)["shards"]
 
     def resume() -> int:
-        tally, done, again, *_ = _survey(opened(), Reporter(None, None, None))
-        assert (tally.rows, len(done), not again) == (each * len(done), -(-shards // 2), True)
+        found = committed(opened(), Reporter(None, None, None))
+        done = found.done
+        assert (found.tally.rows, len(done), not found.again) == (each * len(done), -(-shards // 2), True)
         return next(shard.index for shard in read_shards(opened().own) if shard.index not in done)
 
     def hand() -> int:

@@ -29,8 +29,9 @@ from pipeline.output.lock import Lock
 from pipeline.output.planfile import own_folder
 from pipeline.output.publish import publish
 from pipeline.output.verify import verify
+from pipeline.run.committed import Committed, committed
 from pipeline.run.draft import draft
-from pipeline.run.driver import Resources, RunSpec, _survey, _tasks, _worker_job
+from pipeline.run.driver import Resources, RunSpec, _worker_job
 from pipeline.run.plan import write_plan
 from pipeline.run.reporter import Reporter
 from pipeline.run.worker import Worker
@@ -90,16 +91,16 @@ def counted(shards: int, options: dict[str, Any]) -> dict[str, Counter[str]]:
         count.step("plan", lambda: write_plan(spec, draft(spec), own_folder(folder), 0.0, named_at_commit=early))
         output = replace(Output.open(spec.output, options), lock=lock)
         worker = Worker(_worker_job(spec, output, Resources()))
-        tasks = list(_tasks(output, set(), {}, set()))
+        tasks = list(Committed(Tally()).tasks(output))
         count.step("worker", lambda: [worker.process(task) for task in tasks])
-        tally, *_ = count.step("survey", lambda: _survey(output, Reporter(None, None, 1)))
+        tally = count.step("survey", lambda: committed(output, Reporter(None, None, 1))).tally
         assert isinstance(tally, Tally)
         assert tally.shards == shards
-        count.step("survey again", lambda: _survey(output, Reporter(None, None, 1)))
+        count.step("survey again", lambda: committed(output, Reporter(None, None, 1)))
         count.step("publish", lambda: publish(output, tally, "counted", ""))
         count.step("status", Output.open(spec.output, options).status)
         later = replace(Output.open(spec.output, options), lock=lock)
-        count.step("resume of a complete one", lambda: _survey(later, Reporter(None, None, 1)))
+        count.step("resume of a complete one", lambda: committed(later, Reporter(None, None, 1)))
         report = count.step("verify", lambda: verify(spec.output, options))
         assert report.ok, report.problems
         for task in tasks:  # as if a second run had been lost

@@ -31,7 +31,7 @@ from pipeline.output.planfile import own_folder, read_shards
 from pipeline.output.publish import publish
 from pipeline.output.verify import verify
 from pipeline.run import plan
-from pipeline.run.driver import _survey
+from pipeline.run.committed import committed
 from pipeline.run.reporter import Reporter
 from pipeline.run.tasks import Task
 from pipeline.storage import Folder, checksum
@@ -69,10 +69,10 @@ def waited(shards: int) -> dict[str, tuple[float, int]]:
                             run=output.run, epoch=1)  # fmt: skip
             bucket.put(f"out/{record.name}", json.dumps(asdict(record)).encode())
         bucket.weather = Weather(delay_s=ANSWER_S)
-        step("resume of records that nobody folded", lambda: _survey(output, Reporter(None, None, 1)))
+        step("resume of records that nobody folded", lambda: committed(output, Reporter(None, None, 1)))
         output = Output.open(OUT, options)
-        step("resume, until work begins", lambda: _survey(output, Reporter(None, None, 1)))
-        tally = step("survey after the work", lambda: _survey(output, Reporter(None, None, 1)))[0]
+        step("resume, until work begins", lambda: committed(output, Reporter(None, None, 1)))
+        tally = step("survey after the work", lambda: committed(output, Reporter(None, None, 1))).tally
         assert isinstance(tally, Tally)
         assert tally.shards == shards
         step("publish", lambda: publish(output, tally, "", ""))

@@ -253,11 +253,42 @@ def heavy_loads(house: House, imports: Sequence[Import]) -> list[str]:
     return said
 
 
+def missing(root: Path, packages: Sequence[str] = (*PACKAGES, *OUTSIDE)) -> list[str]:
+    """Imports of what none of our modules has. Python says so too, but of benchmarks only once they are run."""
+    trees = {path: ast.parse((root / path).read_text(encoding="utf-8")) for path in sources(root, packages)}
+    names = {_dotted(path): set(_bound(tree)) for path, tree in trees.items()}
+
+    def there(module: str, name: str | None) -> bool:
+        if f"{module}.{name}" in names or module not in names:
+            return f"{module}.{name}" in names or (name is None and (root / module.replace(".", "/")).is_dir())
+        return name is None or not names[module].isdisjoint({name, "__getattr__"})
+
+    return [
+        f"{path}:{line} imports {name or module}, which is not there"
+        for path, tree in trees.items()
+        for (module, name), line, _, _ in _statements(tree, path)
+        if module.partition(".")[0] in packages and not there(module, name)
+    ]
+
+
+def _bound(node: ast.AST) -> Iterator[str]:
+    """The names that a module has once it is loaded."""
+    for part in ast.iter_child_nodes(node):
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield part.name
+        elif isinstance(part, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name).partition(".")[0] for alias in part.names)
+        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            yield part.id
+        elif not isinstance(part, ast.Lambda):
+            yield from _bound(part)
+
+
 def check() -> list[str]:
     """All that does not fit between the sources and the page."""
     house = read_house(PAGE.read_text(encoding="utf-8"))
     imports = read_imports(ROOT, PACKAGES, house.libraries)
-    return faults(house, imports, sources(ROOT)) + unused(house, imports)
+    return faults(house, imports, sources(ROOT)) + unused(house, imports) + missing(ROOT)
 
 
 if __name__ == "__main__":
