@@ -259,9 +259,10 @@ def missing(root: Path, packages: Sequence[str] = (*PACKAGES, *OUTSIDE)) -> list
     names = {_dotted(path): set(_bound(tree)) for path, tree in trees.items()}
 
     def there(module: str, name: str | None) -> bool:
-        if f"{module}.{name}" in names or module not in names:
-            return f"{module}.{name}" in names or (name is None and (root / module.replace(".", "/")).is_dir())
-        return name is None or not names[module].isdisjoint({name, "__getattr__"})
+        if name is None:
+            return module in names or (root / module.replace(".", "/")).is_dir()
+        own = names.get(module, set())
+        return f"{module}.{name}" in names or name in own or "__getattr__" in own
 
     return [
         f"{path}:{line} imports {name or module}, which is not there"
