@@ -76,7 +76,7 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     ComparedLbo(name="lbo-4-output", fitted_by="anderson", bias="output", passes=4, tolerance=0.0, warm_start="last"),
     LboMethod(name="lbo"),
     LboMethod(name="lbo+retries", retries=2),
-    LboMethod(name="lbo-30", passes=30),
+    LboMethod(name="lbo-10", passes=10),
     LboMethod(name="lbo-1e-3", tolerance=1e-3),
     LboMethod(name="lbo-1e-4", tolerance=1e-4),
     ComparedLbo(name="lbo-6", fitted_by="anderson", passes=6, tolerance=0.0),
@@ -98,7 +98,7 @@ EXTRA_STATE: tuple[InversionMethod, ...] = (
 )
 AUDIT = (
     "euler", "rf-solver", "fireflow", "uni-inv", "lbo-1", "lbo-1-fitted", "renoise", "lbo-2", "fixed-point-3",
-    "averaged-3", "anderson-3", "lbo-4", "lbo", "lbo+retries", "lbo-30", "anderson-1e-3", "anderson-5", "lbo-6",
+    "averaged-3", "anderson-3", "lbo-4", "lbo", "lbo+retries", "anderson-1e-3", "anderson-5", "lbo-6",
     "lbo+ilb", "belm",
     "edict", "lbo+replay", "lbo-1+shown", "rf-inversion",
 )  # fmt: skip

@@ -53,13 +53,37 @@ class PlanMismatch(PlanError):
     ) -> None:
         self.output, self.fields = output, dict(fields)
         now = {f"config.{old}": f"config.{name}" for old, name in (renamed or {}).items()}
-        lines = "\n".join(f"  {now.get(name, name)}: {_apart(old, new)}" for name, (old, new) in self.fields.items())
+        places = (_places(now.get(name, name), *pair) for name, pair in self.fields.items())
+        lines = "\n".join(f"  {place}: {_apart(old, new)}" for found in places for place, old, new in found)
         super().__init__(
             f"{output} holds a run that was planned differently:\n{lines}\n"
             "Change it back to resume, or name another output folder."
             + (MORE_ROWS if "limit" in self.fields else "")
             + (MOVED if "input.path" in self.fields else "")
         )
+
+
+def _places(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values differ, as deep as they are built alike: settings by their keys, methods one by one."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys((*old, *new)):
+            if old.get(key) != new.get(key):
+                yield from _places(f"{name}.{key}", old.get(key), new.get(key))
+    elif _same_methods(old, new):
+        for i, pair in enumerate(zip(old, new, strict=True)):
+            yield from _places(f"{name}[{i}]", *pair)
+    else:
+        yield name, old, new
+
+
+def _same_methods(old: Any, new: Any) -> bool:
+    """Whether two values are lists of the same methods in the same order, however each is told to go."""
+    if old == new or not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new)):
+        return False
+    pairs = list(zip(old, new, strict=True))
+    return all(isinstance(one, Mapping) and isinstance(other, Mapping) for one, other in pairs) and all(
+        one.get("method") == other.get("method") for one, other in pairs
+    )
 
 
 def _apart(old: Any, new: Any) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Extra = Literal["latent_2", "bias", "input_bias", "null_text", "picture_latent"]
 """Columns of what a picture needs beside its seed."""
+_PASSES, _FEW_STEPS, _FEW_STEPS_PASSES = 10, 8, 30
+"""Of LBO a step, unless it is told: in a sampler of more steps than these few, and in one of no more."""
 
 
 class Boost(Settings):
@@ -63,6 +65,10 @@ class InversionMethod(Method):
     def sweeps(self) -> bool:
         """It also inverts samplers whose steps hang together (`stages.inversion.sweeps`)."""
         return False
+
+    def within(self, steps: int) -> InversionMethod:
+        """The method in a sampler of so many steps: what it was not told and depends on them is filled in."""
+        return self
 
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         """The rule under a guidance scale, for a network whose numbers are spaced `eps` apart at 1.
@@ -241,8 +247,9 @@ class LboMethod(InversionMethod):
     warm_start: Literal["none", "last", "linear", "fitted"] = "linear"
     """Start a step's bias from the last step's, from the line through the last two, or from as much of that line as
     would have fitted the last step, which is the best start where ``passes`` is 1."""
-    passes: int = Field(10, ge=1)
-    """Most network passes a step; a gradient counts as one more."""
+    passes: int | None = Field(None, ge=1)
+    """Most network passes a step; a gradient counts as one more. Left out: 10, and 30 with 8 sampling steps or fewer,
+    which are longer and need more."""
     tolerance: float | None = Field(None, ge=0)
     """Relative residual |D(z) - z_prev| / |z_prev| at which a step is done. Left out: 1e-3, and 1e-5 under
     classifier-free guidance, where generation magnifies what is left; never below half the spacing of the network's
@@ -259,10 +266,14 @@ class LboMethod(InversionMethod):
     """Times that a row which does not come back (its regenerated latent is off by more than 1 %) is solved again, each
     time with a tenth of the tolerance and twice the passes; the better seed is kept. Needs ``reconstruct``."""
 
+    def within(self, steps: int) -> LboMethod:
+        passes = self.passes or (_FEW_STEPS_PASSES if steps <= _FEW_STEPS else _PASSES)
+        return self.model_copy(update={"passes": passes})
+
     def tightened(self, times: int, guidance: float, eps: float) -> LboMethod:
         """The method of a row's so-many-th retry."""
-        stricter = self.tolerance_at(guidance, eps) / 10**times
-        return self.model_copy(update={"tolerance": stricter, "passes": 2**times * self.passes, "retries": None})
+        stricter, passes = self.tolerance_at(guidance, eps) / 10**times, 2**times * (self.passes or _PASSES)
+        return self.model_copy(update={"tolerance": stricter, "passes": passes, "retries": None})
 
     def tolerance_at(self, guidance: float, eps: float = 0.0) -> float:
         """The tolerance under a guidance scale, for a network whose numbers are spaced `eps` apart at 1."""
@@ -290,7 +301,7 @@ class LboMethod(InversionMethod):
     @model_validator(mode="after")
     def _enough(self) -> LboMethod:
         least = 2 if self.bias == "output" else 1
-        if self.passes < least:
+        if self.passes is not None and self.passes < least:
             raise ValueError(f"update {self.update} with an {self.bias} bias needs `passes` of at least {least}")
         if self.retries and self.replay:
             raise ValueError("retries: rows of `replay` come back as they are; leave one of the two out")
@@ -312,7 +323,7 @@ class LboMethod(InversionMethod):
         from stages.inversion.lbo import LatentBias
 
         return LatentBias(
-            self.bias, self.warm_start, self.passes, self.tolerance_at(guidance, eps), self.window,
+            self.bias, self.warm_start, self.passes or _PASSES, self.tolerance_at(guidance, eps), self.window,
             told=self.replay == "shown",
         )  # fmt: skip
 
@@ -430,6 +441,11 @@ class InvertImagesSettings(SamplingSettings):
             return []
         count = steps if self.store_path == "all" else self.store_path
         return [round(number * steps / count) for number in range(count)]
+
+    @model_validator(mode="after")
+    def _in_so_many_steps(self) -> InvertImagesSettings:
+        object.__setattr__(self, "methods", tuple(method.within(self.steps) for method in self.methods))
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> InvertImagesSettings:

@@ -216,6 +216,11 @@ class RareDrawing(SamplingSettings):
         return {"method": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _in_so_many_steps(self) -> RareDrawing:
+        object.__setattr__(self, "inversion", self.inversion.within(self.steps))
+        return self
+
+    @model_validator(mode="after")
     def _noise_alone(self) -> RareDrawing:
         if self.inversion.extra is not None:
             raise ValueError(f"inversion: {self.inversion.label} needs more than a seed; take lbo or a fixed point")

@@ -69,5 +69,15 @@ def test_a_mismatch_is_told_by_what_differs() -> None:
         "  input file 0.png: has been written anew since then (1 rows, 696 bytes)",
         "  order: was ['a', 'b'], is ['b', 'a']",
     ]
+    lbo = {"method": "lbo", "passes": 10, "ilb": {"iterations": 50}}
+    more = {**lbo, "passes": 30, "ilb": {"iterations": 20}}
+    euler = {"method": "euler"}
+    for was, now, lines in (
+        ([euler, lbo], [euler, more], ["[1].passes: was 10, is 30", "[1].ilb.iterations: was 50, is 20"]),
+        ([euler], [euler, lbo], [f": was [{euler}], is [{euler}, {lbo}]"]),
+        ([lbo], [euler], [f": was [{lbo}], is [{euler}]"]),
+    ):
+        told = str(PlanMismatch("out", {"config.methods": (was, now)}))
+        assert told.splitlines()[1:-1] == [f"  config.methods{line}" for line in lines]
     told = str(PlanMismatch("out", {"config.decode.batch": (4, 8)}, {"decode.batch": "decode.batch_size"}))
     assert told.splitlines()[1] == "  config.decode.batch_size: was 4, is 8"

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from jobs.kinds.invert_images import InvertImages as Job
 from stages.inversion.settings import LboMethod
+from stages.rare.settings import RareDrawing
 
 
 def test_job_file_errors_name_the_key() -> None:
@@ -38,6 +39,17 @@ def test_what_lbo_no_longer_offers_is_said_and_old_job_files_read_the_same() -> 
     }  # fmt: skip
     (method,) = Job(input="x", methods=[old]).own_settings()["methods"]
     assert method == old
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "passes"), [(50, {}, 10), (9, {}, 10), (8, {}, 30), (4, {"passes": 10}, 10)]
+)
+def test_lbo_takes_more_passes_where_steps_are_few(steps: int, given: dict[str, int], passes: int) -> None:
+    job = Job(input="x", steps=steps, methods=[{"method": "lbo", **given}, "ddim"])
+    (lbo, _) = job.own_settings()["methods"]  # as plans have it
+    assert (job.methods[0].rule(1.0).limit, lbo["passes"]) == (passes, passes)
+    rare = RareDrawing(model="x", methods=["slerp"], steps=steps, inversion={"method": "lbo", **given})
+    assert rare.inversion.rule(1.0).limit == passes
 
 
 @pytest.mark.parametrize(
