@@ -3,8 +3,8 @@
 ``old_plans/fields.json`` holds a job of each kind and what commit 7532baf put into its fingerprint (``ROOT`` stands for
 the checkout, ``INPUT`` for a folder with the input), but for the fingerprint of the miniature world's oracle, which was
 trained anew: a run that it scored is another run. Where steps are few LBO's `passes` are given, whose default was 10
-there and is 30 now: such a run is refused by that name, and goes on once they are given. An option that is new since then is declared with
-`pipeline.contract.added` and does not show here.
+there and is 30 now: such a run is refused by that name, and goes on once they are given. An option that is new since
+then is declared with `pipeline.contract.added` and does not show here.
 """
 
 from __future__ import annotations
