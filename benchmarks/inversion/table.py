@@ -74,6 +74,7 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     ComparedLbo(name="lbo-4", fitted_by="anderson", passes=4, tolerance=0.0),
     ComparedLbo(name="lbo-4-no-warm-start", fitted_by="anderson", passes=4, tolerance=0.0, warm_start="none"),
     ComparedLbo(name="lbo-4-output", fitted_by="anderson", bias="output", passes=4, tolerance=0.0, warm_start="last"),
+    LboMethod(name="lbo-5-1e-2", passes=5, tolerance=1e-2),
     LboMethod(name="lbo"),
     LboMethod(name="lbo+retries", retries=2),
     LboMethod(name="lbo-10", passes=10),
