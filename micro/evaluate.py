@@ -306,10 +306,25 @@ def run(folder: Path, count: int = 300, card: bool = False, photos: Path | None 
         lines.append(judge_photographs(folder, photos))
     if card:
         draw_sheets(stable.vae, kandinsky, diffusion)
+    _noted(folder, lines, count, card)
+    return _told(lines)
+
+
+def run_one(folder: Path, name: str, count: int, card: bool) -> int:
+    """Judge one of the flow models in ``folder``; with ``card`` its figures replace those that the card has of it."""
+    lines = judge_flow(folder, name, oracle.Oracle.load(folder / "oracle"), count)
+    if card:
+        new = {line.name: line for line in lines}
+        kept = [Line(**figure) for figure in json.loads((folder / "metrics.json").read_text())]
+        _noted(folder, [new.get(line.name, line) for line in kept], count, card=True)
+    return _told(lines)
+
+
+def _noted(folder: Path, lines: Sequence[Line], count: int, card: bool) -> None:
+    if card:
         write_card(lines, count)
     figures = [{"name": x.name, "value": round(x.value, 4), "least": x.least} for x in lines]
     (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
-    return _told(lines)
 
 
 def _told(lines: Sequence[Line]) -> int:
@@ -330,11 +345,11 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300, help="prompts and pictures a figure")
     parser.add_argument("--card", action="store_true", help="also draw the contact sheets, and fill in the model card")
     parser.add_argument("--photographs", type=Path, help="where the packages of micro/photographs.py are unpacked")
-    parser.add_argument("--only", choices=_FLOWS, help="judge one flow model, and write nothing")
+    parser.add_argument("--only", choices=_FLOWS, help="judge one flow model; with --card its figures alone are new")
     arguments = parser.parse_args()
     try:
         if arguments.only:
-            return _told(judge_flow(arguments.models, arguments.only, oracle.Oracle.load(), arguments.count))
+            return run_one(arguments.models, arguments.only, arguments.count, arguments.card)
         return run(arguments.models, arguments.count, arguments.card, arguments.photographs)
     except OSError as error:
         print(error, file=sys.stderr)

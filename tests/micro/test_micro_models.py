@@ -147,6 +147,22 @@ def test_the_card_takes_the_table_and_keeps_the_rest(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_one_model_judged_anew_leaves_the_others_figures(tmp_path, monkeypatch, capsys):
+    card = tmp_path / "README.md"
+    card.write_text("<!-- figures -->\n<!-- end of figures -->\n")
+    old = [{"name": name, "value": 0.5, "least": 0.75} for name in ("FLUX: a", "FLUX, b", "FLUX in four steps: a")]
+    (tmp_path / "metrics.json").write_text(json.dumps(old))
+    monkeypatch.setattr(evaluate, "CARD", card)
+    monkeypatch.setattr(evaluate.oracle.Oracle, "load", lambda folder: None)
+    new = [evaluate.Line("FLUX: a", 0.8, 0.75), evaluate.Line("FLUX, b", 0.9, 0.75)]
+    monkeypatch.setattr(evaluate, "judge_flow", lambda folder, name, judge, count: new)
+    monkeypatch.setattr("sys.argv", ["evaluate", "--models", str(tmp_path), "--only", "flux", "--card"])
+    assert evaluate.main() == 0
+    capsys.readouterr()
+    assert [line["value"] for line in json.loads((tmp_path / "metrics.json").read_text())] == [0.8, 0.9, 0.5]
+    assert card.read_text().count("| yes |") == 2
+
+
 def test_movq_grown_from_a_vae_computes_what_the_vae_computes():
     torch.manual_seed(0)
     vae = autoencoder.build_vae().eval()
