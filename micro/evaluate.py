@@ -306,7 +306,8 @@ def run(folder: Path, count: int = 300, card: bool = False, photos: Path | None 
         lines.append(judge_photographs(folder, photos))
     if card:
         draw_sheets(stable.vae, kandinsky, diffusion)
-    _noted(folder, lines, count, card)
+        write_card(lines, count)
+    _write_figures(folder, lines)
     return _told(lines)
 
 
@@ -314,15 +315,14 @@ def run_one(folder: Path, name: str, count: int, card: bool) -> int:
     """Judge one of the flow models in ``folder``; with ``card`` its figures replace those that the card has of it."""
     lines = judge_flow(folder, name, oracle.Oracle.load(folder / "oracle"), count)
     if card:
-        new = {line.name: line for line in lines}
-        kept = [Line(**figure) for figure in json.loads((folder / "metrics.json").read_text())]
-        _noted(folder, [new.get(line.name, line) for line in kept], count, card=True)
+        before = [Line(**figure) for figure in json.loads((folder / "metrics.json").read_text())]
+        whole = list({line.name: line for line in (*before, *lines)}.values())  # each in its place
+        write_card(whole, count)
+        _write_figures(folder, whole)
     return _told(lines)
 
 
-def _noted(folder: Path, lines: Sequence[Line], count: int, card: bool) -> None:
-    if card:
-        write_card(lines, count)
+def _write_figures(folder: Path, lines: Sequence[Line]) -> None:
     figures = [{"name": x.name, "value": round(x.value, 4), "least": x.least} for x in lines]
     (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -137,4 +137,4 @@ class ComparedLbo(LboMethod):
 
     def rule(self, guidance: float, eps: float = 0.0) -> Rule[Any]:
         kind = UPDATES[self.fitted_by]
-        return kind(self.bias, self.warm_start, self.passes or 10, self.tolerance_at(guidance), self.window)
+        return kind(self.bias, self.warm_start, self.limit, self.tolerance_at(guidance), self.window)

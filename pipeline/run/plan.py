@@ -69,21 +69,17 @@ def _places(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         for key in dict.fromkeys((*old, *new)):
             if old.get(key) != new.get(key):
                 yield from _places(f"{name}.{key}", old.get(key), new.get(key))
-    elif _same_methods(old, new):
+    elif old != new and _methods(old) and _methods(old) == _methods(new):
         for i, pair in enumerate(zip(old, new, strict=True)):
             yield from _places(f"{name}[{i}]", *pair)
     else:
         yield name, old, new
 
 
-def _same_methods(old: Any, new: Any) -> bool:
-    """Whether two values are lists of the same methods in the same order, however each is told to go."""
-    if old == new or not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new)):
-        return False
-    pairs = list(zip(old, new, strict=True))
-    return all(isinstance(one, Mapping) and isinstance(other, Mapping) for one, other in pairs) and all(
-        one.get("method") == other.get("method") for one, other in pairs
-    )
+def _methods(value: Any) -> list[Any]:
+    """What a list of settings is of, in its order; empty for any other value."""
+    settings = isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
+    return [one.get("method") for one in value] if settings else []
 
 
 def _apart(old: Any, new: Any) -> str:

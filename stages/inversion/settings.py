@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 Extra = Literal["latent_2", "bias", "input_bias", "null_text", "picture_latent"]
 """Columns of what a picture needs beside its seed."""
-_PASSES, _FEW_STEPS, _FEW_STEPS_PASSES = 10, 8, 30
-"""Of LBO a step, unless it is told: in a sampler of more steps than these few, and in one of no more."""
+_FEW_STEPS = 8
 
 
 class Boost(Settings):
@@ -267,12 +266,18 @@ class LboMethod(InversionMethod):
     time with a tenth of the tolerance and twice the passes; the better seed is kept. Needs ``reconstruct``."""
 
     def within(self, steps: int) -> LboMethod:
-        passes = self.passes or (_FEW_STEPS_PASSES if steps <= _FEW_STEPS else _PASSES)
-        return self.model_copy(update={"passes": passes})
+        passes = self.limit if steps > _FEW_STEPS else self.passes or 30
+        # What was left out stays so for whoever asks what was given.
+        return type(self).model_construct(self.model_fields_set, **{**dict(self), "passes": passes})
+
+    @property
+    def limit(self) -> int:
+        """`passes`; left out, what they are where steps are many."""
+        return self.passes or 10
 
     def tightened(self, times: int, guidance: float, eps: float) -> LboMethod:
         """The method of a row's so-many-th retry."""
-        stricter, passes = self.tolerance_at(guidance, eps) / 10**times, 2**times * (self.passes or _PASSES)
+        stricter, passes = self.tolerance_at(guidance, eps) / 10**times, 2**times * self.limit
         return self.model_copy(update={"tolerance": stricter, "passes": passes, "retries": None})
 
     def tolerance_at(self, guidance: float, eps: float = 0.0) -> float:
@@ -323,7 +328,7 @@ class LboMethod(InversionMethod):
         from stages.inversion.lbo import LatentBias
 
         return LatentBias(
-            self.bias, self.warm_start, self.passes or _PASSES, self.tolerance_at(guidance, eps), self.window,
+            self.bias, self.warm_start, self.limit, self.tolerance_at(guidance, eps), self.window,
             told=self.replay == "shown",
         )  # fmt: skip
 
