@@ -207,11 +207,11 @@ def engine(
         problem.step()
     bench.wait()
     seconds = (time.perf_counter() - began) / counted
-    passes = (problem.forwards_B + problem.backwards_B).sum().item() / counted
+    passes = problem.forwards_B.sum().item() / counted
     return {
         "slots": slots, "seconds_a_step": seconds, "passes_a_second": passes / seconds,
         "share_of_the_network": passes_a_second and passes / seconds / passes_a_second, "syncs_a_step": syncs,
-        "syncs_of_loading": syncs_of_loading, "gradients": int(problem.backwards_B.sum()),
+        "syncs_of_loading": syncs_of_loading,
     }  # fmt: skip
 
 
@@ -313,8 +313,7 @@ def one_picture(bench: Bench, model: LatentModel, method: Any, steps: int) -> Fo
             found[f"seconds_{name}"] = ended - began
         found["seconds"] = times[2] - times[0]
         found["error_of_row"] = row.get("error")
-        for name in ("forwards", "backwards"):
-            found[name] = row[name]
+        found["forwards"] = row["forwards"]
         found["mse"] = (again_BCHW - z_BCHW).square().mean().item()
 
     found["peak_bytes"] = bench.memory(run)
@@ -325,7 +324,7 @@ def one_picture(bench: Bench, model: LatentModel, method: Any, steps: int) -> Fo
 
 def tell_rooms(model: LatentModel) -> None:
     """What a row takes is counted once a model, on the host, for seconds: before a clock runs."""
-    for work in ("encode", "predict", "gradient"):
+    for work in ("encode", "predict"):
         model.rooms[work]
 
 
@@ -339,7 +338,7 @@ def line_of(bench: Bench, name: str, method: str, picture: Found, operations_a_p
     """The line of the table that one picture is; none where it failed."""
     if "seconds" not in picture:
         return []
-    work = (picture["forwards"] + picture["backwards"]) * operations_a_pass
+    work = picture["forwards"] * operations_a_pass
     return [{
         "job": f"invert-images, {name}, {method}, {picture['steps']} steps, bf16, without reading prompts",
         "limit": "operations", "seconds_a_row": picture["seconds"],

@@ -34,8 +34,8 @@ TEXT_ENCODERS = {
 }  # fmt: skip
 """Billions of parameters, as published."""
 COLUMNS = {
-    "inversion": "predict", "its gradients": "gradient", "encoding": "encode", "decoding": "decode", "ILB": "boost",
-    "seed-select": "select", "Lego": "gradient",
+    "inversion": "predict", "encoding": "encode", "decoding": "decode", "ILB": "boost", "seed-select": "select",
+    "Lego": "gradient",
 }  # fmt: skip
 LEGO_PICTURES = 4
 

@@ -121,7 +121,7 @@ def main() -> None:
             occupancy, began = Occupancy(), time.process_time()
             done = list(scheme.invert(rows, slots, occupancy))
             own[name] = {"images_a_second": len(rows) / (time.process_time() - began), "occupancy": occupancy.share}
-            own[name]["passes"] = float(np.mean([row["forwards"] + row["backwards"] for row in done]))
+            own[name]["passes"] = float(np.mean([row["forwards"] for row in done]))
             seeds[name] = {row["id"]: row["noise"] for row in done}
         if (loop := LOOPS.get(method.label)) is not None:
             began = time.process_time()

@@ -87,27 +87,25 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"id": str(i), "z": z[i], "condition": {"c": c[i]}} for i in range(count)]
 
 
-def counted(strength: float, *, late: bool) -> dict[str, float]:
+def counted(strength: float) -> dict[str, float]:
     schedule, occupancy = ddim_schedule(CONFIG, STEPS), Occupancy()
-    options: dict[str, Any] = {"latent_shape": SHAPE, "late": late}
-    problem = Watched(network(strength), schedule, LatentBias(passes=40, tolerance=1e-5), slots=SLOTS, **options)
+    rule = LatentBias(passes=40, tolerance=1e-5)
+    problem = Watched(network(strength), schedule, rule, slots=SLOTS, latent_shape=SHAPE)
     problem.reads, problem.aside = HostReads(), Counter()
     with problem.reads:
         done = list(solve(problem, rows(ROWS), occupancy=occupancy))
     waits = (problem.reads.counts - problem.aside).total()
     return {
-        "late": late, "strength": strength, "waits_a_step": waits / occupancy.steps, "steps": occupancy.steps,
-        "rows_a_step": ROWS / occupancy.steps, "gradients": sum(row["backwards"] for row in done),
-        "forwards": sum(row["forwards"] for row in done), "evaluations": occupancy.busy_slot_steps,
+        "strength": strength, "waits_a_step": waits / occupancy.steps, "steps": occupancy.steps,
+        "rows_a_step": ROWS / occupancy.steps, "forwards": sum(row["forwards"] for row in done),
     }  # fmt: skip
 
 
-def operations(method: InversionMethod, *, late: bool = False) -> dict[str, Any]:
-    """Of a step in the midst of its steps, in which no row gets a gradient, beside the network's."""
-    options: dict[str, Any] = {"latent_shape": SHAPE, "late": late}
+def operations(method: InversionMethod) -> dict[str, Any]:
+    """Of a step in the midst of its steps, beside the network's."""
     flow = "diffusion" not in method.inverts
     schedule = flow_schedule(FLOW, STEPS) if flow else ddim_schedule(CONFIG, STEPS)
-    one = InversionProblem(network(0.8), schedule, method.rule(1.0), slots=SLOTS, **options)
+    one = InversionProblem(network(0.8), schedule, method.rule(1.0), slots=SLOTS, latent_shape=SHAPE)
     one.load(list(range(SLOTS)), rows(SLOTS))
     one.step()
     one.step()
@@ -115,7 +113,7 @@ def operations(method: InversionMethod, *, late: bool = False) -> dict[str, Any]
         one.step()
     with torch.no_grad(), Operations() as networks:
         one.predict(one.x_BCHW, one.k_B, one.condition)
-    return {"method": method.label, "family": "flow" if flow else "diffusion", "late": late,
+    return {"method": method.label, "family": "flow" if flow else "diffusion",
             "operations": step.count - networks.count, "computing": step.computing - networks.computing}  # fmt: skip
 
 
@@ -126,19 +124,15 @@ METHODS: tuple[InversionMethod, ...] = (
 
 
 def main() -> None:
-    found = [counted(strength, late=late) for strength in (0.8, 6.0) for late in (False, True)]
-    print("| network | asked | waits a step | rows out a step | evaluations | gradients |\n|---|---|---|---|---|---|")
+    found = [counted(strength) for strength in (0.8, 6.0)]
+    print("| network | waits a step | rows out a step | passes |\n|---|---|---|---|")
     for one in found:
-        name, asked = "expanding" if one["strength"] > 1 else "easy", "a step late" if one["late"] else "at once"
-        print(
-            f"| {name} | {asked} | {one['waits_a_step']:.2f} | {one['rows_a_step']:.2f} | {one['evaluations']:.0f} | "
-            f"{one['gradients']:.0f} |"
-        )
-    spent = [operations(method) for method in METHODS] + [operations(LboMethod(), late=True)]
+        name = "expanding" if one["strength"] > 1 else "easy"
+        print(f"| {name} | {one['waits_a_step']:.2f} | {one['rows_a_step']:.2f} | {one['forwards']:.0f} |")
+    spent = [operations(method) for method in METHODS]
     print("\n| method | model | operations a step | of these compute |\n|---|---|---|---|")
     for line in spent:
-        name = f"{line['method']}, a step late" if line["late"] else line["method"]
-        print(f"| {name} | {line['family']} | {line['operations']} | {line['computing']} |")
+        print(f"| {line['method']} | {line['family']} | {line['operations']} | {line['computing']} |")
     (RESULTS / "looks.json").write_text(json.dumps({"waits": found, "operations": spent}, indent=1) + "\n")
 
 

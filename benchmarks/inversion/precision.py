@@ -64,7 +64,7 @@ def measured(pictures: int) -> Iterator[list[str]]:
                         np.mean(measure_pictures(regenerated(model, full, done, guidance), aim)["psnr"])
                         for model in (full, half)
                     ]
-                    passes = np.mean([row["forwards"] + row["backwards"] for row in done])
+                    passes = np.mean([row["forwards"] for row in done])
                     stop = "no" if problem is Unstopped else "yes"
                     told = "default" if tolerance is None else f"{tolerance:g}"
                     yield [dtype, f"{guidance:g}", told, stop, *(f"{x:.1f}" for x in (*dB, passes, seconds))]

@@ -36,7 +36,7 @@ def seeds_of(pictures: list[dict[str, Any]], steps: int, **sampler: Any) -> tupl
     )
     model = open_latent_model(settings)
     rows = sorted(InvertImages(settings, model)(pictures), key=lambda row: row["id"])
-    passes = sum(row["forwards"] + row["backwards"] for row in rows) / len(rows)
+    passes = sum(row["forwards"] for row in rows) / len(rows)
     return torch.stack([torch.from_numpy(row["latent"]) for row in rows]), passes, model
 
 

@@ -84,8 +84,6 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     FixedPointMethod(name="anderson-1e-3", iterations=9, acceleration="anderson", tolerance=1e-3),
     FixedPointMethod(name="anderson-5", iterations=5, acceleration="anderson"),
     NewtonMethod(),
-    ComparedLbo(name="lbo-gauss-newton-6", fitted_by="gauss-newton", passes=6, tolerance=0.0),
-    ComparedLbo(name="lbo-adam-6", fitted_by="adam", passes=6, tolerance=0.0),
     ComparedLbo(name="lbo-jacobian-free-4", fitted_by="jacobian-free", passes=4, tolerance=0.0),
     LboMethod(name="lbo+ilb", ilb=Boost(iterations=50)),
 )

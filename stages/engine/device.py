@@ -60,30 +60,6 @@ def without_cudnn_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-class LateFlags:
-    """A flag a slot, set on the device and read by the host a step later, when it has long arrived: whoever reads it
-    waits for the last step at most, never for what was queued since.
-    """
-
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._which_B = torch.zeros(slots, dtype=torch.bool, pin_memory=self._on_gpu)
-        self._flags = self._which_B.numpy()  # the same memory
-        self._arrived = torch.cuda.Event() if self._on_gpu else None
-
-    def send(self, which_B: torch.Tensor) -> None:
-        """Copy the flags to the host, behind what is queued."""
-        self._which_B.copy_(which_B, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def slots(self) -> list[int]:
-        """Where the flag was set that was sent last; nowhere before that."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return [slot for slot, flag in enumerate(self._flags) if flag]
-
-
 def chosen_device(device: str | None) -> str:
     """The first of them: the one that works where the work is not shared out."""
     return chosen_devices(device)[0]

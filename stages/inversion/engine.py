@@ -21,9 +21,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from pipeline.contract import Row, failed
-from stages.engine.device import LateFlags, sent
-from stages.engine.gradients import scaled_gradient
-from stages.engine.room import Room
+from stages.engine.device import sent
 from stages.engine.slots import held, per_row, slot_mask
 from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
@@ -36,11 +34,8 @@ class Evaluation:
     Attributes:
         rule: Whose point it is.
         residual_B: |r| / |z_prev|.
-        made_B: Passes that each row has made at this step, this evaluation included; a gradient counts as one more.
-        gradient_BCHW: Gradient of the rule's loss at x, for the rows that wanted it (zero elsewhere); None: no row did.
-        counts_B: Rows that this evaluation is for; the others wait for a gradient at the next; None: no row waits.
+        made_B: Passes that each row has made at this step, this evaluation included.
         stagnant_B: Rows whose residual lies in the noise of the network's type and has ceased to fall; None: no row's.
-        after_gradient: Some row got its gradient at the evaluation before this one.
     """
 
     rule: Rule[Any]
@@ -51,14 +46,7 @@ class Evaluation:
     r_BCHW: torch.Tensor
     residual_B: torch.Tensor
     made_B: torch.Tensor
-    gradient_BCHW: torch.Tensor | None = None
-    counts_B: torch.Tensor | None = None
     stagnant_B: torch.Tensor | None = None
-    after_gradient: bool = False
-
-    def counted(self, which_B: torch.Tensor) -> torch.Tensor:
-        """Those of some rows that this evaluation is for."""
-        return which_B if self.counts_B is None else which_B & self.counts_B
 
     @cached_property
     def g_BCHW(self) -> torch.Tensor:
@@ -79,20 +67,18 @@ class Rule(Generic[State]):
     """One method, for all slots at once. A rule without a state of its own says where it goes next, and no more.
 
     Attributes:
-        limit: Most passes a row makes at a step; a gradient counts as one more.
+        limit: Most passes a row makes at a step.
         tolerance: A row goes on to its next step once its relative residual is at or below it; None: never before the
             limit.
         advice: What a user can do about a row that this method cannot invert.
         checks: A step's last evaluation is at the step's own time, so that it gives a residual of the step; rows of a
             rule without it leave with none.
-        patient: A row that wants a gradient may get it at a later evaluation (`Evaluation.counts_B`).
     """
 
     limit: int = 1
     tolerance: float | None = None
     advice: str = "lower the guidance, or use method lbo"
     checks: bool = True
-    patient: bool = False
 
     def blank(self, z_BCHW: torch.Tensor) -> State:
         """The state that rows start with; z only gives number, shape and device."""
@@ -105,14 +91,6 @@ class Rule(Generic[State]):
     def time(self, step: Step, made_B: torch.Tensor, state: State) -> torch.Tensor:
         """t_B that the network is told in the next evaluation, after `made_B` at this step."""
         return step.t_B
-
-    def wants_gradient(self, made_B: torch.Tensor, state: State) -> torch.Tensor | None:
-        """Rows whose next evaluation needs the gradient of `loss` (B,); None: no row ever does."""
-        return None
-
-    def loss(self, x_BCHW: torch.Tensor, m_BCHW: torch.Tensor, prev_BCHW: torch.Tensor, step: Step) -> torch.Tensor:
-        """loss_B, differentiable in x: |r|^2 / 2."""
-        return (step.down(x_BCHW, m_BCHW) - prev_BCHW).flatten(1).square().sum(1) / 2
 
     def done(self, point: Evaluation) -> torch.Tensor:
         """done_B: rows for which this evaluation is the step's last."""
@@ -135,6 +113,10 @@ class Rule(Generic[State]):
         """The next x, and the next state. For rows that are `done` that x is the result z_t."""
         raise NotImplementedError
 
+    def residual(self, point: Evaluation, state: State) -> torch.Tensor:
+        """residual_B that rows which are `done` leave their step with, after `update`."""
+        return point.residual_B
+
 
 def choose(which_B: torch.Tensor, new: State, old: State) -> State:
     """The new state for some rows, the old one for the others."""
@@ -154,8 +136,8 @@ class Walk(Generic[State]):
     """Rows solve one equation after another, each in its slot, each at its own one. A `stages.engine.solver.Problem`.
 
     What the equations are, and which comes next, is a subclass's. Rows come with `z` (C, H, W) and `condition` (a dict
-    of tensors without a batch dimension). They leave with `noise` (z_T), `residual` (S,): the relative residual at each
-    equation's last evaluated point, where it is one, and `forwards` and `backwards`: network evaluations and gradients.
+    of tensors without a batch dimension). They leave with `noise` (z_T), `residual` (S,): the relative residual that
+    each equation was left with, at a point that was evaluated, and `forwards`: network evaluations.
 
     Args:
         predict: The network.
@@ -163,12 +145,8 @@ class Walk(Generic[State]):
         rule: The method.
         slots: Rows at once.
         latent_shape: (C, H, W).
-        half: The network computes in float16: gradients are taken of losses that are scaled to its range.
         noise: Relative residual below which rounding in the network may be all there is. A row below it whose residual
             has not fallen by 30 % in two evaluations is stagnant: a rule that seeks less ends the step there.
-        room: Rows whose gradient is taken at once; kept by who makes the next walk.
-        late: The host learns a step later which rows want a gradient, and those wait for it: an evaluation in vain, and
-            no wait of the host for the device. None: on a GPU.
     """
 
     def __init__(
@@ -180,15 +158,10 @@ class Walk(Generic[State]):
         slots: int,
         latent_shape: tuple[int, int, int],
         device: torch.device | str = "cpu",
-        half: bool = False,
         noise: float = 0.0,
-        room: Room | None = None,
-        late: bool | None = None,
     ) -> None:
-        self.room = room or Room()
-        self.predict, self.t_S, self.rule, self.half, self.noise = predict, t_S, rule, half, noise
+        self.predict, self.t_S, self.rule, self.noise = predict, t_S, rule, noise
         self.device = torch.device(device)
-        self.late = rule.patient and (self.device.type == "cuda" if late is None else late)
         self.latent_shape = latent_shape
         self.resize(slots)
 
@@ -200,7 +173,6 @@ class Walk(Generic[State]):
         self.prev_BCHW = torch.zeros_like(self.x_BCHW)
         self.state = self.rule.blank(self.x_BCHW)
         self.all_B = torch.arange(slots, device=self.device)
-        self.differentiated = False  # at the last evaluation, some row
         self.k_B = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self.active_B = torch.zeros(slots, dtype=torch.bool, device=self.device)
         self.broken_B = torch.zeros_like(self.active_B)
@@ -208,10 +180,8 @@ class Walk(Generic[State]):
         self.best_B = torch.full((slots,), torch.inf, device=self.device)  # residual of this step
         self.stalled_B = torch.zeros_like(self.k_B)  # evaluations since it fell markedly
         self.forwards_B = torch.zeros_like(self.k_B)
-        self.backwards_B = torch.zeros_like(self.k_B)
         self.residual_BS = torch.zeros((slots, len(self.t_S)), device=self.device)
         self.condition: Condition = {}
-        self.asking = LateFlags(slots, self.device)
 
     # --- a subclass's
 
@@ -250,7 +220,7 @@ class Walk(Generic[State]):
                 # An empty slot holds a copy of a real condition: what the network makes of it is thrown away.
                 self.condition[name] = value[:1].repeat(self.slots, *([1] * (value.dim() - 1)))
             self.condition[name][where] = value
-        for count in (self.k_B, self.forwards_B, self.backwards_B, self.residual_BS, self.broken_B):
+        for count in (self.k_B, self.forwards_B, self.residual_BS, self.broken_B):
             count[where] = 0
         self.active_B[where] = True
         self.start(where, torch.stack([row["z"] for row in rows]).to(self.device, torch.float32))
@@ -267,41 +237,6 @@ class Walk(Generic[State]):
         self.made_B.masked_fill_(enter_B, 0)
         self.best_B.masked_fill_(enter_B, torch.inf)
 
-    def _evaluate(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """m at x for every slot, the gradient of the rule's loss for rows that get one, and `Evaluation.counts_B`."""
-        wants_B = self.rule.wants_gradient(self.made_B, self.state)
-        t_B = self.rule.time(step, self.made_B, self.state)
-        getting, counts_B = ([], None) if wants_B is None else self._served(wants_B & self.active_B)
-        going_B = self.active_B if counts_B is None else self.active_B & counts_B
-        for count_B in (self.made_B, self.forwards_B):
-            count_B += going_B
-        if not getting:
-            return self._predict_held(t_B), None, counts_B
-        getting_B = slot_mask(self.slots, getting, self.device)
-        for count_B in (self.made_B, self.backwards_B):
-            count_B += getting_B
-        with_it = sent(getting, self.device)
-        if len(getting) == self.slots:
-            return *self._differentiate(with_it, step), counts_B
-        # Some rows only: they go by themselves, so that the others don't pay for a backward pass.
-        m_BCHW, gradient_BCHW = torch.zeros_like(self.x_BCHW), torch.zeros_like(self.x_BCHW)
-        m_BCHW[with_it], gradient_BCHW[with_it] = self._differentiate(with_it, step)
-        others = [slot for slot, row in enumerate(self.rows) if row is not None and slot not in getting]
-        if others:
-            without = sent(others, self.device)
-            with torch.no_grad():
-                m_BCHW[without] = self.predict(self.x_BCHW[without], t_B[without], take(self.condition, without))
-        return m_BCHW, gradient_BCHW, counts_B
-
-    def _served(self, wants_B: torch.Tensor) -> tuple[list[int], torch.Tensor | None]:
-        """The slots of the rows that get a gradient now, and which rows do not wait for one (None: none waits)."""
-        if not self.late:
-            return wants_B.nonzero().flatten().tolist(), None
-        getting = self.asking.slots()  # they have wanted it since the last evaluation
-        waits_B = wants_B & ~slot_mask(self.slots, getting, self.device) if getting else wants_B
-        self.asking.send(waits_B)
-        return getting, ~waits_B
-
     @torch.no_grad()
     def _predict_held(self, t_B: torch.Tensor) -> torch.Tensor:
         """m at x for slots that hold a row; zero in the others."""
@@ -311,54 +246,35 @@ class Walk(Generic[State]):
         m_bCHW = self.predict(self.x_BCHW[which], t_B[which], take(self.condition, which))
         return torch.zeros_like(self.x_BCHW).index_copy(0, which, m_bCHW)
 
-    def _differentiate(self, which: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """m at x and the gradient of the rule's loss, of some slots (their numbers), in parts that fit."""
-        parts = self.room.parts(len(which), lambda part: self._differentiate_part(which[part], step))
-        m_BCHW, gradient_BCHW = zip(*parts, strict=True)
-        return torch.cat(m_BCHW), torch.cat(gradient_BCHW)
-
-    def _differentiate_part(self, which: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        part = step.take(which)
-        with torch.enable_grad():
-            x_BCHW = self.x_BCHW[which].detach().clone().requires_grad_(True)
-            m_BCHW = self.predict(x_BCHW, part.t_B, take(self.condition, which))
-            loss_B = self.rule.loss(x_BCHW, m_BCHW, self.prev_BCHW[which], part)
-            if self.half:
-                gradient_BCHW, _ = scaled_gradient(loss_B, x_BCHW, residual_scale(loss_B, x_BCHW, part))
-            else:
-                (gradient_BCHW,) = torch.autograd.grad(loss_B.sum(), x_BCHW)
-        return m_BCHW.detach(), gradient_BCHW
-
     @torch.no_grad()
     def step(self) -> torch.Tensor:
         step = self.now
-        m_BCHW, gradient_BCHW, counts_B = self._evaluate(step)
+        m_BCHW = self._predict_held(self.rule.time(step, self.made_B, self.state))
+        for count_B in (self.made_B, self.forwards_B):
+            count_B += self.active_B
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
         residual_B = r_BCHW.flatten(1).norm(dim=1) / self.prev_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
         point = Evaluation(
-            self.rule, self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B, gradient_BCHW,
-            counts_B, after_gradient=self.differentiated,
-        )  # fmt: skip
-        self.differentiated = gradient_BCHW is not None
+            self.rule, self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B
+        )
         point = replace(point, stagnant_B=self._stagnant(point))
         x_BCHW, self.state = self.rule.update(point, self.state)
-        counted_B = point.counted(self.active_B)
         # The largest number is no number where one is none.
         finite_B = torch.linalg.vector_norm(x_BCHW.flatten(1), torch.inf, dim=1) < torch.inf
-        self.broken_B |= counted_B & ~(finite_B & (residual_B == residual_B))
-        going_B = counted_B & ~self.broken_B
+        self.broken_B |= self.active_B & ~(finite_B & (residual_B == residual_B))
+        going_B = self.active_B & ~self.broken_B
         moved_B = going_B & point.done_B
         self.x_BCHW = torch.where(per_row(going_B, x_BCHW), x_BCHW, self.x_BCHW)
         at = self.all_B, self.k_B
-        self.residual_BS[at] = torch.where(moved_B, residual_B, self.residual_BS[at])
+        self.residual_BS[at] = torch.where(moved_B, self.rule.residual(point, self.state), self.residual_BS[at])
         finished_B = self.advance(moved_B, point, x_BCHW) | self.broken_B
         self.active_B = self.active_B & ~finished_B
         return ~self.active_B
 
     def _stagnant(self, point: Evaluation) -> torch.Tensor:
-        """See `Evaluation`; counts this evaluation, which for a row that waits is the one at its best point again."""
+        """See `Evaluation`; counts this evaluation."""
         fell_B = point.residual_B < 0.7 * self.best_B
-        self.stalled_B = (self.stalled_B + point.counted(self.active_B)).masked_fill_(fell_B, 0)
+        self.stalled_B = (self.stalled_B + self.active_B).masked_fill_(fell_B, 0)
         self.best_B = torch.minimum(self.best_B, point.residual_B)
         return (self.stalled_B >= 2) & (self.best_B <= self.noise)
 
@@ -368,11 +284,7 @@ class Walk(Generic[State]):
             row = self.rows[slot]
             assert row is not None
             self.rows[slot] = None
-            outputs = {
-                **self.outputs(slot),
-                "forwards": int(self.forwards_B[slot]),
-                "backwards": int(self.backwards_B[slot]),
-            }
+            outputs = {**self.outputs(slot), "forwards": int(self.forwards_B[slot])}
             if self.rule.checks:
                 outputs["residual"] = self.residual_BS[slot].to("cpu", copy=True)
             why = self.failure(slot)
@@ -466,16 +378,6 @@ class InversionProblem(Walk[State]):
         if self.shown_BSCHW is not None:
             outputs["input_bias"] = self.shown_BSCHW[slot].to("cpu", copy=True)
         return outputs
-
-
-@torch.no_grad()
-def residual_scale(loss_B: torch.Tensor, x_BCHW: torch.Tensor, step: Step) -> torch.Tensor:
-    """The power of two that brings the gradient of |r|^2 / 2 at the network's output, weight r, to a mean square of
-    about 1 (ours). The nearer a row is to its solution, the smaller r; a fixed scale would fit one distance alone, and
-    overflow is no matter of trying, which costs passes.
-    """
-    rms_B = (2 * loss_B / x_BCHW[0].numel()).sqrt() * step.weight.flatten().abs()
-    return torch.exp2(-rms_B.clamp(min=2.0**-60).log2().round())
 
 
 def take(condition: Condition, which: torch.Tensor | slice) -> Condition:

@@ -68,16 +68,15 @@ class Scheme(Generic[Plan]):
         rule = self.method.rule(guidance, eps)
         options: dict[str, Any] = {
             "slots": slots, "device": self.model.device, "latent_shape": self.model.geometry.latent_shape,
-            "half": self.dtype == torch.float16, "room": self.model.rooms["gradient"],
-        }  # fmt: skip
+        }
         if isinstance(self.schedule, Multistep):
             return SweepProblem(self.predict, self.schedule, rule, **options)
         options |= {"keep_path": self.keep_path, "keep_shown": self.keep_shown}
         return InversionProblem(self.predict, self.schedule, rule, noise=eps / 2, **options)
 
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
-        """Rows with `z` and `condition` to rows with `noise` (z_T), `forwards`, `backwards`, the extra state, and
-        `residual` where there is one. Failed rows pass."""
+        """Rows with `z` and `condition` to rows with `noise` (z_T), `forwards`, the extra state, `residual` where there
+        is one, and `backwards` where gradients were taken. Failed rows pass."""
         room = self.model.rooms["slots"]
         return solve(self.problem(min(slots, room.rows)), rows, occupancy=occupancy, room=room)
 
@@ -175,8 +174,8 @@ class ExactPair(Scheme[Schedule]):
             if not bool(noise.isfinite().all() & second.isfinite().all()):
                 yield failed(row, f"{self.method.label} overflowed: an exact pair has no damping; use another method")
                 continue
-            spent = {"forwards": passes * len(self.schedule), "backwards": 0}
-            yield {**row, "noise": noise.cpu(), "latent_2": second.cpu(), **spent}
+            forwards = passes * len(self.schedule)
+            yield {**row, "noise": noise.cpu(), "latent_2": second.cpu(), "forwards": forwards}
 
     def generate(self, noise_BCHW: torch.Tensor, condition: Condition, extra_B: torch.Tensor | None) -> torch.Tensor:
         assert extra_B is not None
@@ -201,8 +200,7 @@ class Steered(Scheme[Schedule]):
         y_BCHW = row_normal(z_BCHW.shape[1:], 0, [row["id"] for row in rows], "rf-inversion").to(z_BCHW.device)
         noise_BCHW = steered_up(self.predict, self.schedule, z_BCHW, condition, y_BCHW, self.settings.gamma)
         for row, noise in zip(rows, noise_BCHW, strict=True):
-            spent = {"forwards": len(self.schedule), "backwards": 0}
-            yield {**row, "noise": noise.cpu(), "picture_latent": row["z"], **spent}
+            yield {**row, "noise": noise.cpu(), "picture_latent": row["z"], "forwards": len(self.schedule)}
 
     def generate(self, noise_BCHW: torch.Tensor, condition: Condition, extra_B: torch.Tensor | None) -> torch.Tensor:
         assert extra_B is not None

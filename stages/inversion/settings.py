@@ -241,14 +241,14 @@ class LboMethod(InversionMethod):
     bias: Literal["output", "input"] = "input"
     """Added to the inversion step's result, or to what the network is shown."""
     update: Literal["safeguarded"] = "safeguarded"
-    """How the bias is fitted: Anderson acceleration, and a gradient step where a row stalls. What else was tried is
-    measured in ``benchmarks/inversion``."""
+    """How the bias is fitted: Anderson acceleration, and the best point of a step where its last one is not. What else
+    was tried is measured in ``benchmarks/inversion``."""
     warm_start: Literal["none", "last", "linear", "fitted"] = "linear"
     """Start a step's bias from the last step's, from the line through the last two, or from as much of that line as
     would have fitted the last step, which is the best start where ``passes`` is 1."""
     passes: int | None = Field(None, ge=1)
-    """Most network passes a step; a gradient counts as one more. Left out: 10, and 30 with 8 sampling steps or fewer,
-    which are longer and need more."""
+    """Most network passes a step. Left out: 10, and 30 with 8 sampling steps or fewer, which are longer and need
+    more."""
     tolerance: float | None = Field(None, ge=0)
     """Relative residual |D(z) - z_prev| / |z_prev| at which a step is done. Left out: 1e-3, and 1e-5 under
     classifier-free guidance, where generation magnifies what is left; never below half the spacing of the network's

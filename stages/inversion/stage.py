@@ -150,7 +150,7 @@ class InvertImages:
             Column(
                 "forwards", "int64", doc="network evaluations spent on inverting (two U-Net passes each under guidance)"
             ),
-            Column("backwards", "int64", doc="gradients through the network"),
+            Column("backwards", "int64", doc="gradients through the network: of null-text alone"),
             Column("dtype", "string", doc="of the denoiser that found the seed"),
             Column("decodes", "int64", doc="decoder passes spent on boosting (a gradient counts as two more)"),
             *(Column(name, "float32", doc="of z_T; a Gaussian seed has 0, 1, 0, 0") for name in NOISE_STATISTICS),
@@ -338,7 +338,7 @@ class InvertImages:
 
         def back(some: Sequence[Row]) -> Iterator[Row]:
             for row, z in zip(some, self.regenerated(scheme, some), strict=True):
-                spent = {name: row[name] + row.get(f"{name}_before", 0) for name in ("forwards", "backwards")}
+                spent = {name: row.get(name, 0) + row.get(f"{name}_before", 0) for name in ("forwards", "backwards")}
                 yield {**row, "regenerated": z.cpu()} | {f"{name}_before": value for name, value in spent.items()}
 
         if boost.form == "decoder":
@@ -381,7 +381,7 @@ class InvertImages:
                 "method": method.label,
                 "latent": self._stored(row["noise"]),
                 "forwards": row["forwards"] + row.get("forwards_before", 0),
-                "backwards": row["backwards"] + row.get("backwards_before", 0),
+                "backwards": row.get("backwards", 0) + row.get("backwards_before", 0),
                 "dtype": self.dtype,
                 "decodes": row.get("decodes", 0),
                 "floor_psnr": row["floor_psnr"],
@@ -428,10 +428,10 @@ class InvertImages:
                 made_BCHW = self.regenerated(stricter, part)
                 for row, made, off in zip(part, made_BCHW, _off(made_BCHW, part), strict=True):
                     i = far[row["id"]]
-                    spent = {name: best[i][name] + row[name] for name in ("forwards", "backwards")}
+                    forwards = best[i]["forwards"] + row["forwards"]
                     if row.get("status") != "failed" and bool(off < off_B[i]):
                         best[i], again_BCHW[i] = row, made
-                    best[i] = {**best[i], **spent}
+                    best[i] = {**best[i], "forwards": forwards}
         return best, again_BCHW
 
     def _add_reconstruction(self, again_BCHW: torch.Tensor, rows: Sequence[Row], outputs: Sequence[Row]) -> None:

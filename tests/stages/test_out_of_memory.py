@@ -90,7 +90,6 @@ PHASES: dict[str, tuple[str, dict[str, Any]]] = {
     "decode": ("stages.models.autoencoder:decode", {"method": "ddim"}),
     "predict": ("stages.models.unet:StableDiffusion.forward", {"method": "ddim"}),
     "beside the network": ("stages.inversion.engine:InversionProblem.advance", {"method": "ddim"}),
-    "gradient": ("stages.inversion.engine:InversionProblem._differentiate_part", HARD),
     "boost": ("stages.inversion.ilb:BoostProblem.step", {"method": "ddim", "ilb": {"iterations": 3, "warmup": 1}}),
     "joint": (
         "stages.inversion.ilb:BoostProblem.step",
@@ -128,7 +127,7 @@ def test_learning_words_runs_out_once(folder: str, monkeypatch: pytest.MonkeyPat
     check(cap, make, lambda number: [concept_row(4 * number + i) for i in range(4)], "embeddings", close=1e-4)
 
 
-@pytest.mark.parametrize("phase", ["gradient", "boost"])
+@pytest.mark.parametrize("phase", ["null-text", "boost"])
 def test_one_row_that_does_not_fit_is_computed_again(folder: str, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     """One slot: nothing can be halved."""
     where, method = PHASES[phase]
@@ -286,7 +285,7 @@ def test_what_the_free_memory_tells_fits(folder: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("stages.models.memory.free_bytes", lambda device: capacity)
     boosted = {**HARD, "ilb": {"iterations": 2, "warmup": 1}}
     settings = InvertImagesSettings(model=folder, methods=(boosted,), device="cpu", steps=2)
-    caps = [capped(monkeypatch, PHASES[phase][0]) for phase in ("encode", "decode", "predict", "gradient", "boost")]
+    caps = [capped(monkeypatch, PHASES[phase][0]) for phase in ("encode", "decode", "predict", "boost")]
     for cap in caps:
         cap.limit = capacity
     stage = InvertImages(settings)

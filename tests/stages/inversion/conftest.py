@@ -20,13 +20,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LatentModel:
 
 
 @pytest.fixture(scope="session")
-def half_model(model: LatentModel, tmp_path_factory: pytest.TempPathFactory) -> LatentModel:
-    """The same in float16."""
-    folder = tiny_stable_diffusion.build(tmp_path_factory.mktemp("half"))
-    return open_latent_model(LatentModelSettings(model=folder, device="cpu", dtype="float16"))
-
-
-@pytest.fixture(scope="session")
 def work(model: LatentModel):
     """Three latents with their conditions, and the schedule."""
     z = torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(1)) * 0.8
