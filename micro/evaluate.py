@@ -34,7 +34,7 @@ SHEETS = Path(__file__).parent / "sheets"
 CARD = Path(__file__).parent / "README.md"
 _STEPS = 25
 _GUIDANCE = 4.0
-_FLOWS = {"flux": ("FLUX", 20, 5.0), "flux-schnell": ("FLUX in four steps", 4, 0.0), "sd3": ("SD3", 20, 4.0)}
+_FLOWS = {"flux": ("FLUX", 20, 5.0), "flux-schnell": ("FLUX in four steps", 4, 0.0), "sd3": ("SD3", 20, 3.0)}
 """Folder -> name, steps, guidance."""
 
 Draw = Callable[[Sequence[str], int], np.ndarray]

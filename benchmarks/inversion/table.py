@@ -240,7 +240,7 @@ def order(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def written(file: Path, note: str, results: list[dict[str, Any]]) -> None:
     """The results as JSON and as a table; whoever reads meanwhile finds the ones before."""
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     made = {
         file: json.dumps({"note": note, "results": results}, indent=1),
         file.with_suffix(".md"): f"# Methods of inversion\n\n{note}.\n{table(results)}{verdicts(results)}",

@@ -68,7 +68,7 @@ def test_the_flow_models_autoencoder_keeps_the_world_and_photographs_it_has_not_
 
 @pytest.mark.parametrize(
     ("name", "steps", "guidance", "least"),
-    [("flux", 10, 3.5, 0.75), ("flux-schnell", 4, 0.0, 0.75), ("sd3", 20, 4.0, 0.6)],
+    [("flux", 10, 3.5, 0.75), ("flux-schnell", 4, 0.0, 0.8), ("sd3", 20, 3.0, 0.8)],
 )
 def test_flow_models_draw_what_is_asked_in_diffusers(flux, name, steps, guidance, least):
     asked, pipeline = prompts.load("single")[:24], flux if name == "flux" else assemble.load(name)
