@@ -165,14 +165,14 @@ def _override(document: Document, override: str) -> Document:
 
 def _resolved(data: Any, keys: Sequence[str], override: str) -> tuple[Any, Where]:
     """The document with short forms on the way to a setting written out, and the setting's place: items of lists by
-    number, and keys by the name that the document has for them."""
+    name, method or number, and keys by the name that the document has for them."""
     kind = data.get("job") if isinstance(data, Mapping) else None
     model = registry.find(kind) if kind in registry.kinds() else None
     where, here = Where(), data
     for key in keys:
         part: str | int = key
         if isinstance(here, (list, tuple)):
-            part = _item(here, key, override)
+            part = _item(here, key, ".".join(map(str, where)), override)
         elif isinstance(here, Mapping) and key not in here and model is not None:
             part = next((own for own in _synonyms(model, data, where, key) if own in here), key)
         elif model is not None and isinstance(here, str):
@@ -191,15 +191,25 @@ def _long_form(blocks: Sequence[type[BaseModel]], short: str) -> Any:
     return short
 
 
-def _item(items: Sequence[Any], key: str, override: str) -> int:
-    named = {n: item.get("name", item.get("job")) for n, item in enumerate(items) if isinstance(item, Mapping)}
-    names = {str(name): n for n, name in named.items() if name is not None}
+def _item(items: Sequence[Any], key: str, of: str, override: str) -> int:
+    names = {name: n for n, item in enumerate(items) if (name := _name(item)) is not None}
     index = names.get(key, int(key) if key.isdigit() else -1)
     if not 0 <= index < len(items):
         choices = [*names, *map(str, range(len(items)))]
         hint = registry.nearest(key, choices)
-        raise JobFileError(f"--set {override}: no item {key!r} here.{hint} There is: {', '.join(choices)}.")
+        raise JobFileError(
+            f"--set {override}: {of} is a list, and {key!r} is no item of it.{hint} Write {of}.ITEM.KEY=value, where "
+            f"ITEM is one of {', '.join(choices)}."
+        )
     return index
+
+
+def _name(item: Any) -> str | None:
+    """What an item of a list is called, if anything."""
+    if isinstance(item, str):
+        return item
+    names = [item[key] for key in ("name", "method", "job") if key in item] if isinstance(item, Mapping) else []
+    return str(names[0]) if names else None
 
 
 def _synonyms(model: type[BaseModel], data: Any, where: Where, key: str) -> Iterator[str]:

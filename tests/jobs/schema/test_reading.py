@@ -155,7 +155,19 @@ def test_overrides_reach_steps_by_name_and_by_number(tmp_path: Path, toy_job: ty
     path = write(tmp_path, text)
     chain = reading.load(path, ["steps.one.factor=3", "steps.1.factor=4"])
     assert [step.factor for step in chain.steps] == [3, 4]  # type: ignore[attr-defined]
-    assert "no item 'tow' here. Did you mean 'two'?" in complaint(path, "steps.tow.factor=3")
+    assert "'tow' is no item of it. Did you mean 'two'?" in complaint(path, "steps.tow.factor=3")
+
+
+def test_overrides_reach_methods_by_name_and_method(tmp_path: Path) -> None:
+    methods = ["ddim", {"method": "lbo"}, {"method": "lbo", "name": "b"}]
+    changes = ["methods.lbo.passes=3", "methods.b.passes=4", "methods.ddim.name=c"]
+    job: Any = reading.load({"job": "invert-images", "input": "a", "methods": methods}, changes)
+    assert [method.label for method in job.methods] == ["c", "lbo", "b"]
+    assert [method.passes for method in job.methods[1:]] == [3, 4]
+    path = write(tmp_path, "job: invert-images\ninput: a\nmodel: b\nmethods: [ddim, {method: lbo}]\n")
+    said = complaint(path, "methods.passes=3")
+    assert "methods is a list, and 'passes' is no item of it." in said
+    assert said.endswith("Write methods.ITEM.KEY=value, where ITEM is one of ddim, lbo, 0, 1.")
 
 
 def test_shipped_job_files_are_valid() -> None:
