@@ -14,7 +14,7 @@ map at x; S steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar, cast
 
@@ -243,7 +243,8 @@ class Walk(Generic[State]):
         which = held(self.rows, self.device)
         if which is None:
             return self.predict(self.x_BCHW, t_B, self.condition)
-        m_bCHW = self.predict(self.x_BCHW[which], t_B[which], take(self.condition, which))
+        condition = {name: value[which] for name, value in self.condition.items()}
+        m_bCHW = self.predict(self.x_BCHW[which], t_B[which], condition)
         return torch.zeros_like(self.x_BCHW).index_copy(0, which, m_bCHW)
 
     @torch.no_grad()
@@ -255,9 +256,9 @@ class Walk(Generic[State]):
         r_BCHW = step.down(self.x_BCHW, m_BCHW) - self.prev_BCHW
         residual_B = r_BCHW.flatten(1).norm(dim=1) / self.prev_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
         point = Evaluation(
-            self.rule, self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B
-        )
-        point = replace(point, stagnant_B=self._stagnant(point))
+            self.rule, self.x_BCHW, m_BCHW, self.prev_BCHW, step, r_BCHW, residual_B, self.made_B,
+            self._stagnant(residual_B),
+        )  # fmt: skip
         x_BCHW, self.state = self.rule.update(point, self.state)
         # The largest number is no number where one is none.
         finite_B = torch.linalg.vector_norm(x_BCHW.flatten(1), torch.inf, dim=1) < torch.inf
@@ -271,11 +272,11 @@ class Walk(Generic[State]):
         self.active_B = self.active_B & ~finished_B
         return ~self.active_B
 
-    def _stagnant(self, point: Evaluation) -> torch.Tensor:
+    def _stagnant(self, residual_B: torch.Tensor) -> torch.Tensor:
         """See `Evaluation`; counts this evaluation."""
-        fell_B = point.residual_B < 0.7 * self.best_B
+        fell_B = residual_B < 0.7 * self.best_B
         self.stalled_B = (self.stalled_B + self.active_B).masked_fill_(fell_B, 0)
-        self.best_B = torch.minimum(self.best_B, point.residual_B)
+        self.best_B = torch.minimum(self.best_B, residual_B)
         return (self.stalled_B >= 2) & (self.best_B <= self.noise)
 
     def unload(self, slots: Sequence[int]) -> list[Row]:
@@ -378,8 +379,3 @@ class InversionProblem(Walk[State]):
         if self.shown_BSCHW is not None:
             outputs["input_bias"] = self.shown_BSCHW[slot].to("cpu", copy=True)
         return outputs
-
-
-def take(condition: Condition, which: torch.Tensor | slice) -> Condition:
-    """The condition of some rows."""
-    return {name: value[which] for name, value in condition.items()}

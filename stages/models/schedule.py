@@ -42,11 +42,6 @@ class Step:
     sigma: torch.Tensor | None = None
     t_prev_B: torch.Tensor | None = None
 
-    def take(self, which: torch.Tensor | slice) -> Step:
-        """The step of some rows."""
-        columns: dict[str, Any] = {name: None if value is None else value[which] for name, value in vars(self).items()}
-        return Step(**columns)
-
     def down(self, z_BCHW: torch.Tensor, m_BCHW: torch.Tensor) -> torch.Tensor:
         """The sampling step D_t: from z to z_prev, m evaluated at z."""
         return self.scale * z_BCHW + self.weight * m_BCHW
