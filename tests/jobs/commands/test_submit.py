@@ -146,7 +146,8 @@ def test_it_is_shell(nodes: int) -> None:
 def test_the_run_s_exit_code_is_the_job_s(
     code: int, tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tools("latentmill", f"exit {code}")
+    # The workers are started beside the job, which ends at once here: not before they have been.
+    tools("latentmill", f"while ! grep -q ^srun {tmp_path}/calls; do sleep 0.05; done; exit {code}")
     process = started(written(tmp_path, monkeypatch, tools, nodes=3), nodes=3)
     said, _ = process.communicate(timeout=60)
     assert (process.returncode, said) == (code, "")
