@@ -208,8 +208,8 @@ def _name(item: Any) -> str | None:
     """What an item of a list is called, if anything."""
     if isinstance(item, str):
         return item
-    names = [item[key] for key in ("name", "method", "job") if key in item] if isinstance(item, Mapping) else []
-    return str(names[0]) if names else None
+    names = [item.get(key) for key in ("name", "method", "job")] if isinstance(item, Mapping) else []
+    return next((str(name) for name in names if name is not None), None)
 
 
 def _synonyms(model: type[BaseModel], data: Any, where: Where, key: str) -> Iterator[str]:

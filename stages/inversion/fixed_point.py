@@ -63,10 +63,6 @@ class History(NamedTuple):
         f_BWN = torch.cat([self.f_BWN[:, 1:], f_BN[:, None]], 1)
         return History(x_BWN, f_BWN, (self.count_B + 1).clamp(max=x_BWN.shape[1]))
 
-    def forget(self, which_B: torch.Tensor) -> History:
-        """Without the points of some rows."""
-        return self._replace(count_B=self.count_B.masked_fill(which_B, 0))
-
     def mix(self) -> torch.Tensor:
         """The next point by Anderson acceleration, type II (Walker and Ni, 2011, equation 2.2): the combination of past
         values g whose combined residual f is smallest; g(x) itself for a row with one pair. (B, N).

@@ -164,7 +164,7 @@ class LatentBias(Rule[Fit]):
         return torch.where(per_row(point.residual_B <= state.best_B, x_BCHW), x_BCHW, state.best_BCHW)
 
     def residual(self, point: Evaluation, state: Fit) -> torch.Tensor:
-        return point.residual_B if self.told else torch.minimum(point.residual_B, state.best_B)
+        return point.residual_B if self.told else state.best_B
 
     def ended(self, point: Evaluation, state: Fit, done_B: torch.Tensor, z_BCHW: torch.Tensor) -> Fit:
         """With the step's m* noted for the next one's warm start.
