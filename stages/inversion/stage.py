@@ -144,9 +144,11 @@ class InvertImages:
             ]  # fmt: skip
         columns += [
             Column(
-                "residual", "tensor", (len(schedule),),
+                "residual",
+                "tensor",
+                (len(schedule),),
                 doc="|D(z) - z_prev| / |z_prev| that each step was left with, at a point that was evaluated",
-            ),  # fmt: skip
+            ),
             Column("residual_max", "float32", doc="the largest of them"),
             Column(
                 "forwards", "int64", doc="network evaluations spent on inverting (two U-Net passes each under guidance)"
