@@ -72,6 +72,7 @@ SEED_ONLY: tuple[InversionMethod, ...] = (
     FixedPointMethod(name="anderson-3", iterations=3, acceleration="anderson"),
     ExactMethod(name="exact-3", iterations=3, warmup=0, tolerance=0.0),
     ComparedLbo(name="lbo-4", fitted_by="anderson", passes=4, tolerance=0.0),
+    LboMethod(name="lbo-4-best", passes=4, tolerance=0.0),
     ComparedLbo(name="lbo-4-no-warm-start", fitted_by="anderson", passes=4, tolerance=0.0, warm_start="none"),
     ComparedLbo(name="lbo-4-output", fitted_by="anderson", bias="output", passes=4, tolerance=0.0, warm_start="last"),
     LboMethod(name="lbo-5-1e-2", passes=5, tolerance=1e-2),
@@ -97,7 +98,7 @@ EXTRA_STATE: tuple[InversionMethod, ...] = (
 )
 AUDIT = (
     "euler", "rf-solver", "fireflow", "uni-inv", "lbo-1", "lbo-1-fitted", "renoise", "lbo-2", "fixed-point-3",
-    "averaged-3", "anderson-3", "lbo-4", "lbo", "lbo+retries", "anderson-1e-3", "anderson-5", "lbo-6",
+    "averaged-3", "anderson-3", "lbo-4", "lbo-4-best", "lbo", "lbo+retries", "anderson-1e-3", "anderson-5", "lbo-6",
     "lbo+ilb", "belm",
     "edict", "lbo+replay", "lbo-1+shown", "rf-inversion",
 )  # fmt: skip

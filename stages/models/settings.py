@@ -101,3 +101,7 @@ class SamplingSettings(LatentModelSettings):
     offload: Literal["text-encoders"] | None = added(json_schema_extra={"affects": "speed"})
     """``text-encoders``: these wait in the machine's own memory, and are on the device only while the captions of a
     batch are encoded. For rectified flows, whose text encoders take 5 to 16 GB (FLUX.1, SD3, Qwen-Image, ...)."""
+    accelerate: Literal["compile"] | None = added()
+    """``compile``: the denoiser's repeated blocks by torch.compile, once for all layers that are alike: a minute or
+    more at a worker's start, then more passes a second (docs/performance.md). Needs a C++ compiler, and on a GPU
+    Triton; one card a worker. Seeds are those of the uncompiled network up to rounding."""

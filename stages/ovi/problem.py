@@ -26,6 +26,7 @@ from stages.engine.randomness import row_normal
 from stages.engine.slots import held, slot_mask
 from stages.engine.solver import capture
 from stages.engine.stopping import REASONS, StoppingRule
+from stages.models.compiled import check_compiler
 from stages.models.memory import power_of_two, rows_in
 from stages.models.vision_tower import VisionTower
 from stages.ovi.constraints import Search, Whitening
@@ -139,6 +140,7 @@ class OviProblem:
         self.stopper = replace(rule, limit=rule.limit + 1, minimum=rule.minimum + 1).start(slots, device)
         self._encoder = self.parametrization.encode
         if method.accelerate == "compile":
+            check_compiler(device)
             self._encoder = torch.compile(self._encoder, dynamic=False)
         searches = self.search is not None and self.constraint.interval and not self.search.on_device
         if method.accelerate == "graph" and searches:
