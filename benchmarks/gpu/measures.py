@@ -131,10 +131,13 @@ def latents(bench: Bench, model: LatentModel, rows: int) -> torch.Tensor:
     return torch.randn(rows, *model.geometry.latent_shape, device=bench.device)
 
 
+def denoiser_of(model: LatentModel) -> Any:
+    return getattr(model, next(iter(model.geometry.parts)))
+
+
 def network(bench: Bench, size: Size, model: LatentModel, dtype: str = "bf16") -> Found:
     """Passes a second of the denoiser alone, by batch; at the largest, in other layouts and as one recorded graph."""
-    denoiser: Any = getattr(model, next(iter(model.geometry.parts)))
-    predict = model.predictor()
+    denoiser, predict = denoiser_of(model), model.predictor()
     found: Found = {"parameters": sum(parameter.numel() for parameter in denoiser.parameters())}
 
     def call(rows: int) -> Callable[[], torch.Tensor]:
@@ -515,7 +518,7 @@ def compiled(bench: Bench, size: Size) -> Found:
     predict = torch.no_grad()(lambda: model.predictor()(z_BCHW, t_B, condition))
     plain_BCHW, before = predict(), rows / bench.timed(predict)
     began = time.perf_counter()
-    compile_blocks(getattr(model, next(iter(model.geometry.parts))))
+    compile_blocks(denoiser_of(model))
     differs_BCHW = predict() - plain_BCHW
     bench.wait()
     seconds = time.perf_counter() - began

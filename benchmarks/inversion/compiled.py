@@ -41,14 +41,14 @@ def main() -> None:
 
 
 def side_by_side(model: str, options: argparse.Namespace) -> dict[str, Any]:
-    stages, first, seconds = {}, {}, dict[str, list[float]]()
+    stages, first = {}, {}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for way, accelerate in WAYS.items():
         settings = InvertImagesSettings(
             model=model, accelerate=accelerate, methods=[LboMethod()], steps=options.steps, slots=options.pictures,
             device="cpu",
         )  # fmt: skip
         stages[way] = InvertImages(settings)
-        first[way], seconds[way] = time.perf_counter(), []
     rows: dict[str, list[dict[str, Any]]] = {}
     for turn in range(options.turns + 1):
         for way, stage in stages.items():

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._dynamo.config as _config
 from torch import nn
 
 GRAPHS = 64
@@ -22,12 +21,8 @@ and runs what is beyond them uncompiled."""
 
 def compile_blocks(network: Any) -> None:
     """Have a frozen denoiser of diffusers run its repeated blocks compiled from now on; they are compiled when they are
-    first called with what no graph is for. Call it once the network lies where it will run.
-
-    Raises:
-        ValueError: Nothing can be compiled for its device on this machine.
+    first called with what no graph is for. Call it once the network lies where it will run (`check_compiler`).
     """
-    check_compiler(network.device)
     for block in repeated_blocks(network):
         block.forward = partial(_run, block.forward, torch.compile(block.forward))
 
@@ -35,8 +30,9 @@ def compile_blocks(network: Any) -> None:
 def _run(eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.is_grad_enabled():
         return eager(*args, **kwargs)
-    if _config.recompile_limit < GRAPHS:  # each thread has its own
-        _config.recompile_limit = GRAPHS
+    settings: Any = torch._dynamo.config  # each thread has its own; not imported above: it takes two seconds
+    if settings.recompile_limit < GRAPHS:
+        settings.recompile_limit = GRAPHS
     return compiled(*args, **kwargs)
 
 
@@ -50,7 +46,7 @@ def repeated_blocks(network: Any) -> Iterator[nn.Module]:
                 yield from child
 
 
-def check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device | str) -> None:
     """Compile something small.
 
     Raises:
@@ -59,10 +55,10 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(_probe)(torch.ones(8, device=device))
     except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"accelerate: compile: PyTorch cannot compile for {device.type} on this machine "
-            f"({str(error).strip().splitlines()[0]}): install what it asks for (a C++ compiler; for a GPU Triton too), "
-            "or leave `accelerate` out"
+            f"accelerate: compile: PyTorch cannot compile for {torch.device(device).type} on this machine ({reason}): "
+            "install what it asks for (a C++ compiler; for a GPU Triton too), or leave `accelerate` out"
         ) from error
 
 

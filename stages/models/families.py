@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from stages.engine.device import exact_float32
+from stages.engine.device import chosen_devices, exact_float32
 from stages.models.chroma import Chroma
+from stages.models.compiled import check_compiler, compile_blocks
 from stages.models.files import INDEX, read_config
 from stages.models.flux import Flux
 from stages.models.flux2 import Flux2, Flux2Klein
@@ -13,7 +14,7 @@ from stages.models.ovis_image import OvisImage
 from stages.models.qwen_image import QwenImage
 from stages.models.qwen_image_21 import QwenImage21
 from stages.models.sd3 import StableDiffusion3
-from stages.models.settings import LatentModelSettings
+from stages.models.settings import LatentModelSettings, SamplingSettings
 from stages.models.transformer import FlowTransformer
 from stages.models.unet import StableDiffusion, StableDiffusionXL
 from stages.models.z_image import ZImage
@@ -86,8 +87,21 @@ def open_latent_model(settings: LatentModelSettings) -> LatentModel:
     be rounded to TF32 there; networks in float32 are not.
 
     Raises:
-        ValueError: No model of a known family, or settings that do not fit it.
+        ValueError: No model of a known family, or settings that do not fit it; or it is to be compiled and cannot be.
     """
     exact_float32(settings.dtype == "float32")
     family = family_of(settings)
-    return family.load(settings, family.read_geometry(settings))
+    geometry = family.read_geometry(settings)
+    compiled = isinstance(settings, SamplingSettings) and settings.accelerate == "compile"
+    if compiled:  # before the weights are read, which takes minutes
+        devices = chosen_devices(settings.device)
+        if geometry.grid is not None and len(devices) > 1:
+            raise ValueError(
+                f"accelerate: compile takes one card a worker, and model {settings.model!r} would lie on "
+                f"{', '.join(devices)}: leave it out, or set `resources: {{gpus: 1}}`"
+            )
+        check_compiler(devices[0])
+    model: LatentModel = family.load(settings, geometry)
+    if compiled:
+        compile_blocks(getattr(model, next(iter(geometry.parts))))
+    return model

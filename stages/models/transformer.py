@@ -27,7 +27,6 @@ from stages.engine.device import chosen_devices, without_cudnn_attention
 from stages.engine.room import Rooms
 from stages.models import autoencoder, cards, quantized
 from stages.models.captions import Reader
-from stages.models.compiled import compile_blocks
 from stages.models.copies import here
 from stages.models.files import CONFIG, INDEX, SCHEDULER, read_config
 from stages.models.flow_schedule import FlowGrid, check_flow
@@ -275,19 +274,12 @@ class FlowTransformer:
         """Read the weights, each part in the type that it runs in, onto the device.
 
         Raises:
-            ValueError: What reads its prompts asks for torchvision, which is not installed; or it is to be compiled and
-                cannot be.
+            ValueError: What reads its prompts asks for torchvision, which is not installed.
         """
         import diffusers
         import transformers
 
         index, devices = cls._index(settings), chosen_devices(settings.device)
-        compiled = isinstance(settings, SamplingSettings) and settings.accelerate == "compile"
-        if compiled and len(devices) > 1:
-            raise ValueError(
-                f"accelerate: compile takes one card a worker, and model {settings.model!r} would lie on "
-                f"{', '.join(devices)}: leave it out, or set `resources: {{gpus: 1}}`"
-            )
         for reads in (_class_of(index, part) for part in cls.encoders.values()):
             if reads in PICTURE_READERS and find_spec("torchvision") is None:
                 raise ValueError(f"model {settings.model!r} reads prompts by a {reads}: pip install torchvision")
@@ -324,8 +316,6 @@ class FlowTransformer:
                 cards.dispatch(pipeline.transformer, lies)
             else:
                 quantized.place(getattr(pipeline, part), home)
-        if compiled:
-            compile_blocks(pipeline.transformer)
         return cls(pipeline, geometry)
 
     @classmethod

@@ -26,7 +26,6 @@ from stages.engine.device import chosen_device
 from stages.engine.room import Rooms
 from stages.models import autoencoder, quantized
 from stages.models.captions import Reader
-from stages.models.compiled import compile_blocks
 from stages.models.copies import here
 from stages.models.files import CONFIG, INDEX, SCHEDULER, read_config
 from stages.models.guidance import classifier_free, guided
@@ -154,8 +153,6 @@ class StableDiffusion:
         pipeline.set_progress_bar_config(disable=True)
         for part in geometry.parts:
             quantized.place(getattr(pipeline, part), chosen_device(settings.device))
-        if isinstance(settings, SamplingSettings) and settings.accelerate == "compile":
-            compile_blocks(pipeline.unet)
         return cls(pipeline, geometry)
 
     @classmethod

@@ -103,7 +103,7 @@ class OviProblem:
         search: Needed by the neighbour constraint.
 
     Raises:
-        ValueError: A constraint lacks what it needs.
+        ValueError: A constraint lacks what it needs; or the encoder is to be compiled and cannot be.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class OviProblem:
             raise ValueError("the Mahalanobis distance needs a reference with statistics of image embeddings")
         if search is None and self.constraint.neighbours:
             raise ValueError("the neighbour constraint needs a reference with an index")
+        if method.accelerate == "compile":
+            check_compiler(parametrization.device)
         self.parametrization, self.method, self.seed = parametrization, method, seed
         self.whitening, self.search = whitening, search if self.constraint.neighbours else None
         self.resize(method.slots or parametrization.slots())
@@ -140,7 +142,6 @@ class OviProblem:
         self.stopper = replace(rule, limit=rule.limit + 1, minimum=rule.minimum + 1).start(slots, device)
         self._encoder = self.parametrization.encode
         if method.accelerate == "compile":
-            check_compiler(device)
             self._encoder = torch.compile(self._encoder, dynamic=False)
         searches = self.search is not None and self.constraint.interval and not self.search.on_device
         if method.accelerate == "graph" and searches:
