@@ -21,10 +21,7 @@ from stages.models.compiled import compile_blocks, repeated_blocks
 from stages.models.families import open_latent_model
 from stages.models.latent import LatentModel
 from stages.models.settings import SamplingSettings
-from tests.support import tiny_flows, tiny_stable_diffusion
-
-UNETS = ("sd", "sdxl")
-KINDS = ["sd", "sdxl", "sd3", "flux-dev", "chroma", "flux2-dev", "z-image", "qwen-image", "qwen-image-21", "ovis-image"]
+from tests.support.tiny_families import KINDS, build
 
 
 class Traced:
@@ -46,13 +43,8 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Traced:
     return found
 
 
-def folder_of(folder: Path, kind: str) -> str:
-    build = tiny_stable_diffusion.build if kind in UNETS else tiny_flows.build
-    return str(build(folder, kind))
-
-
 def opened(folder: Path, kind: str, **options: Any) -> LatentModel:
-    settings = SamplingSettings(model=folder_of(folder, kind), device="cpu", **options)
+    settings = SamplingSettings(model=build(folder, kind), device="cpu", **options)
     return open_latent_model(settings).at(32, 32)
 
 
@@ -139,14 +131,14 @@ def test_more_shapes_than_pytorch_would_compile_for_in_any_thread(traced: Traced
 
 
 def test_it_takes_one_card(tmp_path: Path) -> None:
-    settings = SamplingSettings(model=folder_of(tmp_path, "flux-dev"), device="cpu,cpu", accelerate="compile")
+    settings = SamplingSettings(model=build(tmp_path, "flux-dev"), device="cpu,cpu", accelerate="compile")
     with pytest.raises(ValueError, match=r"accelerate: compile takes one card a worker.*would lie on cpu, cpu"):
         open_latent_model(settings)
 
 
 def test_a_job_compiles_and_finds_the_same_seeds(tmp_path: Path) -> None:
     """By the real compiler."""
-    folder = folder_of(tmp_path, "flux-dev")
+    folder = build(tmp_path, "flux-dev")
     pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     given = [{"id": "a", "image": Image.fromarray(pixels), "prompt": "a star"}]
     found = []
@@ -166,7 +158,7 @@ def test_a_job_compiles_and_finds_the_same_seeds(tmp_path: Path) -> None:
 def test_compiled_passes_equal_eager_ones_on_a_gpu(tmp_path: Path, kind: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    folder = folder_of(tmp_path, kind)
+    folder = build(tmp_path, kind)
     plain, fast = (
         open_latent_model(SamplingSettings(model=folder, device="cuda", accelerate=how)).at(32, 32)
         for how in (None, "compile")

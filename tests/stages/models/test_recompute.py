@@ -15,15 +15,12 @@ from stages.models.latent import LatentModel
 from stages.models.memory import Live
 from stages.models.recompute import recompute, recomputes
 from stages.models.settings import LatentModelSettings
-from tests.support import tiny_flows, tiny_stable_diffusion
+from tests.support.tiny_families import KINDS, UNETS, build
 
-UNETS = ("sd", "sdxl")
-KINDS = ["sd", "sdxl", "sd3", "flux-dev", "chroma", "flux2-dev", "z-image", "qwen-image", "qwen-image-21", "ovis-image"]
 FACTOR = 1.1
 
 
 def opened(folder: Path, kind: str) -> LatentModel:
-    build = tiny_stable_diffusion.build if kind in UNETS else tiny_flows.build
     return open_latent_model(LatentModelSettings(model=build(folder, kind), device="cpu")).at(32, 32)
 
 
