@@ -184,12 +184,21 @@ def recorded(call: Callable[[], Any]) -> Callable[[], None]:
 
 
 def engine(
-    bench: Bench, model: LatentModel, method: Any, steps: int, slots: int, passes_a_second: float | None
-) -> Found:
-    """A step of the solver with all slots full: against the network alone, and how often it waits for the device."""
+    bench: Bench, model: LatentModel, method: Any, steps: int, slots: int, passes_a_second: float | None,
+    *, recorded: bool = False,
+) -> Found:  # fmt: skip
+    """A step of the solver with all slots full: against the network alone, and how often it waits for the device.
+
+    Args:
+        recorded: Each step is one graph (``accelerate: graph``).
+    """
     from stages.inversion.schemes import scheme_of
 
-    problem = scheme_of(method, model, steps=steps, guidance=1.0).problem(slots)
+    if recorded and not bench.cuda:
+        raise Unavailable("CUDA graphs need a CUDA device")
+    scheme = scheme_of(method, model, steps=steps, guidance=1.0)
+    scheme.recorded = recorded
+    problem = scheme.problem(slots)
     z_BCHW, condition = latents(bench, model, slots), condition_of(model, slots)
     rows = [
         {"id": str(b), "z": z_BCHW[b], "condition": {name: value[b] for name, value in condition.items()}}
@@ -271,6 +280,12 @@ def images(bench: Bench, size: Size) -> Found:
         bench.tried(
             found, f"engine, {method.label}", partial(engine, bench, model, method, max(steps, 8), slots, best)
         )  # fmt: skip
+    for way, options in {"": {}, ", graph": {"recorded": True}}.items():
+        one = partial(engine, bench, model, LboMethod(), max(steps, 8), 1, None, **options)
+        bench.tried(found, f"engine, lbo, one slot{way}", one)
+    for method in (DdimMethod(), LboMethod()):
+        full = partial(engine, bench, model, method, max(steps, 8), slots, best, recorded=True)
+        bench.tried(found, f"engine, {method.label}, graph", full)
     bench.tried(found, "job", lambda: whole_job(bench, settings, model))
     if "seconds" in found["job"]:
         seconds = found["job"]["seconds"] / found["job"]["rows"]

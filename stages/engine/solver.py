@@ -160,7 +160,8 @@ def capture(step: Callable[[], None], warmup: int = 3) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # Other threads may bring pictures to the device and fetch them meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         # Whatever ends a recording, its end is what is told: CUDA's refusal of a recording that broke off.

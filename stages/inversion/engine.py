@@ -23,6 +23,7 @@ import torch
 from pipeline.contract import Row, failed
 from stages.engine.device import sent
 from stages.engine.slots import held, per_row, slot_mask
+from stages.inversion.recorded import RecordedStep
 from stages.models.latent import Condition, Predict
 from stages.models.schedule import Schedule, Step
 
@@ -247,8 +248,13 @@ class Walk(Generic[State]):
         m_bCHW = self.predict(self.x_BCHW[which], t_B[which], condition)
         return torch.zeros_like(self.x_BCHW).index_copy(0, which, m_bCHW)
 
-    @torch.no_grad()
     def step(self) -> torch.Tensor:
+        self.advance_all()
+        return ~self.active_B
+
+    @torch.no_grad()
+    def advance_all(self) -> None:
+        """One evaluation of the network, and what each row makes of it."""
         step = self.now
         m_BCHW = self._predict_held(self.rule.time(step, self.made_B, self.state))
         for count_B in (self.made_B, self.forwards_B):
@@ -270,7 +276,6 @@ class Walk(Generic[State]):
         self.residual_BS[at] = torch.where(moved_B, self.rule.residual(point, self.state), self.residual_BS[at])
         finished_B = self.advance(moved_B, point, x_BCHW) | self.broken_B
         self.active_B = self.active_B & ~finished_B
-        return ~self.active_B
 
     def _stagnant(self, residual_B: torch.Tensor) -> torch.Tensor:
         """See `Evaluation`; counts this evaluation."""
@@ -305,20 +310,30 @@ class InversionProblem(Walk[State]):
         keep_path: Rows also leave with `path` (S + 1, C, H, W): every z_t, z_0 first; needed to replay.
         keep_shown: Rows also leave with `input_bias` (S, C, H, W): what was added to each z_t where the network was
             evaluated last, the picture's step first.
+        recorded: Steps of full slots go as one CUDA graph (`stages.inversion.recorded`).
         options: Of `Walk`.
+
+    Attributes:
+        changing: Names of what a step changes: tensors, or trees of them. What `now` is follows from them.
     """
+
+    changing: Sequence[str] = (
+        "x_BCHW", "prev_BCHW", "state", "k_B", "active_B", "broken_B", "made_B", "best_B", "stalled_B", "forwards_B",
+        "residual_BS", "path_BSCHW", "shown_BSCHW",
+    )  # fmt: skip
 
     def __init__(
         self, predict: Predict, schedule: Schedule, rule: Rule[State], *, keep_path: bool = False,
-        keep_shown: bool = False, **options: Any,
+        keep_shown: bool = False, recorded: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         self.schedule, self.keep_path = schedule.to(options.get("device", "cpu")), keep_path
-        self.keep_shown = keep_shown
+        self.keep_shown, self.recorded = keep_shown, recorded
         super().__init__(predict, self.schedule.t_S, rule, **options)
 
     def resize(self, slots: int) -> None:
         super().resize(slots)
         self.made, self.due = 0, [0] * slots  # steps of all, and the first that can make each row done
+        self.recording: RecordedStep | None = None
         self.path_BSCHW = (
             torch.zeros((slots, len(self.schedule) + 1, *self.latent_shape), device=self.device)
             if self.keep_path
@@ -359,6 +374,13 @@ class InversionProblem(Walk[State]):
 
     def step(self) -> torch.Tensor:
         self.made += 1
+        if self.recorded and None not in self.rows:
+            if self.recording is None:  # here, where the solver halves what does not fit
+                self.recording = RecordedStep(self)
+            self.recording(self)
+            return ~self.active_B
+        if self.recording is not None:
+            self.now = self.equation()
         return super().step()
 
     def quiet(self) -> int:

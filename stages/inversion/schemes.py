@@ -40,10 +40,12 @@ class Scheme(Generic[Plan]):
         guided: Conditions need their negative side.
         keep_path: Rows leave the solver with every z_t.
         keep_shown: They leave it with what the network was shown beside them.
+        recorded: Steps go as CUDA graphs, where the method's rows walk up the schedule in slots.
     """
 
     keep_path = False
     keep_shown = False
+    recorded = False
 
     def __init__(self, method: InversionMethod, model: LatentModel, schedule: Plan, *, guidance: float) -> None:
         self.method, self.model, self.schedule, self.guidance = method, model, schedule, guidance
@@ -71,7 +73,7 @@ class Scheme(Generic[Plan]):
         }
         if isinstance(self.schedule, Multistep):
             return SweepProblem(self.predict, self.schedule, rule, **options)
-        options |= {"keep_path": self.keep_path, "keep_shown": self.keep_shown}
+        options |= {"keep_path": self.keep_path, "keep_shown": self.keep_shown, "recorded": self.recorded}
         return InversionProblem(self.predict, self.schedule, rule, noise=eps / 2, **options)
 
     def invert(self, rows: Iterable[Row], slots: int, occupancy: Occupancy) -> Iterator[Row]:
@@ -90,7 +92,7 @@ class Scheme(Generic[Plan]):
             for times in range(1, 1 + (self.method.retries or 0)):
                 stricter = self.method.tightened(times, *self.precision)
                 scheme = Scheme(stricter, self.model, self.schedule, guidance=self.guidance)
-                scheme.keep_path = self.keep_path
+                scheme.keep_path, scheme.recorded = self.keep_path, self.recorded
                 yield scheme
 
 

@@ -23,6 +23,7 @@ from stages.inversion.ilb import BoostProblem, boost_decoder, boost_joint
 from stages.inversion.lpips import Lpips
 from stages.inversion.metrics import measure_pictures, noise_statistics
 from stages.inversion.preparation import Key, Preparation, Seen, picture_of
+from stages.inversion.recorded import check_card, check_recordable
 from stages.inversion.schemes import Scheme, check_method, conditions, scheme_of, stacked
 from stages.inversion.settings import Boost, InvertImagesSettings
 from stages.inverter.model import TextInverter
@@ -64,11 +65,14 @@ class InvertImages:
 
     def __init__(self, settings: InvertImagesSettings, model: LatentModel | None = None) -> None:
         self.settings = settings
+        recorded = settings.accelerate == "graph"
+        if recorded:  # before the weights are read
+            check_card(settings)
         self.model = open_latent_model(settings) if model is None else model
         self.rooms = self.model.rooms
-        self._slots = settings.slots or fitting_slots(
-            self.model, "predict", otherwise=CPU_SLOTS, rows=2 if settings.guidance > 1 else 1
-        )
+        # A graph keeps its memory while pictures are encoded and decoded: half of the room is theirs.
+        calls = (2 if settings.guidance > 1 else 1) * (2 if recorded else 1)
+        self._slots = settings.slots or fitting_slots(self.model, "predict", otherwise=CPU_SLOTS, rows=calls)
         self.geometry, self.device = self.model.geometry, self.model.device
         self.methods = {method.label: method for method in settings.methods}
         self.buckets = _buckets(settings, self.geometry)
@@ -93,6 +97,8 @@ class InvertImages:
         geometry.check_guidance(settings.guidance, settings.negative)
         for method in settings.methods:
             check_method(method, geometry, schedule)
+        if settings.accelerate == "graph":
+            check_recordable(settings, geometry, schedule)
         buckets = _buckets(settings, geometry)
         shape = geometry.latent_shape if len(buckets) == 1 else (geometry.latent_shape[0], -1, -1)
         latent = partial(Column, kind="tensor", shape=shape, dtype=settings.store)
@@ -247,6 +253,7 @@ class InvertImages:
         settings = self.settings
         scheme = scheme_of(self.methods[label], model, steps=settings.steps, guidance=settings.guidance)
         scheme.keep_path = scheme.keep_path or settings.store_path is not None
+        scheme.recorded = settings.accelerate == "graph"
         return scheme
 
     @property

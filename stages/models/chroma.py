@@ -21,6 +21,7 @@ class Chroma(PackedTransformer):
     index = "ChromaPipeline"
     transformer_class = "ChromaTransformer2DModel"
     encoders = {"text_encoder": "tokenizer"}
+    recordable = False  # it makes a table on the host in each pass
     left_out = {"image_encoder": None, "feature_extractor": None}
 
     def encode_prompts(self, prompts: Sequence[str], *, guided: bool, negative: str | None) -> Condition:

@@ -144,6 +144,8 @@ class Geometry:
         usage: Lines for cards.
         sampler: Whose steps are inverted and run: DDIM's over the scheduler's noise levels, or the scheduler's own.
         grid: How the pipeline of a rectified flow sets its scheduler; None: a variance-preserving chain.
+        recordable: A pass of the denoiser is the same work whatever it is given, all of it the device's: it can be
+            recorded as a CUDA graph.
     """
 
     width: int
@@ -163,6 +165,7 @@ class Geometry:
     guiding: Literal["classifier-free", "told", "none"] = "classifier-free"
     words: tuple[LearnedWord, ...] = ()
     text_tokens: int | None = None
+    recordable: bool = True
 
     def at(self, width: int, height: int) -> Geometry:
         """The geometry of pictures of another size.

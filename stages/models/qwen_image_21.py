@@ -33,6 +33,7 @@ class QwenImage21(FlowTransformer):
     colours = (3, 4)
     encoders = {"text_encoder": "processor"}
     grid = FlowGrid(linear="float64", patch=1)
+    recordable = False  # texts are as long as they are
     most_tokens = 8191
     """Positions that the network knows, but for the picture's."""
     guidance_options = staticmethod(QwenImage.guidance_options)

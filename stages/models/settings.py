@@ -101,7 +101,10 @@ class SamplingSettings(LatentModelSettings):
     offload: Literal["text-encoders"] | None = added(json_schema_extra={"affects": "speed"})
     """``text-encoders``: these wait in the machine's own memory, and are on the device only while the captions of a
     batch are encoded. For rectified flows, whose text encoders take 5 to 16 GB (FLUX.1, SD3, Qwen-Image, ...)."""
-    accelerate: Literal["compile"] | None = added()
+    accelerate: Literal["compile", "graph"] | None = added()
     """``compile``: the denoiser's repeated blocks by torch.compile, once for all layers that are alike: a minute or
     more at a worker's start, then more passes a second (docs/performance.md). Needs a C++ compiler, and on a GPU
-    Triton; one card a worker. Seeds are those of the uncompiled network up to rounding."""
+    Triton; one card a worker. Seeds are those of the uncompiled network up to rounding. ``graph``, in ``invert-images``
+    alone: the network and what a step does around it recorded as one CUDA graph, for few slots and small models, which
+    else wait for their kernels to be launched. Of Stable Diffusion, SDXL, SD3, FLUX.1, FLUX.2 and Ovis-Image, on one
+    GPU a worker; belm, edict and rf-inversion go as they are."""

@@ -78,6 +78,8 @@ class FlowTransformer:
     """Lists of the transformer's blocks whose results it puts together itself: on one card (`stages.models.cards`)."""
     latents: ClassVar[str] = "seed"
     """See `Usage`."""
+    recordable: ClassVar[bool] = True
+    """See `Geometry`."""
     packed: ClassVar[int] = 1
     """Latents of one channel that the transformer takes as channels of one token."""
 
@@ -218,6 +220,7 @@ class FlowTransformer:
             usage=cls._usage(settings, parts, tokens),
             sampler="model",
             grid=cls.grid_of(cls._index(settings)),
+            recordable=cls.recordable,
         )
 
     @classmethod

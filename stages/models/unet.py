@@ -71,6 +71,7 @@ class StableDiffusion:
         self.device: torch.device = self.unet.device
         self.dtypes = {part: getattr(pipeline, part).dtype for part in geometry.parts}
         self.rooms = Rooms(self.device, partial(fitting, self), partial(relieve, self))
+        self._told: dict[float, torch.Tensor] = {}
 
     # --- from a folder
 
@@ -225,9 +226,10 @@ class StableDiffusion:
         width = self.unet.config.time_cond_proj_dim
         if width is None:
             return None
-        scale_B = torch.full((rows,), guidance - 1)
-        told_BE: torch.Tensor = self.pipeline.get_guidance_scale_embedding(scale_B, embedding_dim=width)
-        return told_BE.to(self.device, self.dtypes["unet"])
+        if guidance not in self._told:
+            told_1E = self.pipeline.get_guidance_scale_embedding(torch.tensor([guidance - 1.0]), embedding_dim=width)
+            self._told[guidance] = told_1E.to(self.device, self.dtypes["unet"])
+        return self._told[guidance].expand(rows, -1)
 
     def forward(
         self, z_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition, guidance: float = 1.0

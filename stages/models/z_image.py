@@ -24,6 +24,7 @@ class ZImage(FlowTransformer):
     mixed = frozenset({"noise_refiner", "context_refiner"})
     encoders = {"text_encoder": "tokenizer"}
     grid = FlowGrid(linear="float32")
+    recordable = False  # texts are as long as they are
 
     @staticmethod
     def guidance_options(guidance: float, negative: str | None) -> str:

@@ -226,6 +226,12 @@ class RareDrawing(SamplingSettings):
             raise ValueError(f"inversion: {self.inversion.label} needs more than a seed; take lbo or a fixed point")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_recorded(self) -> RareDrawing:
+        if self.accelerate == "graph":
+            raise ValueError("accelerate: graph records steps of inverting, and this job mostly draws: take compile")
+        return self
+
     @property
     def drawn(self) -> tuple[Guide, ...]:
         """The guides, the prompt alone where none is named."""

@@ -89,6 +89,9 @@ def test_a_dry_run_says_what_a_row_takes_on_a_gpu() -> None:
         half = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus": 0.5})})
         assert "none, none, none of 24, 40, 80 GB, of which a worker has 0.5; " in memory_of(half)
         assert "39.0 GB FIT NONE OF THEM: take more than 0.5 GPU" in memory_of(half)
+        patch.setattr("stages.models.memory.rows_on", lambda card, weights, each: 20)
+        assert "16, 16, 16 of 24" in memory_of(job)
+        assert "8, 8, 8 of 24" in memory_of(job.model_copy(update={"accelerate": "graph"}))
     two = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus": 2})})
     assert "of its 2 the others WOULD BE IDLE" in memory_of(two)
     assert "IDLE" not in told

@@ -252,8 +252,8 @@ def test_a_recording_that_runs_out_is_out_of_memory_and_no_lost_device(monkeypat
     """CUDA refuses a recording that broke off and hides why: the solver would not halve, the guard end the worker."""
 
     class Recording:
-        def __init__(self, graph):
-            pass
+        def __init__(self, graph, capture_error_mode):
+            assert capture_error_mode == "thread_local"
 
         def __enter__(self):
             recording.append(True)
