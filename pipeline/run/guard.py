@@ -195,8 +195,9 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _raise_if_fatal(error: Exception) -> None:
-    """Errors that are not about a row: a broken contract, or a device that is lost to this process."""
-    if isinstance(error, ContractError):
+    """Errors that are not about a row: a broken contract, or what says so itself, or a device that is lost to this
+    process."""
+    if getattr(error, "fault", None) is Fault.BUG:
         raise error
     text = str(error)
     if not _out_of_memory(error) and ("CUDA error" in text or "device-side assert" in text):

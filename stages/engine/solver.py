@@ -160,8 +160,9 @@ def capture(step: Callable[[], None], warmup: int = 3) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        # Other threads may bring pictures to the device and fetch them meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # On the stream that libraries have made their workspaces for: cuSOLVER's cannot be made while it is recorded
+        # (pytorch issue 195731). Other threads may bring pictures to the device and fetch them meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         # Whatever ends a recording, its end is what is told: CUDA's refusal of a recording that broke off.

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pipeline.failures import Fault
 from stages.engine.device import chosen_devices
 from stages.engine.solver import capture
 from stages.models.latent import Geometry
@@ -39,6 +40,12 @@ class Recordable(Protocol):
         """A step, all of whose slots hold rows."""
 
 
+class Unrecordable(RuntimeError):
+    """The device refuses to record a step."""
+
+    fault = Fault.BUG
+
+
 class RecordedStep:
     """A step of a walk, recorded; calling it makes one. `now` is left behind.
 
@@ -51,7 +58,7 @@ class RecordedStep:
             frees the graph's memory.
 
     Raises:
-        RuntimeError: The step cannot be recorded.
+        Unrecordable: Nothing can be recorded here, whatever the rows are.
         torch.OutOfMemoryError: It does not fit.
     """
 
@@ -59,7 +66,15 @@ class RecordedStep:
         self.names = [name for name in walk.changing if getattr(walk, name) is not None]
         before, self.shape = tree_flatten([getattr(walk, name) for name in self.names])
         self.own: list[torch.Tensor] = [value.clone() for value in before]
-        self.replay: Callable[[], None] = capture(partial(self._advance, walk))  # moves the rows in `own` on
+        try:
+            self.replay: Callable[[], None] = capture(partial(self._advance, walk))  # moves the rows in `own` on
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Unrecordable(
+                f"accelerate: graph: a step cannot be recorded on this device ({reason}): leave `accelerate` out"
+            ) from error
         self._hold(walk, before)
 
     def __call__(self, walk: Recordable) -> None:

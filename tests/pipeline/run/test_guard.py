@@ -10,11 +10,16 @@ import pyarrow as pa
 import pytest
 
 from pipeline.contract import Column, Row, StageInfo, StageSpec, ok
+from pipeline.failures import Fault
 from pipeline.output.verify import verify
 from pipeline.run.guard import ContractError
 from tests.support.faulty import data, run_plain, spec_for
 
 LINES = [f"line {i}" for i in range(30)]
+
+
+class Refused(RuntimeError):
+    fault = Fault.BUG
 
 
 class Batches:
@@ -47,6 +52,8 @@ class Batches:
             raise MemoryError("too many")
         if self.mode == "raise" and any(row["text"] in ("line 5", "line 22") for row in batch):
             raise RuntimeError("one of these")
+        if self.mode == "of no row":
+            raise Refused("this device refuses")
         if self.mode == "lose":
             batch = batch[1:]
         for row in reversed(batch):
@@ -83,6 +90,11 @@ def test_rows_that_a_stage_loses_are_failed_rows(tmp_path: Path) -> None:
     rows = _run(tmp_path, "lose").to_pylist()
     assert [row["status"] for row in rows[:9]] == ["failed", *["ok"] * 7, "failed"]
     assert "returned nothing" in rows[0]["error"]
+
+
+def test_what_says_that_it_is_of_no_row_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="this device refuses"):
+        _run(tmp_path, "of no row")
 
 
 def test_row_given_back_twice_is_refused(tmp_path: Path) -> None:

@@ -252,8 +252,8 @@ def test_a_recording_that_runs_out_is_out_of_memory_and_no_lost_device(monkeypat
     """CUDA refuses a recording that broke off and hides why: the solver would not halve, the guard end the worker."""
 
     class Recording:
-        def __init__(self, graph, capture_error_mode):
-            assert capture_error_mode == "thread_local"
+        def __init__(self, graph, stream, capture_error_mode):
+            assert (stream, capture_error_mode) == (side, "thread_local")
 
         def __enter__(self):
             recording.append(True)
@@ -265,9 +265,9 @@ def test_a_recording_that_runs_out_is_out_of_memory_and_no_lost_device(monkeypat
         if recording and runs_out:
             raise torch.OutOfMemoryError("pretend")
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    side = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
-        "is_available": lambda: True, "Stream": lambda: stream, "current_stream": lambda: stream,
+        "is_available": lambda: True, "Stream": lambda: side, "current_stream": lambda: side,
         "stream": lambda one: nullcontext(), "CUDAGraph": lambda: None, "graph": Recording,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

@@ -165,6 +165,18 @@ def test_what_does_not_fit_is_recorded_for_half_the_slots(
     assert taped[:3] == ["out of memory", "recorded", "replayed"]
 
 
+def test_a_step_that_cannot_be_recorded_ends_the_run_and_no_row(work, taped: list[str]) -> None:
+    z, condition, schedule = work
+
+    def waits(x: torch.Tensor, t: torch.Tensor, c: dict[str, torch.Tensor]) -> torch.Tensor:
+        return x * float(t.float().mean() > 0)
+
+    problem = InversionProblem(waits, schedule, Ddim(), slots=2, latent_shape=SHAPE, recorded=True)
+    said = r"accelerate: graph: a step cannot be recorded .*not permitted when stream is capturing\): leave"
+    with pytest.raises(recorded.Unrecordable, match=said):
+        list(solve(problem, rows_of(z, condition)))
+
+
 METHODS: list[Any] = [
     "ddim", "belm", {"method": "null-text", "iterations": 1}, {"method": "lbo", "retries": 1, "passes": 2},
     {"method": "lbo", "name": "replayed", "replay": True, "passes": 2},
