@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 WAITS = {
-    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.is_nonzero.default,
-    aten.repeat_interleave.Tensor,
+    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.nonzero.default,
+    aten.masked_select.default, aten.repeat_interleave.Tensor,
 }  # fmt: skip
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
