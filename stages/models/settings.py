@@ -106,5 +106,5 @@ class SamplingSettings(LatentModelSettings):
     more at a worker's start, then more passes a second (docs/performance.md). Needs a C++ compiler, and on a GPU
     Triton; one card a worker. Seeds are those of the uncompiled network up to rounding. ``graph``, in ``invert-images``
     alone: the network and what a step does around it recorded as one CUDA graph, for few slots and small models, which
-    else wait for their kernels to be launched. Of Stable Diffusion, SDXL, SD3, FLUX.1, FLUX.2 and Ovis-Image, on one
-    GPU a worker; belm, edict and rf-inversion go as they are."""
+    else wait for their kernels to be launched. Of Stable Diffusion, SDXL, SD3, FLUX.1, FLUX.2, Qwen-Image and
+    Ovis-Image, on one GPU a worker; belm, edict and rf-inversion go as they are."""
