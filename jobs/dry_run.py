@@ -178,8 +178,8 @@ def memory_of(job: RowJob) -> str:
     fits = [
         min((rows_on(int(min(gpus, 1) * 10**9 * card), own, each) for own in lies[card]), default=0) for card in CARDS
     ]
-    kept = 2 if getattr(job, "accelerate", None) == "graph" else 1  # of the room, for what is not recorded
-    slots = [str(power_of_two(rows // kept)) if rows else "none" for rows in fits]
+    room = getattr(job, "room_of_a_row", 1)
+    slots = [str(power_of_two(rows // room)) if rows else "none" for rows in fits]
     told = {key: size(value) for key, value in row.items()}
     of = f"{CARDS[0]}, {CARDS[1]}, {CARDS[2]} GB" + ("" if gpus >= 1 else f", of which a worker has {gpus:g}")
     if shared_out:

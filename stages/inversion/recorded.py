@@ -66,6 +66,7 @@ class RecordedStep:
         self.names = [name for name in walk.changing if getattr(walk, name) is not None]
         before, self.shape = tree_flatten([getattr(walk, name) for name in self.names])
         self.own: list[torch.Tensor] = [value.clone() for value in before]
+        self.places = {own.untyped_storage().data_ptr() for own in self.own}
         try:
             self.replay: Callable[[], None] = capture(partial(self._advance, walk))  # moves the rows in `own` on
         except torch.OutOfMemoryError:
@@ -92,10 +93,9 @@ class RecordedStep:
 
     def _hold(self, walk: Recordable, values: Sequence[torch.Tensor]) -> None:
         """Copy values into `own`, and have the walk hold these."""
-        places = {own.untyped_storage().data_ptr() for own in self.own}
         moved = [(own, value) for own, value in zip(self.own, values, strict=True) if own is not value]
         # A value that lies in another one's place would be overwritten before it is read.
-        apart = [value.clone() if value.untyped_storage().data_ptr() in places else value for _, value in moved]
+        apart = [value.clone() if value.untyped_storage().data_ptr() in self.places else value for _, value in moved]
         for (own, _), value in zip(moved, apart, strict=True):
             own.copy_(value)
         for name, value in zip(self.names, tree_unflatten(self.own, self.shape), strict=True):

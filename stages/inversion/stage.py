@@ -65,14 +65,14 @@ class InvertImages:
 
     def __init__(self, settings: InvertImagesSettings, model: LatentModel | None = None) -> None:
         self.settings = settings
-        recorded = settings.accelerate == "graph"
-        if recorded:  # before the weights are read
+        if settings.accelerate == "graph":  # before the weights are read
             check_card(settings)
         self.model = open_latent_model(settings) if model is None else model
         self.rooms = self.model.rooms
-        # A graph keeps its memory while pictures are encoded and decoded: half of the room is theirs.
-        calls = (2 if settings.guidance > 1 else 1) * (2 if recorded else 1)
-        self._slots = settings.slots or fitting_slots(self.model, "predict", otherwise=CPU_SLOTS, rows=calls)
+        calls = 2 if settings.guidance > 1 else 1
+        self._slots = settings.slots or fitting_slots(
+            self.model, "predict", otherwise=CPU_SLOTS, rows=calls * settings.room_of_a_row
+        )
         self.geometry, self.device = self.model.geometry, self.model.device
         self.methods = {method.label: method for method in settings.methods}
         self.buckets = _buckets(settings, self.geometry)

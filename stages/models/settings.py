@@ -108,3 +108,9 @@ class SamplingSettings(LatentModelSettings):
     alone: the network and what a step does around it recorded as one CUDA graph, for few slots and small models, which
     else wait for their kernels to be launched. Of Stable Diffusion, SDXL, SD3, FLUX.1, FLUX.2, Qwen-Image and
     Ovis-Image, on one GPU a worker; belm, edict and rf-inversion go as they are."""
+
+    @property
+    def room_of_a_row(self) -> int:
+        """Times what a row's pass takes, by which slots are told: a graph keeps its memory while pictures are encoded
+        and decoded, so half of the room is theirs."""
+        return 2 if self.accelerate == "graph" else 1
